@@ -1,0 +1,119 @@
+"""GPTConfig, the shape of a GPT-2, and the presets people know by name."""
+
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from typing import Any, Self
+
+from fastgpt2.errors import UserError
+
+IMPLS = ("auto", "triton", "torch", "reference")
+
+# a vocabulary of at least this size is padded in memory; a smaller head gains nothing from it
+PAD_VOCAB_FROM = 4096
+# 50257 -> 50304: rows of the head's matmul divide into 128-wide tiles and 16-byte loads
+PAD_VOCAB_MULTIPLE = 128
+
+
+def unknown_key(key: str, known: list[str], where: str) -> UserError:
+    """The error for a misspelt key, naming the nearest known one."""
+    near = get_close_matches(key, known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+    return UserError(f"{where}: unknown key {key!r}{hint}")
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a GPT-2, frozen and validated.
+
+    The first seven fields are named as nanoGPT names them. ``dropout`` is the rate of all three
+    dropouts of GPT-2; ``attn_dropout``, ``embd_dropout`` and ``resid_dropout`` override it one by
+    one. ``impl`` chooses the kernels (see ``fastgpt2.kernels.use_impl``), ``fp32_residual`` keeps
+    the residual stream in fp32 when the model computes in bf16 or fp16 (default: compute dtype).
+
+    Raises:
+        UserError: a field is out of its range, with its name, its value and what was expected.
+    """
+
+    block_size: int = 1024
+    vocab_size: int = 50257
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True
+    attn_dropout: float | None = None
+    embd_dropout: float | None = None
+    resid_dropout: float | None = None
+    impl: str = "auto"
+    fp32_residual: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise UserError(f"GPTConfig: {name} must be a positive integer, got {value!r}")
+        if self.n_embd % self.n_head:
+            raise UserError(
+                f"GPTConfig: n_embd must be a multiple of n_head, got {self.n_embd} and {self.n_head}"
+            )
+        for name in ("dropout", "attn_dropout", "embd_dropout", "resid_dropout"):
+            value = getattr(self, name)
+            if value is None and name != "dropout":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+                raise UserError(f"GPTConfig: {name} must be in [0, 1), got {value!r}")
+        for name in ("bias", "fp32_residual"):
+            if not isinstance(getattr(self, name), bool):
+                raise UserError(f"GPTConfig: {name} must be True or False, got {getattr(self, name)!r}")
+        if self.impl not in IMPLS:
+            raise UserError(f"GPTConfig: impl must be one of {', '.join(IMPLS)}, got {self.impl!r}")
+
+    @property
+    def head_size(self) -> int:
+        """D, the width of one attention head."""
+        return self.n_embd // self.n_head
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the token embedding in memory; saved files hold ``vocab_size`` rows."""
+        if self.vocab_size < PAD_VOCAB_FROM:
+            return self.vocab_size
+        return -(-self.vocab_size // PAD_VOCAB_MULTIPLE) * PAD_VOCAB_MULTIPLE
+
+    @property
+    def attn_p(self) -> float:
+        """Dropout rate of the attention probabilities."""
+        return self.dropout if self.attn_dropout is None else self.attn_dropout
+
+    @property
+    def embd_p(self) -> float:
+        """Dropout rate of the embeddings' sum."""
+        return self.dropout if self.embd_dropout is None else self.embd_dropout
+
+    @property
+    def resid_p(self) -> float:
+        """Dropout rate of each branch before it joins the residual stream."""
+        return self.dropout if self.resid_dropout is None else self.resid_dropout
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> Self:
+        """The configuration known as ``name`` (see ``PRESETS``), with fields replaced."""
+        if name not in PRESETS:
+            raise unknown_key(name, list(PRESETS), "model preset")
+        known = [field.name for field in fields(cls)]
+        for key in overrides:
+            if key not in known:
+                raise unknown_key(key, known, "GPTConfig")
+        return replace(cls(**PRESETS[name]), **overrides)
+
+
+# sizes of the four releases: OpenAI's hparams.json; the small ones are ours, for CPUs
+PRESETS: dict[str, dict[str, Any]] = {
+    "gpt2": dict(n_layer=12, n_head=12, n_embd=768),
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),
+    "gpt2-mini": dict(n_layer=6, n_head=6, n_embd=384, block_size=256),
+    "gpt2-micro": dict(n_layer=4, n_head=4, n_embd=256, block_size=256),
+    "gpt2-nano": dict(n_layer=4, n_head=4, n_embd=128, block_size=64),
+}

@@ -1,0 +1,1 @@
+"""Named training configurations, as TOML."""

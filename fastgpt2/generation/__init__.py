@@ -1,0 +1,1 @@
+"""Generation of GPT-2 models."""

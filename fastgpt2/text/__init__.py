@@ -1,0 +1,1 @@
+"""Text to tokens: tokenizers, corpora, token shards, loaders."""

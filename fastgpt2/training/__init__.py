@@ -1,0 +1,1 @@
+"""Training of GPT-2 models."""
