@@ -54,7 +54,8 @@ class GPTConfig:
                 raise UserError(f"GPTConfig: {name} must be a positive integer, got {value!r}")
         if self.n_embd % self.n_head:
             raise UserError(
-                f"GPTConfig: n_embd must be a multiple of n_head, got {self.n_embd} and {self.n_head}"
+                f"GPTConfig: n_embd must be a multiple of n_head, "
+                f"got {self.n_embd} and {self.n_head}"
             )
         for name in ("dropout", "attn_dropout", "embd_dropout", "resid_dropout"):
             value = getattr(self, name)
@@ -64,7 +65,9 @@ class GPTConfig:
                 raise UserError(f"GPTConfig: {name} must be in [0, 1), got {value!r}")
         for name in ("bias", "fp32_residual"):
             if not isinstance(getattr(self, name), bool):
-                raise UserError(f"GPTConfig: {name} must be True or False, got {getattr(self, name)!r}")
+                raise UserError(
+                    f"GPTConfig: {name} must be True or False, got {getattr(self, name)!r}"
+                )
         if self.impl not in IMPLS:
             raise UserError(f"GPTConfig: impl must be one of {', '.join(IMPLS)}, got {self.impl!r}")
 

@@ -1,0 +1,31 @@
+"""The operations of GPT-2, each with a Triton, a PyTorch and a reference implementation.
+
+One op, one name, three places: ``reference.py`` says what it means, ``jit/`` holds the Triton
+kernels, and the module named after the op is its contract: what callers import from here.
+"""
+
+from fastgpt2.kernels.attention import attention
+from fastgpt2.kernels.backend import Impl, explain, use_impl
+from fastgpt2.kernels.cross_entropy import cross_entropy
+from fastgpt2.kernels.decode_attention import decode_attention
+from fastgpt2.kernels.embedding import embedding
+from fastgpt2.kernels.gelu import bias_gelu, gelu
+from fastgpt2.kernels.layer_norm import add_layer_norm, layer_norm
+from fastgpt2.kernels.linear_cross_entropy import linear_cross_entropy
+from fastgpt2.kernels.linear_gelu import linear_gelu
+
+__all__ = [
+    "Impl",
+    "add_layer_norm",
+    "attention",
+    "bias_gelu",
+    "cross_entropy",
+    "decode_attention",
+    "embedding",
+    "explain",
+    "gelu",
+    "layer_norm",
+    "linear_cross_entropy",
+    "linear_gelu",
+    "use_impl",
+]

@@ -1,0 +1,101 @@
+"""Causal self-attention over packed queries, keys and values."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgpt2.kernels import checks, philox, reference
+from fastgpt2.kernels.backend import Impl, resolve
+
+
+def attention(
+    qkv: Tensor,
+    *,
+    n_head: int,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    key_range: Tensor | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Causal multi-head attention: out_h = dropout(softmax(scale q_h k_h^T, visible)) v_h.
+
+    Query t sees key s if s <= t, if both are of the same segment, and if s lies in its row's key
+    range; a query that sees nothing gives zeros. Softmax in fp32, out in qkv's dtype. Vaswani et
+    al., "Attention is all you need", 2017; tiled as in Dao, "FlashAttention-2", 2023.
+
+    Args:
+        qkv: (B, T, 3C), the projection's output: q, k, v side by side, heads side by side in each.
+        n_head: H; the head size is D = C / H.
+        dropout_p: rate of the dropout on the probabilities.
+        seed: key of the Philox dropout mask, the same on every implementation; None draws one
+            (``torch`` then takes PyTorch's own dropout).
+        segment_ids: (B, T) integers; tokens of different documents do not see each other.
+        key_range: (B, 2) integers, the keys [start, end) of each row that are no padding.
+        scale: of the scores; None is 1 / sqrt(D).
+        impl: ``auto``, ``triton``, ``torch`` or ``reference``.
+
+    Returns:
+        (B, T, C), heads side by side.
+
+    Raises:
+        ValueError: a shape does not match; dropout_p outside [0, 1).
+        TypeError: qkv is not floating point; segment_ids or key_range not integer.
+    """
+    op = "attention"
+    checks.check_floating(op, "qkv", qkv)
+    checks.check_dim(op, "qkv", qkv, 3, "(B, T, 3C)")
+    B, T, three_C = qkv.shape
+    if n_head < 1 or three_C % (3 * n_head):
+        raise ValueError(
+            f"{op}: qkv's last dimension must be 3 * n_head * head size, got {three_C} "
+            f"with n_head={n_head}"
+        )
+    checks.check_dropout(op, dropout_p)
+    if segment_ids is not None:
+        checks.check_integer(op, "segment_ids", segment_ids)
+        checks.check_shape(op, "segment_ids", segment_ids, (B, T), f"qkv {tuple(qkv.shape)}")
+    if key_range is not None:
+        checks.check_integer(op, "key_range", key_range)
+        checks.check_shape(op, "key_range", key_range, (B, 2), f"qkv {tuple(qkv.shape)}")
+    if scale is None:
+        scale = 1.0 / math.sqrt(three_C // (3 * n_head))
+    match resolve(op, impl, qkv):
+        case Impl.REFERENCE:
+            key = philox.as_seed(seed, qkv.device) if dropout_p > 0 else None
+            return reference.attention(qkv, n_head, dropout_p, key, segment_ids, key_range, scale)
+        case Impl.TORCH:
+            return _torch_attention(qkv, n_head, dropout_p, seed, segment_ids, key_range, scale)
+    raise RuntimeError("attention: impl='triton' is not built yet")
+
+
+def _torch_attention(
+    qkv: Tensor,
+    n_head: int,
+    dropout_p: float,
+    seed: int | Tensor | None,
+    segment_ids: Tensor | None,
+    key_range: Tensor | None,
+    scale: float,
+) -> Tensor:
+    B, T, three_C = qkv.shape
+    if dropout_p > 0 and seed is not None:
+        # PyTorch's kernels draw masks of their own: a given seed wants the written-out form
+        key = philox.as_seed(seed, qkv.device)
+        return reference.attention(qkv, n_head, dropout_p, key, segment_ids, key_range, scale)
+    q, k, v = reference.split_heads(qkv, n_head)
+    if segment_ids is None and key_range is None:
+        out = F.scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout_p, is_causal=True, scale=scale
+        )
+    else:
+        visible = reference.visible_keys(T, segment_ids, key_range, qkv.device)
+        # a row of -inf alone is NaN in some of PyTorch's kernels: let it see itself, then zero it
+        blind = ~visible.any(dim=-1, keepdim=True)
+        mask = visible | (blind & torch.eye(T, dtype=torch.bool, device=qkv.device))
+        out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout_p, scale=scale)
+        out = out.masked_fill(blind, 0.0)
+    return out.transpose(1, 2).reshape(B, T, three_C // 3)

@@ -1,0 +1,109 @@
+"""Which implementation of an op runs, and why.
+
+``auto`` takes Triton on a CUDA (or ROCm) device that can run it, PyTorch's own operators
+everywhere else. A named implementation that cannot run raises: nothing falls back silently.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+
+class Impl(StrEnum):
+    """An implementation of an op; plain strings are accepted wherever one is."""
+
+    AUTO = "auto"
+    TRITON = "triton"
+    TORCH = "torch"
+    REFERENCE = "reference"
+
+
+# read once: Triton decides on import, too, whether its kernels are interpreted
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+_TRITON_INSTALLED = find_spec("triton") is not None
+# bf16 tensor cores and 64 KB of shared memory begin with Ampere
+_OLDEST_CAPABILITY = (8, 0)
+_TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# what `auto` means at the moment; set by use_impl
+_default = Impl.AUTO
+
+
+def parse_impl(impl: str) -> Impl:
+    """The ``Impl`` of that name, or a ValueError that lists the names."""
+    try:
+        return Impl(impl)
+    except ValueError:
+        raise ValueError(f"impl must be one of {', '.join(Impl)}, got {impl!r}") from None
+
+
+@contextmanager
+def use_impl(impl: str) -> Iterator[None]:
+    """Within the block, ``impl="auto"`` means ``impl`` (process-wide, as a global default).
+
+    >>> with use_impl("reference"):
+    ...     loss = model(idx, targets)[1]
+    """
+    global _default
+    previous, _default = _default, parse_impl(impl)
+    try:
+        yield
+    finally:
+        _default = previous
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def _triton_obstacle(x: Tensor) -> str | None:
+    """Why Triton cannot run on this tensor, or None if it can."""
+    if not _TRITON_INSTALLED:
+        return "triton is not installed"
+    if x.dtype not in _TRITON_DTYPES:
+        return f"the kernels take fp32, fp16 and bf16, not {x.dtype}"
+    if INTERPRETED:
+        return None
+    if not x.is_cuda:
+        return f"the tensor is on {x.device.type} (set TRITON_INTERPRET=1 to interpret the kernels)"
+    if torch.version.hip is None and _capability(x.device.index or 0) < _OLDEST_CAPABILITY:
+        return "the GPU is older than compute capability 8.0"
+    return None
+
+
+def resolve(op: str, impl: str, x: Tensor) -> Impl:
+    """The implementation of ``op`` that runs on ``x``.
+
+    Raises:
+        ValueError: ``impl`` is no implementation's name.
+        RuntimeError: ``triton`` was asked for by name and cannot run here; says why.
+    """
+    choice = parse_impl(impl)
+    if choice is Impl.AUTO:
+        choice = _default
+    if choice is Impl.AUTO:
+        on_gpu = x.is_cuda and _triton_obstacle(x) is None
+        return Impl.TRITON if on_gpu else Impl.TORCH
+    if choice is Impl.TRITON:
+        obstacle = _triton_obstacle(x)
+        if obstacle is not None:
+            raise RuntimeError(f"{op}: impl='triton' cannot run: {obstacle}")
+    return choice
+
+
+def explain(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> str:
+    """One line: what ``impl="auto"`` runs on this device and dtype, and why."""
+    probe = torch.empty(0, device=device, dtype=dtype)
+    if _default is not Impl.AUTO:
+        return f"{_default}: chosen by use_impl"
+    if resolve("explain", Impl.AUTO, probe) is Impl.TRITON:
+        return f"triton: {torch.cuda.get_device_name(probe.device)}"
+    if not probe.is_cuda:
+        return f"torch: Triton kernels run on a GPU, and the tensors are on {probe.device.type}"
+    return f"torch: {_triton_obstacle(probe)}"

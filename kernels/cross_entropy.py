@@ -1,0 +1,83 @@
+"""Cross-entropy of logits against token ids."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgpt2.kernels import checks, reference
+from fastgpt2.kernels.backend import Impl, resolve
+
+
+def check_loss_options(
+    op: str, vocab_size: int | None, columns: int, label_smoothing: float, z_loss: float
+) -> int:
+    """Validate what both losses share; returns the number of true vocabulary columns."""
+    if vocab_size is None:
+        vocab_size = columns
+    if not 1 <= vocab_size <= columns:
+        raise ValueError(f"{op}: vocab_size must be in [1, {columns}], got {vocab_size}")
+    if not 0.0 <= label_smoothing < 1.0:
+        raise ValueError(f"{op}: label_smoothing must be in [0, 1), got {label_smoothing}")
+    if z_loss < 0.0:
+        raise ValueError(f"{op}: z_loss must not be negative, got {z_loss}")
+    return vocab_size
+
+
+def cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    vocab_size: int | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    impl: str = "auto",
+) -> Tensor:
+    """Mean over the targets kept of (1-s)(lse - z_y) + s(lse - mean_v z_v) + z_loss lse^2.
+
+    lse = log sum_v exp z_v over the true vocabulary, s the label smoothing. fp32 throughout, the
+    result too; 0 if no target is kept. z-loss: Chowdhery et al., "PaLM", 2022.
+
+    Args:
+        logits: (..., V'), V' >= vocab_size; columns behind the vocabulary are padding.
+        targets: (...), token ids in [0, vocab_size) or ``ignore_index``.
+        ignore_index: targets of this value are left out of sum and count.
+        vocab_size: V, number of true columns; None is all of them.
+        label_smoothing: s in [0, 1).
+        z_loss: weight of lse^2, 0 or more.
+        impl: ``auto``, ``triton``, ``torch`` or ``reference``.
+
+    Returns:
+        The scalar mean in fp32 (fp64 for fp64 logits).
+
+    Raises:
+        ValueError: shapes do not match, or an option is out of its range.
+        TypeError: logits not floating point, targets not integer.
+    """
+    op = "cross_entropy"
+    checks.check_floating(op, "logits", logits)
+    checks.check_integer(op, "targets", targets)
+    checks.check_shape(
+        op, "targets", targets, tuple(logits.shape[:-1]), f"logits {tuple(logits.shape)}"
+    )
+    vocab_size = check_loss_options(op, vocab_size, logits.shape[-1], label_smoothing, z_loss)
+    rows, flat = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
+    match resolve(op, impl, logits):
+        case Impl.REFERENCE:
+            return reference.cross_entropy(
+                rows, flat, ignore_index, vocab_size, label_smoothing, z_loss
+            )
+        case Impl.TORCH:
+            z = reference.up(rows[:, :vocab_size])
+            count = (flat != ignore_index).sum().clamp(min=1)
+            total = F.cross_entropy(
+                z,
+                flat.long(),
+                ignore_index=ignore_index,
+                label_smoothing=label_smoothing,
+                reduction="sum",
+            )
+            if z_loss > 0:
+                lse = z.logsumexp(dim=-1).masked_fill(flat == ignore_index, 0.0)
+                total = total + z_loss * lse.square().sum()
+            return total / count
+    raise RuntimeError("cross_entropy: impl='triton' is not built yet")

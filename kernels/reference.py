@@ -1,0 +1,177 @@
+"""What every op means: the formulas in plain PyTorch, computed in fp32 (fp64 for fp64 inputs).
+
+The oracle of the tests and the implementation named ``reference``: allowed to be slow, not to be
+clever. Gradients come from autograd through these very lines. Shapes: B batch, T query tokens,
+S key tokens, H heads, D head size, C width, V vocabulary, N rows.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastgpt2.kernels import philox
+
+
+def up(x: Tensor) -> Tensor:
+    """The tensor in the dtype that the formulas are computed in."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """y = (x - mean) / sqrt(var + eps) * weight + bias, per row of C; var is the biased one."""
+    xf = up(x)
+    centred = xf - xf.mean(dim=-1, keepdim=True)
+    rstd = torch.rsqrt(centred.square().mean(dim=-1, keepdim=True) + eps)
+    y = centred * rstd * up(weight)
+    return (y if bias is None else y + up(bias)).to(x.dtype)
+
+
+def add_layer_norm(
+    x: Tensor,
+    branch: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    branch_bias: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """s = x + dropout(branch + branch_bias); returns (s, layer_norm(s)).
+
+    s has x's dtype, and it is this rounded s that is normalised; the norm has branch's dtype.
+    """
+    update = up(branch)
+    if branch_bias is not None:
+        update = update + up(branch_bias)
+    if seed is not None:
+        update = philox.dropout(update, dropout_p, seed)
+    stream = (up(x) + update).to(x.dtype)
+    return stream, layer_norm(up(stream), weight, bias, eps).to(branch.dtype)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """y = x/2 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3))), GPT-2's tanh form."""
+    xf = up(x)
+    inner = math.sqrt(2.0 / math.pi) * (xf + 0.044715 * xf * xf * xf)
+    return (0.5 * xf * (1.0 + torch.tanh(inner))).to(x.dtype)
+
+
+def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    """gelu(x + bias), the sum not rounded in between."""
+    return gelu(up(x) + up(bias)).to(x.dtype)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """gelu(x @ weight.T + bias), the pre-activation not rounded in between."""
+    z = up(x) @ up(weight).T
+    return gelu(z if bias is None else z + up(bias)).to(x.dtype)
+
+
+def visible_keys(
+    T: int, segment_ids: Tensor | None, key_range: Tensor | None, device: torch.device
+) -> Tensor:
+    """(B or 1, 1, T, T) bool: query t sees key s if s <= t, in the same document, in range."""
+    positions = torch.arange(T, device=device)
+    visible = (positions[None, :] <= positions[:, None])[None]
+    if segment_ids is not None:
+        visible = visible & (segment_ids[:, :, None] == segment_ids[:, None, :])
+    if key_range is not None:
+        start, end = key_range[:, 0, None, None], key_range[:, 1, None, None]
+        visible = visible & (positions >= start) & (positions < end)
+    return visible[:, None]
+
+
+def masked_softmax(scores: Tensor, visible: Tensor) -> Tensor:
+    """Softmax over the visible keys; a row that sees none is all zeros."""
+    scores = scores.masked_fill(~visible, -torch.inf)
+    # a row of -inf alone would give NaN, in the gradient too
+    blind = ~visible.any(dim=-1, keepdim=True)
+    return torch.softmax(scores.masked_fill(blind, 0.0), dim=-1).masked_fill(blind, 0.0)
+
+
+def split_heads(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Packed (B, T, 3C) as three views (B, H, T, D)."""
+    B, T, three_C = qkv.shape
+    q, k, v = qkv.view(B, T, 3, n_head, three_C // (3 * n_head)).permute(2, 0, 3, 1, 4)
+    return q, k, v
+
+
+def attention(
+    qkv: Tensor,
+    n_head: int,
+    dropout_p: float,
+    seed: Tensor | None,
+    segment_ids: Tensor | None,
+    key_range: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """softmax(scale * q k^T over visible keys) with dropout, times v; heads side by side."""
+    B, T, three_C = qkv.shape
+    q, k, v = split_heads(up(qkv), n_head)
+    visible = visible_keys(T, segment_ids, key_range, qkv.device)
+    probabilities = masked_softmax(q @ k.transpose(-2, -1) * scale, visible)
+    if seed is not None:
+        probabilities = philox.dropout(probabilities, dropout_p, seed)
+    out = probabilities @ v
+    return out.transpose(1, 2).reshape(B, T, three_C // 3).to(qkv.dtype)
+
+
+def decode_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float) -> Tensor:
+    """One query a row, (B, H, D), over the first ``lengths[b]`` keys of a (B, H, S, D) cache."""
+    scores = (up(q)[:, :, None] @ up(k).transpose(-2, -1)) * scale
+    visible = (torch.arange(k.shape[2], device=q.device) < lengths[:, None])[:, None, None]
+    # what lies behind a row's length is garbage, perhaps NaN: zero times it must stay zero
+    values = up(v).masked_fill(~visible.transpose(-2, -1), 0.0)
+    return (masked_softmax(scores, visible) @ values)[:, :, 0].to(q.dtype)
+
+
+def embedding(
+    idx: Tensor,
+    wte: Tensor,
+    wpe: Tensor,
+    positions: Tensor,
+    dropout_p: float,
+    seed: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """dropout(wte[idx] + wpe[positions]), (B, T, C)."""
+    x = up(wte[idx]) + up(wpe[positions])
+    if seed is not None:
+        x = philox.dropout(x, dropout_p, seed)
+    return x.to(dtype)
+
+
+def cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    vocab_size: int,
+    label_smoothing: float,
+    z_loss: float,
+) -> Tensor:
+    """Mean over the targets kept of (1-s)(lse - z_y) + s(lse - mean_v z_v) + z_loss lse^2.
+
+    s is the label smoothing, lse = log sum exp over the true vocabulary; with nothing kept, 0.
+    """
+    z = up(logits)[:, :vocab_size]
+    kept = targets != ignore_index
+    lse = torch.logsumexp(z, dim=-1)
+    picked = z.gather(1, targets.masked_fill(~kept, 0).long()[:, None])[:, 0]
+    nll = lse - (1.0 - label_smoothing) * picked - label_smoothing * z.mean(dim=-1)
+    rows = nll + z_loss * lse.square()
+    return rows.masked_fill(~kept, 0.0).sum() / kept.sum().clamp(min=1)
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    vocab_size: int,
+    label_smoothing: float,
+    z_loss: float,
+) -> Tensor:
+    """cross_entropy(x @ weight.T, targets)."""
+    logits = up(x) @ up(weight).T
+    return cross_entropy(logits, targets, ignore_index, vocab_size, label_smoothing, z_loss)
