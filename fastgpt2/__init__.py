@@ -1,0 +1,38 @@
+"""GPT-2 in PyTorch, from scratch, exact, and fast.
+
+>>> from fastgpt2 import GPT, GPTConfig
+>>> model = GPT(GPTConfig.preset("gpt2"))
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastgpt2.config import GPTConfig
+    from fastgpt2.errors import UserError
+    from fastgpt2.model import GPT
+    from fastgpt2.text import create_dataloader
+
+__version__ = "0.1.0"
+
+# public name -> module that defines it; imported on first use (PEP 562)
+_LAZY = {
+    "GPT": "fastgpt2.model",
+    "GPTConfig": "fastgpt2.config",
+    "UserError": "fastgpt2.errors",
+    "create_dataloader": "fastgpt2.text",
+}
+
+__all__ = ["GPT", "GPTConfig", "UserError", "__version__", "create_dataloader"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'fastgpt2' has no attribute {name!r}")
+    value = getattr(import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

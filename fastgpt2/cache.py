@@ -1,0 +1,60 @@
+"""The key/value cache of generation: every key and value is computed once."""
+
+import torch
+from torch import Tensor
+
+from fastgpt2.config import GPTConfig
+
+
+class LayerCache:
+    """Keys and values of one layer, (B, H, S, D), the first ``lengths[b]`` of row b valid."""
+
+    def __init__(self, k: Tensor, v: Tensor, lengths: Tensor) -> None:
+        self.k, self.v, self.lengths = k, v, lengths
+        self.is_empty = True
+
+    def fill(self, qkv: Tensor, n_head: int) -> None:
+        """Store a prompt's keys and values from the packed projection (B, T, 3C)."""
+        B, T, three_C = qkv.shape
+        heads = qkv.view(B, T, 3, n_head, three_C // (3 * n_head)).permute(2, 0, 3, 1, 4)
+        self.k[:, :, :T] = heads[1]
+        self.v[:, :, :T] = heads[2]
+        self.is_empty = False
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        """Store one token's key and value, (B, H, D) each, at each row's own length."""
+        rows = torch.arange(k.shape[0], device=k.device)
+        self.k[rows, :, self.lengths] = k
+        self.v[rows, :, self.lengths] = v
+
+
+class KVCache:
+    """The caches of all layers, sized once: (L, B, H, S, D) twice.
+
+    A batch of prompts of unequal length is right-padded: causality keeps the padding out of every
+    real token's sight, and each row's next token overwrites it.
+    """
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        batch_size: int,
+        size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        shape = (config.n_layer, batch_size, config.n_head, size, config.head_size)
+        self.size = size
+        self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        k = torch.zeros(shape, device=device, dtype=dtype)
+        v = torch.zeros(shape, device=device, dtype=dtype)
+        self.layers = [LayerCache(k[i], v[i], self.lengths) for i in range(config.n_layer)]
+
+    @property
+    def is_empty(self) -> bool:
+        """No prompt has been stored yet."""
+        return self.layers[0].is_empty
+
+    def advance(self, count: int | Tensor) -> None:
+        """Count tokens as stored: a prompt's lengths (B,), or 1 after each step."""
+        self.lengths += count

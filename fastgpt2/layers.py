@@ -1,0 +1,139 @@
+"""The parts of a GPT-2 block: linear layers, LayerNorm, causal self-attention, MLP.
+
+Parameters may be kept in fp32 while activations flow in bf16 or fp16: every layer takes its
+weights in the dtype of the activation it is given. Shapes: B batch, T tokens, C width, H heads,
+D head size.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastgpt2.cache import LayerCache
+from fastgpt2.config import GPTConfig
+from fastgpt2.kernels import add_layer_norm, attention, decode_attention, layer_norm, linear_gelu
+
+
+class Branch(NamedTuple):
+    """What attention or MLP adds to the residual stream, before it is added.
+
+    The addition, its dropout and the LayerNorm after it are one pass over memory
+    (``kernels.add_layer_norm``), so a block hands its last branch on to whatever normalises next.
+    """
+
+    out: Tensor
+    bias: Tensor | None
+
+
+class Linear(nn.Linear):
+    """y = x W^T + b, with W and b taken in x's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class ResidualProjection(Linear):
+    """A linear layer that ends a branch: its bias is added with the branch, not here."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm with an optional bias, fused with the residual addition before it."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.n_embd))
+        self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
+        self.dropout_p = config.resid_p
+        self.impl = config.impl
+
+    def forward(
+        self, x: Tensor, branch: Branch | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Returns (x + branch, its norm in ``dtype``), both (B, T, C)."""
+        if branch is None:
+            return x, layer_norm(x, self.weight, self.bias, impl=self.impl).to(dtype)
+        return add_layer_norm(
+            x,
+            branch.out,
+            self.weight,
+            self.bias,
+            branch_bias=branch.bias,
+            dropout_p=self.dropout_p if self.training else 0.0,
+            impl=self.impl,
+        )
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention of each token to itself and the tokens before it."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.dropout_p = config.attn_p
+        self.impl = config.impl
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = ResidualProjection(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Branch:
+        """(B, T, C) -> the branch (B, T, C); with a cache, T = 1 once it holds a prompt."""
+        qkv = self.c_attn(x)
+        if cache is not None and not cache.is_empty:
+            out = self._decode(qkv, cache)
+        else:
+            if cache is not None:
+                cache.fill(qkv, self.n_head)
+            dropout_p = self.dropout_p if self.training else 0.0
+            out = attention(qkv, n_head=self.n_head, dropout_p=dropout_p, impl=self.impl)
+        return Branch(self.c_proj(out), self.c_proj.bias)
+
+    def _decode(self, qkv: Tensor, cache: LayerCache) -> Tensor:
+        B, _, three_C = qkv.shape
+        # (B, 1, 3C) -> three of (B, H, D)
+        q, k, v = qkv.view(B, 3, self.n_head, three_C // (3 * self.n_head)).unbind(1)
+        cache.append(k, v)
+        out = decode_attention(q, cache.k, cache.v, cache.lengths + 1, impl=self.impl)
+        return out.reshape(B, 1, three_C // 3)
+
+
+class MLP(nn.Module):
+    """Two linear layers with a tanh GELU between them, four times as wide inside."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.impl = config.impl
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = ResidualProjection(4 * config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Branch:
+        """(B, T, C) -> the branch (B, T, C)."""
+        hidden = linear_gelu(x, self.c_fc.weight, self.c_fc.bias, impl=self.impl)
+        return Branch(self.c_proj(hidden), self.c_proj.bias)
+
+
+class Block(nn.Module):
+    """One pre-LayerNorm transformer block: x + attention(norm(x)), then x + MLP(norm(x))."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.ln_1 = LayerNorm(config)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = LayerNorm(config)
+        self.mlp = MLP(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        branch: Branch | None,
+        dtype: torch.dtype,
+        cache: LayerCache | None = None,
+    ) -> tuple[Tensor, Branch]:
+        """Adds the branch of the block before; returns the stream and this block's last branch."""
+        x, normed = self.ln_1(x, branch, dtype)
+        x, normed = self.ln_2(x, self.attn(normed, cache), dtype)
+        return x, self.mlp(normed)

@@ -1,0 +1,322 @@
+"""GPT: embeddings, blocks, final LayerNorm, tied head, loss.
+
+OpenAI's graph exactly (Radford et al., "Language Models are Unsupervised Multitask Learners",
+2019): learned positions, pre-LayerNorm, tanh GELU, head tied to the token embedding. The surface
+is nanoGPT's, so programs written for its ``model.py`` run on this class; state-dict keys are those
+of nanoGPT and Hugging Face. Shapes: B batch, T tokens, C width, V vocabulary.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastgpt2.cache import KVCache
+from fastgpt2.config import GPTConfig
+from fastgpt2.devices import peak_flops
+from fastgpt2.errors import UserError
+from fastgpt2.kernels import cross_entropy, embedding, linear_cross_entropy
+from fastgpt2.layers import Block, LayerNorm, Linear
+from fastgpt2.sampling import next_token
+
+# nanoGPT ignores targets of -1, Hugging Face those of -100
+_NANOGPT_IGNORE, _IGNORE = -1, -100
+_TIED_KEYS = ("transformer.wte.weight", "lm_head.weight")
+
+
+class Transformer(nn.Module):
+    """Everything before the head: token and position embeddings, blocks, final LayerNorm."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
+        self.ln_f = LayerNorm(config)
+        self.dropout_p = config.embd_p
+        self.fp32_residual = config.fp32_residual
+        self.impl = config.impl
+
+    def forward(self, idx: Tensor, dtype: torch.dtype, cache: KVCache | None = None) -> Tensor:
+        """(B, T) token ids -> (B, T, C) in ``dtype``; the cache's lengths are the positions."""
+        has_past = cache is not None and not cache.is_empty
+        x = embedding(
+            idx,
+            self.wte.weight,
+            self.wpe.weight,
+            positions=cache.lengths[:, None] if cache is not None and has_past else None,
+            dropout_p=self.dropout_p if self.training else 0.0,
+            dtype=torch.float32 if self.fp32_residual else dtype,
+            impl=self.impl,
+        )
+        branch = None
+        for i, block in enumerate(self.h):
+            x, branch = block(x, branch, dtype, None if cache is None else cache.layers[i])
+        normed: Tensor = self.ln_f(x, branch, dtype)[1]
+        return normed
+
+
+class GPT(nn.Module):
+    """A GPT-2 language model.
+
+    >>> model = GPT(GPTConfig.preset("gpt2-nano", vocab_size=65))
+    >>> logits, loss = model(idx, targets)   # in training mode logits is None: the fused loss
+    >>> logits, _ = model(idx)               # the last position's, (B, 1, V)
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = Transformer(config)
+        self.lm_head = Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        self.tie_weights()
+        self._init_weights()
+        self.register_state_dict_post_hook(_cut_padding)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_add_padding)  # type: ignore[no-untyped-call]
+
+    def tie_weights(self) -> None:
+        """The head is the token embedding: one parameter under two names."""
+        self.lm_head.weight = self.transformer.wte.weight
+
+    def _init_weights(self) -> None:
+        # GPT-2's: normal of 0.02, residual projections shrunk by the number of additions
+        residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() >= 2:
+                std = residual_std if name.endswith("c_proj.weight") else 0.02
+                nn.init.normal_(parameter, mean=0.0, std=std)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+        with torch.no_grad():
+            self.transformer.wte.weight[self.config.vocab_size :] = 0.0
+
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, *, fused_loss: bool | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Logits and loss.
+
+        Args:
+            idx: (B, T) token ids, T <= block_size.
+            targets: (B, T) token ids; -1 and -100 are ignored.
+            fused_loss: compute the loss without the full logits; None is ``self.training``.
+
+        Returns:
+            Without targets: the last position's logits (B, 1, V), and None.
+            With targets: None if fused, else the logits (B, T, V); the mean loss in nats, fp32.
+
+        Raises:
+            ValueError: the sequence is longer than block_size, or shapes do not match.
+        """
+        hidden = self.hidden_states(idx)
+        if targets is None:
+            return self._head(hidden[:, -1:]), None
+        targets = targets.masked_fill(targets == _NANOGPT_IGNORE, _IGNORE)
+        if self.training if fused_loss is None else fused_loss:
+            with _no_autocast(hidden):
+                loss = linear_cross_entropy(
+                    hidden,
+                    self.lm_head.weight,
+                    targets,
+                    vocab_size=self.config.vocab_size,
+                    impl=self.config.impl,
+                )
+            return None, loss
+        logits = self._head(hidden)
+        return logits, cross_entropy(logits, targets, impl=self.config.impl)
+
+    def logits(self, idx: Tensor) -> Tensor:
+        """(B, T) token ids -> the logits of every position, (B, T, V)."""
+        return self._head(self.hidden_states(idx))
+
+    def hidden_states(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        """(B, T) token ids -> what the head reads, (B, T, C) in the compute dtype.
+
+        The compute dtype is autocast's where autocast is on, else that of the parameters. With a
+        cache, ``idx`` is a prompt for an empty one, or one new token a row; the caller advances it.
+        """
+        if idx.shape[1] > self.config.block_size:
+            raise ValueError(
+                f"GPT: {idx.shape[1]} tokens, but block_size is {self.config.block_size}"
+            )
+        weight = self.transformer.wte.weight
+        with _no_autocast(weight):
+            hidden: Tensor = self.transformer(idx, _compute_dtype(weight), cache)
+        return hidden
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        with _no_autocast(hidden):
+            logits: Tensor = self.lm_head(hidden)
+        return logits[..., : self.config.vocab_size]
+
+    @torch.no_grad()
+    def generate(
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Append ``max_new_tokens`` sampled tokens to ``idx``: (B, T) -> (B, T + max_new_tokens).
+
+        A key/value cache serves while all fits into block_size; behind it the model sees the last
+        block_size tokens, as nanoGPT does, and recomputes them, since learned positions shift.
+        """
+        was_training = self.training
+        self.eval()
+        try:
+            cache: KVCache | None = None
+            for _ in range(max_new_tokens):
+                logits, cache = self.next_logits(idx, cache, max_new_tokens)
+                token = next_token(
+                    logits, temperature=temperature, top_k=top_k, generator=generator
+                )
+                idx = torch.cat([idx, token], dim=1)
+            return idx
+        finally:
+            self.train(was_training)
+
+    def next_logits(
+        self, idx: Tensor, cache: KVCache | None, room: int
+    ) -> tuple[Tensor, KVCache | None]:
+        """Logits of the token after ``idx`` (B, V), and the cache to hand in with the next call.
+
+        Call it with None first, then, each time with ``idx`` one token longer, with what it gave.
+        ``room`` bounds the tokens still to come; at most block_size are ever cached.
+        """
+        T, block_size = idx.shape[1], self.config.block_size
+        if T > block_size:
+            return self._head(self.hidden_states(idx[:, -block_size:])[:, -1]), None
+        if cache is None:
+            size = min(block_size, T + room)
+            weight = self.transformer.wte.weight
+            cache = KVCache(self.config, idx.shape[0], size, idx.device, _compute_dtype(weight))
+            hidden = self.hidden_states(idx, cache)
+            cache.advance(T)
+        else:
+            hidden = self.hidden_states(idx[:, -1:], cache)
+            cache.advance(1)
+        return self._head(hidden[:, -1]), cache
+
+    def get_num_params(self, non_embedding: bool = True) -> int:
+        """Number of parameters, padding not counted; without the positions unless asked for."""
+        padding = self.config.padded_vocab_size - self.config.vocab_size
+        count = sum(p.numel() for p in self.parameters()) - padding * self.config.n_embd
+        return count - self.transformer.wpe.weight.numel() * non_embedding
+
+    def crop_block_size(self, block_size: int) -> None:
+        """Shorten the context: drop the positions behind ``block_size``."""
+        if not 1 <= block_size <= self.config.block_size:
+            raise ValueError(
+                f"crop_block_size: must be in [1, {self.config.block_size}], got {block_size}"
+            )
+        self.config = replace(self.config, block_size=block_size)
+        wpe = self.transformer.wpe
+        wpe.weight = nn.Parameter(wpe.weight.detach()[:block_size].clone())
+        wpe.num_embeddings = block_size
+
+    def configure_optimizers(
+        self,
+        weight_decay: float,
+        learning_rate: float,
+        betas: tuple[float, float],
+        device_type: str,
+    ) -> torch.optim.AdamW:
+        """Fused AdamW; matrices (embeddings too, the tied one once) decay, vectors do not."""
+        trained = [p for p in self.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        fused = device_type in ("cuda", "cpu")
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
+
+    def flops_per_token(self, T: int | None = None) -> int:
+        """Training FLOPs a token: 6 N + 12 L C T (Chowdhery et al., "PaLM", 2022, appendix B).
+
+        N leaves the positions out; attention is counted in full, as nanoGPT does, though half of
+        it is masked away.
+        """
+        config = self.config
+        T = config.block_size if T is None else T
+        return 6 * self.get_num_params() + 12 * config.n_layer * config.n_embd * T
+
+    def estimate_mfu(self, fwdbwd_per_iter: float, dt: float) -> float:
+        """Model FLOPs utilisation of ``fwdbwd_per_iter`` sequences in ``dt`` seconds, 0 to 1.
+
+        Of the data-sheet peak of the device that holds the model; NaN where that is not known.
+        """
+        peak = peak_flops(self.lm_head.weight.device)
+        if peak is None:
+            return math.nan
+        return self.flops_per_token() * self.config.block_size * fwdbwd_per_iter / dt / peak
+
+    @classmethod
+    def from_pretrained(
+        cls, model_type: str, override_args: Mapping[str, Any] | None = None
+    ) -> Self:
+        """A model with weights from a release's name, a folder or a file, in any known format.
+
+        Args:
+            model_type: ``gpt2``, ``gpt2-medium``, ``gpt2-large``, ``gpt2-xl``, or a path.
+            override_args: fields of ``GPTConfig`` that do not change the weights, such as dropout.
+        """
+        from fastgpt2.weights import load_pretrained
+
+        config, tensors = load_pretrained(model_type)
+        shape_fields = {"vocab_size", "n_layer", "n_head", "n_embd", "block_size", "bias"}
+        fixed = shape_fields & set(override_args or {})
+        if fixed:
+            raise UserError(f"from_pretrained: the weights fix {', '.join(sorted(fixed))}")
+        # no memory and no time for an initialisation that is overwritten at once
+        with torch.device("meta"):
+            model = cls(replace(config, **(override_args or {})))
+        model.load_state_dict(dict(tensors), assign=True)
+        model.tie_weights()
+        return model
+
+
+def _compute_dtype(weight: Tensor) -> torch.dtype:
+    device_type = weight.device.type
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return weight.dtype
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """Every dtype is explicit in here: autocast's own casts would only add to them."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def _cut_padding(
+    model: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: dict[str, Any]
+) -> None:
+    """Saved files hold the true vocabulary."""
+    assert isinstance(model, GPT)
+    for key in _TIED_KEYS:
+        state_dict[prefix + key] = state_dict[prefix + key][: model.config.vocab_size]
+
+
+def _add_padding(
+    model: nn.Module, state_dict: dict[str, Any], prefix: str, *_unused: object
+) -> None:
+    """Take the true vocabulary, or one that another program has padded, into the padded rows.
+
+    A file that stores the tied head once, or twice, serves alike.
+    """
+    assert isinstance(model, GPT)
+    wte_key, head_key = (prefix + key for key in _TIED_KEYS)
+    weight, head = state_dict.get(wte_key), state_dict.get(head_key)
+    weight, head = (head if weight is None else weight), (weight if head is None else head)
+    if weight is None or head is None:
+        return
+    if head is not weight and head.data_ptr() != weight.data_ptr() and not head.equal(weight):
+        raise ValueError(f"GPT: {head_key} differs from {wte_key}, but GPT-2's head is tied to it")
+    missing = model.config.padded_vocab_size - weight.shape[0]
+    if missing and weight.shape[0] == model.config.vocab_size:
+        weight = F.pad(weight, (0, 0, 0, missing))
+    state_dict[wte_key] = state_dict[head_key] = weight
