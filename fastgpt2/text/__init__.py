@@ -1,1 +1,70 @@
-"""Text to tokens: tokenizers, corpora, token shards, loaders."""
+"""Text to tokens: tokenizers, corpora, token shards, loaders.
+
+The public names are imported when first used: tokenizing in worker processes then needs no PyTorch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastgpt2.text.bpe import GPT2Tokenizer
+    from fastgpt2.text.corpora import Corpus, Document, load_corpus
+    from fastgpt2.text.dataset import Dataset, build_dataset
+    from fastgpt2.text.encoding import END_OF_TEXT, Tokenizer
+    from fastgpt2.text.loaders import BlockLoader, create_dataloader, iter_eval_batches
+    from fastgpt2.text.shards import ShardWriter, TokenShards
+    from fastgpt2.text.tokenizers import (
+        BytesTokenizer,
+        CharTokenizer,
+        get_tokenizer,
+        load_tokenizer,
+        save_tokenizer,
+    )
+
+_HOME = {
+    "BlockLoader": "loaders",
+    "BytesTokenizer": "tokenizers",
+    "CharTokenizer": "tokenizers",
+    "Corpus": "corpora",
+    "Dataset": "dataset",
+    "Document": "corpora",
+    "END_OF_TEXT": "encoding",
+    "GPT2Tokenizer": "bpe",
+    "ShardWriter": "shards",
+    "TokenShards": "shards",
+    "Tokenizer": "encoding",
+    "build_dataset": "dataset",
+    "create_dataloader": "loaders",
+    "get_tokenizer": "tokenizers",
+    "iter_eval_batches": "loaders",
+    "load_corpus": "corpora",
+    "load_tokenizer": "tokenizers",
+    "save_tokenizer": "tokenizers",
+}
+
+__all__ = [
+    "END_OF_TEXT",
+    "BlockLoader",
+    "BytesTokenizer",
+    "CharTokenizer",
+    "Corpus",
+    "Dataset",
+    "Document",
+    "GPT2Tokenizer",
+    "ShardWriter",
+    "TokenShards",
+    "Tokenizer",
+    "build_dataset",
+    "create_dataloader",
+    "get_tokenizer",
+    "iter_eval_batches",
+    "load_corpus",
+    "load_tokenizer",
+    "save_tokenizer",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -1,0 +1,28 @@
+"""What every command does around its body: one line for an error, and an exit code."""
+
+import os
+import sys
+from collections.abc import Callable
+
+from fastgpt2.errors import UserError
+
+
+def run(name: str, body: Callable[[], int | None]) -> int:
+    """Call ``body`` and turn how it ended into an exit code.
+
+    A ``UserError`` becomes one line on stderr and 2, Ctrl-C one line and 130, a closed pipe
+    (``... | head``) a quiet 141, as the shell has them. Any other exception is a fault of ours and
+    keeps its traceback.
+    """
+    try:
+        return body() or 0
+    except UserError as error:
+        print(f"fastgpt2 {name}: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nfastgpt2 {name}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # the interpreter flushes stdout at exit and would complain once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141

@@ -1,0 +1,244 @@
+"""One file from the network: several mirrors, resume, checksum, and never half a file."""
+
+import contextlib
+import hashlib
+import http.client
+import os
+import socket
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from queue import Empty, Queue
+from typing import Any, BinaryIO
+
+from tqdm import tqdm
+
+from fastgpt2.errors import UserError
+
+CHUNK = 1 << 16
+# a server that sends less than this over one time limit is given up
+MIN_BYTES_PER_SECOND = 1024
+
+
+class DownloadError(UserError):
+    """No mirror gave the file; the message says what each of them did."""
+
+
+class _AttemptError(Exception):
+    """One attempt failed; ``final`` when trying the same mirror again is of no use."""
+
+    def __init__(self, reason: str, *, final: bool = False) -> None:
+        super().__init__(reason)
+        self.final = final
+
+
+def cache_dir() -> Path:
+    """``$FASTGPT2_CACHE``, else ``$XDG_CACHE_HOME/fastgpt2``, else ``~/.cache/fastgpt2``."""
+    if chosen := os.environ.get("FASTGPT2_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastgpt2"
+
+
+def download(
+    urls: str | Sequence[str],
+    path: str | Path,
+    *,
+    sha256: str | None = None,
+    size: int | None = None,
+    timeout: float = 30.0,
+    retries: int = 2,
+    progress: bool = True,
+) -> Path:
+    """Put the content of the first mirror that works at ``path``, and return ``path``.
+
+    A file that is already there and passes the checks is kept. The bytes go to ``path`` + ``.part``
+    under a lock, so that processes asking for the same file at once fetch it once, and are renamed
+    when whole and checked. What an interrupted download left is continued when ``sha256`` can prove
+    the result; without it, it is fetched anew.
+
+    Args:
+        urls: mirrors, the preferred first.
+        sha256: expected hex digest of the content.
+        size: expected number of bytes.
+        timeout: seconds to wait for an answer, and over which a server must send at least
+            ``MIN_BYTES_PER_SECOND``.
+        retries: further attempts at each mirror after a failure that may pass.
+        progress: show a bar on stderr.
+
+    Raises:
+        DownloadError: every mirror failed, with the reason of each, in one line.
+    """
+    mirrors = [urls] if isinstance(urls, str) else list(urls)
+    path = Path(path)
+    if _is_good(path, sha256, size):
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(path.with_name(path.name + ".lock")):
+        # another process may have fetched it while we waited for the lock
+        if _is_good(path, sha256, size):
+            return path
+        reasons = []
+        for url in mirrors:
+            try:
+                _from_mirror(url, path, sha256, size, timeout, retries, progress)
+                return path
+            except _AttemptError as error:
+                reasons.append(f"{url}: {error}")
+    raise DownloadError(f"cannot download {path.name}: {'; '.join(reasons)}")
+
+
+def _is_good(path: Path, sha256: str | None, size: int | None) -> bool:
+    if not path.is_file() or (size is not None and path.stat().st_size != size):
+        return False
+    return sha256 is None or _digest(path) == sha256
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("ab") as file:
+        if sys.platform != "win32":
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _from_mirror(
+    url: str,
+    path: Path,
+    sha256: str | None,
+    size: int | None,
+    timeout: float,
+    retries: int,
+    progress: bool,
+) -> None:
+    part = path.with_name(path.name + ".part")
+    if sha256 is None:
+        part.unlink(missing_ok=True)
+    for attempt in range(retries + 1):
+        resumed = part.is_file() and part.stat().st_size > 0
+        try:
+            _fetch(url, part, path.name, timeout, progress)
+            _check(part, sha256, size)
+            os.replace(part, path)
+            return
+        except _AttemptError as error:
+            # the beginning may come from another mirror or another day: once more, from zero
+            stale = error.final and resumed and not part.is_file()
+            if not stale and (error.final or attempt == retries):
+                raise
+        time.sleep(0.25 * 2**attempt)
+    raise _AttemptError("the partial file did not fit")
+
+
+def _check(part: Path, sha256: str | None, size: int | None) -> None:
+    """Remove a file that is not the expected one, and say expected and got."""
+    got_size = part.stat().st_size
+    problem = None
+    if size is not None and got_size != size:
+        problem = f"expected {size} bytes, got {got_size}"
+    elif sha256 is not None and (got := _digest(part)) != sha256:
+        problem = f"expected sha256 {sha256}, got {got}"
+    if problem:
+        part.unlink()
+        raise _AttemptError(problem, final=True)
+    with part.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _fetch(url: str, part: Path, name: str, timeout: float, progress: bool) -> None:
+    """Append to ``part`` what is missing of it."""
+    start = part.stat().st_size if part.is_file() else 0
+    headers = {"User-Agent": "fastgpt2", "Accept-Encoding": "identity"}
+    if start:
+        headers["Range"] = f"bytes={start}-"
+    response = _open(urllib.request.Request(url, headers=headers), timeout)
+    if response is None:
+        # 416: there is nothing after what we have, so it is whole, or not ours at all
+        return
+    with response:
+        if response.status != 206:
+            # the server does not resume: it sends everything
+            start = 0
+        length = response.headers.get("Content-Length")
+        total = None if length is None else start + int(length)
+        with part.open("ab") as file:
+            file.truncate(start)
+            with tqdm(
+                desc=name, total=total, initial=start, unit="B", unit_scale=True,
+                disable=not progress, leave=False,
+            ) as bar:  # fmt: skip
+                _copy(response, file, bar, timeout)
+    got = part.stat().st_size
+    if total is not None and got != total:
+        raise _AttemptError(f"the connection ended after {got} of {total} bytes")
+
+
+def _open(request: urllib.request.Request, timeout: float) -> Any:
+    """The response, or None for status 416.
+
+    In a thread, because no time limit of Python's reaches the resolving of a name, which can take
+    minutes on a machine that is half connected.
+    """
+    answers: Queue[Any] = Queue()
+
+    def ask() -> None:
+        try:
+            answers.put(urllib.request.urlopen(request, timeout=timeout))
+        except Exception as error:
+            answers.put(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        answer = answers.get(timeout=2 * timeout)
+    except Empty:
+        raise _AttemptError(f"no answer in {2 * timeout:g} s", final=True) from None
+    if isinstance(answer, urllib.error.HTTPError) and answer.code == 416:
+        answer.close()
+        return None
+    if isinstance(answer, Exception):
+        raise _explain(answer, timeout) from answer
+    return answer
+
+
+def _copy(response: Any, file: BinaryIO, bar: Any, timeout: float) -> None:
+    window_start, window_bytes = time.monotonic(), 0
+    while True:
+        try:
+            data = response.read1(CHUNK)
+        except (OSError, http.client.HTTPException) as error:
+            raise _explain(error, timeout) from error
+        if not data:
+            return
+        file.write(data)
+        bar.update(len(data))
+        window_bytes += len(data)
+        elapsed = time.monotonic() - window_start
+        if elapsed > timeout:
+            if window_bytes < MIN_BYTES_PER_SECOND * elapsed:
+                raise _AttemptError(f"too slow: {window_bytes} bytes in {elapsed:.0f} s")
+            window_start, window_bytes = time.monotonic(), 0
+
+
+def _explain(error: Exception, timeout: float) -> _AttemptError:
+    """What went wrong in a few words, and whether trying again can help."""
+    if isinstance(error, urllib.error.HTTPError):
+        error.close()
+        return _AttemptError(f"HTTP {error.code} {error.reason}", final=error.code < 500)
+    reason = error.reason if isinstance(error, urllib.error.URLError) else error
+    if isinstance(reason, socket.gaierror):
+        return _AttemptError("the host name cannot be resolved", final=True)
+    if isinstance(reason, TimeoutError):
+        return _AttemptError(f"timed out after {timeout:g} s")
+    if isinstance(reason, ValueError):
+        return _AttemptError(str(reason), final=True)
+    return _AttemptError(f"{reason or type(reason).__name__}")

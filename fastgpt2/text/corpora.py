@@ -1,0 +1,277 @@
+"""Where training text comes from: files, folders, patterns, and a few corpora known by name."""
+
+import codecs
+import glob
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Literal
+
+from fastgpt2.download import DownloadError, cache_dir, download
+from fastgpt2.errors import UserError
+
+PYTHON_DOCS = "python-docs"
+# bytes of text in one piece: what the tokenizer sees, and holds in memory, at once
+PIECE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class RemoteText:
+    """A text on the network: where it lives, and what its bytes must be."""
+
+    file: str
+    urls: tuple[str, ...]
+    sha256: str
+    size: int
+
+
+REMOTE = {
+    # Edith Wharton, 1908, public domain; the text that "Build a Large Language Model" trains on
+    "the-verdict": RemoteText(
+        "the-verdict.txt",
+        (
+            "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/ch02/"
+            "01_main-chapter-code/the-verdict.txt",
+        ),
+        "b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f",
+        20_479,
+    ),
+    # 40,000 lines of Shakespeare, as Karpathy put them together for char-rnn
+    "tinyshakespeare": RemoteText(
+        "tinyshakespeare.txt",
+        (
+            "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
+            "input.txt",
+        ),
+        "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+        1_115_394,
+    ),
+}
+CORPUS_NAMES = (PYTHON_DOCS, *REMOTE)
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text: a UTF-8 file, or a string that is in memory already."""
+
+    name: str
+    content: Path | bytes
+
+    @property
+    def size(self) -> int:
+        """Length in bytes."""
+        if isinstance(self.content, bytes):
+            return len(self.content)
+        return self.content.stat().st_size
+
+    def chunks(self, size: int) -> Iterator[bytes]:
+        """The bytes in order, at most ``size`` at a time."""
+        if isinstance(self.content, bytes):
+            yield from (self.content[i : i + size] for i in range(0, len(self.content), size))
+            return
+        try:
+            with self.content.open("rb") as file:
+                while chunk := file.read(size):
+                    yield chunk
+        except OSError as error:
+            raise UserError(f"data: cannot read {self.name}: {error.strerror}") from error
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents in a fixed order, and what to call them together."""
+
+    source: str
+    documents: tuple[Document, ...]
+
+    @property
+    def size(self) -> int:
+        """UTF-8 bytes of all documents."""
+        return sum(document.size for document in self.documents)
+
+    def pieces(self) -> Iterator[str]:
+        """All text, in pieces of about ``PIECE_BYTES``."""
+        return (piece.text for piece in split_pieces(self, 0.0))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of one document; ``first`` when its split has nothing of this document yet."""
+
+    split: Literal["train", "val"]
+    text: str
+    first: bool
+
+
+def load_corpus(data: str | Sequence[str]) -> Corpus:
+    """The documents that ``data`` names: corpus names, files, folders, glob patterns.
+
+    Folders are searched to the bottom, hidden files left out; files come in the order of their
+    names. One file is one document.
+
+    Raises:
+        UserError: something is not there, is empty, or cannot be downloaded.
+    """
+    items = [data] if isinstance(data, str) else list(data)
+    if not items:
+        raise UserError("data: nothing given")
+    documents: list[Document] = []
+    for item in items:
+        found = _resolve(item)
+        if not any(document.size for document in found):
+            raise UserError(f"data: {item} is empty")
+        documents += [document for document in found if document.size]
+    return Corpus(", ".join(items), tuple(documents))
+
+
+def _resolve(item: str) -> list[Document]:
+    if item == PYTHON_DOCS:
+        return python_docs()
+    if item in REMOTE:
+        return [Document(item, _fetch(item, REMOTE[item]))]
+    path = Path(item)
+    if path.is_dir():
+        paths = [p for p in path.rglob("*") if not _is_hidden(p.relative_to(path))]
+    elif path.exists():
+        paths = [path]
+    else:
+        paths = [Path(match) for match in glob.glob(item, recursive=True)]
+        if not paths:
+            raise _not_there(item)
+    files = sorted(p for p in paths if p.is_file())
+    if not files:
+        raise UserError(f"data: {item} has no files")
+    return [Document(str(p), p) for p in files]
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _not_there(item: str) -> UserError:
+    near = get_close_matches(item, CORPUS_NAMES, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known names: {', '.join(CORPUS_NAMES)}"
+    return UserError(f"data: no file, folder, pattern or corpus {item!r}; {hint}")
+
+
+def _fetch(name: str, text: RemoteText) -> Path:
+    path = cache_dir() / "corpora" / text.file
+    try:
+        return download(text.urls, path, sha256=text.sha256, size=text.size)
+    except DownloadError as error:
+        raise UserError(
+            f"data: {name} is not at hand ({error}); give a text file instead: --data FILE"
+        ) from error
+
+
+def python_docs() -> list[Document]:
+    """The prose that CPython carries for ``help()``: one document for each topic.
+
+    Many topics repeat paragraphs of others (a fifth of the text in CPython 3.11). Each paragraph is
+    kept where it comes first, so that the validation split is not a copy of the training text.
+    """
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise UserError(
+            f"data: this Python has no pydoc_data, so no {PYTHON_DOCS}; "
+            "give a text file: --data FILE"
+        ) from error
+    seen: set[str] = set()
+    documents = []
+    for name, text in topics.items():
+        paragraphs = [p for p in text.split("\n\n") if p.strip() and p not in seen]
+        seen.update(paragraphs)
+        content = "\n\n".join(paragraphs).strip()
+        if content:
+            documents.append(Document(f"{PYTHON_DOCS}/{name}", f"{content}\n".encode()))
+    return documents
+
+
+def split_pieces(corpus: Corpus, val_fraction: float) -> Iterator[Piece]:
+    """The text of ``corpus`` in order: first what trains, then what validates.
+
+    The cut is where ``1 - val_fraction`` of the bytes are passed, at the next character border,
+    even inside a document: for one ASCII file the split nanoGPT makes. A document is cut further
+    into pieces of about ``PIECE_BYTES``, where no tokenizer joins anything (see ``cut_point``).
+
+    Raises:
+        UserError: a document is not UTF-8, naming the file and the position of the byte.
+    """
+    if not 0 <= val_fraction < 1:
+        raise UserError(f"val_fraction must be in [0, 1), got {val_fraction}")
+    left = int(corpus.size * (1 - val_fraction))
+    for document in corpus.documents:
+        decoder = _Decoder(document.name)
+        split: Literal["train", "val"] = "train" if left > 0 else "val"
+        first = True
+        buffer = ""
+        for chunk in document.chunks(PIECE_BYTES):
+            if split == "train" and val_fraction and left < len(chunk):
+                # the character that the border falls into goes to the training text
+                left += _continuation_bytes(chunk, left)
+                buffer += decoder.decode(chunk[:left])
+                if buffer:
+                    yield Piece(split, buffer, first)
+                split, first, buffer = "val", True, ""
+                chunk = chunk[left:]
+                left = 0
+            elif split == "train":
+                left -= len(chunk)
+            buffer += decoder.decode(chunk)
+            if len(buffer) >= PIECE_BYTES // 2:
+                cut = cut_point(buffer)
+                yield Piece(split, buffer[:cut], first)
+                first, buffer = False, buffer[cut:]
+        buffer += decoder.finish()
+        if buffer:
+            yield Piece(split, buffer, first)
+
+
+def _continuation_bytes(chunk: bytes, start: int) -> int:
+    count = 0
+    while start + count < len(chunk) and chunk[start + count] & 0xC0 == 0x80:
+        count += 1
+    return count
+
+
+class _Decoder:
+    """UTF-8 over several chunks; an error names the file and the offset in it."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._read = 0
+
+    def decode(self, chunk: bytes, final: bool = False) -> str:
+        pending = len(self._decoder.getstate()[0])
+        try:
+            text = self._decoder.decode(chunk, final)
+        except UnicodeDecodeError as error:
+            offset = self._read - pending + error.start
+            raise UserError(
+                f"data: {self._name} is not UTF-8: byte 0x{error.object[error.start]:02x} at "
+                f"offset {offset} ({error.reason})"
+            ) from None
+        self._read += len(chunk)
+        return text
+
+    def finish(self) -> str:
+        return self.decode(b"", final=True)
+
+
+def cut_point(text: str) -> int:
+    """Where ``text`` can be cut so that its two parts tokenize as the whole does.
+
+    GPT-2's pattern never has a non-space followed by a space within one word, so the border before
+    a newline (failing that, a space) that follows a non-space is such a place; the last one is
+    taken. A text with none is cut at its end.
+    """
+    for space in "\n ":
+        place = text.rfind(space)
+        while place > 0:
+            if not text[place - 1].isspace():
+                return place
+            place = text.rfind(space, 0, place)
+    return len(text)

@@ -1,0 +1,51 @@
+"""What the tokenizers share: the protocol, the end-of-text mark, the fingerprint."""
+
+import hashlib
+from collections.abc import Iterable
+from typing import Protocol
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back."""
+
+    @property
+    def name(self) -> str:
+        """``gpt2``, ``bytes`` or ``char``: what ``get_tokenizer`` knows it by."""
+
+    @property
+    def vocab_size(self) -> int:
+        """V: every id is in [0, V)."""
+
+    @property
+    def eot(self) -> int | None:
+        """Id that stands between documents, None where the vocabulary has none."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Short sha256 of the vocabulary: equal fingerprints mean equal ids."""
+
+    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+        """Ids of ``text``; ``<|endoftext|>`` in it is plain text unless ``allow_special``."""
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """UTF-8 bytes of ``ids``; a prefix of a text may end inside a character."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ``ids``, with U+FFFD where the bytes are not UTF-8."""
+
+
+def fingerprint(tokens: Iterable[bytes]) -> str:
+    """16 hex digits of the sha256 over the tokens, in order of their ids, each with its length."""
+    digest = hashlib.sha256()
+    for token in tokens:
+        digest.update(len(token).to_bytes(4, "little") + token)
+    return digest.hexdigest()[:16]
+
+
+def well_formed(text: str) -> str:
+    """``text`` with lone surrogates replaced by U+FFFD, which is what UTF-8 can carry."""
+    if text.isascii():
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -1,0 +1,284 @@
+"""Tokens to batches: the book's sliding window, and the training and evaluation streams."""
+
+from collections.abc import Iterator
+from typing import Any, Protocol, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from fastgpt2.errors import UserError
+from fastgpt2.text.encoding import Tokenizer
+from fastgpt2.text.permutation import Permutation
+from fastgpt2.text.shards import TokenShards, check_ids
+from fastgpt2.text.tokenizers import get_tokenizer
+
+IGNORE_INDEX = -100
+
+
+class TokenSequence(Protocol):
+    """A one-dimensional sequence of ids: a numpy array or ``TokenShards``."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, key: slice, /) -> NDArray[Any]: ...
+
+
+Tokens = TokenSequence | torch.Tensor
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+def as_sequence(
+    tokens: Tokens, *, at_least: int, vocab_size: int | None, name: str
+) -> TokenSequence:
+    """``tokens`` ready to be sliced, after the checks that belong before the first step.
+
+    Raises:
+        UserError: fewer than ``at_least`` ids, or one outside [0, vocab_size).
+    """
+    sequence: TokenSequence = tokens.cpu().numpy() if isinstance(tokens, torch.Tensor) else tokens
+    if len(sequence) < at_least:
+        raise UserError(
+            f"{name}: {len(sequence)} tokens are too few, at least {at_least} are needed (a block "
+            "and the token after it)"
+        )
+    if isinstance(sequence, TokenShards):
+        # the shards check each id as they read it
+        if vocab_size is not None and sequence.vocab_size > vocab_size:
+            raise UserError(
+                f"{name}: token shards of a vocabulary of {sequence.vocab_size} for a model of "
+                f"{vocab_size}"
+            )
+    elif vocab_size is not None:
+        check_ids(np.asarray(sequence), vocab_size, name)
+    return sequence
+
+
+class BlockLoader:
+    """An endless stream of training batches, each a pure function of its place in the stream.
+
+    N tokens hold n = (N - 1) // T blocks of T inputs and T targets (the inputs moved by one). Each
+    epoch goes through the n blocks once, in an order of its own, with the borders between blocks
+    moved by a random 0 to T - 1 tokens (the last block is moved back to fit). Epochs follow each
+    other without a gap, a batch may hold the end of one and the beginning of the next, so nothing
+    is dropped and a corpus of fewer blocks than a batch works too.
+
+    Order and borders come from ``seed`` and the number of the epoch alone. The state is therefore
+    one number, the blocks used so far; resuming is exact, and goes on in the same order even with
+    another batch size or number of processes.
+
+    Args:
+        tokens: ids; numpy array, tensor or ``TokenShards``.
+        block_size: T, tokens.
+        batch_size: B, blocks a batch and process.
+        seed: of order and borders.
+        rank, world_size: this process and how many there are; each gets other blocks.
+        random_phase: move the borders from epoch to epoch.
+        vocab_size: V; ids are checked against it, if given.
+        name: what error messages call the tokens.
+
+    Raises:
+        UserError: fewer than T + 1 tokens, or an id outside the vocabulary.
+    """
+
+    def __init__(
+        self,
+        tokens: Tokens,
+        *,
+        block_size: int,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        random_phase: bool = True,
+        vocab_size: int | None = None,
+        name: str = "training tokens",
+    ) -> None:
+        if block_size < 1 or batch_size < 1 or not 0 <= rank < world_size:
+            raise ValueError(
+                f"BlockLoader: needs block_size, batch_size >= 1 and 0 <= rank < world_size, got "
+                f"{block_size}, {batch_size}, {rank}, {world_size}"
+            )
+        self._tokens = as_sequence(
+            tokens, at_least=block_size + 1, vocab_size=vocab_size, name=name
+        )
+        self.block_size = block_size
+        self.batch_size = batch_size
+        self.blocks_per_epoch = (len(self._tokens) - 1) // block_size
+        self._seed = seed
+        self._rank = rank
+        self._world_size = world_size
+        self._random_phase = random_phase
+        self._position = 0
+
+    @property
+    def tokens_per_epoch(self) -> int:
+        """Targets in one epoch, over all processes."""
+        return self.blocks_per_epoch * self.block_size
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches each process takes to see all blocks once, rounded up."""
+        return -(-self.blocks_per_epoch // (self.batch_size * self._world_size))
+
+    @property
+    def epoch(self) -> float:
+        """Epochs gone through, with the fraction of the current one."""
+        return self._position / self.blocks_per_epoch
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Batch:
+        """Inputs and targets, int64 ``(B, T)`` each."""
+        first = self._position + self._rank * self.batch_size
+        self._position += self._world_size * self.batch_size
+        starts = self._starts(np.arange(first, first + self.batch_size))
+        blocks = np.stack([self._tokens[s : s + self.block_size + 1] for s in starts.tolist()])
+        batch = torch.from_numpy(blocks.astype(np.int64))
+        return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+
+    def _starts(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where in the tokens the blocks at these places of the endless stream begin."""
+        starts = np.empty_like(places)
+        epochs, within = np.divmod(places, self.blocks_per_epoch)
+        for epoch in np.unique(epochs):
+            order = Permutation(self.blocks_per_epoch, seed=(self._seed, int(epoch)))
+            phase = order.extra % self.block_size if self._random_phase else 0
+            chosen = epochs == epoch
+            starts[chosen] = order(within[chosen]) * self.block_size + phase
+        return np.minimum(starts, len(self._tokens) - 1 - self.block_size)
+
+    def state_dict(self) -> dict[str, int]:
+        """The place in the stream, and what it is only valid for; plain integers."""
+        return {
+            "position": self._position,
+            "seed": self._seed,
+            "block_size": self.block_size,
+            "num_tokens": len(self._tokens),
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on where ``state_dict`` was taken.
+
+        Raises:
+            UserError: the state belongs to another seed, block size or number of tokens.
+        """
+        for key, ours in self.state_dict().items():
+            if key != "position" and state.get(key) != ours:
+                raise UserError(
+                    f"resume: the data stream was saved with {key} {state.get(key)}, "
+                    f"now it is {ours}"
+                )
+        self._position = state["position"]
+
+
+def iter_eval_batches(
+    tokens: Tokens,
+    block_size: int,
+    batch_size: int,
+    *,
+    vocab_size: int | None = None,
+    name: str = "validation tokens",
+) -> Iterator[Batch]:
+    """All tokens once, in order: every token but the first is a target exactly once.
+
+    Inputs and targets are int64 ``(B, T)``, the same shape each time, which keeps a compiled model
+    from compiling again; what is beyond the end has input 0 and target -100.
+
+    Raises:
+        UserError: fewer than two tokens, or an id outside the vocabulary.
+    """
+    sequence = as_sequence(tokens, at_least=2, vocab_size=vocab_size, name=name)
+    targets = len(sequence) - 1
+    rows = min(batch_size, -(-targets // block_size))
+    return _eval_batches(sequence, block_size, rows)
+
+
+def _eval_batches(sequence: TokenSequence, block_size: int, rows: int) -> Iterator[Batch]:
+    for start in range(0, len(sequence) - 1, rows * block_size):
+        ids = torch.from_numpy(sequence[start : start + rows * block_size + 1].astype(np.int64))
+        idx = torch.zeros(rows * block_size, dtype=torch.int64)
+        targets = torch.full((rows * block_size,), IGNORE_INDEX)
+        idx[: len(ids) - 1] = ids[:-1]
+        targets[: len(ids) - 1] = ids[1:]
+        yield idx.view(rows, block_size), targets.view(rows, block_size)
+
+
+class SlidingWindows(TorchDataset[Batch]):
+    """Windows of ``max_length`` tokens, one every ``stride`` tokens, with their targets."""
+
+    def __init__(self, tokens: TokenSequence, max_length: int, stride: int) -> None:
+        self._tokens = tokens
+        self._max_length = max_length
+        self._stride = stride
+
+    def __len__(self) -> int:
+        return max(0, -(-(len(self._tokens) - self._max_length) // self._stride))
+
+    def __getitem__(self, index: int) -> Batch:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        start = index * self._stride
+        window = torch.from_numpy(
+            self._tokens[start : start + self._max_length + 1].astype(np.int64)
+        )
+        return window[:-1], window[1:]
+
+
+def create_dataloader(
+    text_or_tokens: str | Tokens,
+    batch_size: int = 4,
+    max_length: int = 256,
+    stride: int = 128,
+    shuffle: bool = True,
+    drop_last: bool = True,
+    *,
+    tokenizer: Tokenizer | None = None,
+    num_workers: int = 0,
+) -> DataLoader[Batch]:
+    """Batches of overlapping windows, as in Raschka, "Build a Large Language Model", chapter 2.
+
+    Window i has the inputs ``tokens[i * stride : i * stride + max_length]`` and as targets the same
+    moved by one token.
+
+    Args:
+        text_or_tokens: a text, or the ids of one.
+        batch_size: B, windows in a batch.
+        max_length: T, tokens in a window.
+        stride: tokens from one window to the next; ``max_length`` for no overlap.
+        shuffle: a new random order each epoch (torch's global generator).
+        drop_last: leave out a last batch with fewer than ``batch_size`` windows.
+        tokenizer: for a text; GPT-2's if None.
+        num_workers: processes of the ``DataLoader``.
+
+    Returns:
+        a ``DataLoader`` of pairs (inputs, targets), int64 ``(B, T)`` each.
+
+    Raises:
+        UserError: the text is too short for one batch.
+    """
+    if batch_size < 1 or max_length < 1 or stride < 1:
+        raise ValueError(
+            "create_dataloader: batch_size, max_length and stride must be positive, got "
+            f"{batch_size}, {max_length} and {stride}"
+        )
+    if isinstance(text_or_tokens, str):
+        tokenizer = tokenizer or get_tokenizer("gpt2")
+        tokens: Tokens = np.asarray(tokenizer.encode(text_or_tokens), np.int64)
+    else:
+        tokens = text_or_tokens
+    sequence = as_sequence(
+        tokens, at_least=max_length + 1, vocab_size=None, name="create_dataloader"
+    )
+    windows = SlidingWindows(sequence, max_length, stride)
+    if drop_last and len(windows) < batch_size:
+        raise UserError(
+            f"create_dataloader: {len(sequence)} tokens make {len(windows)} windows, fewer than "
+            f"one batch of {batch_size}, and drop_last leaves none"
+        )
+    return DataLoader(
+        windows, batch_size, shuffle=shuffle, drop_last=drop_last, num_workers=num_workers
+    )

@@ -1,0 +1,291 @@
+"""Token shards: a corpus as ids on the disk, read piece by piece in bounded memory.
+
+One shard is a 256-byte header and the ids, little-endian. The header says everything that a wrong
+guess about the ids would need to be caught:
+
+======  ====  =======================================================
+offset  size  content
+======  ====  =======================================================
+0       8     magic ``FGPT2TOK``
+8       4     version, 1
+12      4     bytes per id: 2 (uint16) or 4 (uint32)
+16      8     vocabulary size V
+24      8     number of ids
+32      32    sha256 of the ids' bytes
+64      32    tokenizer's name, UTF-8, zero-padded
+96      32    tokenizer's fingerprint, likewise
+128     124   zeros
+252     4     CRC-32 of the 252 bytes before it
+======  ====  =======================================================
+"""
+
+import hashlib
+import os
+import struct
+import sys
+import zlib
+from bisect import bisect_right
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fastgpt2.errors import UserError
+from fastgpt2.files import atomic_path
+from fastgpt2.text.encoding import Tokenizer
+
+MAGIC = b"FGPT2TOK"
+VERSION = 1
+HEADER_BYTES = 256
+SUFFIX = ".tokens"
+_FIELDS = struct.Struct("<8sIIQQ32s32s32s")
+_DTYPES: dict[int, np.dtype[Any]] = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
+_VERIFY_IDS = 1 << 20
+
+
+def dtype_for(vocab_size: int) -> np.dtype[Any]:
+    """uint16 where every id fits, else uint32."""
+    return _DTYPES[2 if vocab_size <= 1 << 16 else 4]
+
+
+@dataclass(frozen=True)
+class ShardHeader:
+    """What a shard says of itself."""
+
+    itemsize: int
+    vocab_size: int
+    count: int
+    sha256: bytes
+    tokenizer: str
+    fingerprint: str
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of the ids in the file."""
+        return _DTYPES[self.itemsize]
+
+    def pack(self) -> bytes:
+        """The 256 bytes at the beginning of the file."""
+        fields = _FIELDS.pack(
+            MAGIC,
+            VERSION,
+            self.itemsize,
+            self.vocab_size,
+            self.count,
+            self.sha256,
+            self.tokenizer.encode("utf-8"),
+            self.fingerprint.encode("utf-8"),
+        ).ljust(HEADER_BYTES - 4, b"\0")
+        return fields + struct.pack("<I", zlib.crc32(fields))
+
+    @classmethod
+    def read(cls, path: str | Path) -> Self:
+        """Read and check the header of a shard, and the file's size against it.
+
+        Raises:
+            UserError: not a shard, a newer version, a damaged header, a dtype too small for the
+                vocabulary, or a file longer or shorter than its header says.
+        """
+        try:
+            with open(path, "rb") as file:
+                data = file.read(HEADER_BYTES)
+                size = os.fstat(file.fileno()).st_size
+        except OSError as error:
+            raise UserError(f"token shard {path}: cannot be read: {error.strerror}") from error
+        if data[:8] != MAGIC:
+            raise UserError(f"token shard {path}: expected magic {MAGIC!r}, got {data[:8]!r}")
+        if len(data) < HEADER_BYTES:
+            raise UserError(f"token shard {path}: header has {len(data)} of {HEADER_BYTES} bytes")
+        _, version, itemsize, vocab_size, count, sha256, name, mark = _FIELDS.unpack_from(data)
+        if version != VERSION:
+            raise UserError(f"token shard {path}: expected version {VERSION}, got {version}")
+        if zlib.crc32(data[:-4]) != struct.unpack("<I", data[-4:])[0]:
+            raise UserError(f"token shard {path}: the header is damaged (its CRC-32 differs)")
+        if itemsize not in _DTYPES or itemsize < dtype_for(vocab_size).itemsize:
+            raise UserError(
+                f"token shard {path}: {itemsize} bytes per id cannot hold a vocabulary of "
+                f"{vocab_size}"
+            )
+        if size != HEADER_BYTES + count * itemsize:
+            raise UserError(
+                f"token shard {path}: {count} ids of {itemsize} bytes make "
+                f"{HEADER_BYTES + count * itemsize} bytes, the file has {size}"
+            )
+        texts = [field.rstrip(b"\0").decode("utf-8", "replace") for field in (name, mark)]
+        return cls(itemsize, vocab_size, count, sha256, *texts)
+
+
+class ShardWriter:
+    """Writes one shard; the file appears under its name when the ``with`` block ends well.
+
+    Raises:
+        UserError: an id outside [0, V), or a ``dtype`` that cannot hold V ids.
+    """
+
+    def __init__(
+        self, path: str | Path, tokenizer: Tokenizer, *, dtype: np.dtype[Any] | None = None
+    ) -> None:
+        self.path = Path(path)
+        self.count = 0
+        self._tokenizer = tokenizer
+        self._dtype = dtype_for(tokenizer.vocab_size) if dtype is None else np.dtype(dtype)
+        self._digest = hashlib.sha256()
+        if self._dtype not in _DTYPES.values():
+            raise UserError(f"token shard {path}: dtype must be uint16 or uint32, got {dtype}")
+        if self._dtype.itemsize < dtype_for(tokenizer.vocab_size).itemsize:
+            raise UserError(
+                f"token shard {path}: {self._dtype} cannot hold the vocabulary of "
+                f"{tokenizer.vocab_size}"
+            )
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            temporary = stack.enter_context(atomic_path(self.path))
+            self._file: BinaryIO = stack.enter_context(temporary.open("wb"))
+            self._file.write(bytes(HEADER_BYTES))
+            self._stack = stack.pop_all()
+        return self
+
+    def write(self, ids: ArrayLike) -> None:
+        """Append ids."""
+        array = np.asarray(ids)
+        check_ids(array, self._tokenizer.vocab_size, f"token shard {self.path}")
+        data = array.astype(self._dtype).tobytes()
+        self._digest.update(data)
+        self._file.write(data)
+        self.count += array.size
+
+    @property
+    def header(self) -> ShardHeader:
+        """The header for what is written so far."""
+        return ShardHeader(
+            self._dtype.itemsize,
+            self._tokenizer.vocab_size,
+            self.count,
+            self._digest.digest(),
+            self._tokenizer.name,
+            self._tokenizer.fingerprint,
+        )
+
+    def __exit__(self, *error: Any) -> None:
+        if error[0] is None:
+            self._file.seek(0)
+            self._file.write(self.header.pack())
+        self._stack.__exit__(*error)
+
+
+def check_ids(ids: NDArray[Any], vocab_size: int, where: str) -> None:
+    """Raise a UserError that names the first id outside [0, vocab_size) and its position."""
+    if not ids.size:
+        return
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise UserError(f"{where}: ids must be integers, got {ids.dtype}")
+    if ids.max() < vocab_size and ids.min() >= 0:
+        return
+    position = int(np.argmax((ids >= vocab_size) | (ids < 0)))
+    raise UserError(
+        f"{where}: id {ids[position]} at position {position} is not in the vocabulary of "
+        f"{vocab_size}"
+    )
+
+
+class TokenShards:
+    """Several shards as one read-only sequence of ids: ``len(shards)``, ``shards[start:stop]``.
+
+    A slice is read from the file into a new array, and nothing else stays: the pages of a
+    long-lived memory map count as the process's own until the system takes them back, which ends
+    runs where memory is limited (karpathy/nanoGPT#287). Slices are checked against the vocabulary
+    as they are read, so no damaged id reaches an embedding.
+
+    Raises:
+        UserError: a shard is not usable (see ``ShardHeader.read``), or the shards are of different
+            vocabularies.
+    """
+
+    def __init__(self, paths: Sequence[str | Path]) -> None:
+        if not paths:
+            raise UserError("token shards: no files given")
+        self.paths = tuple(Path(path) for path in paths)
+        self.headers = tuple(ShardHeader.read(path) for path in self.paths)
+        first = self.headers[0]
+        for path, header in zip(self.paths, self.headers, strict=True):
+            if header.fingerprint != first.fingerprint or header.vocab_size != first.vocab_size:
+                raise UserError(
+                    f"token shard {path}: tokenizer {header.tokenizer} {header.fingerprint} "
+                    f"({header.vocab_size} ids), but {self.paths[0]} has {first.tokenizer} "
+                    f"{first.fingerprint} ({first.vocab_size} ids)"
+                )
+        self.vocab_size = first.vocab_size
+        self.tokenizer = first.tokenizer
+        self.fingerprint = first.fingerprint
+        # one dtype for the whole sequence, whatever the shards have
+        self.dtype = max((header.dtype for header in self.headers), key=lambda d: d.itemsize)
+        self._ends = np.cumsum([header.count for header in self.headers]).tolist()
+        self._files = [path.open("rb", buffering=0) for path in self.paths]
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, key: slice) -> NDArray[Any]:
+        start, stop, step = key.indices(len(self))
+        if step != 1:
+            raise ValueError(f"token shards: slices have step 1, got {step}")
+        out = np.empty(max(0, stop - start), self.dtype)
+        done = 0
+        while done < out.size:
+            shard = bisect_right(self._ends, start + done)
+            begin = self._ends[shard] - self.headers[shard].count
+            offset = start + done - begin
+            count = min(self._ends[shard] - (start + done), out.size - done)
+            out[done : done + count] = self._read(shard, offset, count)
+            done += count
+        return out
+
+    def _read(self, shard: int, offset: int, count: int) -> NDArray[Any]:
+        header, path = self.headers[shard], self.paths[shard]
+        data = _read_at(
+            self._files[shard], HEADER_BYTES + offset * header.itemsize, count * header.itemsize
+        )
+        if len(data) != count * header.itemsize:
+            raise UserError(f"token shard {path}: the file became shorter while it was in use")
+        ids = np.frombuffer(data, header.dtype)
+        check_ids(ids, self.vocab_size, f"token shard {path}, from id {offset}")
+        return ids
+
+    def verify(self) -> None:
+        """Read everything: raise a UserError where the ids do not match their checksum."""
+        for shard, header in enumerate(self.headers):
+            digest = hashlib.sha256()
+            for offset in range(0, header.count, _VERIFY_IDS):
+                count = min(_VERIFY_IDS, header.count - offset)
+                digest.update(self._read(shard, offset, count).tobytes())
+            if digest.digest() != header.sha256:
+                raise UserError(
+                    f"token shard {self.paths[shard]}: expected sha256 {header.sha256.hex()}, got "
+                    f"{digest.hexdigest()}"
+                )
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files:
+            file.close()
+
+    # worker processes of a torch DataLoader open the files for themselves
+    def __reduce__(self) -> tuple[type[Self], tuple[tuple[Path, ...]]]:
+        return type(self), (self.paths,)
+
+
+def _read_at(file: Any, offset: int, count: int) -> bytes:
+    """``count`` bytes at ``offset``, without moving a position that a forked process shares."""
+    if sys.platform == "win32":
+        file.seek(offset)
+        return bytes(file.read(count))
+    parts = []
+    while count and (part := os.pread(file.fileno(), count, offset)):
+        parts.append(part)
+        offset, count = offset + len(part), count - len(part)
+    return b"".join(parts)
