@@ -1,0 +1,197 @@
+"""Compile a kernel for a GPU that is not there, and read what the binary needs.
+
+Triton's compiler, ptxas, nvdisasm and cuobjdump all ship in the wheel and need no device, so
+registers, spills, shared memory and tensor-core instructions are facts on any machine. Not under
+``TRITON_INTERPRET=1``: there the kernels are plain Python functions.
+"""
+
+import contextlib
+import io
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+# tensor-core opcodes as the disassembler spells them, the newest kind first
+_NVIDIA_MMA = (
+    ("tcgen05", re.compile(r"\bUTC[A-Z]*MMA")),
+    ("wgmma", re.compile(r"\b(HGMMA|QGMMA|IGMMA)\b")),
+    ("mma.sync", re.compile(r"\b(HMMA|QMMA|IMMA)\b")),
+)
+_NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass(frozen=True)
+class CompileCase:
+    """One kernel with one set of tiles and types, as ``compile_case`` builds it.
+
+    Attributes:
+        kernel: the ``@triton.jit`` function.
+        name: of the kernel in the report, such as ``attention_fwd``.
+        config: a label for tiles and types, such as ``128x64 w8 s3 D64 bf16``; unique within name.
+        signature: type of every argument by name: ``"*bf16"``, ``"i32"``, ``"fp32"``,
+            ``"constexpr"``, or a tuple of those for a tuple argument. A ``"constexpr"`` inside a
+            tuple is a stride of 1, which Triton always specialises on.
+        constexprs: value of every ``"constexpr"`` argument.
+        num_warps: of a block.
+        num_stages: of the software pipeline.
+        divisible_by_16: pointers and integers that Triton would see as multiples of 16 at GPT-2's
+            shapes; a tuple's name means each of its elements, ``"x_strides.0"`` only that one.
+        wants_mma: the kernel is meant to use the tensor cores.
+        flops: floating-point operations of the launch at the stated GPT-2 shape.
+        bytes: bytes it must move through device memory there.
+    """
+
+    kernel: Any
+    name: str
+    config: str
+    signature: dict[str, Any]
+    constexprs: dict[str, Any]
+    num_warps: int
+    num_stages: int
+    divisible_by_16: tuple[str, ...]
+    wants_mma: bool
+    flops: float
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one thread (registers, spills) and one block (shared memory) of a binary need.
+
+    Attributes:
+        registers: per thread; vector registers on AMD.
+        spill_bytes: per thread, of the stack frame on NVIDIA, of scratch memory on AMD.
+        shared_bytes: per block.
+        mma: ``tcgen05``, ``wgmma``, ``mma.sync``, ``mfma``, or empty without tensor cores.
+        serialized: ptxas waits after every wgmma instead of overlapping them.
+    """
+
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    mma: str
+    serialized: bool
+
+
+def _constant_paths(case: CompileCase) -> dict[tuple[int, ...], Any]:
+    """Triton's constants: (argument index, element index) -> value."""
+    constants = {}
+    for i, (name, kind) in enumerate(case.signature.items()):
+        if isinstance(kind, tuple):
+            constants |= {(i, j): 1 for j, part in enumerate(kind) if part == "constexpr"}
+        elif kind == "constexpr":
+            constants[i,] = case.constexprs[name]
+    return constants
+
+
+def _divisible_paths(case: CompileCase) -> list[tuple[int, ...]]:
+    """Index paths of the arguments, or elements of tuples, that are multiples of 16."""
+    names = list(case.signature)
+    paths: list[tuple[int, ...]] = []
+    for entry in case.divisible_by_16:
+        name, _, element = entry.partition(".")
+        i, kind = names.index(name), case.signature[name]
+        if element:
+            paths.append((i, int(element)))
+        elif isinstance(kind, tuple):
+            paths += [(i, j) for j, part in enumerate(kind) if part != "constexpr"]
+        else:
+            paths.append((i,))
+    return paths
+
+
+def _source(case: CompileCase) -> ASTSource:
+    expected = list(case.kernel.arg_names)
+    if list(case.signature) != expected:
+        raise ValueError(
+            f"{case.name}: the signature must name the kernel's arguments {expected} in order, "
+            f"got {list(case.signature)}"
+        )
+    attrs = {path: [["tt.divisibility", 16]] for path in _divisible_paths(case)}
+    return ASTSource(case.kernel, case.signature, _constant_paths(case), attrs)
+
+
+def _run_tool(tool: str, *arguments: str) -> str:
+    command = [str(_NVIDIA_TOOLS / tool), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _mma_kind(ptx: str, cubin: str) -> str:
+    # disassembling takes as long as compiling: only where there is something to find
+    if "mma" not in ptx:
+        return ""
+    sass = _run_tool("nvdisasm", "-c", cubin)
+    return next((kind for kind, opcode in _NVIDIA_MMA if opcode.search(sass)), "")
+
+
+def _nvidia_resources(compiled: Any, assembler_log: str) -> Resources:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        usage = _run_tool("cuobjdump", "-res-usage", cubin.name)
+        mma = _mma_kind(compiled.asm["ptx"], cubin.name)
+    counts = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return Resources(
+        registers=counts["REG"],
+        spill_bytes=counts["STACK"] + counts["LOCAL"],
+        shared_bytes=compiled.metadata.shared,
+        mma=mma,
+        serialized="wgmma.mma_async instructions are serialized" in assembler_log,
+    )
+
+
+def _amd_resources(compiled: Any) -> Resources:
+    assembly = compiled.asm["amdgcn"]
+    counts = {
+        key: int(value)
+        for key, value in re.findall(
+            r"\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size): +(\d+)", assembly
+        )
+    }
+    return Resources(
+        registers=counts["vgpr_count"],
+        spill_bytes=max(counts["private_segment_fixed_size"], 4 * counts["vgpr_spill_count"]),
+        shared_bytes=compiled.metadata.shared,
+        mma="mfma" if "v_mfma" in assembly else "",
+        serialized=False,
+    )
+
+
+def compile_case(case: CompileCase, arch: str) -> Resources:
+    """Build ``case`` for one of ``TARGETS``, say ``sm_90``, and read what the binary needs.
+
+    Raises:
+        RuntimeError: under ``TRITON_INTERPRET=1``.
+        ValueError: the signature does not name the kernel's arguments in order.
+    """
+    if not isinstance(case.kernel, triton.JITFunction):
+        raise RuntimeError("kernels cannot be compiled under TRITON_INTERPRET=1: unset it")
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    log = io.StringIO()
+    # a cached binary would come without the assembler's log, which Triton prints
+    with (
+        knobs.compilation.scope(),
+        knobs.nvidia.scope(),
+        contextlib.redirect_stdout(log),
+    ):
+        knobs.compilation.always_compile = True
+        knobs.nvidia.dump_ptxas_log = True
+        compiled = triton.compile(_source(case), target=TARGETS[arch], options=options)
+    if arch.startswith("gfx"):
+        return _amd_resources(compiled)
+    return _nvidia_resources(compiled, log.getvalue())

@@ -1,0 +1,119 @@
+"""Which tiles a kernel runs with: a table keyed by kernel, shape class and architecture.
+
+A pure look-up, no measuring: ``benchmarks/on_gpu.sh tune`` tries the candidates on a GPU and
+rewrites the rows. A rule of the table applies to a launch if every quantity it names is at most
+the limit it gives; the first rule that applies is taken, the last one names no limit.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+
+from fastgpt2.kernels.backend import INTERPRETED
+
+# sm_80 stands for every NVIDIA GPU that has no column of its own, so its tiles must fit in the
+# 99 KB of shared memory of an sm_86, sm_89 or sm_120; gfx942 stands for every AMD GPU
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+# the interpreter's column: small tiles, so that small shapes span several of them
+INTERPRET = "interpret"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tiles, warps and pipeline stages of one launch; ``meta()`` is what the launch is given."""
+
+    blocks: tuple[tuple[str, int], ...]
+    num_warps: int
+    num_stages: int
+
+    def meta(self) -> dict[str, int]:
+        """Keyword arguments of the launch: every block size, num_warps and num_stages."""
+        return {**dict(self.blocks), "num_warps": self.num_warps, "num_stages": self.num_stages}
+
+    def __getitem__(self, block: str) -> int:
+        """The size of one block, for the grid: ``config["BLOCK_M"]``."""
+        return dict(self.blocks)[block]
+
+    @property
+    def label(self) -> str:
+        """``128x64 w8 s3``: blocks in order, warps, stages."""
+        sizes = "x".join(str(size) for _, size in self.blocks)
+        return f"{sizes} w{self.num_warps} s{self.num_stages}".lstrip()
+
+
+def config(num_warps: int, num_stages: int, **blocks: int) -> Config:
+    """A ``Config``, written as the table's rows are: ``config(8, 3, BLOCK_M=128, BLOCK_N=64)``."""
+    return Config(tuple(blocks.items()), num_warps, num_stages)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One shape class: its limits, its config per architecture, and what the tuner may try.
+
+    Attributes:
+        limits: largest value of each quantity named, such as ``{"D": 64, "dropout": 0}``.
+        configs: architecture (and ``interpret``) -> config; ``sm_80`` for one not named.
+        candidates: further configs that the tuner tries.
+    """
+
+    limits: Mapping[str, int]
+    configs: Mapping[str, Config]
+    candidates: tuple[Config, ...] = field(default=())
+
+    def applies(self, shape_class: Mapping[str, int]) -> bool:
+        """Whether every limited quantity is within its limit."""
+        return all(shape_class[name] <= limit for name, limit in self.limits.items())
+
+    def on(self, arch: str) -> Config:
+        """The config of this shape class on ``arch``."""
+        return self.configs.get(arch, self.configs["sm_80"])
+
+
+# kernel -> rules, narrow ones first
+TABLE: dict[str, tuple[Rule, ...]] = {}
+
+# set by `overriding`
+_overrides: dict[str, Config] = {}
+
+
+def pick(op: str, arch: str, **shape_class: int) -> Config:
+    """The config of kernel ``op`` on ``arch`` for a launch of this shape class.
+
+    >>> pick("attention_fwd", "sm_90", D=64, dropout=0).meta()
+    """
+    if op in _overrides:
+        return _overrides[op]
+    return next(rule for rule in TABLE[op] if rule.applies(shape_class)).on(arch)
+
+
+def candidates(op: str, **shape_class: int) -> list[Config]:
+    """What the tuner tries for such a launch: what is in the table, then the rule's candidates."""
+    rule = next(rule for rule in TABLE[op] if rule.applies(shape_class))
+    chosen = [c for arch, c in rule.configs.items() if arch != INTERPRET]
+    return list(dict.fromkeys([*chosen, *rule.candidates]))
+
+
+@contextmanager
+def overriding(op: str, choice: Config) -> Iterator[None]:
+    """Within the block, kernel ``op`` runs with ``choice`` (the tuner's and the tests' way in)."""
+    _overrides[op] = choice
+    try:
+        yield
+    finally:
+        del _overrides[op]
+
+
+@lru_cache
+def _architecture(device: torch.device) -> str:
+    if torch.version.hip is not None:
+        return "gfx942"
+    major, _ = torch.cuda.get_device_capability(device)
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+
+
+def arch_of(device: torch.device) -> str:
+    """The table's column for a device: ``interpret`` under TRITON_INTERPRET=1, else its GPU's."""
+    return INTERPRET if INTERPRETED else _architecture(device)
