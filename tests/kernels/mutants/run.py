@@ -1,0 +1,175 @@
+"""``python -m tests.kernels.mutants.run [--op NAME ...] [--jobs N] [--sample N]``
+
+Applies every mutant, one at a time, to a copy of the tree and runs the tests it names: at least
+one must fail. The same tests must pass on the unmutated copy. The working tree is never touched.
+Exit code 1 if a mutant survives, 2 if the list itself is wrong.
+"""
+
+import argparse
+import importlib
+import os
+import pkgutil
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+
+from tqdm import tqdm
+
+import tests.kernels.mutants as package
+from tests.kernels.mutants import Mutant, StaleMutant, mutate
+
+ROOT = Path(__file__).resolve().parents[3]
+_COPIED = ("fastgpt2", "kernels", "tests", "pyproject.toml")
+# far above what any of the named tests needs: a mutant that loops for ever is a killed one
+_TIMEOUT_S = 300
+# pytest's exit codes
+_PASSED, _FAILED = 0, 1
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the tests said of one mutant: ``killed``, ``SURVIVED`` or an error."""
+
+    op: str
+    name: str
+    outcome: str
+    detail: str = ""
+
+
+def load_mutants(ops: Sequence[str] = ()) -> dict[str, list[Mutant]]:
+    """The committed lists by op, all of them or those named.
+
+    Raises:
+        StaleMutant: an op is unknown, or a mutant's old text is not in its file exactly once.
+    """
+    known = sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name != "run")
+    unknown = sorted(set(ops) - set(known))
+    if unknown:
+        raise StaleMutant(f"no mutants for {', '.join(unknown)}; there are {', '.join(known)}")
+    mutants = {
+        op: list(importlib.import_module(f"{package.__name__}.{op}").MUTANTS)
+        for op in known
+        if not ops or op in ops
+    }
+    for mutant in (m for listed in mutants.values() for m in listed):
+        mutate(mutant, (ROOT / mutant.path).read_text(encoding="utf-8"))
+    return mutants
+
+
+def copy_tree(root: Path, target: Path) -> None:
+    """The parts of the repository that the tests need, without compiled files."""
+    ignore = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
+    for name in _COPIED:
+        source = root / name
+        if source.is_dir():
+            shutil.copytree(source, target / name, symlinks=True, ignore=ignore)
+        elif source.exists():
+            shutil.copy2(source, target / name)
+
+
+def run_tests(tree: Path, tests: Iterable[str]) -> int:
+    """pytest's exit code on these node ids, run inside ``tree``."""
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        # a mutated file may have the size and the second of the file it replaces
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONPATH": str(tree),
+    }
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    try:
+        return subprocess.run(
+            command, cwd=tree, env=environment, capture_output=True, timeout=_TIMEOUT_S
+        ).returncode
+    except subprocess.TimeoutExpired:
+        return _FAILED
+
+
+def judge(tree: Path, op: str, mutant: Mutant) -> Verdict:
+    """Apply the mutant to the copy, run its tests, take the edit back."""
+    path = tree / mutant.path
+    source = path.read_text(encoding="utf-8")
+    path.write_text(mutate(mutant, source), encoding="utf-8")
+    try:
+        code = run_tests(tree, mutant.tests)
+    finally:
+        path.write_text(source, encoding="utf-8")
+    if code == _PASSED:
+        return Verdict(op, mutant.name, "SURVIVED", mutant.why)
+    if code != _FAILED:
+        return Verdict(op, mutant.name, "ERROR", f"pytest exit code {code}: tests not found?")
+    return Verdict(op, mutant.name, "killed", mutant.why)
+
+
+def judge_unmutated(tree: Path, op: str, mutants: Sequence[Mutant]) -> Verdict:
+    """The named tests must pass before any edit, or their failing proves nothing."""
+    code = run_tests(tree, dict.fromkeys(test for mutant in mutants for test in mutant.tests))
+    if code == _PASSED:
+        return Verdict(op, "(unmutated)", "passes")
+    return Verdict(op, "(unmutated)", "ERROR", f"pytest exit code {code} without any edit")
+
+
+def sample(mutants: Sequence[Mutant], count: int) -> list[Mutant]:
+    """``count`` mutants spread evenly over the list; all of them if there are fewer."""
+    if count >= len(mutants):
+        return list(mutants)
+    return [mutants[i * len(mutants) // count] for i in range(count)]
+
+
+def judge_all(mutants: dict[str, list[Mutant]], jobs: int, root: Path = ROOT) -> list[Verdict]:
+    """One verdict a mutant and one an op for its unmutated run, in ``jobs`` copies of the tree."""
+    tasks: list[tuple[str, Mutant | None]] = [(op, None) for op in mutants]
+    tasks += [(op, mutant) for op, listed in mutants.items() for mutant in listed]
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
+        trees: SimpleQueue[Path] = SimpleQueue()
+        for job in range(jobs):
+            tree = Path(folder) / str(job)
+            tree.mkdir()
+            copy_tree(root, tree)
+            trees.put(tree)
+
+        def work(task: tuple[str, Mutant | None]) -> Verdict:
+            op, mutant = task
+            tree = trees.get()
+            try:
+                if mutant is None:
+                    return judge_unmutated(tree, op, mutants[op])
+                return judge(tree, op, mutant)
+            finally:
+                trees.put(tree)
+
+        return list(tqdm(pool.map(work, tasks), total=len(tasks), unit="mutant"))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Judge the mutants, print a table, return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m tests.kernels.mutants.run")
+    parser.add_argument("--op", action="append", default=[], help="only this op; repeatable")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="copies at work")
+    parser.add_argument("--sample", type=int, metavar="N", help="at most N mutants an op")
+    options = parser.parse_args(arguments)
+    try:
+        mutants = load_mutants(options.op)
+    except StaleMutant as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if options.sample is not None:
+        mutants = {op: sample(listed, options.sample) for op, listed in mutants.items()}
+    verdicts = judge_all(mutants, options.jobs)
+    for verdict in sorted(verdicts, key=lambda v: v.op):
+        print(f"{verdict.op:24} {verdict.name:40} {verdict.outcome:9} {verdict.detail}")
+    outcomes = [verdict.outcome for verdict in verdicts]
+    killed, survived = outcomes.count("killed"), outcomes.count("SURVIVED")
+    print(f"{killed} killed, {survived} survived, {outcomes.count('ERROR')} errors")
+    if "ERROR" in outcomes:
+        return 2
+    return 1 if survived else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

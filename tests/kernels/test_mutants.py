@@ -1,0 +1,79 @@
+"""The mutant runner kills what a test notices, reports what survives, refuses stale lists."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.kernels.mutants import Mutant, StaleMutant, mutate
+from tests.kernels.mutants.run import judge_all, load_mutants, sample
+
+TEST = "tests/test_double.py::test_double"
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A repository in small: one function, one test."""
+    for folder in ("kernels", "tests"):
+        (tmp_path / folder).mkdir()
+    source = "def double(x):\n    y = x * 2\n    return y + 0\n"
+    (tmp_path / "kernels" / "double.py").write_text(source, encoding="utf-8")
+    test = "from kernels.double import double\n\ndef test_double():\n    assert double(3) == 6\n"
+    (tmp_path / "tests" / "test_double.py").write_text(test, encoding="utf-8")
+    return tmp_path
+
+
+def _mutant(name: str, old: str, new: str, test: str = TEST) -> Mutant:
+    return Mutant(name, "kernels/double.py", old, new, (test,))
+
+
+def test_killed_survived_and_broken(tree: Path) -> None:
+    mutants = [
+        _mutant("wrong", "x * 2", "x * 3"),
+        _mutant("harmless", "y + 0", "y - 0"),
+        _mutant("no_such_test", "x * 2", "x * 4", "tests/test_double.py::test_gone"),
+    ]
+    verdicts = judge_all({"double": mutants}, 2, tree)
+    outcomes = {verdict.name: verdict.outcome for verdict in verdicts}
+    assert outcomes["wrong"] == "killed"
+    assert outcomes["harmless"] == "SURVIVED"
+    # the unmutated run asks for the missing test, too
+    assert outcomes["no_such_test"] == outcomes["(unmutated)"] == "ERROR"
+    assert "x * 2" in (tree / "kernels" / "double.py").read_text(encoding="utf-8")
+
+
+def test_failing_before_any_edit_is_an_error(tree: Path) -> None:
+    (tree / "kernels" / "double.py").write_text("def double(x): return 0  # one\n", "utf-8")
+    verdicts = judge_all({"double": [_mutant("wrong", "# one", "# two")]}, 1, tree)
+    assert verdicts[0].outcome == "ERROR"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("absent", "x"), ("x", "y"), ("x * 2", "x * 2")], ids=["gone", "twice", "same"]
+)
+def test_stale_mutants_are_refused(old: str, new: str) -> None:
+    with pytest.raises(StaleMutant, match="stale: "):
+        mutate(_mutant("stale", old, new), "y = x * 2 + x")
+
+
+def test_committed_lists_are_fresh_and_name_tests_that_exist() -> None:
+    mutants = load_mutants()
+    for op, listed in mutants.items():
+        assert len(listed) >= 5, f"{op} has only {len(listed)} mutants"
+        assert len({mutant.name for mutant in listed}) == len(listed), f"{op}: names repeat"
+        for mutant in listed:
+            assert mutant.tests, f"{op}: {mutant.name} names no test"
+            for test in mutant.tests:
+                path, _, function = test.partition("::")
+                source = Path(path).read_text(encoding="utf-8")
+                assert f"def {function.partition('[')[0]}(" in source, f"{mutant.name}: {test}"
+
+
+def test_unknown_op_is_refused() -> None:
+    with pytest.raises(StaleMutant, match="no mutants for no_such_op"):
+        load_mutants(["no_such_op"])
+
+
+def test_sample_spreads_over_the_list() -> None:
+    mutants = [_mutant(str(i), "a", "b") for i in range(6)]
+    assert [mutant.name for mutant in sample(mutants, 2)] == ["0", "3"]
+    assert len(sample(mutants, 9)) == 6
