@@ -1,1 +1,11 @@
-"""GPT-2 weights in every format people keep them in: readers, writers, downloads."""
+"""Weights of GPT-2 in every format people have them in, read lazily and written exactly.
+
+>>> checkpoint = load("models/124M")
+>>> save(checkpoint, "gpt2-hf", "hf")
+"""
+
+from fastgpt2.weights.checkpoint import Checkpoint
+from fastgpt2.weights.formats import FORMATS, load, save
+from fastgpt2.weights.hub import RELEASES, load_pretrained
+
+__all__ = ["FORMATS", "RELEASES", "Checkpoint", "load", "load_pretrained", "save"]

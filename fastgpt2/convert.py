@@ -1,0 +1,134 @@
+"""``python -m fastgpt2.convert``: a model from any format into any other, bit for bit."""
+
+import argparse
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fastgpt2.cli import run
+from fastgpt2.errors import UserError
+from fastgpt2.files import write_text
+from fastgpt2.text import GPT2Tokenizer, load_tokenizer, save_tokenizer
+from fastgpt2.weights import FORMATS, RELEASES, Checkpoint, load, save
+from fastgpt2.weights.hub import locate
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+HF_TOKENIZER_FILES = (
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+)
+# what programs call the vocabulary in each format, from our (OpenAI's) names
+HF_NAMES = {"encoder.json": "vocab.json", "vocab.bpe": "merges.txt"}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="fastgpt2 convert",
+        description="Convert a GPT-2 between formats; that of SRC is detected.",
+    )
+    parser.add_argument(
+        "src", metavar="SRC", help=f"a folder, a file, or one of {', '.join(RELEASES)}"
+    )
+    parser.add_argument("dst", metavar="DST", type=Path, help="a new folder, a .pt or a .bin")
+    parser.add_argument("--to", required=True, choices=FORMATS, help="format of DST")
+    parser.add_argument("--dtype", choices=DTYPES, help="round the weights (default: keep theirs)")
+    parser.add_argument("--offline", action="store_true", help="do not use the network")
+    return parser
+
+
+def convert(
+    src: str, dst: Path, to: str, *, dtype: torch.dtype | None = None, offline: bool = False
+) -> list[str]:
+    """Convert ``src`` and say in a few lines what was done; see the command's help."""
+    path = locate(src, offline=offline)
+    checkpoint = load(path)
+    folder = path if path.is_dir() else path.parent
+    notes = list(checkpoint.notes)
+    total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+    with tqdm(total=total, unit="B", unit_scale=True, desc=str(dst), leave=False) as bar:
+        written = save(
+            _counted(checkpoint, bar.update),
+            dst,
+            to,
+            dtype=dtype,
+            beside=lambda target: notes.extend(_carry_tokenizer(folder, target, to)),
+        )
+    count = sum(prod(tensor.shape) for tensor in checkpoint.tensors.values())
+    return [*notes, f"{checkpoint.source} -> {written} ({to}, {count:,} parameters)"]
+
+
+def _counted(checkpoint: Checkpoint, update: Callable[[int], object]) -> Checkpoint:
+    """The same checkpoint, telling ``update`` of the bytes of each tensor that is read."""
+
+    def read(name: str) -> Tensor:
+        tensor = checkpoint.tensors[name]
+        update(tensor.nbytes)
+        return tensor.read()
+
+    tensors = {
+        name: replace(tensor, read=partial(read, name))
+        for name, tensor in checkpoint.tensors.items()
+    }
+    return replace(checkpoint, tensors=tensors)
+
+
+def _carry_tokenizer(source: Path, target: Path, to: str) -> list[str]:
+    """Put the tokenizer of ``source`` beside the weights, under the names of the format."""
+    if FORMATS[to].file is not None:
+        # nanoGPT and llm.c bring GPT-2's vocabulary themselves
+        return []
+    present = [name for name in HF_TOKENIZER_FILES if (source / name).is_file()]
+    if to == "hf" and present:
+        for name in present:
+            shutil.copyfile(source / name, target / name)
+        return []
+    try:
+        if (source / "fastgpt2_tokenizer.json").is_file():
+            tokenizer = load_tokenizer(source)
+        else:
+            tokenizer = GPT2Tokenizer.from_folder(source)
+    except UserError as error:
+        return [f"no tokenizer written: {error}"]
+    if to == "fastgpt2":
+        save_tokenizer(tokenizer, target)
+    elif not isinstance(tokenizer, GPT2Tokenizer):
+        return [f"no tokenizer written: format {to} has no tokenizer {tokenizer.name!r}"]
+    else:
+        tokenizer.save_vocabulary(target)
+    if to == "hf":
+        for name, theirs in HF_NAMES.items():
+            (target / name).rename(target / theirs)
+        write_text(
+            target / "tokenizer_config.json", json.dumps({"tokenizer_class": "GPT2Tokenizer"})
+        )
+    return []
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the command line, convert, print what was done; the exit code."""
+    args = build_parser().parse_args(argv)
+
+    def body() -> None:
+        dtype = None if args.dtype is None else DTYPES[args.dtype]
+        for line in convert(args.src, args.dst, args.to, dtype=dtype, offline=args.offline):
+            print(line)
+
+    return run("convert", body)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,157 @@
+"""The formats by name: which one a path has, and reading and writing any of them."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fastgpt2.errors import UserError
+from fastgpt2.files import sync
+from fastgpt2.weights import huggingface, llmc, nanogpt, openai, run
+from fastgpt2.weights.checkpoint import DTYPES, Checkpoint
+
+
+@dataclass(frozen=True)
+class Format:
+    """One format: its reader and writer, the dtypes it holds, and its file if it is one file."""
+
+    read: Callable[[Path], Checkpoint]
+    write: Callable[[Checkpoint, Path], None]
+    dtypes: tuple[torch.dtype, ...] = DTYPES
+    file: str | None = None
+
+
+FORMATS = {
+    "hf": Format(huggingface.read, huggingface.write),
+    "nanogpt": Format(nanogpt.read, nanogpt.write, file="ckpt.pt"),
+    "llmc": Format(llmc.read, llmc.write, (torch.float32, torch.bfloat16), "model.bin"),
+    "openai": Format(openai.read, openai.write, (torch.float32,)),
+    "fastgpt2": Format(run.read, run.write),
+}
+
+
+def detect(path: Path) -> tuple[str, Path]:
+    """Name of the format of ``path``, and the folder or file its reader takes.
+
+    Raises:
+        UserError: there is nothing, or nothing known.
+    """
+    try:
+        if path.is_file():
+            return _detect_file(path)
+        if not path.is_dir():
+            raise UserError(f"{path}: no such file or folder")
+        names = {entry.name for entry in path.iterdir()}
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    if run.CONFIG in names or run.CHECKPOINTS in names:
+        return "fastgpt2", path
+    if "hparams.json" in names:
+        return "openai", path
+    if "config.json" in names:
+        return "hf", path
+    for format in FORMATS.values():
+        if format.file in names:
+            return _detect_file(path / format.file)
+    raise UserError(
+        f"{path}: no model found; expected one of {run.CONFIG}, {run.CHECKPOINTS}/, hparams.json, "
+        "config.json, ckpt.pt, model.bin"
+    )
+
+
+def _detect_file(path: Path) -> tuple[str, Path]:
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic == llmc.MAGIC.to_bytes(4, "little"):
+        return "llmc", path
+    if path.name in (*huggingface.WEIGHTS, run.WEIGHTS):
+        # the shape of the model stands beside it
+        return detect(path.parent)
+    if path.suffix in (".pt", ".pth"):
+        return "nanogpt", path
+    raise UserError(f"{path}: neither a ckpt.pt of nanoGPT nor a .bin of llm.c")
+
+
+def load(path: str | Path) -> Checkpoint:
+    """Open a model in any known format; no weights are read yet.
+
+    Args:
+        path: a folder (Hugging Face, OpenAI, a run or a checkpoint of ours) or a file (nanoGPT's
+            ``ckpt.pt``, llm.c's ``.bin``).
+
+    Raises:
+        UserError: the path holds no model, or a damaged one; the message names file and tensor.
+    """
+    format, path = detect(Path(path))
+    return FORMATS[format].read(path)
+
+
+def save(
+    checkpoint: Checkpoint,
+    path: str | Path,
+    format: str,
+    *,
+    dtype: torch.dtype | None = None,
+    beside: Callable[[Path], None] | None = None,
+) -> Path:
+    """Write ``checkpoint`` as ``format``; it appears under ``path`` whole or not at all.
+
+    Args:
+        checkpoint: what ``load`` gave.
+        path: a folder that does not exist yet or is empty; for ``nanogpt`` and ``llmc`` also the
+            file itself, with the ending ``.pt`` or ``.bin``.
+        format: ``hf``, ``nanogpt``, ``llmc``, ``openai`` or ``fastgpt2``.
+        dtype: round the weights to this; by default they keep theirs, or widen to float32 where
+            the format does not know it.
+        beside: called with the folder, to write more files into it.
+
+    Returns:
+        The folder or file written.
+
+    Raises:
+        UserError: the path is taken, or the format does not hold ``dtype``.
+    """
+    path, target = Path(path), FORMATS[format]
+    if dtype is not None and dtype not in target.dtypes:
+        known = ", ".join(str(known).removeprefix("torch.") for known in target.dtypes)
+        raise UserError(f"format {format} holds {known}, not {str(dtype).removeprefix('torch.')}")
+    if dtype is not None:
+        checkpoint = checkpoint.to(dtype)
+    if target.file is not None and path.suffix == Path(target.file).suffix:
+        if path.exists():
+            raise UserError(f"{path}: exists already")
+        target.write(checkpoint, path)
+        return path
+    with _new_folder(path) as folder:
+        target.write(checkpoint, folder if target.file is None else folder / target.file)
+        if beside is not None:
+            beside(folder)
+    return path if target.file is None else path / target.file
+
+
+@contextmanager
+def _new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder that becomes ``path`` when the block ends without error."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path}: exists already and is not empty")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # a plain folder inside the private one has the permissions that the user's umask gives
+    private = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        temporary = private / path.name
+        temporary.mkdir()
+        yield temporary
+        for file in temporary.iterdir():
+            sync(file)
+        sync(temporary)
+        if path.exists():
+            path.rmdir()
+        os.replace(temporary, path)
+        sync(path.parent)
+    finally:
+        shutil.rmtree(private, ignore_errors=True)

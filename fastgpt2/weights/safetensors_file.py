@@ -1,0 +1,93 @@
+"""Safetensors files: opened lazily, written one tensor at a time.
+
+Eight bytes hold the length of a JSON header (name -> dtype, shape, place), behind it lie the
+values. Reading is the safetensors library's; its writer wants every tensor in memory at once, ours
+streams. Format: https://huggingface.co/docs/safetensors/index#format
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fastgpt2.errors import UserError
+from fastgpt2.weights.tensors import LazyTensor, as_bytes
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def read_safetensors(path: Path) -> dict[str, LazyTensor]:
+    """Name to tensor for every tensor of the file.
+
+    Raises:
+        UserError: the file is missing, cut off or not in this format.
+    """
+
+    def lazy(name: str, part: Any) -> LazyTensor:
+        if part.get_dtype() not in DTYPES:
+            raise UserError(f"{path}: {name!r} has dtype {part.get_dtype()}, not supported")
+
+        # opened anew for every tensor: what was read can be unmapped
+        def read() -> Tensor:
+            with _open(path) as file:
+                tensor: Tensor = _checked(path, file.get_tensor, name)
+                return tensor
+
+        return LazyTensor(tuple(part.get_shape()), DTYPES[part.get_dtype()], read)
+
+    with _open(path) as file:
+        return {name: lazy(name, file.get_slice(name)) for name in file.keys()}  # noqa: SIM118
+
+
+def _open(path: Path) -> Any:
+    return _checked(path, safe_open, str(path), "pt")
+
+
+def _checked(path: Path, call: Any, *args: str) -> Any:
+    try:
+        return call(*args)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a safetensors file: {error}") from None
+
+
+def write_safetensors(
+    path: Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write ``tensors`` in their order, one in memory at a time.
+
+    ``path`` must be a place that no reader looks at yet.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name, tensor in tensors.items():
+        header[name] = {
+            "dtype": NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.nbytes],
+        }
+        offset += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    # values start on a multiple of eight bytes
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(as_bytes(tensor.read()))

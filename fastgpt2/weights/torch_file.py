@@ -1,0 +1,83 @@
+"""Files of ``torch.save``: weights only, and without reading the weights.
+
+``torch.load`` with ``weights_only`` refuses every pickle that asks for more than tensors and plain
+values, and on the meta device it reads no values: it only notes where in the file they lie. From
+there they are mapped when asked for.
+"""
+
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgpt2.errors import UserError
+from fastgpt2.weights.tensors import LazyTensor, map_tensor
+
+ZIP_MAGIC = b"PK\x03\x04"
+
+
+def read_torch(path: Path) -> dict[str, Any]:
+    """The dictionary in ``path``; its tensors have no values yet, see ``lazy_tensors``.
+
+    Raises:
+        UserError: the file is missing, damaged, compressed, holds objects other than tensors and
+            plain values (which could run code), or no dictionary with text keys.
+    """
+    try:
+        with path.open("rb") as file:
+            zipped = file.read(4) == ZIP_MAGIC
+        if zipped:
+            _check_stored(path)
+        # files of torch before 1.6 have no index: they can only be read as a whole
+        device = "meta" if zipped else "cpu"
+        content = torch.load(path, map_location=device, weights_only=True)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+    except UserError:
+        raise
+    except Exception as error:
+        # a damaged pickle can raise anything
+        raise UserError(f"{path}: {_reason(error)}") from None
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise UserError(f"{path}: expected a dictionary of tensors by name")
+    return content
+
+
+def _check_stored(path: Path) -> None:
+    # torch never compresses; what unfolds to more than the file has is an attack on memory
+    with zipfile.ZipFile(path) as archive:
+        for record in archive.infolist():
+            if record.compress_type != zipfile.ZIP_STORED:
+                raise UserError(f"{path}: {record.filename!r} is compressed: not from torch.save")
+
+
+def _reason(error: Exception) -> str:
+    if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        return f"refused: it asks for {found[1]}, and could run code; only tensors are loaded"
+    line = next(iter(str(error).splitlines()), "")
+    return f"not a file of torch.save that can be loaded safely ({type(error).__name__}: {line})"
+
+
+def lazy_tensors(path: Path, content: dict[str, Any]) -> dict[str, LazyTensor]:
+    """The state dict ``content``, taken from ``read_torch(path)``, as lazy tensors."""
+    return {name: _lazy(path, name, value) for name, value in content.items()}
+
+
+def _lazy(path: Path, name: str, value: object) -> LazyTensor:
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_quantized:
+        raise UserError(f"{path}: {name!r} is no plain tensor")
+    if value.device.type != "meta":
+        return LazyTensor.of(value.detach())
+    storage = value.untyped_storage()._checkpoint_offset
+    if storage is None:
+        raise UserError(f"{path}: {name!r} has no values in the file")
+    shape, stride = tuple(value.shape), value.stride()
+    offset = storage + int(value.storage_offset()) * value.dtype.itemsize
+    if value.is_contiguous():
+        return map_tensor(path, offset, shape, value.dtype, name=name)
+    extent = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+    flat = map_tensor(path, offset, (extent,), value.dtype, name=name)
+    return LazyTensor(shape, value.dtype, lambda: flat.read().as_strided(shape, stride))
