@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, Queue
 from typing import Any, BinaryIO
@@ -18,6 +19,7 @@ from typing import Any, BinaryIO
 from tqdm import tqdm
 
 from fastgpt2.errors import UserError
+from fastgpt2.files import sync
 
 CHUNK = 1 << 16
 # a server that sends less than this over one time limit is given up
@@ -72,22 +74,26 @@ def download(
     Raises:
         DownloadError: every mirror failed, with the reason of each, in one line.
     """
-    mirrors = [urls] if isinstance(urls, str) else list(urls)
     path = Path(path)
     if _is_good(path, sha256, size):
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(path.with_name(path.name + ".lock")):
-        # another process may have fetched it while we waited for the lock
-        if _is_good(path, sha256, size):
-            return path
-        reasons = []
-        for url in mirrors:
-            try:
-                _from_mirror(url, path, sha256, size, timeout, retries, progress)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(path.with_name(path.name + ".lock")):
+            # another process may have fetched it while we waited for the lock
+            if _is_good(path, sha256, size):
                 return path
-            except _AttemptError as error:
-                reasons.append(f"{url}: {error}")
+            file = _File(path, sha256, size, timeout, progress)
+            reasons = []
+            for url in [urls] if isinstance(urls, str) else urls:
+                try:
+                    file.fetch_from(url, retries)
+                    return path
+                except _AttemptError as error:
+                    reasons.append(f"{url}: {error}")
+    except OSError as error:
+        # those of the network have become reasons: this one is of the disk
+        raise DownloadError(f"cannot write {path}: {error.strerror}") from error
     raise DownloadError(f"cannot download {path.name}: {'; '.join(reasons)}")
 
 
@@ -112,75 +118,90 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _from_mirror(
-    url: str,
-    path: Path,
-    sha256: str | None,
-    size: int | None,
-    timeout: float,
-    retries: int,
-    progress: bool,
-) -> None:
-    part = path.with_name(path.name + ".part")
-    if sha256 is None:
-        part.unlink(missing_ok=True)
-    for attempt in range(retries + 1):
-        resumed = part.is_file() and part.stat().st_size > 0
+@dataclass(frozen=True)
+class _File:
+    """The file to fetch, and how."""
+
+    path: Path
+    sha256: str | None
+    size: int | None
+    timeout: float
+    progress: bool
+
+    @property
+    def part(self) -> Path:
+        return self.path.with_name(self.path.name + ".part")
+
+    @property
+    def part_size(self) -> int:
+        return self.part.stat().st_size if self.part.is_file() else 0
+
+    def fetch_from(self, url: str, retries: int) -> None:
+        """Try one mirror, several times where that can help."""
+        if self.sha256 is None:
+            self.part.unlink(missing_ok=True)
+        for attempt in range(retries + 1):
+            try:
+                return self._attempt(url)
+            except _AttemptError as error:
+                if error.final or attempt == retries:
+                    raise
+            time.sleep(0.25 * 2**attempt)
+
+    def _attempt(self, url: str) -> None:
+        resumed = self.part_size > 0
+        self._receive(url)
         try:
-            _fetch(url, part, path.name, timeout, progress)
-            _check(part, sha256, size)
-            os.replace(part, path)
-            return
-        except _AttemptError as error:
-            # the beginning may come from another mirror or another day: once more, from zero
-            stale = error.final and resumed and not part.is_file()
-            if not stale and (error.final or attempt == retries):
+            self._check()
+        except _AttemptError:
+            if not resumed:
                 raise
-        time.sleep(0.25 * 2**attempt)
-    raise _AttemptError("the partial file did not fit")
+            # the beginning was another mirror's, or another day's: once more, from zero
+            self._receive(url)
+            self._check()
+        sync(self.part)
+        os.replace(self.part, self.path)
 
+    def _check(self) -> None:
+        """Remove a file that is not the expected one, and say expected and got."""
+        problem = None
+        if self.size is not None and self.part_size != self.size:
+            problem = f"expected {self.size} bytes, got {self.part_size}"
+        elif self.sha256 is not None and (got := _digest(self.part)) != self.sha256:
+            problem = f"expected sha256 {self.sha256}, got {got}"
+        if problem:
+            self.part.unlink()
+            raise _AttemptError(problem, final=True)
 
-def _check(part: Path, sha256: str | None, size: int | None) -> None:
-    """Remove a file that is not the expected one, and say expected and got."""
-    got_size = part.stat().st_size
-    problem = None
-    if size is not None and got_size != size:
-        problem = f"expected {size} bytes, got {got_size}"
-    elif sha256 is not None and (got := _digest(part)) != sha256:
-        problem = f"expected sha256 {sha256}, got {got}"
-    if problem:
-        part.unlink()
-        raise _AttemptError(problem, final=True)
-    with part.open("rb+") as file:
-        os.fsync(file.fileno())
-
-
-def _fetch(url: str, part: Path, name: str, timeout: float, progress: bool) -> None:
-    """Append to ``part`` what is missing of it."""
-    start = part.stat().st_size if part.is_file() else 0
-    headers = {"User-Agent": "fastgpt2", "Accept-Encoding": "identity"}
-    if start:
-        headers["Range"] = f"bytes={start}-"
-    response = _open(urllib.request.Request(url, headers=headers), timeout)
-    if response is None:
-        # 416: there is nothing after what we have, so it is whole, or not ours at all
-        return
-    with response:
-        if response.status != 206:
-            # the server does not resume: it sends everything
-            start = 0
-        length = response.headers.get("Content-Length")
-        total = None if length is None else start + int(length)
-        with part.open("ab") as file:
-            file.truncate(start)
-            with tqdm(
-                desc=name, total=total, initial=start, unit="B", unit_scale=True,
-                disable=not progress, leave=False,
-            ) as bar:  # fmt: skip
-                _copy(response, file, bar, timeout)
-    got = part.stat().st_size
-    if total is not None and got != total:
-        raise _AttemptError(f"the connection ended after {got} of {total} bytes")
+    def _receive(self, url: str) -> None:
+        """Append to the partial file what is missing of it."""
+        start = self.part_size
+        headers = {"User-Agent": "fastgpt2", "Accept-Encoding": "identity"}
+        if start:
+            headers["Range"] = f"bytes={start}-"
+        response = _open(urllib.request.Request(url, headers=headers), self.timeout)
+        if response is None:
+            # nothing follows what we have: it is whole, or not this file at all
+            return
+        with response:
+            if response.status != 206:
+                # the server does not resume, it sends everything
+                start = 0
+            length = response.headers.get("Content-Length")
+            total = None if length is None else start + int(length)
+            with self.part.open("ab") as file:
+                file.truncate(start)
+                with tqdm(
+                    desc=self.path.name,
+                    total=total,
+                    initial=start,
+                    unit="B",
+                    unit_scale=True,
+                    disable=not self.progress,
+                ) as bar:
+                    _copy(response, file, bar, self.timeout)
+        if total is not None and self.part_size != total:
+            raise _AttemptError(f"the connection ended after {self.part_size} of {total} bytes")
 
 
 def _open(request: urllib.request.Request, timeout: float) -> Any:
@@ -199,9 +220,9 @@ def _open(request: urllib.request.Request, timeout: float) -> Any:
 
     threading.Thread(target=ask, daemon=True).start()
     try:
-        answer = answers.get(timeout=2 * timeout)
+        answer = answers.get(timeout=timeout)
     except Empty:
-        raise _AttemptError(f"no answer in {2 * timeout:g} s", final=True) from None
+        raise _explain(TimeoutError(), timeout) from None
     if isinstance(answer, urllib.error.HTTPError) and answer.code == 416:
         answer.close()
         return None

@@ -21,8 +21,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         sync(temporary)
-        # mkstemp makes files that only their owner can read
-        temporary.chmod(0o666 & ~_umask())
+        set_default_mode(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -47,8 +46,9 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def _umask() -> int:
-    # the only portable way to read it is to set it
+def set_default_mode(path: Path) -> None:
+    """Give a file or folder of ``tempfile``, made for its owner only, the usual permissions."""
+    # the only portable way to read the mask is to set it
     mask = os.umask(0o022)
     os.umask(mask)
-    return mask
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from fastgpt2.text.dataset import Dataset, build_dataset
     from fastgpt2.text.encoding import END_OF_TEXT, Tokenizer
     from fastgpt2.text.loaders import BlockLoader, create_dataloader, iter_eval_batches
-    from fastgpt2.text.shards import ShardWriter, TokenShards
+    from fastgpt2.text.shards import TokenShards, create_shard
     from fastgpt2.text.tokenizers import (
         BytesTokenizer,
         CharTokenizer,
@@ -30,11 +30,11 @@ _HOME = {
     "Document": "corpora",
     "END_OF_TEXT": "encoding",
     "GPT2Tokenizer": "bpe",
-    "ShardWriter": "shards",
     "TokenShards": "shards",
     "Tokenizer": "encoding",
     "build_dataset": "dataset",
     "create_dataloader": "loaders",
+    "create_shard": "shards",
     "get_tokenizer": "tokenizers",
     "iter_eval_batches": "loaders",
     "load_corpus": "corpora",
@@ -51,11 +51,11 @@ __all__ = [
     "Dataset",
     "Document",
     "GPT2Tokenizer",
-    "ShardWriter",
     "TokenShards",
     "Tokenizer",
     "build_dataset",
     "create_dataloader",
+    "create_shard",
     "get_tokenizer",
     "iter_eval_batches",
     "load_corpus",

@@ -60,15 +60,16 @@ class GPT2Tokenizer:
         self._encoding = tiktoken.Encoding(
             self.name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special
         )
-        self._tokens = {id_: token for token, id_ in ranks.items()}
-        self._tokens |= {id_: token.encode("utf-8") for token, id_ in special.items()}
-        self.vocab_size = max(self._tokens) + 1
+        by_id = {id_: token for token, id_ in ranks.items()}
+        by_id |= {id_: token.encode("utf-8") for token, id_ in special.items()}
+        self.vocab_size = len(by_id)
+        self._tokens = [by_id[id_] for id_ in range(self.vocab_size)]
         self.eot = special.get(END_OF_TEXT)
 
     @cached_property
     def fingerprint(self) -> str:
         """Names the vocabulary, whichever files it was read from."""
-        return fingerprint(self._tokens.get(id_, b"") for id_ in range(self.vocab_size))
+        return fingerprint(self._tokens)
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Ids of ``text``; ``<|endoftext|>`` in it is plain text unless ``allow_special``."""
@@ -80,12 +81,9 @@ class GPT2Tokenizer:
         """The bytes that ``ids`` stand for; the end of a prefix may cut a character."""
         parts = []
         for id_ in ids:
-            token = self._tokens.get(int(id_))
-            if token is None:
-                raise UserError(
-                    f"tokenizer gpt2: id {id_} is not in the vocabulary of {self.vocab_size}"
-                )
-            parts.append(token)
+            if not 0 <= id_ < self.vocab_size:
+                raise UserError(f"tokenizer gpt2: id {id_} is not in [0, {self.vocab_size})")
+            parts.append(self._tokens[id_])
         return b"".join(parts)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -205,14 +203,19 @@ def _parse(encoder: str, merges: str, origin: str) -> tuple[dict[bytes, int], di
     rise in the order of the merges, as they do in GPT-2's files and in those trained like them.
     """
     vocab = _parse_json(encoder, origin)
+    if any(not isinstance(id_, int) for id_ in vocab.values()) or sorted(vocab.values()) != list(
+        range(len(vocab))
+    ):
+        raise UserError(f"{origin}: the {len(vocab)} ids are not 0 to {len(vocab) - 1}, each once")
     spelling = _byte_spelling()
-    lines = [line for line in merges.splitlines() if line and not line.startswith("#version")]
-    products = [line.replace(" ", "", 1) for line in lines]
+    lines = merges.splitlines()
+    first_merge = 1 if lines and lines[0].startswith("#version") else 0
+    products = [line.replace(" ", "", 1) for line in lines[first_merge:] if line]
     ranks: dict[bytes, int] = {}
     last = -1
     for token in [*spelling, *products]:
         id_ = vocab.get(token)
-        if not isinstance(id_, int):
+        if id_ is None or any(char not in spelling for char in token):
             raise UserError(f"{origin}: {token!r} has no id: the two files do not belong together")
         if token in spelling:
             ranks[bytes([spelling[token]])] = id_

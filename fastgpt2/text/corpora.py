@@ -5,15 +5,22 @@ import glob
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Literal
 
 from fastgpt2.download import DownloadError, cache_dir, download
 from fastgpt2.errors import UserError
 
+# part of the text that is kept for validation, as in nanoGPT
+VAL_FRACTION = 0.1
 PYTHON_DOCS = "python-docs"
 # bytes of text in one piece: what the tokenizer sees, and holds in memory, at once
 PIECE_BYTES = 1 << 20
+
+
+Split = Literal["train", "val"]
 
 
 @dataclass(frozen=True)
@@ -97,11 +104,15 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of one document; ``first`` when its split has nothing of this document yet."""
+    """A stretch of one document in one split.
 
-    split: Literal["train", "val"]
+    ``after_document`` is true where it begins a document and the split has one before it: the
+    place of an end-of-text id.
+    """
+
+    split: Split
     text: str
-    first: bool
+    after_document: bool
 
 
 def load_corpus(data: str | Sequence[str]) -> Corpus:
@@ -192,48 +203,48 @@ def python_docs() -> list[Document]:
 def split_pieces(corpus: Corpus, val_fraction: float) -> Iterator[Piece]:
     """The text of ``corpus`` in order: first what trains, then what validates.
 
-    The cut is where ``1 - val_fraction`` of the bytes are passed, at the next character border,
-    even inside a document: for one ASCII file the split nanoGPT makes. A document is cut further
-    into pieces of about ``PIECE_BYTES``, where no tokenizer joins anything (see ``cut_point``).
+    The border is where ``1 - val_fraction`` of the bytes are passed, moved to the next character,
+    be it inside a document: for one ASCII file this is nanoGPT's split. What a document has in a
+    split is cut further into pieces of about ``PIECE_BYTES``, where no tokenizer would have joined
+    anything (see ``cut_point``).
 
     Raises:
         UserError: a document is not UTF-8, naming the file and the position of the byte.
     """
     if not 0 <= val_fraction < 1:
         raise UserError(f"val_fraction must be in [0, 1), got {val_fraction}")
-    left = int(corpus.size * (1 - val_fraction))
-    for document in corpus.documents:
-        decoder = _Decoder(document.name)
-        split: Literal["train", "val"] = "train" if left > 0 else "val"
-        first = True
+    begun: set[Split] = set()
+    chunks = _decoded(corpus, val_fraction)
+    for (_, split), group in groupby(chunks, key=itemgetter(0, 1)):
+        after_document = split in begun
+        begun.add(split)
         buffer = ""
-        for chunk in document.chunks(PIECE_BYTES):
-            if split == "train" and val_fraction and left < len(chunk):
-                # the character that the border falls into goes to the training text
-                left += _continuation_bytes(chunk, left)
-                buffer += decoder.decode(chunk[:left])
-                if buffer:
-                    yield Piece(split, buffer, first)
-                split, first, buffer = "val", True, ""
-                chunk = chunk[left:]
-                left = 0
-            elif split == "train":
-                left -= len(chunk)
-            buffer += decoder.decode(chunk)
+        for _, _, text in group:
+            buffer += text
             if len(buffer) >= PIECE_BYTES // 2:
                 cut = cut_point(buffer)
-                yield Piece(split, buffer[:cut], first)
-                first, buffer = False, buffer[cut:]
-        buffer += decoder.finish()
+                yield Piece(split, buffer[:cut], after_document)
+                after_document, buffer = False, buffer[cut:]
         if buffer:
-            yield Piece(split, buffer, first)
+            yield Piece(split, buffer, after_document)
 
 
-def _continuation_bytes(chunk: bytes, start: int) -> int:
-    count = 0
-    while start + count < len(chunk) and chunk[start + count] & 0xC0 == 0x80:
-        count += 1
-    return count
+def _decoded(corpus: Corpus, val_fraction: float) -> Iterator[tuple[int, Split, str]]:
+    """All text as (number of the document, split, text), a chunk of a file at a time."""
+    left = int(corpus.size * (1 - val_fraction))
+    for number, document in enumerate(corpus.documents):
+        decoder = _Decoder(document.name)
+        for chunk in document.chunks(PIECE_BYTES):
+            border = max(0, min(left, len(chunk)))
+            # the character that the border falls into goes to the training text
+            while 0 < border < len(chunk) and chunk[border] & 0xC0 == 0x80:
+                border += 1
+            left -= border
+            if border > 0:
+                yield number, "train", decoder.decode(chunk[:border])
+            if border < len(chunk):
+                yield number, "val", decoder.decode(chunk[border:])
+        decoder.decode(b"", final=True)
 
 
 class _Decoder:
@@ -256,9 +267,6 @@ class _Decoder:
             ) from None
         self._read += len(chunk)
         return text
-
-    def finish(self) -> str:
-        return self.decode(b"", final=True)
 
 
 def cut_point(text: str) -> int:

@@ -9,13 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastgpt2.errors import UserError
-from fastgpt2.text.corpora import load_corpus, split_pieces
+from fastgpt2.text.corpora import VAL_FRACTION, load_corpus, split_pieces
 from fastgpt2.text.encoding import Tokenizer
-from fastgpt2.text.manifest import find_prepared, open_prepared
+from fastgpt2.text.prepared import find_prepared, open_prepared
 from fastgpt2.text.shards import TokenShards, dtype_for
 from fastgpt2.text.tokenizers import get_tokenizer
-
-VAL_FRACTION = 0.1
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ def build_dataset(
     size = {"train": 0, "val": 0}
     for piece in split_pieces(corpus, val_fraction):
         into = parts[piece.split]
-        if piece.first and into and tokenizer.eot is not None:
+        if piece.after_document and tokenizer.eot is not None:
             into.append(np.array([tokenizer.eot], dtype))
         into.append(np.array(tokenizer.encode(piece.text), dtype))
         size[piece.split] += len(piece.text.encode("utf-8"))

@@ -1,7 +1,7 @@
 """Tokens to batches: the book's sliding window, and the training and evaluation streams."""
 
-from collections.abc import Iterator
-from typing import Any, Protocol, Self
+from collections.abc import Iterator, Sequence
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -18,15 +18,8 @@ from fastgpt2.text.tokenizers import get_tokenizer
 IGNORE_INDEX = -100
 
 
-class TokenSequence(Protocol):
-    """A one-dimensional sequence of ids: a numpy array or ``TokenShards``."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, key: slice, /) -> NDArray[Any]: ...
-
-
-Tokens = TokenSequence | torch.Tensor
+TokenSequence = NDArray[Any] | TokenShards
+Tokens = TokenSequence | torch.Tensor | Sequence[int]
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -36,23 +29,27 @@ def as_sequence(
     """``tokens`` ready to be sliced, after the checks that belong before the first step.
 
     Raises:
-        UserError: fewer than ``at_least`` ids, or one outside [0, vocab_size).
+        UserError: fewer than ``at_least`` ids, not one-dimensional, or an id outside
+            [0, vocab_size).
     """
-    sequence: TokenSequence = tokens.cpu().numpy() if isinstance(tokens, torch.Tensor) else tokens
+    sequence = tokens if isinstance(tokens, TokenShards) else np.asarray(tokens)
+    if isinstance(sequence, np.ndarray) and sequence.ndim != 1:
+        raise UserError(f"{name}: expected ids in one dimension, got shape {sequence.shape}")
     if len(sequence) < at_least:
         raise UserError(
-            f"{name}: {len(sequence)} tokens are too few, at least {at_least} are needed (a block "
+            f"{name}: too short: {len(sequence)} tokens, at least {at_least} are needed (a block "
             "and the token after it)"
         )
-    if isinstance(sequence, TokenShards):
-        # the shards check each id as they read it
-        if vocab_size is not None and sequence.vocab_size > vocab_size:
-            raise UserError(
-                f"{name}: token shards of a vocabulary of {sequence.vocab_size} for a model of "
-                f"{vocab_size}"
-            )
-    elif vocab_size is not None:
-        check_ids(np.asarray(sequence), vocab_size, name)
+    if vocab_size is None:
+        return sequence
+    if isinstance(sequence, np.ndarray):
+        check_ids(sequence, vocab_size, name)
+    elif sequence.vocab_size > vocab_size:
+        # the shards check each id against their own vocabulary as they read it
+        raise UserError(
+            f"{name}: token shards of a vocabulary of {sequence.vocab_size} for a model of "
+            f"{vocab_size}"
+        )
     return sequence
 
 

@@ -25,8 +25,8 @@ import struct
 import sys
 import zlib
 from bisect import bisect_right
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Self
@@ -38,16 +38,18 @@ from fastgpt2.errors import UserError
 from fastgpt2.files import atomic_path
 from fastgpt2.text.encoding import Tokenizer
 
+DType = np.dtype[Any]
+
 MAGIC = b"FGPT2TOK"
 VERSION = 1
 HEADER_BYTES = 256
 SUFFIX = ".tokens"
 _FIELDS = struct.Struct("<8sIIQQ32s32s32s")
-_DTYPES: dict[int, np.dtype[Any]] = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
+_DTYPES: dict[int, DType] = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
 _VERIFY_IDS = 1 << 20
 
 
-def dtype_for(vocab_size: int) -> np.dtype[Any]:
+def dtype_for(vocab_size: int) -> DType:
     """uint16 where every id fits, else uint32."""
     return _DTYPES[2 if vocab_size <= 1 << 16 else 4]
 
@@ -64,7 +66,7 @@ class ShardHeader:
     fingerprint: str
 
     @property
-    def dtype(self) -> np.dtype[Any]:
+    def dtype(self) -> DType:
         """Type of the ids in the file."""
         return _DTYPES[self.itemsize]
 
@@ -120,40 +122,20 @@ class ShardHeader:
 
 
 class ShardWriter:
-    """Writes one shard; the file appears under its name when the ``with`` block ends well.
+    """What ``create_shard`` gives: appends ids and keeps count and checksum."""
 
-    Raises:
-        UserError: an id outside [0, V), or a ``dtype`` that cannot hold V ids.
-    """
-
-    def __init__(
-        self, path: str | Path, tokenizer: Tokenizer, *, dtype: np.dtype[Any] | None = None
-    ) -> None:
-        self.path = Path(path)
+    def __init__(self, file: BinaryIO, name: str, tokenizer: Tokenizer, dtype: DType) -> None:
         self.count = 0
+        self._file = file
+        self._name = name
         self._tokenizer = tokenizer
-        self._dtype = dtype_for(tokenizer.vocab_size) if dtype is None else np.dtype(dtype)
+        self._dtype = dtype
         self._digest = hashlib.sha256()
-        if self._dtype not in _DTYPES.values():
-            raise UserError(f"token shard {path}: dtype must be uint16 or uint32, got {dtype}")
-        if self._dtype.itemsize < dtype_for(tokenizer.vocab_size).itemsize:
-            raise UserError(
-                f"token shard {path}: {self._dtype} cannot hold the vocabulary of "
-                f"{tokenizer.vocab_size}"
-            )
-
-    def __enter__(self) -> Self:
-        with ExitStack() as stack:
-            temporary = stack.enter_context(atomic_path(self.path))
-            self._file: BinaryIO = stack.enter_context(temporary.open("wb"))
-            self._file.write(bytes(HEADER_BYTES))
-            self._stack = stack.pop_all()
-        return self
 
     def write(self, ids: ArrayLike) -> None:
-        """Append ids."""
+        """Append ids; a UserError names one that is not in the vocabulary."""
         array = np.asarray(ids)
-        check_ids(array, self._tokenizer.vocab_size, f"token shard {self.path}")
+        check_ids(array, self._tokenizer.vocab_size, self._name)
         data = array.astype(self._dtype).tobytes()
         self._digest.update(data)
         self._file.write(data)
@@ -171,11 +153,32 @@ class ShardWriter:
             self._tokenizer.fingerprint,
         )
 
-    def __exit__(self, *error: Any) -> None:
-        if error[0] is None:
-            self._file.seek(0)
-            self._file.write(self.header.pack())
-        self._stack.__exit__(*error)
+
+@contextmanager
+def create_shard(
+    path: str | Path, tokenizer: Tokenizer, *, dtype: DType | None = None
+) -> Iterator[ShardWriter]:
+    """Write one shard; the file appears under its name when the ``with`` block ends well.
+
+    Args:
+        dtype: uint16 or uint32; None for the smaller one that holds the vocabulary.
+
+    Raises:
+        UserError: ``dtype`` cannot hold V ids.
+    """
+    smallest = dtype_for(tokenizer.vocab_size)
+    dtype = smallest if dtype is None else np.dtype(dtype).newbyteorder("<")
+    if dtype not in _DTYPES.values() or dtype.itemsize < smallest.itemsize:
+        raise UserError(
+            f"token shard {path}: {dtype} cannot hold the vocabulary of {tokenizer.vocab_size}, "
+            f"{smallest} can"
+        )
+    with atomic_path(Path(path)) as temporary, temporary.open("wb") as file:
+        file.write(bytes(HEADER_BYTES))
+        writer = ShardWriter(file, f"token shard {path}", tokenizer, dtype)
+        yield writer
+        file.seek(0)
+        file.write(writer.header.pack())
 
 
 def check_ids(ids: NDArray[Any], vocab_size: int, where: str) -> None:

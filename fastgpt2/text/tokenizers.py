@@ -13,6 +13,8 @@ from fastgpt2.text.encoding import END_OF_TEXT, Tokenizer, fingerprint, well_for
 NAMES = ("gpt2", "bytes", "char", "auto")
 # not tokenizer.json, which is Hugging Face's
 FILE_NAME = "fastgpt2_tokenizer.json"
+# seconds for each mirror when nobody asked for the network by name
+AUTO_TIMEOUT = 3.0
 
 
 class BytesTokenizer:
@@ -45,7 +47,7 @@ class BytesTokenizer:
         for id_ in ids:
             if not 0 <= id_ < self.vocab_size:
                 raise UserError(f"tokenizer bytes: id {id_} is not in [0, {self.vocab_size})")
-            parts.append(END_OF_TEXT.encode("utf-8") if id_ == self.eot else bytes([id_]))
+            parts.append(END_OF_TEXT.encode("utf-8") if id_ == self.eot else bytes([int(id_)]))
         return b"".join(parts)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -151,8 +153,7 @@ def get_tokenizer(
 
 def _auto(vocab_dir: str | Path | None, notify: Callable[[str], None]) -> Tokenizer:
     try:
-        # nobody asked for the network by name: it gets a few seconds, not a minute
-        tokenizer = GPT2Tokenizer.load(vocab_dir, timeout=3.0, retries=0)
+        tokenizer = GPT2Tokenizer.load(vocab_dir, timeout=AUTO_TIMEOUT, retries=0)
     except VocabularyMissingError:
         notify(
             "tokenizer: bytes (257 ids), because GPT-2's vocabulary is neither in tiktoken's cache "
@@ -180,7 +181,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
         record["chars"] = list(tokenizer.chars)
     if isinstance(tokenizer, GPT2Tokenizer):
         tokenizer.save_vocabulary(folder)
-    write_text(folder / FILE_NAME, json.dumps(record, indent=1) + "\n")
+    write_text(folder / FILE_NAME, json.dumps(record) + "\n")
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:

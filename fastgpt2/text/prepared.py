@@ -1,17 +1,78 @@
-"""A folder of token shards: what is in it, and opening it."""
+"""A folder of token shards with its tokenizer and manifest: writing it, opening it."""
 
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
+
+from numpy.typing import NDArray
 
 from fastgpt2.errors import UserError
+from fastgpt2.files import write_text
 from fastgpt2.text.encoding import Tokenizer
-from fastgpt2.text.shards import SUFFIX, TokenShards
-from fastgpt2.text.tokenizers import load_tokenizer
+from fastgpt2.text.shards import SUFFIX, ShardWriter, TokenShards, create_shard
+from fastgpt2.text.tokenizers import load_tokenizer, save_tokenizer
 
 FILE_NAME = "manifest.json"
 FORMAT = "fastgpt2-tokens"
+
+
+class PreparedWriter:
+    """Writes ids into shards of at most ``shard_tokens`` ids, one split after the other.
+
+    The manifest is written last, when the ``with`` block ends well: a folder without one is not
+    taken for token shards.
+    """
+
+    def __init__(
+        self, folder: Path, tokenizer: Tokenizer, *, shard_tokens: int, source: str
+    ) -> None:
+        self.files: dict[str, list[str]] = {}
+        self.tokens: dict[str, int] = {}
+        self.bytes: dict[str, int] = {}
+        self._folder = folder
+        self._tokenizer = tokenizer
+        self._shard_tokens = shard_tokens
+        self._source = source
+        self._shard: ShardWriter | None = None
+        # holds the shard that is being written
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        save_tokenizer(self._tokenizer, self._folder)
+        return self
+
+    def write(self, split: str, ids: NDArray[Any], text_bytes: int) -> None:
+        """Append ids to ``split``; ``text_bytes`` of UTF-8 text are what they stand for."""
+        if split not in self.files:
+            self.files[split], self.tokens[split], self.bytes[split] = [], 0, 0
+            self._shard = None
+        while ids.size:
+            if self._shard is None or self._shard.count == self._shard_tokens:
+                self._shard = self._next_shard(split)
+            now = ids[: self._shard_tokens - self._shard.count]
+            self._shard.write(now)
+            ids = ids[now.size :]
+            self.tokens[split] += now.size
+        self.bytes[split] += text_bytes
+
+    def _next_shard(self, split: str) -> ShardWriter:
+        self._stack.close()
+        name = f"{split}-{len(self.files[split]):05d}{SUFFIX}"
+        self.files[split].append(name)
+        return self._stack.enter_context(create_shard(self._folder / name, self._tokenizer))
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+        if error[0] is None:
+            splits = {
+                split: {"files": files, "tokens": self.tokens[split], "bytes": self.bytes[split]}
+                for split, files in self.files.items()
+            }
+            manifest = {"format": FORMAT, "source": self._source, "splits": splits}
+            write_text(self._folder / FILE_NAME, json.dumps(manifest, indent=1) + "\n")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,187 @@
+"""``python -m fastgpt2.prepare``: tokenize a corpus of any size into token shards."""
+
+import argparse
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from fastgpt2.cli import run
+from fastgpt2.errors import UserError
+from fastgpt2.files import set_default_mode, sync
+from fastgpt2.text.corpora import VAL_FRACTION, Corpus, Piece, load_corpus, split_pieces
+from fastgpt2.text.encoding import Tokenizer
+from fastgpt2.text.prepared import PreparedWriter, open_prepared
+from fastgpt2.text.shards import dtype_for
+from fastgpt2.text.tokenizers import get_tokenizer, load_tokenizer
+
+# set in each worker process when it starts
+_tokenizer: Tokenizer
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    parser = argparse.ArgumentParser(prog="fastgpt2 prepare", description=__doc__)
+    parser.add_argument(
+        "--data", nargs="+", required=True, help="files, folders, patterns, or a corpus name"
+    )
+    parser.add_argument("--out", required=True, help="new folder for the shards")
+    parser.add_argument("--tokenizer", choices=("gpt2", "bytes", "char"), default="gpt2")
+    parser.add_argument("--vocab-dir", help="folder with GPT-2's encoder.json and vocab.bpe")
+    parser.add_argument(
+        "--val-fraction",
+        type=float,
+        default=VAL_FRACTION,
+        help="last part of the text, kept for validation (default %(default)s)",
+    )
+    parser.add_argument(
+        "--shard-tokens",
+        type=int,
+        default=100_000_000,
+        help="tokens in one shard (default %(default)s)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="processes that tokenize (default: %(default)s, one a core)",
+    )
+    return parser
+
+
+def prepare(
+    data: list[str],
+    out: str | Path,
+    *,
+    tokenizer: str = "gpt2",
+    vocab_dir: str | None = None,
+    val_fraction: float = VAL_FRACTION,
+    shard_tokens: int = 100_000_000,
+    workers: int = 1,
+) -> None:
+    """Tokenize ``data`` into a new folder ``out``, which appears when it is complete.
+
+    The text goes through in pieces of about 1 MiB, at most two a worker at a time, so memory does
+    not grow with the corpus; the result does not depend on the number of workers.
+
+    Raises:
+        UserError: anything wrong with the data, or ``out`` is there and not empty.
+    """
+    out = Path(out)
+    for flag, value in (("--shard-tokens", shard_tokens), ("--workers", workers)):
+        if value < 1:
+            raise UserError(f"{flag} must be positive, got {value}")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"--out {out} is there already and not an empty folder")
+    corpus = load_corpus(data)
+    chosen = get_tokenizer(tokenizer, vocab_dir=vocab_dir, text=corpus.pieces())
+    with (
+        _new_folder(out) as folder,
+        PreparedWriter(folder, chosen, shard_tokens=shard_tokens, source=corpus.source) as writer,
+    ):
+        _write(writer, corpus, folder, chosen, val_fraction, workers)
+    for split, tokens in writer.tokens.items():
+        print(
+            f"{split}: {tokens:,} tokens of {writer.bytes[split]:,} bytes in "
+            f"{len(writer.files[split])} shard(s)"
+        )
+    print(f"train on them: python -m fastgpt2.train --data {out}")
+
+
+def _write(
+    writer: PreparedWriter,
+    corpus: Corpus,
+    folder: Path,
+    tokenizer: Tokenizer,
+    val_fraction: float,
+    workers: int,
+) -> None:
+    pieces = split_pieces(corpus, val_fraction)
+    dtype = dtype_for(tokenizer.vocab_size)
+    with tqdm(total=corpus.size, unit="B", unit_scale=True, desc="tokenizing") as bar:
+        for piece, ids in _encoded(pieces, folder, workers):
+            if piece.after_document and tokenizer.eot is not None:
+                writer.write(piece.split, np.array([tokenizer.eot], dtype), 0)
+            size = len(piece.text.encode("utf-8"))
+            writer.write(piece.split, ids, size)
+            bar.update(size)
+
+
+@contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A hidden folder beside ``out`` that becomes ``out`` when the block ends well."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        yield folder
+        # what was written must read back as it should before it gets its name
+        for shards in open_prepared(folder).tokens.values():
+            shards.verify()
+            shards.close()
+        set_default_mode(folder)
+        if out.exists():
+            out.rmdir()
+        os.rename(folder, out)
+        sync(out.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _encoded(
+    pieces: Iterator[Piece], tokenizer_folder: Path, workers: int
+) -> Iterator[tuple[Piece, NDArray[Any]]]:
+    """Each piece with its ids, in order, encoded by ``workers`` processes."""
+    pool = ProcessPoolExecutor(
+        workers,
+        # the one start method that every system has, and that threads cannot harm
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(str(tokenizer_folder),),
+    )
+    waiting: deque[tuple[Piece, Future[NDArray[Any]]]] = deque()
+    try:
+        for piece in pieces:
+            waiting.append((piece, pool.submit(_encode, piece.text)))
+            if len(waiting) >= 2 * workers:
+                piece, future = waiting.popleft()
+                yield piece, future.result()
+        for piece, future in waiting:
+            yield piece, future.result()
+    except BrokenProcessPool as error:
+        raise UserError("a tokenizing process was killed (out of memory?)") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(tokenizer_folder: str) -> None:
+    global _tokenizer
+    # Ctrl-C reaches the whole group: the main process alone answers it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _tokenizer = load_tokenizer(tokenizer_folder)
+
+
+def _encode(text: str) -> NDArray[Any]:
+    return np.array(_tokenizer.encode(text), dtype_for(_tokenizer.vocab_size))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    args = build_parser().parse_args(argv)
+    return run("prepare", lambda: prepare(**vars(args)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
