@@ -1,0 +1,87 @@
+"""What the GPUs offer that the kernels are compiled for: shared memory, warp slots, rooflines."""
+
+from dataclasses import dataclass
+
+from fastgpt2.devices import PEAK_TFLOPS
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A multiprocessor (NVIDIA) or compute unit (AMD), from the vendors' programming guides.
+
+    Attributes:
+        block_shared: most shared memory one block may have, in bytes.
+        shared: what a multiprocessor has for all its blocks, in bytes.
+        reserved_shared: taken by the system from that for each block, in bytes.
+        registers: 32-bit registers a thread's lane has for all warps of a scheduler together.
+        register_step: registers of a thread are allocated in multiples of this.
+        schedulers: warp schedulers, SIMD units on AMD.
+        scheduler_warps: most warps (wavefronts) of one scheduler.
+        blocks: most blocks.
+    """
+
+    block_shared: int
+    shared: int
+    reserved_shared: int
+    registers: int
+    register_step: int
+    schedulers: int
+    scheduler_warps: int
+    blocks: int
+
+
+# CUDA C++ programming guide, "Compute capabilities"; CDNA 3 instruction set and MI300X data sheet.
+# A block of sm_80 may have 163 KB, but its tiles also serve sm_86, sm_89 and sm_120: 99 KB.
+ARCHITECTURES = {
+    "sm_80": Architecture(99 * 1024, 164 * 1024, 1024, 512, 8, 4, 16, 32),
+    "sm_90": Architecture(227 * 1024, 228 * 1024, 1024, 512, 8, 4, 16, 32),
+    "sm_100": Architecture(227 * 1024, 228 * 1024, 1024, 512, 8, 4, 16, 32),
+    "gfx942": Architecture(64 * 1024, 64 * 1024, 0, 512, 8, 4, 8, 16),
+}
+
+
+def occupancy(arch: str, registers: int, shared_bytes: int, num_warps: int) -> float:
+    """Estimated share of a multiprocessor's warp slots that are filled, 0 to 1.
+
+    Blocks that fit at once, by registers, shared memory and warp slots, times warps of a block.
+    """
+    chip = ARCHITECTURES[arch]
+    step = chip.register_step
+    allocated = -(-max(registers, 1) // step) * step
+    by_registers = chip.registers // allocated * chip.schedulers // num_warps
+    by_shared = chip.shared // max(shared_bytes + chip.reserved_shared, 1)
+    slots = chip.schedulers * chip.scheduler_warps
+    resident = min(by_registers, by_shared, slots // num_warps, chip.blocks)
+    return resident * num_warps / slots
+
+
+@dataclass(frozen=True)
+class GPU:
+    """A product: its architecture and its data-sheet memory bandwidth."""
+
+    name: str
+    arch: str
+    bandwidth: float
+
+    @property
+    def tflops(self) -> float:
+        """Data-sheet peak of dense bf16 matrix products, in TFLOP/s."""
+        return dict(PEAK_TFLOPS)[self.name]
+
+    def roofline_us(self, flops: float, moved_bytes: float) -> float:
+        """The least time a kernel can take, in microseconds; 0 FLOPs asks for the memory's only."""
+        return max(flops / (self.tflops * 1e6), moved_bytes / (self.bandwidth * 1e6))
+
+
+# bandwidth in TB/s from NVIDIA's A100 80GB SXM, H100 SXM, H200 SXM and HGX B200 data sheets and
+# from AMD's MI300X data sheet; the first one of an architecture stands for it in the report
+GPUS = {
+    gpu.name.lower(): gpu
+    for gpu in (
+        GPU("A100", "sm_80", 2.039),
+        GPU("H200", "sm_90", 4.8),
+        GPU("H100", "sm_90", 3.35),
+        GPU("B200", "sm_100", 8.0),
+        GPU("MI300X", "gfx942", 5.3),
+    )
+}

@@ -1,0 +1,274 @@
+"""``python -m fastgpt2.kernels.report``: what every kernel needs, on GPUs that are not there.
+
+Compiles each kernel in each of its configurations for each architecture and reads the binaries:
+registers, spills, shared memory, tensor-core instructions. Prints a table with occupancy and
+roofline time and writes it to ``kernels/REPORT.md``. ``--check`` compares with the committed
+expectation instead and fails on a spill, on shared memory that no block can have, on lost
+tensor-core instructions. Results are cached by source, so that a second run takes seconds.
+"""
+
+import argparse
+import hashlib
+import importlib
+import json
+import multiprocessing
+import os
+import pkgutil
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from fastgpt2 import cli
+from fastgpt2.errors import UserError
+from fastgpt2.files import write_text
+from fastgpt2.kernels.gpus import ARCHITECTURES, GPU, GPUS, occupancy
+
+if TYPE_CHECKING:
+    from fastgpt2.kernels.jit.compile import CompileCase, Resources
+
+_HERE = Path(__file__).resolve().parent
+REPORT = _HERE / "REPORT.md"
+EXPECTATION = _HERE / "expectation.json"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One thing to compile, by names that cross a process boundary."""
+
+    module: str
+    kernel: str
+    config: str
+    arch: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one kernel and configuration needs on one architecture, or why it did not build."""
+
+    kernel: str
+    config: str
+    arch: str
+    num_warps: int
+    wants_mma: bool
+    flops: float
+    bytes: float
+    registers: int = 0
+    spill_bytes: int = 0
+    shared_bytes: int = 0
+    mma: str = ""
+    serialized: bool = False
+    error: str = ""
+
+    @property
+    def key(self) -> str:
+        """The row's name in the expectation."""
+        return f"{self.kernel} | {self.config} | {self.arch}"
+
+
+def kernel_modules() -> list[str]:
+    """The modules of ``kernels/jit`` that offer compile cases."""
+    package = "fastgpt2.kernels.jit"
+    names = (f"{package}.{m.name}" for m in pkgutil.iter_modules([str(_HERE / "jit")]))
+    return [name for name in names if hasattr(importlib.import_module(name), "compile_cases")]
+
+
+@lru_cache
+def _cases(module: str, arch: str) -> "dict[tuple[str, str], CompileCase]":
+    cases = importlib.import_module(module).compile_cases(arch)
+    by_name = {(case.name, case.config): case for case in cases}
+    assert len(by_name) == len(cases), f"{module}: two cases for {arch} have one name"
+    return by_name
+
+
+def _fingerprint(case: "CompileCase", arch: str) -> str:
+    """Changes with the kernel's source and its helpers', the case, Triton and the reader of it."""
+    from fastgpt2.kernels.jit import compile as offline
+
+    source = Path(offline.__file__).read_bytes()
+    parts = (
+        case.kernel.cache_key,
+        str([getattr(case, name) for name in case.__dataclass_fields__ if name != "kernel"]),
+        arch,
+        offline.TRITON_VERSION,
+        hashlib.sha256(source).hexdigest(),
+    )
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _resources(task: Task) -> "dict[str, Any]":
+    """Fields of ``Resources``, or ``{"error": ...}``, from the cache or from the compiler."""
+    from fastgpt2.kernels.jit.compile import compile_case
+
+    case = _cases(task.module, task.arch)[task.kernel, task.config]
+    root = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+    entry = root / "fastgpt2" / "kernels" / f"{_fingerprint(case, task.arch)}.json"
+    if entry.exists():
+        found: dict[str, Any] = json.loads(entry.read_text(encoding="utf-8"))
+        return found
+    try:
+        resources: Resources = compile_case(case, task.arch)
+    except Exception as error:
+        # whatever the compiler throws belongs into the table, and fails the check
+        return {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"}
+    found = asdict(resources)
+    write_text(entry, json.dumps(found))
+    return found
+
+
+def _measure_one(task: Task) -> Row:
+    case = _cases(task.module, task.arch)[task.kernel, task.config]
+    return Row(
+        task.kernel,
+        task.config,
+        task.arch,
+        case.num_warps,
+        case.wants_mma,
+        case.flops,
+        case.bytes,
+        **_resources(task),
+    )
+
+
+def measure(modules: Iterable[str], archs: Iterable[str], jobs: int) -> list[Row]:
+    """Compile every case of these modules for these architectures, in ``jobs`` processes."""
+    tasks = [
+        Task(module, kernel, config, arch)
+        for module in modules
+        for arch in archs
+        for kernel, config in _cases(module, arch)
+    ]
+    # a forked child would inherit the threads' locks of whatever has been imported
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        rows = list(tqdm(pool.map(_measure_one, tasks), total=len(tasks), unit="kernel"))
+    return sorted(
+        rows, key=lambda row: (row.kernel, row.config, list(ARCHITECTURES).index(row.arch))
+    )
+
+
+def expectation(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
+    """What a later check holds these rows against."""
+    return {
+        row.key: {"mma": row.mma, "spill_bytes": row.spill_bytes, "serialized": row.serialized}
+        for row in rows
+    }
+
+
+def violations(rows: Sequence[Row], expected: dict[str, dict[str, Any]]) -> list[str]:
+    """One line for each way in which a row is worse than expected or cannot run at all."""
+    found = []
+    for row in rows:
+        limit = ARCHITECTURES[row.arch].block_shared
+        before = expected.get(row.key)
+        if row.error:
+            found.append(f"{row.key}: does not compile: {row.error}")
+            continue
+        if row.shared_bytes > limit:
+            found.append(f"{row.key}: {row.shared_bytes} bytes of shared memory, limit {limit}")
+        if before is None:
+            found.append(f"{row.key}: not in the expectation; record it with --update")
+            continue
+        if row.spill_bytes > before["spill_bytes"]:
+            found.append(f"{row.key}: spills {row.spill_bytes} bytes, not {before['spill_bytes']}")
+        if row.mma != before["mma"]:
+            found.append(f"{row.key}: uses {row.mma or 'no mma'}, not {before['mma'] or 'none'}")
+        if row.serialized and not before["serialized"]:
+            found.append(f"{row.key}: ptxas serialises its wgmma instructions")
+    archs = {row.arch for row in rows}
+    gone = set(expected) - {row.key for row in rows}
+    stale = sorted(key for key in gone if key.rpartition(" | ")[2] in archs)
+    return found + [f"{key}: expected, but no longer compiled; --update" for key in stale]
+
+
+def _format_row(row: Row, gpu: GPU) -> str:
+    if row.error:
+        return f"| {row.kernel} | {row.config} | {row.arch} | does not compile: {row.error} |"
+    filled = occupancy(row.arch, row.registers, row.shared_bytes, row.num_warps)
+    time = gpu.roofline_us(row.flops if row.wants_mma else 0.0, row.bytes)
+    mma = f"{row.mma or '-'}{' (serialised)' if row.serialized else ''}"
+    return (
+        f"| {row.kernel} | {row.config} | {row.arch} | {row.registers} | {row.spill_bytes} "
+        f"| {row.shared_bytes} | {mma} | {filled:.0%} | {time:.1f} |"
+    )
+
+
+def render(rows: Sequence[Row], gpus: dict[str, GPU]) -> str:
+    """The report as Markdown; ``gpus`` names the product whose roofline stands for each arch."""
+    from fastgpt2.kernels.jit.compile import TRITON_VERSION
+
+    used = [gpus[arch] for arch in ARCHITECTURES if any(row.arch == arch for row in rows)]
+    products = "; ".join(
+        f"{gpu.arch}: {gpu.name}, {gpu.tflops:g} TFLOP/s, {gpu.bandwidth:g} TB/s" for gpu in used
+    )
+    lines = [
+        "# What the kernels need",
+        "",
+        "Written by `python -m fastgpt2.kernels.report`. Nothing here was executed: the numbers",
+        f"are read from binaries that Triton {TRITON_VERSION} and its ptxas built without a GPU.",
+        "Registers and spill bytes are per thread, shared memory is bytes per block; occupancy is",
+        "estimated from them. The roofline is the least time in microseconds at the shape stated",
+        f"with each kernel, by data-sheet peaks ({products}).",
+        "",
+        "| kernel | config | arch | registers | spill | shared | mma | occupancy | roofline us |",
+        "| --- | --- | --- | ---: | ---: | ---: | --- | ---: | ---: |",
+        *(_format_row(row, gpus[row.arch]) for row in rows),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m fastgpt2.kernels.report",
+        description="Compile every kernel for GPUs that are not there and report what it needs.",
+    )
+    parser.add_argument("--arch", action="append", choices=ARCHITECTURES, help="repeatable")
+    parser.add_argument("--gpu", choices=GPUS, help="roofline of this GPU (and only its arch)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--check", action="store_true", help="compare with the expectation")
+    mode.add_argument("--update", action="store_true", help="record the expectation")
+    return parser.parse_args(arguments)
+
+
+def _body(options: argparse.Namespace) -> int:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise UserError("the report compiles kernels, which TRITON_INTERPRET=1 prevents: unset it")
+    # the first GPU of each architecture, unless one is named
+    gpus = {gpu.arch: gpu for gpu in reversed(GPUS.values())}
+    archs = options.arch or list(ARCHITECTURES)
+    if options.gpu:
+        gpu = GPUS[options.gpu]
+        gpus[gpu.arch] = gpu
+        archs = options.arch or [gpu.arch]
+    rows = measure(kernel_modules(), archs, options.jobs)
+    whole = set(archs) == set(ARCHITECTURES)
+    if options.check:
+        expected = json.loads(EXPECTATION.read_text(encoding="utf-8"))
+        found = violations(rows, expected)
+        print("\n".join([*found, f"{len(rows)} kernels checked, {len(found)} worse than expected"]))
+        return 1 if found else 0
+    print(render(rows, gpus))
+    if whole:
+        write_text(REPORT, render(rows, gpus))
+    if options.update:
+        if not whole:
+            raise UserError("--update records the whole matrix: leave out --arch and --gpu")
+        write_text(EXPECTATION, json.dumps(expectation(rows), indent=1) + "\n")
+    return 1 if any(row.error for row in rows) else 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    options = _parse(arguments)
+    return cli.run("kernels.report", lambda: _body(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""The compile matrix: the kernels as committed are as expected, and planted faults are found."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from fastgpt2.kernels.gpus import GPUS, occupancy
+from fastgpt2.kernels.report import Row, expectation, render, violations
+
+# compiling is not possible where triton has been imported for interpreting
+PLANTED = """
+import dataclasses, json
+from fastgpt2.kernels import report
+if __name__ == "__main__":
+    rows = report.measure(["tests.kernels.planted_kernels"], ["sm_80", "sm_90", "gfx942"], 1)
+    print(json.dumps([dataclasses.asdict(row) for row in rows]))
+"""
+
+
+def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
+    return subprocess.run(
+        [sys.executable, *arguments], env=variables, capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Row]:
+    """The planted kernels' rows by configuration and architecture, compiled afresh."""
+    folder = tmp_path_factory.mktemp("planted")
+    script = folder / "planted.py"
+    script.write_text(PLANTED, encoding="utf-8")
+    done = _run(str(script), XDG_CACHE_HOME=str(folder), PYTHONPATH=os.getcwd())
+    assert done.returncode == 0, done.stderr
+    rows = [Row(**fields) for fields in json.loads(done.stdout.splitlines()[-1])]
+    assert len(list((folder / "fastgpt2" / "kernels").iterdir())) == len(rows)
+    return {(row.config, row.arch): row for row in rows}
+
+
+def _good(row: Row) -> dict[str, dict[str, Any]]:
+    """What would have been expected of the row before the fault was planted."""
+    mma = {"sm_80": "mma.sync", "sm_90": "wgmma", "gfx942": "mfma"}[row.arch]
+    return {row.key: {"mma": mma, "spill_bytes": 0, "serialized": False}}
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
+def test_a_good_kernel_passes(planted: dict[tuple[str, str], Row], arch: str) -> None:
+    row = planted["good", arch]
+    assert violations([row], _good(row)) == []
+    assert row.registers > 16
+    assert row.shared_bytes >= 2 * 64 * 64 * 2
+
+
+@pytest.mark.parametrize(
+    ("config", "arch", "complaint"),
+    [
+        ("spilling", "sm_90", "spills"),
+        ("spilling", "sm_90", "serialises its wgmma"),
+        ("oversized", "sm_80", "bytes of shared memory, limit 101376"),
+        ("oversized", "sm_90", "bytes of shared memory, limit 232448"),
+        ("oversized", "gfx942", "bytes of shared memory, limit 65536"),
+        ("narrow", "sm_90", "uses mma.sync, not wgmma"),
+    ],
+)
+def test_planted_faults_are_found(
+    planted: dict[tuple[str, str], Row], config: str, arch: str, complaint: str
+) -> None:
+    row = planted[config, arch]
+    assert any(complaint in line for line in violations([row], _good(row)))
+
+
+def test_new_gone_and_broken_kernels_are_found() -> None:
+    row = Row("k", "64 w4", "sm_90", 4, False, 0.0, 1.0, registers=32)
+    assert violations([row], expectation([row])) == []
+    assert "not in the expectation" in violations([row], {})[0]
+    other = replace(row, config="128 w4")
+    assert "no longer compiled" in violations([row], expectation([row, other]))[0]
+    # an architecture that was not asked for is not missed
+    assert violations([row], expectation([row, replace(row, arch="sm_80")])) == []
+    broken = replace(row, error="CompilationError: no")
+    assert "does not compile" in violations([broken], expectation([row]))[0]
+
+
+def test_occupancy() -> None:
+    # hand-counted: 65536 registers / (128 * 256 threads) = 2 blocks of 8 warps, of 64 warp slots
+    assert occupancy("sm_90", 128, 0, 8) == pytest.approx(16 / 64)
+    # 228 KB / (100 KB + 1 KB) = 2 blocks of 4 warps
+    assert occupancy("sm_90", 32, 100 * 1024, 4) == pytest.approx(8 / 64)
+    assert occupancy("sm_90", 32, 0, 4) == 1.0
+    # 512 vector registers of a lane hold 4 waves of 128, on 4 SIMD units of 8 slots
+    assert occupancy("gfx942", 128, 0, 4) == pytest.approx(16 / 32)
+
+
+def test_roofline_and_table() -> None:
+    h200 = GPUS["h200"]
+    assert h200.roofline_us(989.4e6, 0.0) == pytest.approx(1.0)
+    assert h200.roofline_us(1.0, 9.6e6) == pytest.approx(2.0)
+    row = Row("k", "64 w4", "sm_90", 4, False, 1e15, 9.6e6, 32, 0, 1024, "", False)
+    text = render([row], {"sm_90": h200})
+    assert "| k | 64 w4 | sm_90 | 32 | 0 | 1024 | - | 100% | 2.0 |" in text
+
+
+def test_interpreting_is_refused() -> None:
+    done = _run("-m", "fastgpt2.kernels.report", "--check", TRITON_INTERPRET="1")
+    assert done.returncode == 2
+    assert "TRITON_INTERPRET=1" in done.stderr
+
+
+def test_committed_kernels_are_as_expected() -> None:
+    """Every kernel and configuration on the tuned-for architecture; CI runs the whole matrix."""
+    done = _run("-m", "fastgpt2.kernels.report", "--check", "--arch", "sm_90")
+    assert done.returncode == 0, done.stdout + done.stderr
