@@ -97,13 +97,22 @@ def resolve(op: str, impl: str, x: Tensor) -> Impl:
     return choice
 
 
-def explain(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> str:
-    """One line: what ``impl="auto"`` runs on this device and dtype, and why."""
+def explain(
+    device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, impl: str = "auto"
+) -> str:
+    """One line: which implementation ``impl`` runs on this device and dtype, and why.
+
+    Raises:
+        RuntimeError: ``triton`` was asked for by name and cannot run there.
+    """
     probe = torch.empty(0, device=device, dtype=dtype)
+    choice = resolve("kernels", impl, probe)
+    if parse_impl(impl) is not Impl.AUTO:
+        return f"{choice}, as asked for"
     if _default is not Impl.AUTO:
-        return f"{_default}: chosen by use_impl"
-    if resolve("explain", Impl.AUTO, probe) is Impl.TRITON:
-        return f"triton: {torch.cuda.get_device_name(probe.device)}"
+        return f"{choice}, chosen by use_impl"
+    if choice is Impl.TRITON:
+        return f"triton on {torch.cuda.get_device_name(probe.device)}"
     if not probe.is_cuda:
-        return f"torch: Triton kernels run on a GPU, and the tensors are on {probe.device.type}"
-    return f"torch: {_triton_obstacle(probe)}"
+        return f"torch (Triton kernels run on a GPU, the tensors are on {probe.device.type})"
+    return f"torch ({_triton_obstacle(probe)})"

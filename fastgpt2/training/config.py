@@ -1,0 +1,194 @@
+"""A training run's configuration: named config < TOML file < command line, in one dataclass."""
+
+import json
+import tomllib
+import types
+import typing
+from dataclasses import asdict, dataclass, field, fields, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Self
+
+from fastgpt2.config import IMPLS, PRESETS, GPTConfig, unknown_key
+from fastgpt2.errors import UserError
+from fastgpt2.training.device import DTYPES
+from fastgpt2.training.schedules import SCHEDULES
+
+
+def _option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
+    """A field with the text of its command-line flag."""
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a training run; stored in the run folder and in every checkpoint.
+
+    Raises:
+        UserError: a value is out of its range, or no length was given (steps, epochs, minutes).
+    """
+
+    data: tuple[str, ...] = _option(
+        ("python-docs",),
+        "files, folders, globs, token shards, or a name: python-docs, the-verdict, tinyshakespeare",
+    )
+    tokenizer: str = _option(
+        "auto", "how text becomes tokens", choices=("auto", "gpt2", "bytes", "char")
+    )
+    vocab_dir: str | None = _option(None, "folder with GPT-2's encoder.json and vocab.bpe")
+    val_fraction: float = _option(0.1, "share of the text, at its end, kept for validation")
+    model: str = _option("gpt2", "shape of the model", choices=tuple(PRESETS))
+    block_size: int | None = _option(None, "context length T in tokens (default: the model's)")
+    n_layer: int | None = _option(None, "number of blocks (default: the model's)")
+    n_head: int | None = _option(None, "attention heads (default: the model's)")
+    n_embd: int | None = _option(None, "width C (default: the model's)")
+    bias: bool = _option(True, "biases in linear layers and LayerNorms, as GPT-2 has them")
+    dropout: float = _option(0.0, "rate of all three dropouts")
+    attn_dropout: float | None = _option(None, "rate on attention probabilities")
+    embd_dropout: float | None = _option(None, "rate on the embeddings")
+    resid_dropout: float | None = _option(None, "rate on what joins the residual stream")
+    batch_size: int = _option(12, "sequences in a micro-batch")
+    grad_accum: int = _option(1, "micro-batches in an optimizer step")
+    steps: int | None = _option(None, "optimizer steps to train")
+    epochs: float | None = _option(None, "passes over the training tokens")
+    minutes: float | None = _option(None, "wall time to stop at; the schedule ends there too")
+    lr: float = _option(6e-4, "peak learning rate")
+    min_lr: float = _option(6e-5, "learning rate at the end of the schedule")
+    warmup_steps: int = _option(100, "steps of linear warm-up")
+    schedule: str = _option("cosine", "shape of the decay", choices=tuple(SCHEDULES))
+    weight_decay: float = _option(0.1, "AdamW's, on matrices only")
+    beta1: float = _option(0.9, "AdamW's first moment")
+    beta2: float = _option(0.95, "AdamW's second moment")
+    grad_clip: float = _option(1.0, "largest gradient norm; 0 does not clip")
+    dtype: str = _option("auto", "of the computation; weights are kept in fp32", choices=DTYPES)
+    device: str = _option("auto", "auto, cpu, cuda, cuda:1, ...")
+    impl: str = _option("auto", "implementation of the kernels", choices=IMPLS)
+    fp32_residual: bool = _option(False, "keep the residual stream in fp32")
+    compile: bool = _option(False, "torch.compile the forward and backward pass")
+    seed: int = _option(1337, "of initialisation, data order and dropout")
+    log_every: int = _option(10, "steps between records in metrics.jsonl")
+    eval_every: int = _option(250, "steps between evaluations, each with a sample and a checkpoint")
+    keep_last: int = _option(2, "checkpoints kept beside the best one")
+    sample_tokens: int = _option(100, "length of the sample shown at each evaluation")
+    sample_prompt: str = _option("\n", "what the sample continues")
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "grad_accum", "eval_every", "log_every", "keep_last"):
+            _check(self, name, getattr(self, name) >= 1, "1 or more")
+        for name in ("lr", "weight_decay", "min_lr", "warmup_steps", "grad_clip", "sample_tokens"):
+            _check(self, name, getattr(self, name) >= 0, "0 or more")
+        for name in ("beta1", "beta2"):
+            _check(self, name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        for name in ("steps", "epochs", "minutes"):
+            value = getattr(self, name)
+            _check(self, name, value is None or value > 0, "greater than 0")
+        _check(self, "val_fraction", 0 < self.val_fraction < 1, "in (0, 1)")
+        _check(self, "data", len(self.data) > 0, "at least one file or name")
+        for item in fields(self):
+            choices = item.metadata["choices"]
+            if choices and getattr(self, item.name) not in choices:
+                raise UserError(
+                    f"config: {item.name} must be one of {', '.join(choices)}, "
+                    f"got {getattr(self, item.name)!r}"
+                )
+        if self.steps is None and self.epochs is None and self.minutes is None:
+            raise UserError("config: give a length of training: steps, epochs or minutes")
+
+    def gpt_config(self, vocab_size: int) -> GPTConfig:
+        """The model's shape: the preset with this run's overrides."""
+        shape = {
+            name: getattr(self, name) for name in ("block_size", "n_layer", "n_head", "n_embd")
+        }
+        return GPTConfig.preset(
+            self.model,
+            vocab_size=vocab_size,
+            bias=self.bias,
+            dropout=self.dropout,
+            attn_dropout=self.attn_dropout,
+            embd_dropout=self.embd_dropout,
+            resid_dropout=self.resid_dropout,
+            impl=self.impl,
+            fp32_residual=self.fp32_residual,
+            **{name: value for name, value in shape.items() if value is not None},
+        )
+
+    def to_toml(self) -> str:
+        """The configuration as TOML; what is None is left out."""
+        lines = []
+        for name, value in asdict(self).items():
+            if value is not None:
+                # JSON's strings, numbers, booleans and lists are TOML's
+                lines.append(f"{name} = {json.dumps(value, ensure_ascii=False)}")
+        return "\n".join(lines) + "\n"
+
+    @classmethod
+    def from_layers(cls, *layers: dict[str, Any]) -> Self:
+        """Later layers override earlier ones."""
+        merged: dict[str, Any] = {}
+        for layer in layers:
+            merged |= layer
+        return cls(**merged)
+
+    def updated(self, **changes: Any) -> Self:
+        """A copy with some fields replaced."""
+        return replace(self, **changes)
+
+
+def _check(config: TrainConfig, name: str, ok: bool, expected: str) -> None:
+    if not ok:
+        raise UserError(f"config: {name} must be {expected}, got {getattr(config, name)!r}")
+
+
+def field_types() -> dict[str, tuple[type, bool]]:
+    """Each field's plain type, and whether it may be None."""
+    result = {}
+    for name, hint in typing.get_type_hints(TrainConfig).items():
+        optional = isinstance(hint, types.UnionType)
+        plain = typing.get_args(hint)[0] if optional else hint
+        result[name] = (typing.get_origin(plain) or plain, optional)
+    return result
+
+
+def named_configs() -> list[str]:
+    """Names that ``--config`` knows."""
+    folder = files("fastgpt2.configs")
+    return sorted(
+        f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml")
+    )
+
+
+def read_config(name_or_path: str) -> dict[str, Any]:
+    """The values of a shipped config or of a TOML file, checked for unknown keys and types."""
+    path = Path(name_or_path)
+    if name_or_path in named_configs():
+        text = (files("fastgpt2.configs") / f"{name_or_path}.toml").read_text(encoding="utf-8")
+    elif path.is_file():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise UserError(f"{path}: not UTF-8 text") from None
+    else:
+        raise UserError(
+            f"config {name_or_path!r}: no such file, and none of {', '.join(named_configs())}"
+        )
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{name_or_path}: not valid TOML: {error}") from None
+    return {key: _typed(name_or_path, key, value) for key, value in values.items()}
+
+
+def _typed(where: str, key: str, value: Any) -> Any:
+    known = field_types()
+    if key not in known:
+        raise unknown_key(key, list(known), where)
+    expected, _ = known[key]
+    if expected is tuple:
+        value = (value,) if isinstance(value, str) else value
+        if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+    elif expected is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    elif type(value) is expected:
+        return value
+    raise UserError(f"{where}: {key} must be a {expected.__name__}, got {value!r}")

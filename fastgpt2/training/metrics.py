@@ -1,0 +1,105 @@
+"""What a run measures, as JSON lines, CSV and a picture."""
+
+import csv
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from fastgpt2.files import write_text
+
+# losses in nats per token, elapsed in seconds, mfu 0 to 1
+COLUMNS = (
+    "step",
+    "tokens",
+    "train_loss",
+    "val_loss",
+    "val_perplexity",
+    "val_bits_per_byte",
+    "lr",
+    "grad_norm",
+    "tokens_per_second",
+    "mfu",
+    "elapsed",
+)
+
+
+class MetricsLog:
+    """``metrics.jsonl`` and ``metrics.csv``: one record a line, on the disk as soon as it is made.
+
+    Opened for a run that resumes at ``step``, it drops the records that came after.
+    """
+
+    def __init__(self, run: Path, step: int = 0) -> None:
+        self._json_path, self._csv_path = run / "metrics.jsonl", run / "metrics.csv"
+        records = [r for r in read_metrics(run) if r["step"] <= step]
+        write_text(self._json_path, "".join(json.dumps(record) + "\n" for record in records))
+        write_text(self._csv_path, ",".join(COLUMNS) + "\n" + "".join(map(_csv_line, records)))
+
+    def write(self, **record: float | None) -> None:
+        """Append one record; None and non-finite values are left out."""
+        unknown = set(record) - set(COLUMNS)
+        assert not unknown, unknown
+        kept = {k: v for k, v in record.items() if v is not None and math.isfinite(v)}
+        for path, line in (
+            (self._json_path, json.dumps(kept) + "\n"),
+            (self._csv_path, _csv_line(kept)),
+        ):
+            with path.open("a", encoding="utf-8") as file:
+                file.write(line)
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The records of a run; a last line cut off by a crash is left out."""
+    path = run / "metrics.jsonl"
+    records: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def _csv_line(record: dict[str, Any]) -> str:
+    buffer = io.StringIO()
+    csv.DictWriter(buffer, COLUMNS, lineterminator="\n").writerow(record)
+    return buffer.getvalue()
+
+
+def plot(run: Path) -> Path | None:
+    """Draw ``loss.png``: training and validation loss, learning rate, tokens per second.
+
+    Returns the picture's path, or None where there is nothing to draw yet.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    records = read_metrics(run)
+    if not records:
+        return None
+    figure = Figure(figsize=(8, 8), layout="constrained")
+    FigureCanvasAgg(figure)
+    loss, lr, speed = figure.subplots(3, 1, sharex=True, height_ratios=[3, 1, 1])
+    for axes, key, label, style in (
+        (loss, "train_loss", "training", "-"),
+        (loss, "val_loss", "validation", "o-"),
+        (lr, "lr", None, "-"),
+        (speed, "tokens_per_second", None, "-"),
+    ):
+        points = [(r["step"], r[key]) for r in records if key in r]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1.2, markersize=4)
+    loss.set_ylabel("cross-entropy (nats per token)")
+    loss.legend()
+    lr.set_ylabel("learning rate")
+    speed.set_ylabel("tokens / s")
+    speed.set_ylim(bottom=0)
+    speed.set_xlabel("optimizer step")
+    for axes in (loss, lr, speed):
+        axes.grid(alpha=0.3)
+    loss.set_title(run.name)
+    path = run / "loss.png"
+    figure.savefig(path, dpi=120)
+    return path

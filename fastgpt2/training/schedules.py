@@ -1,0 +1,48 @@
+"""Learning-rate schedules: pure functions of how far training has come."""
+
+import math
+from collections.abc import Callable
+
+# last share of training in which WSD decays (Hu et al., "MiniCPM", 2024, use 10-20 %)
+WSD_DECAY = 0.2
+
+
+def cosine(progress: float) -> float:
+    """(1 + cos(pi p)) / 2."""
+    return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def linear(progress: float) -> float:
+    """1 - p."""
+    return 1.0 - progress
+
+
+def constant(progress: float) -> float:
+    """1."""
+    return 1.0
+
+
+def wsd(progress: float) -> float:
+    """Warm-up, stable, decay: 1, then linearly to 0 over the last fifth."""
+    return min(1.0, (1.0 - progress) / WSD_DECAY)
+
+
+# name -> factor of (lr - min_lr) at progress 0 .. 1 behind the warm-up
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "cosine": cosine,
+    "linear": linear,
+    "constant": constant,
+    "wsd": wsd,
+}
+
+
+def learning_rate(
+    schedule: str, step: int, progress: float, *, lr: float, min_lr: float, warmup_steps: int
+) -> float:
+    """The learning rate of optimizer step ``step`` (from 0), ``progress`` in [0, 1] behind warm-up.
+
+    Warm-up: lr (step + 1) / (warmup_steps + 1). Then min_lr + (lr - min_lr) * schedule(progress).
+    """
+    if step < warmup_steps:
+        return lr * (step + 1) / (warmup_steps + 1)
+    return min_lr + (lr - min_lr) * SCHEDULES[schedule](min(max(progress, 0.0), 1.0))

@@ -1,0 +1,121 @@
+"""One optimizer step: forward, backward, clip, update, with a guard against bad numbers."""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastgpt2.errors import UserError
+from fastgpt2.model import GPT
+
+# consecutive steps with a non-finite loss or gradient before training stops
+MAX_SKIPPED = 8
+
+Batch = tuple[Tensor, Tensor]
+
+
+class StepResult(NamedTuple):
+    """Device scalars, read later so that the device never waits for the host."""
+
+    loss: Tensor
+    grad_norm: Tensor
+
+
+class TrainingStep:
+    """Runs optimizer steps on a model whose parameters are fp32.
+
+    A step whose gradient is not finite leaves the weights and the optimizer untouched, decided on
+    the device. Gradients of micro-batches are weighted by their number of valid targets, so 4x1
+    equals 1x4. In fp16 a ``GradScaler`` scales the loss. ``poll`` is called before each
+    micro-batch.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        optimizer: torch.optim.AdamW,
+        *,
+        dtype: torch.dtype,
+        grad_clip: float,
+        forward: Callable[..., tuple[Tensor | None, Tensor]],
+        poll: Callable[[], None],
+    ) -> None:
+        self.model, self.optimizer = model, optimizer
+        self.forward, self.poll = forward, poll
+        self.grad_clip = grad_clip
+        self.device = model.lm_head.weight.device
+        self.dtype = dtype
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
+        self.skipped = 0
+
+    def __call__(self, batches: Sequence[Batch], lr: float) -> StepResult:
+        """Train on one micro-batch after another, then update once."""
+        # gradients live until here, so that a diverged run can name the tensor that went bad
+        self.optimizer.zero_grad(set_to_none=True)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        counts = [int((targets >= 0).sum()) for _, targets in batches]
+        total = max(sum(counts), 1)
+        loss_sum = torch.zeros((), device=self.device)
+        for (idx, targets), count in zip(batches, counts, strict=True):
+            self.poll()
+            idx = idx.to(self.device, non_blocking=True)
+            targets = targets.to(self.device, non_blocking=True)
+            with self.autocast():
+                loss = self.forward(idx, targets)[1]
+            weight = count / total
+            scaled = self.scaler.scale(loss if weight == 1.0 else loss * weight)
+            torch.autograd.backward(scaled)
+            loss_sum += loss.detach() * weight
+        return StepResult(loss_sum, self._update())
+
+    def autocast(self) -> torch.autocast | nullcontext[None]:
+        """The context of the forward pass: the model computes in ``dtype``."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def _update(self) -> Tensor:
+        if self.scaler.is_enabled():
+            self.scaler.unscale_(self.optimizer)
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        grad_norm = torch.nn.utils.get_total_norm(grads)
+        clip = (grad_norm / self.grad_clip).clamp(min=1.0) if self.grad_clip > 0 else None
+        if self.scaler.is_enabled():
+            if clip is not None:
+                torch._foreach_div_(grads, clip)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            return grad_norm
+        # fused AdamW divides by grad_scale as it reads the gradient, so that clipping costs no
+        # pass of its own, and leaves everything as it is where found_inf is 1
+        self.optimizer.grad_scale = clip  # type: ignore[attr-defined]
+        self.optimizer.found_inf = (~torch.isfinite(grad_norm)).float()  # type: ignore[attr-defined]
+        self.optimizer.step()
+        return grad_norm
+
+    def check(self, loss: float, grad_norm: float, step: int) -> None:
+        """Stop after too many bad steps in a row; fp16's scaler may skip a few while it settles.
+
+        Raises:
+            UserError: the loss or gradient was not finite ``MAX_SKIPPED`` times running; names the
+                first bad tensor.
+        """
+        finite = abs(loss) < float("inf") and abs(grad_norm) < float("inf")
+        self.skipped = 0 if finite else self.skipped + 1
+        if self.skipped >= MAX_SKIPPED:
+            raise UserError(
+                f"training diverged: loss {loss}, gradient norm {grad_norm} at step {step}, "
+                f"{self.skipped} steps in a row; {self._first_bad_tensor()}; the last checkpoint "
+                "is untouched (try a lower --lr, --dtype fp32 or --impl reference)"
+            )
+
+    def _first_bad_tensor(self) -> str:
+        for name, parameter in self.model.named_parameters():
+            if not torch.isfinite(parameter).all():
+                return f"first non-finite weight: {name}"
+            if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+                return f"first non-finite gradient: {name}"
+        return "all weights and gradients are finite"

@@ -1,0 +1,80 @@
+"""What a person reads before and after training."""
+
+import os
+import shutil
+
+import torch
+
+from fastgpt2.config import GPTConfig
+from fastgpt2.devices import device_name
+from fastgpt2.kernels.linear_cross_entropy import CHUNK_ELEMENTS
+from fastgpt2.model import GPT
+
+_DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+# activations a block saves, in multiples of C a token: norm 1, qkv 3, attention 1, stream 2,
+# norm 1, MLP 4 + 4
+_SAVED_WIDTHS = 16
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """fp32, bf16 or fp16."""
+    return _DTYPE_NAMES[dtype]
+
+
+def training_memory(config: GPTConfig, parameters: int, tokens: int, dtype: torch.dtype) -> int:
+    """Estimated bytes of training on ``tokens`` tokens a micro-batch.
+
+    Weights, gradients and AdamW's two moments in fp32 (16 bytes a parameter), the activations the
+    blocks save, one chunk of logits, and the head's gradient.
+    """
+    element = dtype.itemsize
+    activations = tokens * config.n_layer * config.n_embd * _SAVED_WIDTHS * element
+    chunk = min(tokens * config.padded_vocab_size, CHUNK_ELEMENTS) * (element + 4)
+    head = config.padded_vocab_size * config.n_embd * 4
+    return 16 * parameters + activations + chunk + head
+
+
+def human(count: float, unit: str = "") -> str:
+    """1234567 -> 1.23M; for bytes, decimal units too."""
+    for suffix, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {suffix}{unit}" if unit else f"{count / size:.3g}{suffix}"
+    return f"{count:.3g} {unit}".rstrip()
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def model_lines(model: GPT, batch_size: int, dtype: torch.dtype, device: torch.device) -> list[str]:
+    """The model, its memory and where it runs, a line each."""
+    config = model.config
+    parameters = model.get_num_params(non_embedding=False)
+    memory = training_memory(config, parameters, batch_size * config.block_size, dtype)
+    return [
+        f"model: {human(parameters)} parameters ({config.n_layer} layers, {config.n_head} heads, "
+        f"width {config.n_embd}, context {config.block_size}, vocabulary {config.vocab_size})",
+        f"memory: about {human(memory, 'B')} for training",
+        f"device: {device_name(device)}, {dtype_name(dtype)}, "
+        f"{torch.get_num_threads()} CPU threads, PyTorch {torch.__version__}",
+    ]
+
+
+def compiler_obstacle(device: torch.device) -> str | None:
+    """Why ``torch.compile`` cannot work here, or None: it wants a compiler for its host code."""
+    wanted = ["g++", "clang++", "c++"] if device.type == "cpu" else ["gcc", "clang", "cc"]
+    variable = "CXX" if device.type == "cpu" else "CC"
+    if variable in os.environ:
+        wanted = [os.environ[variable]]
+    if os.name == "nt":
+        wanted = ["cl"]
+    if any(shutil.which(name) for name in wanted):
+        return None
+    language = "C++" if device.type == "cpu" else "C"
+    return f"no {language} compiler found ({', '.join(wanted)})"
