@@ -28,11 +28,13 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 
-# tensor-core opcodes as the disassembler spells them, the newest kind first
+# tensor-core opcodes as the disassembler spells them; "-rs" is a wgmma with its first operand in
+# registers, which ptxas before 13.1 may overwrite too early (triton-lang/triton#11781)
 _NVIDIA_MMA = (
     ("tcgen05", re.compile(r"\bUTC[A-Z]*MMA")),
-    ("wgmma", re.compile(r"\b(HGMMA|QGMMA|IGMMA)\b")),
-    ("mma.sync", re.compile(r"\b(HMMA|QMMA|IMMA)\b")),
+    ("wgmma-rs", re.compile(r"\b[HQI]GMMA\S* R\d+, R\d+,")),
+    ("wgmma", re.compile(r"\b[HQI]GMMA\b")),
+    ("mma.sync", re.compile(r"\b[HQI]MMA\b")),
 )
 _NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -79,7 +81,8 @@ class Resources:
         registers: per thread; vector registers on AMD.
         spill_bytes: per thread, of the stack frame on NVIDIA, of scratch memory on AMD.
         shared_bytes: per block.
-        mma: ``tcgen05``, ``wgmma``, ``mma.sync``, ``mfma``, or empty without tensor cores.
+        mma: ``tcgen05``, ``wgmma`` (``wgmma-rs`` if any takes its first operand from registers),
+            ``mma.sync``, ``mfma``, or empty without tensor cores.
         serialized: ptxas waits after every wgmma instead of overlapping them.
     """
 
