@@ -56,7 +56,8 @@ class Checkpoint:
 
     Args:
         config: shape of the model.
-        tensors: every stored tensor by its canonical name; checked against ``config``.
+        tensors: every stored tensor by its canonical name; checked against ``config`` and put into
+            the module's order.
         source: the file or folder, for messages.
         notes: what was left out or changed in reading, one line each.
 
@@ -93,6 +94,7 @@ class Checkpoint:
                     f"{self.source}: {name!r} has dtype {tensor.dtype}, "
                     "expected float32, float16 or bfloat16"
                 )
+        object.__setattr__(self, "tensors", {name: self.tensors[name] for name in shapes})
 
     @property
     def dtype(self) -> torch.dtype:

@@ -60,8 +60,6 @@ class LazyTensor:
 
 def map_bytes(path: Path, offset: int, size: int) -> NDArray[np.uint8]:
     """``size`` bytes of a file, memory-mapped copy-on-write: writes never reach the file."""
-    if size == 0:
-        return np.empty(0, np.uint8)
     try:
         return np.memmap(path, np.uint8, "c", offset, (size,))
     except (OSError, ValueError) as error:
@@ -102,6 +100,8 @@ def map_tensor(
         )
 
     def read() -> Tensor:
+        if size == 0:
+            return torch.empty(shape, dtype=dtype)
         raw = map_bytes(path, offset, size)
         if check is not None:
             check(raw)

@@ -125,7 +125,11 @@ class Bundle:
             self.shards = _integer(header.get(1, 0))
             if header.get(2, 0) != 0:
                 raise ValueError("written on a big-endian machine, which is not supported")
-            self.entries = {key.decode("utf-8"): _entry(value) for key, value in table.items()}
+            # the slices of a partitioned variable have binary keys
+            self.entries = {
+                key.decode("utf-8", "backslashreplace"): _entry(value)
+                for key, value in table.items()
+            }
         except OSError as error:
             raise UserError(f"{self.index}: {error.strerror}") from None
         except ValueError as error:
