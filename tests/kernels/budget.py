@@ -6,7 +6,7 @@ twice in the largest error and twice in the root mean square, for outputs and fo
 """
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -79,7 +79,7 @@ def as_tuple(outputs: Outputs) -> tuple[Tensor, ...]:
 
 
 def run_with_gradients(
-    op: Op, impl: str, inputs: dict[str, Tensor], upstream: Sequence[Tensor] | None
+    op: Op, impl: str, inputs: Mapping[str, Tensor], upstream: Sequence[Tensor] | None
 ) -> dict[str, Tensor]:
     """Outputs ``y0, y1, ...`` and, given ``upstream`` gradients, ``d<input>`` of every float input.
 
@@ -99,7 +99,7 @@ def run_with_gradients(
     return results | {f"d{name}": g for name, g in zip(wanted, gradients, strict=True)}
 
 
-def draw_upstream(op: Op, inputs: dict[str, Tensor]) -> list[Tensor]:
+def draw_upstream(op: Op, inputs: Mapping[str, Tensor]) -> list[Tensor]:
     """Random gradients of the outputs, already rounded to the outputs' dtypes, in fp64."""
     with torch.no_grad():
         outputs = as_tuple(op("torch", **inputs))
@@ -108,7 +108,7 @@ def draw_upstream(op: Op, inputs: dict[str, Tensor]) -> list[Tensor]:
 
 def check_op(
     op: Op,
-    inputs: dict[str, Tensor],
+    inputs: Mapping[str, Tensor],
     *,
     impl: str = "triton",
     backward: bool = True,
@@ -132,7 +132,7 @@ def check_op(
 
 
 def assert_repeatable(
-    op: Op, inputs: dict[str, Tensor], *, impl: str = "triton", times: int = 2
+    op: Op, inputs: Mapping[str, Tensor], *, impl: str = "triton", times: int = 2
 ) -> None:
     """The same inputs give the same bits, outputs and gradients."""
     upstream = draw_upstream(op, inputs)
