@@ -179,7 +179,7 @@ class _File:
         headers = {"User-Agent": "fastgpt2", "Accept-Encoding": "identity"}
         if start:
             headers["Range"] = f"bytes={start}-"
-        response = _open(urllib.request.Request(url, headers=headers), self.timeout)
+        response = _open(url, headers, self.timeout)
         if response is None:
             # nothing follows what we have: it is whole, or not this file at all
             return
@@ -204,7 +204,7 @@ class _File:
             raise _AttemptError(f"the connection ended after {self.part_size} of {total} bytes")
 
 
-def _open(request: urllib.request.Request, timeout: float) -> Any:
+def _open(url: str, headers: dict[str, str], timeout: float) -> Any:
     """The response, or None for status 416.
 
     In a thread, because no time limit of Python's reaches the resolving of a name, which can take
@@ -214,6 +214,7 @@ def _open(request: urllib.request.Request, timeout: float) -> Any:
 
     def ask() -> None:
         try:
+            request = urllib.request.Request(url, headers=headers)
             answers.put(urllib.request.urlopen(request, timeout=timeout))
         except Exception as error:
             answers.put(error)

@@ -192,9 +192,10 @@ def python_docs() -> list[Document]:
     seen: set[str] = set()
     documents = []
     for name, text in topics.items():
-        paragraphs = [p for p in text.split("\n\n") if p.strip() and p not in seen]
+        # a dict keeps the order, and one of each
+        paragraphs = dict.fromkeys(p.strip("\n") for p in text.split("\n\n"))
+        content = "\n\n".join(p for p in paragraphs if p and p not in seen)
         seen.update(paragraphs)
-        content = "\n\n".join(paragraphs).strip()
         if content:
             documents.append(Document(f"{PYTHON_DOCS}/{name}", f"{content}\n".encode()))
     return documents
@@ -221,7 +222,7 @@ def split_pieces(corpus: Corpus, val_fraction: float) -> Iterator[Piece]:
         buffer = ""
         for _, _, text in group:
             buffer += text
-            if len(buffer) >= PIECE_BYTES // 2:
+            if len(buffer) > PIECE_BYTES // 2:
                 cut = cut_point(buffer)
                 yield Piece(split, buffer[:cut], after_document)
                 after_document, buffer = False, buffer[cut:]
@@ -232,17 +233,19 @@ def split_pieces(corpus: Corpus, val_fraction: float) -> Iterator[Piece]:
 def _decoded(corpus: Corpus, val_fraction: float) -> Iterator[tuple[int, Split, str]]:
     """All text as (number of the document, split, text), a chunk of a file at a time."""
     left = int(corpus.size * (1 - val_fraction))
+    training = True
     for number, document in enumerate(corpus.documents):
         decoder = _Decoder(document.name)
         for chunk in document.chunks(PIECE_BYTES):
-            border = max(0, min(left, len(chunk)))
+            border = max(0, min(left, len(chunk))) if training else 0
             # the character that the border falls into goes to the training text
-            while 0 < border < len(chunk) and chunk[border] & 0xC0 == 0x80:
+            while training and border < len(chunk) and chunk[border] & 0xC0 == 0x80:
                 border += 1
             left -= border
             if border > 0:
                 yield number, "train", decoder.decode(chunk[:border])
             if border < len(chunk):
+                training = False
                 yield number, "val", decoder.decode(chunk[border:])
         decoder.decode(b"", final=True)
 

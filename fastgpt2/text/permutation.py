@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-ROUNDS = 4
+ROUNDS = 6
 
 
 class Permutation:
@@ -19,8 +19,9 @@ class Permutation:
 
     def __init__(self, n: int, *, seed: Sequence[int]) -> None:
         self.n = n
-        high = int(n**0.5) or 1
-        self._high, self._low = np.uint64(high), np.uint64(-(-n // high))
+        # halves of fewer than four values would leave a few things hardly mixed
+        high = max(4, int(n**0.5))
+        self._high, self._low = np.uint64(high), np.uint64(max(4, -(-n // high)))
         words = np.random.SeedSequence(list(seed)).generate_state(2 * ROUNDS + 1, np.uint64)
         self._keys = words[1:].reshape(ROUNDS, 2)
         # one more random number of the same seed, for the caller
