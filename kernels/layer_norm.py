@@ -1,10 +1,127 @@
 """LayerNorm, alone and fused with the residual addition before it."""
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt2.kernels import checks, philox, reference
 from fastgpt2.kernels.backend import Impl, resolve
+
+
+@torch.library.custom_op("fastgpt2::layer_norm_fwd", mutates_args=())
+def _layer_norm_fwd(
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    branch_bias: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(stream, norm, stats): without a branch the stream is empty; stats are mean and rstd."""
+    from fastgpt2.kernels.jit import layer_norm as jit
+
+    return jit.launch_fwd(x, branch, weight, bias, branch_bias, seed, dropout_p, eps)
+
+
+@_layer_norm_fwd.register_fake
+def _(x: Tensor, branch: Tensor | None, *_unused: Any) -> tuple[Tensor, Tensor, Tensor]:
+    N = x.numel() // x.shape[-1]
+    return (
+        x.new_empty((0,) if branch is None else x.shape),
+        x.new_empty(x.shape, dtype=x.dtype if branch is None else branch.dtype),
+        x.new_empty((2, N), dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("fastgpt2::layer_norm_bwd", mutates_args=())
+def _layer_norm_bwd(
+    dy: Tensor,
+    dstream: Tensor | None,
+    stream: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    branch_bias: Tensor | None,
+    stats: Tensor,
+    seed: Tensor | None,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dx, dbranch, dweight, dbias, dbranch_bias); dbranch is empty where it equals dx."""
+    from fastgpt2.kernels.jit import layer_norm as jit
+
+    return jit.launch_bwd(dy, dstream, stream, weight, bias, branch_bias, stats, seed, dropout_p)
+
+
+@_layer_norm_bwd.register_fake
+def _(
+    dy: Tensor,
+    dstream: Tensor | None,
+    stream: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    branch_bias: Tensor | None,
+    stats: Tensor,
+    seed: Tensor | None,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    own_dbranch = seed is not None or dy.dtype != stream.dtype
+    return (
+        stream.new_empty(stream.shape),
+        dy.new_empty(stream.shape if own_dbranch else (0,)),
+        torch.empty_like(weight),
+        torch.empty_like(weight if bias is None else bias),
+        weight.new_empty(0) if branch_bias is None else torch.empty_like(branch_bias),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, branch, weight, bias, branch_bias, seed, ctx.dropout_p, _ = inputs
+    stream, y, stats = output
+    ctx.mark_non_differentiable(stats)
+    ctx.fused = branch is not None
+    ctx.y_dtype = y.dtype
+    ctx.save_for_backward(stream if ctx.fused else x, weight, bias, branch_bias, stats, seed)
+    # the gradient of a stream that nobody reads on is not worth a tensor of zeros
+    ctx.set_materialize_grads(False)
+
+
+def _backward(
+    ctx: Any, dstream: Tensor | None, dy: Tensor | None, _dstats: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    stream, weight, bias, branch_bias, stats, seed = ctx.saved_tensors
+    if dy is None:
+        dy = stream.new_zeros(stream.shape, dtype=ctx.y_dtype)
+    dx, dbranch, dweight, dbias, dbranch_bias = _layer_norm_bwd(
+        dy,
+        dstream if ctx.fused else None,
+        stream,
+        weight,
+        bias,
+        branch_bias,
+        stats,
+        seed,
+        ctx.dropout_p,
+    )
+    return (
+        dx,
+        (dbranch if dbranch.numel() else dx) if ctx.fused else None,
+        dweight,
+        None if bias is None else dbias,
+        None if branch_bias is None else dbranch_bias,
+        None,
+        None,
+        None,
+    )
+
+
+_layer_norm_fwd.register_autograd(_backward, setup_context=_save)
+
+
+def _contiguous(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector.contiguous()
 
 
 def _check_affine(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> None:
@@ -13,17 +130,16 @@ def _check_affine(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: 
         raise ValueError(f"{op}: x must have at least one dimension")
     match = f"x {tuple(x.shape)}"
     checks.check_shape(op, "weight", weight, (x.shape[-1],), match)
+    checks.check_same_device(op, "weight", weight, x.device)
     if bias is not None:
         checks.check_shape(op, "bias", bias, (x.shape[-1],), match)
     checks.check_positive(op, "eps", eps)
 
 
 def _torch_layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    if x.is_cuda and weight.dtype != x.dtype:
-        # the CUDA operator wants one dtype; statistics are fp32 inside it either way
-        weight = weight.to(x.dtype)
-        bias = None if bias is None else bias.to(x.dtype)
-    return F.layer_norm(x, weight.shape, weight, bias, eps)
+    # the operator wants one dtype; its statistics are fp32 either way
+    bias = None if bias is None else bias.to(x.dtype)
+    return F.layer_norm(x, weight.shape, weight.to(x.dtype), bias, eps)
 
 
 def layer_norm(
@@ -55,7 +171,9 @@ def layer_norm(
             return reference.layer_norm(x, weight, bias, eps)
         case Impl.TORCH:
             return _torch_layer_norm(x, weight, bias, eps)
-    raise RuntimeError("layer_norm: impl='triton' is not built yet")
+    vectors = weight.contiguous(), _contiguous(bias), None
+    y: Tensor = _layer_norm_fwd(x, None, *vectors, None, 0.0, eps)[1]
+    return y
 
 
 def add_layer_norm(
@@ -114,4 +232,7 @@ def add_layer_norm(
                 update = philox.dropout(update, dropout_p, philox.as_seed(seed, x.device))
             stream = x + update.to(x.dtype)
             return stream, _torch_layer_norm(stream, weight, bias, eps).to(branch.dtype)
-    raise RuntimeError("add_layer_norm: impl='triton' is not built yet")
+    key = philox.as_seed(seed, x.device) if dropout_p > 0 else None
+    vectors = weight.contiguous(), _contiguous(bias), _contiguous(branch_bias)
+    stream, y, _ = _layer_norm_fwd(x, branch, *vectors, key, dropout_p, eps)
+    return stream, y

@@ -73,7 +73,42 @@ class Rule:
 
 
 # kernel -> rules, narrow ones first
-TABLE: dict[str, tuple[Rule, ...]] = {}
+TABLE: dict[str, tuple[Rule, ...]] = {
+    "layer_norm_fwd": (
+        Rule(
+            {"C": 1024},
+            {"sm_80": config(4, 1, BLOCK_N=2), INTERPRET: config(4, 1, BLOCK_N=4)},
+            (config(1, 1, BLOCK_N=1), config(4, 1, BLOCK_N=4)),
+        ),
+        Rule(
+            {},
+            {"sm_80": config(8, 1, BLOCK_N=1), INTERPRET: config(8, 1, BLOCK_N=2)},
+            (config(4, 1, BLOCK_N=1),),
+        ),
+    ),
+    "layer_norm_bwd": (
+        Rule(
+            {"C": 1024},
+            {"sm_80": config(4, 1, BLOCK_N=2), INTERPRET: config(4, 1, BLOCK_N=4)},
+            (config(4, 1, BLOCK_N=1),),
+        ),
+        Rule(
+            {},
+            {"sm_80": config(8, 1, BLOCK_N=1), INTERPRET: config(8, 1, BLOCK_N=2)},
+            (config(16, 1, BLOCK_N=1),),
+        ),
+    ),
+    "column_sum": (
+        Rule(
+            {},
+            {
+                "sm_80": config(4, 1, BLOCK_P=256, BLOCK_C=16),
+                INTERPRET: config(4, 1, BLOCK_P=8, BLOCK_C=32),
+            },
+            (config(4, 1, BLOCK_P=128, BLOCK_C=32),),
+        ),
+    ),
+}
 
 # set by `overriding`
 _overrides: dict[str, Config] = {}
@@ -117,3 +152,9 @@ def _architecture(device: torch.device) -> str:
 def arch_of(device: torch.device) -> str:
     """The table's column for a device: ``interpret`` under TRITON_INTERPRET=1, else its GPU's."""
     return INTERPRET if INTERPRETED else _architecture(device)
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors (compute units) a device has; the interpreter plays one of two."""
+    return 2 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count

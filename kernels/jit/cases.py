@@ -1,0 +1,67 @@
+"""Compile cases written briefly: a kernel, a config, and a type or a value for each argument."""
+
+from typing import Any
+
+from fastgpt2.kernels.jit.compile import CompileCase
+from fastgpt2.kernels.jit.tuning import TABLE, Config
+
+SIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+def configs(op: str, arch: str) -> list[tuple[dict[str, int], Config]]:
+    """(limits, config) of every rule of ``op``: what ``arch`` runs with, then the candidates."""
+    return [
+        (dict(rule.limits), config)
+        for rule in TABLE[op]
+        for config in dict.fromkeys([rule.on(arch), *rule.candidates])
+    ]
+
+
+def case(
+    kernel: Any,
+    name: str,
+    config: Config,
+    variant: str,
+    arguments: dict[str, Any],
+    *,
+    bytes: float,
+    flops: float,
+    wants_mma: bool = False,
+) -> CompileCase:
+    """A ``CompileCase`` at GPT-2's shapes, where every pointer and integer is a multiple of 16.
+
+    Args:
+        kernel: the ``@triton.jit`` function.
+        name: of the kernel, as in the tuning table.
+        config: tiles, warps and stages; its blocks are constants of the kernel.
+        variant: what else tells the case apart, such as ``C768 bf16``.
+        arguments: by name, a type (``"*bf16"``, ``"i32"``, a tuple of types) or, where it is no
+            string, the value of a constant: None for a tensor that is not there.
+        bytes: that the launch must move through device memory.
+        flops: of the launch.
+        wants_mma: the kernel is meant to use the tensor cores.
+    """
+    values = {**arguments, **dict(config.blocks)}
+    typed = {n: v for n, v in values.items() if isinstance(v, str | tuple)}
+    constants = {n: v for n, v in values.items() if n not in typed}
+    whole = [n for n, v in typed.items() if v != "fp32" and "fp32" not in v]
+    parts = [
+        f"{n}.{i}"
+        for n, v in typed.items()
+        if isinstance(v, tuple) and "fp32" in v
+        for i, part in enumerate(v)
+        if part != "fp32"
+    ]
+    return CompileCase(
+        kernel=kernel,
+        name=name,
+        config=f"{config.label} {variant}",
+        signature={n: typed.get(n, "constexpr") for n in kernel.arg_names},
+        constexprs=constants,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        divisible_by_16=(*whole, *parts),
+        wants_mma=wants_mma,
+        flops=flops,
+        bytes=bytes,
+    )

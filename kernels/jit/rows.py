@@ -1,0 +1,77 @@
+"""What the row-wise kernels share: views as rows, dropout of a tile, sums over all rows.
+
+A sum over all N rows (the gradient of a bias) has two stages, so that it needs no atomics and has
+the same bits every time: each program of a backward kernel sums its own rows into one row of an
+fp32 buffer (K, P, C), K sums by P programs; then ``_column_sum_kernel`` adds up the P rows, one
+program per block of columns and sum. That second stage moves 4 K P C bytes, from L2 cache.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastgpt2.kernels.jit import tuning
+from fastgpt2.kernels.jit.cases import case, configs
+from fastgpt2.kernels.jit.compile import CompileCase
+from fastgpt2.kernels.jit.primitives import keep_mask
+
+# of a backward kernel that sums over rows: enough to hide memory latency, as in flash-attention's
+# LayerNorm; one per multiprocessor leaves most of the bandwidth unused
+PROGRAMS_PER_MULTIPROCESSOR = 8
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """(..., C) as (N, C) with adjacent columns: a view wherever the strides allow one."""
+    rows = x.reshape(-1, x.shape[-1]) if x.dim() else x.reshape(1, 1)
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def row_programs(n_blocks: int, device: torch.device) -> int:
+    """P: how many programs share ``n_blocks`` blocks of rows in a kernel that sums over rows."""
+    return min(n_blocks, PROGRAMS_PER_MULTIPROCESSOR * tuning.multiprocessors(device))
+
+
+@triton.jit
+def dropout_tile(x, dropout, offsets):
+    """Philox dropout of a tile; ``dropout`` is (seed_ptr, p), offsets are global, int64."""
+    return tl.where(keep_mask(dropout, offsets), x / (1.0 - dropout[1]), 0.0)
+
+
+@triton.jit
+def _column_sum_kernel(partial_ptr, out_ptrs, P, C, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """out_ptrs[k][c] = sum over p of partial[k, p, c]; program (block of columns, k)."""
+    which = tl.program_id(1).to(tl.int64)
+    offs_c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < C
+    sums = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for start in range(0, P, BLOCK_P):
+        offs_p = start + tl.arange(0, BLOCK_P)
+        offsets = (which * P + offs_p)[:, None] * C + offs_c[None, :]
+        sums += tl.load(partial_ptr + offsets, mask=(offs_p < P)[:, None] & mask_c, other=0.0)
+    total = tl.sum(sums, axis=0)
+    # the outputs may differ in dtype: which one is meant has to be a branch
+    for k in tl.static_range(len(out_ptrs)):
+        if which == k:
+            tl.store(out_ptrs[k] + offs_c, total, mask=mask_c)
+
+
+def launch_column_sum(partial: Tensor, outs: Sequence[Tensor]) -> None:
+    """Sum ``partial`` (K, P, C) over P into the K ``outs`` (C,), each in its own dtype."""
+    K, P, C = partial.shape
+    config = tuning.pick("column_sum", tuning.arch_of(partial.device))
+    grid = (triton.cdiv(C, config["BLOCK_C"]), K)
+    _column_sum_kernel[grid](partial, tuple(outs), P, C, **config.meta())
+
+
+def compile_cases(arch: str) -> list[CompileCase]:
+    """The second stage as LayerNorm's backward uses it at C = 768: three sums of bf16."""
+    P, C = 1056, 768
+    arguments = {"partial_ptr": "*fp32", "out_ptrs": ("*bf16",) * 3, "P": "i32", "C": "i32"}
+    moved, name = 3.0 * P * C * 4, "column_sum"
+    return [
+        case(_column_sum_kernel, name, config, "bf16", arguments, bytes=moved, flops=moved / 4)
+        for _, config in configs(name, arch)
+    ]

@@ -1,0 +1,51 @@
+"""The two kinds of graphs a training step is put into: torch.compile's and CUDA's."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from tests.kernels.budget import DEVICE, Outputs, as_tuple
+
+# the interpreter's code is opaque to the compiler: generating C++ around it would prove no more
+_BACKEND = "inductor" if DEVICE.type == "cuda" else "aot_eager"
+
+
+def assert_compiles_whole(op: Callable[..., Outputs], batches: Sequence[dict[str, Tensor]]) -> None:
+    """``op(**inputs)`` compiles without a break, forward and backward, and gives eager's numbers.
+
+    Every batch has another length, so that all but the first run through dynamic shapes.
+    """
+    torch.compiler.reset()
+    compiled = torch.compile(op, fullgraph=True, backend=_BACKEND)
+    for inputs in batches:
+        results = []
+        for function in (op, compiled):
+            leaves = {
+                name: x.detach().clone().requires_grad_(x.is_floating_point())
+                for name, x in inputs.items()
+            }
+            outputs = as_tuple(function(**leaves))
+            wanted = [x for x in leaves.values() if x.requires_grad]
+            results.append([*outputs, *torch.autograd.grad(outputs, wanted, outputs)])
+        for got, expected in zip(*results, strict=True):
+            torch.testing.assert_close(got, expected)
+
+
+def assert_graph_replays(step: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) -> None:
+    """``step`` (forward and backward) can be captured, and a replay sees changed inputs."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        # compiling and loading kernels is not allowed while capturing
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for x in inputs:
+            x.copy_(x.flip(0))
+    graph.replay()
+    for got, expected in zip(captured, step(), strict=True):
+        assert torch.equal(got, expected)
