@@ -15,7 +15,7 @@ from fastgpt2.errors import UserError
 from fastgpt2.files import write_text
 from fastgpt2.weights.checkpoint import Checkpoint, listed, parameter_shapes
 from fastgpt2.weights.metadata import inside, make_config, read_json, require
-from fastgpt2.weights.tensors import LazyTensor
+from fastgpt2.weights.tensors import LazyTensor, check_total
 from fastgpt2.weights.tf_bundle import Bundle, write_bundle
 
 HPARAMS = {
@@ -102,6 +102,7 @@ def read(folder: Path) -> Checkpoint:
             )
         tensors[name] = tensor.reshaped(*expected[1:]).transposed() if matrix else tensor
     known = {openai_name(name) for name in tensors}
+    check_total(tensors.values(), {bundle.shard(name) for name in known}, bundle.index)
     unknown = [name for name in bundle.entries if name not in known]
     notes = (f"ignored what is not a weight of GPT-2: {listed(unknown)}",)
     return Checkpoint(config, tensors, folder, notes if unknown else ())

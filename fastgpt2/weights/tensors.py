@@ -5,7 +5,7 @@ is allocated; values are mapped into memory when asked for, one tensor at a time
 the tensor is dropped, so that loading a model needs little more than the model.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -110,6 +110,14 @@ def map_tensor(
         return torch.from_numpy(raw).view(dtype).reshape(shape)
 
     return LazyTensor(shape, dtype, read)
+
+
+def check_total(tensors: Iterable[LazyTensor], paths: Iterable[Path], source: Path) -> None:
+    """Refuse tensors that share bytes of their files: a small file must not give a huge model."""
+    needed = sum(tensor.nbytes for tensor in tensors)
+    available = sum(path.stat().st_size for path in paths)
+    if needed > available:
+        raise UserError(f"{source}: its tensors take {needed} bytes, its files have {available}")
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

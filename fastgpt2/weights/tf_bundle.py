@@ -139,6 +139,10 @@ class Bundle:
         if mask(crc32c(raw)) != self.entries[name].crc:
             raise UserError(f"{path}: the values of {name!r} have a wrong CRC-32C")
 
+    def shard(self, name: str) -> Path:
+        """The file with the values of the variable ``name``."""
+        return shard_path(self.prefix, self.entries[name].shard, self.shards)
+
     def tensor(self, name: str) -> LazyTensor:
         """The variable ``name``; its CRC is checked whenever it is read.
 
@@ -165,7 +169,7 @@ class Bundle:
             raise UserError(
                 f"{self.index}: {name!r} is said to lie in shard {entry.shard} of {self.shards}"
             )
-        path = shard_path(self.prefix, entry.shard, self.shards)
+        path = self.shard(name)
         check = partial(self._check_crc, name, path)
         return map_tensor(path, entry.offset, entry.shape, dtype, name=name, check=check)
 

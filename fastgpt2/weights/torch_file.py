@@ -5,16 +5,18 @@ values, and on the meta device it reads no values: it only notes where in the fi
 there they are mapped when asked for.
 """
 
+import pickletools
 import re
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
 from fastgpt2.errors import UserError
-from fastgpt2.weights.tensors import LazyTensor, map_tensor
+from fastgpt2.weights.checkpoint import HEAD
+from fastgpt2.weights.tensors import LazyTensor, check_total, map_tensor
 
 ZIP_MAGIC = b"PK\x03\x04"
 
@@ -27,10 +29,7 @@ def read_torch(path: Path) -> dict[str, Any]:
             plain values (which could run code), or no dictionary with text keys.
     """
     try:
-        with path.open("rb") as file:
-            zipped = file.read(4) == ZIP_MAGIC
-        if zipped:
-            _check_stored(path)
+        zipped = _check_memory(path)
         # files of torch before 1.6 have no index: they can only be read as a whole
         device = "meta" if zipped else "cpu"
         content = torch.load(path, map_location=device, weights_only=True)
@@ -46,12 +45,31 @@ def read_torch(path: Path) -> dict[str, Any]:
     return content
 
 
-def _check_stored(path: Path) -> None:
-    # torch never compresses; what unfolds to more than the file has is an attack on memory
-    with zipfile.ZipFile(path) as archive:
-        for record in archive.infolist():
-            if record.compress_type != zipfile.ZIP_STORED:
-                raise UserError(f"{path}: {record.filename!r} is compressed: not from torch.save")
+def _check_memory(path: Path) -> bool:
+    """Refuse what unfolds to more than the file has; whether the file is a zip archive."""
+    with path.open("rb") as file:
+        if file.read(len(ZIP_MAGIC)) != ZIP_MAGIC:
+            # before torch 1.6: magic number, version, system, the object, names of the storages
+            file.seek(0)
+            for _ in range(5):
+                _check_pickle(path, file)
+            return False
+        with zipfile.ZipFile(file) as archive:
+            for record in archive.infolist():
+                # torch never compresses
+                if record.compress_type != zipfile.ZIP_STORED:
+                    raise UserError(f"{path}: {record.filename!r} is compressed: refused")
+                if record.filename.endswith("/data.pkl"):
+                    with archive.open(record) as pickled:
+                        _check_pickle(path, pickled)
+    return True
+
+
+def _check_pickle(path: Path, pickled: IO[bytes]) -> None:
+    # the one call that torch allows and that takes a size: bytearray(10**10)
+    for opcode, argument, _ in pickletools.genops(pickled):
+        if opcode.name == "GLOBAL" and str(argument).endswith(" bytearray"):
+            raise UserError(f"{path}: refused: it asks for a bytearray; only tensors are loaded")
 
 
 def _reason(error: Exception) -> str:
@@ -63,7 +81,10 @@ def _reason(error: Exception) -> str:
 
 def lazy_tensors(path: Path, content: dict[str, Any]) -> dict[str, LazyTensor]:
     """The state dict ``content``, taken from ``read_torch(path)``, as lazy tensors."""
-    return {name: _lazy(path, name, value) for name, value in content.items()}
+    tensors = {name: _lazy(path, name, value) for name, value in content.items()}
+    # the tied head is a second name for the same bytes
+    check_total((t for name, t in tensors.items() if not name.endswith(HEAD)), [path], path)
+    return tensors
 
 
 def _lazy(path: Path, name: str, value: object) -> LazyTensor:
