@@ -1,0 +1,76 @@
+#!/usr/bin/env bash
+# Proves and times the kernels on this machine's CUDA GPU, in less than nine minutes.
+#
+#   benchmarks/on_gpu.sh FOLDER [correct|kernels|step|decode|tune ...]
+#
+# Needs Python with torch, triton, pytest and tqdm; builds, installs and downloads nothing. Leaves a
+# log and a JSON file of every stage in FOLDER and prints a short table last. Without a stage: all
+# of them, each within a share of the time; with some, they have more. Exit code 1 if one failed.
+set -uo pipefail
+
+stages=(correct kernels step decode tune)
+# seconds of each stage when all run
+declare -A share=([correct]=150 [kernels]=120 [step]=120 [decode]=50 [tune]=80)
+
+usage() {
+    echo "usage: benchmarks/on_gpu.sh FOLDER [${stages[*]// /|}]" >&2
+    exit 2
+}
+
+[ $# -ge 1 ] || usage
+mkdir -p "$1" && out=$(cd "$1" && pwd) || exit 2
+shift
+if [ $# -gt 0 ]; then
+    stages=("$@")
+fi
+total=0
+for stage in "${stages[@]}"; do
+    [ -n "${share[$stage]:-}" ] || usage
+    total=$((total + share[$stage]))
+done
+
+cd "$(dirname "$0")/.." || exit 2
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+unset TRITON_INTERPRET
+python=${PYTHON:-python3}
+
+run_stage() {
+    local stage=$1 seconds=$2
+    # compiling and checking before the first timing take the rest
+    local timing=$((seconds * 6 / 10))
+    case $stage in
+    correct)
+        local workers=()
+        if "$python" -c "import xdist" 2>/dev/null; then
+            # most of the time goes into compiling kernels, which other cores can do
+            workers=(-n 6)
+        fi
+        timeout "$seconds" "$python" -m pytest -q -p no:cacheprovider "${workers[@]}" \
+            -m gpu tests/kernels --junitxml "$out/correct.xml"
+        ;;
+    kernels)
+        timeout "$seconds" "$python" -m benchmarks.kernels_gpu --out "$out" \
+            --seconds $((seconds * 3 / 10))
+        ;;
+    *)
+        local module=benchmarks.${stage}_gpu
+        [ "$stage" = tune ] && module=benchmarks.tune
+        timeout "$seconds" "$python" -m "$module" --out "$out" --seconds "$timing"
+        ;;
+    esac
+}
+
+status=0
+for stage in "${stages[@]}"; do
+    seconds=$((share[$stage] * 520 / total))
+    echo "== $stage (at most $seconds s)"
+    run_stage "$stage" "$seconds" >"$out/$stage.log" 2>&1
+    code=$?
+    if [ $code -ne 0 ]; then
+        echo "$stage ended with exit code $code; the end of $out/$stage.log:"
+        tail -n 15 "$out/$stage.log"
+        status=1
+    fi
+done
+"$python" -m benchmarks.summary "$out"
+exit $status

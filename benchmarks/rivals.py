@@ -1,0 +1,109 @@
+"""The GPT that any skilled user of PyTorch would write in an afternoon: our fairest rival.
+
+The same model as ours, of ``nn`` modules and ``F.scaled_dot_product_attention``, meant to be
+compiled; parameters fp32 or bf16, activations as autocast has them. Shapes: B batch, T tokens,
+C width, H heads, D head size, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastgpt2.config import GPTConfig
+from fastgpt2.model import GPT
+
+
+class PlainBlock(nn.Module):
+    """x + attention(norm(x)), then x + MLP(norm(x))."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        C = config.n_embd
+        self.n_head = config.n_head
+        self.ln_1, self.ln_2 = nn.LayerNorm(C), nn.LayerNorm(C)
+        self.qkv, self.proj = nn.Linear(C, 3 * C), nn.Linear(C, C)
+        self.fc1, self.fc2 = nn.Linear(C, 4 * C), nn.Linear(4 * C, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        B, T, C = x.shape
+        q, k, v = self.qkv(self.ln_1(x)).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.proj(y.transpose(1, 2).reshape(B, T, C))
+        x = x + self.fc2(F.gelu(self.fc1(self.ln_2(x)), approximate="tanh"))
+        return x
+
+
+class PlainGPT(nn.Module):
+    """GPT-2 with a padded, tied head, and the mean cross-entropy of its logits."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.blocks = nn.ModuleList([PlainBlock(config) for _ in range(config.n_layer)])
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        self.vocab_size = config.vocab_size
+
+    def forward(self, idx: Tensor, targets: Tensor) -> Tensor:
+        """(B, T) token ids and targets -> the mean loss, as nanoGPT computes it."""
+        x = self.wte(idx) + self.wpe(torch.arange(idx.shape[1], device=idx.device))
+        if torch.is_autocast_enabled(idx.device.type):
+            # a residual stream in the compute dtype, which autocast alone would keep in fp32
+            x = x.to(torch.get_autocast_dtype(idx.device.type))
+        for block in self.blocks:
+            x = block(x)
+        logits = F.linear(self.ln_f(x), self.wte.weight)[..., : self.vocab_size]
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    @torch.no_grad()
+    def copy_weights(self, model: GPT) -> None:
+        """Take the weights of ours."""
+        self.wte.load_state_dict(model.transformer.wte.state_dict())
+        self.wpe.load_state_dict(model.transformer.wpe.state_dict())
+        _copy(self.ln_f, model.transformer.ln_f)
+        for mine, theirs in zip(self.blocks, model.transformer.h, strict=True):
+            source: Any = theirs
+            for name, module in (
+                ("ln_1", source.ln_1),
+                ("qkv", source.attn.c_attn),
+                ("proj", source.attn.c_proj),
+                ("ln_2", source.ln_2),
+                ("fc1", source.mlp.c_fc),
+                ("fc2", source.mlp.c_proj),
+            ):
+                _copy(getattr(mine, name), module)
+
+
+def _copy(target: nn.Module, source: nn.Module) -> None:
+    target.load_state_dict(source.state_dict())
+
+
+def transformers_gpt2(model: GPT) -> nn.Module | None:
+    """transformers' GPT-2 with the weights of ours; None where transformers is not installed."""
+    try:
+        from transformers import GPT2Config, GPT2LMHeadModel
+    except ImportError:
+        return None
+    c = model.config
+    rival: nn.Module = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=c.vocab_size,
+            n_positions=c.block_size,
+            n_embd=c.n_embd,
+            n_layer=c.n_layer,
+            n_head=c.n_head,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+        )
+    )
+    tensors = {}
+    for name, x in model.state_dict().items():
+        # transformers stores these four transposed, as OpenAI does
+        is_conv = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+        tensors[name] = x.t().contiguous() if is_conv else x
+    rival.load_state_dict(tensors)
+    return rival.to(model.lm_head.weight.device)
