@@ -7,7 +7,7 @@ import torch
 
 from fastgpt2.config import GPTConfig
 from fastgpt2.devices import device_name
-from fastgpt2.kernels.linear_cross_entropy import CHUNK_ELEMENTS
+from fastgpt2.kernels.linear_cross_entropy import TORCH_CHUNK_ELEMENTS, TRITON_CHUNK_BYTES
 from fastgpt2.model import GPT
 
 _DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -22,7 +22,9 @@ def dtype_name(dtype: torch.dtype) -> str:
     return _DTYPE_NAMES[dtype]
 
 
-def training_memory(config: GPTConfig, parameters: int, tokens: int, dtype: torch.dtype) -> int:
+def training_memory(
+    config: GPTConfig, parameters: int, tokens: int, dtype: torch.dtype, triton: bool
+) -> int:
     """Estimated bytes of training on ``tokens`` tokens a micro-batch.
 
     Weights, gradients and AdamW's two moments in fp32 (16 bytes a parameter), the activations the
@@ -30,7 +32,11 @@ def training_memory(config: GPTConfig, parameters: int, tokens: int, dtype: torc
     """
     element = dtype.itemsize
     activations = tokens * config.n_layer * config.n_embd * _SAVED_WIDTHS * element
-    chunk = min(tokens * config.padded_vocab_size, CHUNK_ELEMENTS) * (element + 4)
+    logits = tokens * config.padded_vocab_size
+    if triton:
+        chunk = min(logits * element, TRITON_CHUNK_BYTES)
+    else:
+        chunk = min(logits, TORCH_CHUNK_ELEMENTS) * (element + 4)
     head = config.padded_vocab_size * config.n_embd * 4
     return 16 * parameters + activations + chunk + head
 
@@ -56,7 +62,8 @@ def model_lines(model: GPT, batch_size: int, dtype: torch.dtype, device: torch.d
     """The model, its memory and where it runs, a line each."""
     config = model.config
     parameters = model.get_num_params(non_embedding=False)
-    memory = training_memory(config, parameters, batch_size * config.block_size, dtype)
+    tokens, on_gpu = batch_size * config.block_size, device.type == "cuda"
+    memory = training_memory(config, parameters, tokens, dtype, triton=on_gpu)
     return [
         f"model: {human(parameters)} parameters ({config.n_layer} layers, {config.n_head} heads, "
         f"width {config.n_embd}, context {config.block_size}, vocabulary {config.vocab_size})",
