@@ -17,6 +17,7 @@ from fastgpt2.cli import run
 from fastgpt2.errors import UserError
 from fastgpt2.files import write_text
 from fastgpt2.text import GPT2Tokenizer, load_tokenizer, save_tokenizer
+from fastgpt2.text.tokenizers import FILE_NAME as TOKENIZER_FILE
 from fastgpt2.weights import FORMATS, RELEASES, Checkpoint, load, save
 from fastgpt2.weights.hub import locate
 
@@ -96,11 +97,10 @@ def _carry_tokenizer(source: Path, target: Path, to: str) -> list[str]:
         for name in present:
             shutil.copyfile(source / name, target / name)
         return []
+    # a run keeps its tokenizer at the top, two folders above a checkpoint
+    runs = [run for run in (source, *source.parents[1:2]) if (run / TOKENIZER_FILE).is_file()]
     try:
-        if (source / "fastgpt2_tokenizer.json").is_file():
-            tokenizer = load_tokenizer(source)
-        else:
-            tokenizer = GPT2Tokenizer.from_folder(source)
+        tokenizer = load_tokenizer(runs[0]) if runs else GPT2Tokenizer.from_folder(source)
     except UserError as error:
         return [f"no tokenizer written: {error}"]
     if to == "fastgpt2":

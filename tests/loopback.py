@@ -31,11 +31,11 @@ class Site:
         self.closing.wait(30)
 
     def trickle(self, data: bytes, seconds: float) -> Behaviour:
-        """Send one byte at a time."""
+        """Promise ``data``, send one byte of it at a time, and hang up after four seconds."""
 
         def behave(handler: Handler) -> None:
             head(handler, 200, len(data))
-            for byte in data:
+            for byte in data[: int(4 / seconds)]:
                 handler.wfile.write(bytes([byte]))
                 handler.wfile.flush()
                 if self.closing.wait(seconds):
@@ -53,6 +53,9 @@ def serve() -> Iterator[Site]:
         def do_GET(self) -> None:
             site.asked.append((self.path, self.headers["Range"]))
             site.pages.get(self.path, status(404))(self)
+
+        def do_HEAD(self) -> None:
+            site.pages.get(f"HEAD {self.path}", status(404))(self)
 
         def log_message(self, format: str, *args: object) -> None:
             pass

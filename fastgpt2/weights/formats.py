@@ -146,9 +146,8 @@ def _new_folder(path: Path) -> Iterator[Path]:
         temporary = private / path.name
         temporary.mkdir()
         yield temporary
-        for file in temporary.iterdir():
-            sync(file)
-        sync(temporary)
+        for entry in (*temporary.rglob("*"), temporary):
+            sync(entry)
         if path.exists():
             path.rmdir()
         os.replace(temporary, path)

@@ -64,7 +64,8 @@ def _from_hub(name: str, folder: Path, timeout: float) -> None:
                 reasons.append(str(error))
             except Exception as error:
                 # whatever the library's HTTP client raises: this mirror does not answer
-                reasons.append(f"{url}: {type(error).__name__}: {error}")
+                line = next(iter(str(error).splitlines()), "")
+                reasons.append(f"{url}: {type(error).__name__}: {line}")
         else:
             raise DownloadError("; ".join(reasons))
 

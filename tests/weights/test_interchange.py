@@ -368,14 +368,24 @@ def test_llmc_size_of_the_124m_release() -> None:
     assert 1024 + 4 * 124_475_904 == 497_904_640
 
 
-def test_run_folder_gives_its_newest_checkpoint(tmp_path: Path) -> None:
+def test_run_folder_gives_its_best_checkpoint(tmp_path: Path) -> None:
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
     with pytest.raises(UserError, match="has no checkpoint yet"):
         load(run)
-    for step, dtype in ((900, torch.float32), (1000, torch.bfloat16)):
-        save(random_checkpoint(TINY, dtype), run / f"checkpoints/step_{step:08}", "fastgpt2")
+    dtypes = {900: torch.float32, 1000: torch.bfloat16, 1100: torch.float16}
+    for step, dtype in dtypes.items():
+        save(random_checkpoint(TINY, dtype), tmp_path / str(step), "fastgpt2")
+        folder = run / f"checkpoints/step_{step:08}"
+        (tmp_path / str(step) / "checkpoints/step_00000000").rename(folder)
     (run / "checkpoints/.step_00002000.tmp").mkdir()
+    (run / "checkpoints/step_00003000").mkdir()
+    # no loss was measured: the newest that is whole
+    assert load(run).dtype == torch.float16
+    for step, loss in ((900, 4.0), (1000, 3.0), (1100, None)):
+        state = {"step": step, "val_loss": loss}
+        path = run / f"checkpoints/step_{step:08}/state.json"
+        path.write_text(json.dumps(state), "utf-8")
     assert load(run).dtype == torch.bfloat16
     assert load(run / "checkpoints/step_00000900").dtype == torch.float32
     # a file of weights stands for its folder
@@ -386,7 +396,7 @@ def test_every_field_of_the_configuration_is_kept_in_our_folder(tmp_path: Path) 
     config = replace(TINY, dropout=0.2, embd_dropout=0.0, impl="torch", fp32_residual=True)
     folder = save(random_checkpoint(config), tmp_path / "x", "fastgpt2")
     assert load(folder).config == config
-    path = folder / "gpt_config.json"
+    path = folder / "checkpoints/step_00000000/gpt_config.json"
     path.write_text(path.read_text("utf-8").replace("n_head", "n_heads"), "utf-8")
     with pytest.raises(UserError, match="unknown key 'n_heads'; did you mean 'n_head'"):
         load(folder)

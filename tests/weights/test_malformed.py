@@ -69,8 +69,8 @@ FILES = [
     ("openai", "checkpoint"),
     ("openai", "model.ckpt.index"),
     ("openai", "model.ckpt.data-00000-of-00001"),
-    ("fastgpt2", "gpt_config.json"),
-    ("fastgpt2", "model.safetensors"),
+    ("fastgpt2", "checkpoints/step_00000000/gpt_config.json"),
+    ("fastgpt2", "checkpoints/step_00000000/model.safetensors"),
 ]
 
 
@@ -291,7 +291,11 @@ def test_shard_that_lacks_its_tensor(originals: dict[str, Path], tmp_path: Path)
 )
 @pytest.mark.parametrize(
     ("form", "name"),
-    [("hf", "config.json"), ("openai", "hparams.json"), ("fastgpt2", "gpt_config.json")],
+    [
+        ("hf", "config.json"),
+        ("openai", "hparams.json"),
+        ("fastgpt2", "checkpoints/step_00000000/gpt_config.json"),
+    ],
 )
 def test_json_that_is_none(
     originals: dict[str, Path], tmp_path: Path, form: str, name: str, text: bytes, message: str
