@@ -123,6 +123,8 @@ def test_any_leftover_ends_well(site: Site, tmp_path: Path, leftover: bytes, res
     get(site.add("/f", content(DATA, resumes=resumes)), tmp_path / "f")
     assert (tmp_path / "f").read_bytes() == DATA
     assert leftovers(tmp_path) == ["f"]
+    # a beginning that fits costs no second request, whether the server resumes or not
+    assert len(site.asked) == 1 or not DATA.startswith(leftover)
 
 
 def test_server_that_never_answers_is_given_up(site: Site, tmp_path: Path) -> None:
@@ -136,7 +138,7 @@ def test_server_that_trickles_is_given_up(site: Site, tmp_path: Path) -> None:
     urls = [site.add("/slow", site.trickle(DATA, 0.02)), site.add("/f", content(DATA))]
     start = time.monotonic()
     get(urls, tmp_path / "f", timeout=0.3)
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < 2.5
     # what had come is not fetched again
     assert site.asked[-1][1] is not None
 
