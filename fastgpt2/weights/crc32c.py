@@ -22,7 +22,7 @@ Words = NDArray[np.uint32]
 
 # reflected form of 0x1EDC6F41
 POLYNOMIAL = 0x82F63B78
-# K, the registers run at once: rows of 32 KiB stay in the first-level cache
+# K, the most registers run at once: rows of 32 KiB stay in the first-level cache
 LANES = 8192
 MASK_DELTA = 0xA282EAD8
 
@@ -48,9 +48,9 @@ def _zero_bytes(log2: int) -> Words:
 
 
 @cache
-def _row_tables() -> tuple[Words, Words]:
+def _row_tables(row_bytes: int) -> tuple[Words, Words]:
     """A^K as lookups of a word's low and of its high half."""
-    matrix = _zero_bytes((4 * LANES).bit_length() - 1)
+    matrix = _zero_bytes(row_bytes.bit_length() - 1)
     tables = np.zeros((2, 1 << 16), np.uint32)
     for table, columns in zip(tables, (matrix[:16], matrix[16:]), strict=True):
         for bit, column in enumerate(columns):
@@ -61,13 +61,14 @@ def _row_tables() -> tuple[Words, Words]:
 def crc32c(data: bytes | NDArray[np.uint8]) -> int:
     """CRC-32C of ``data``, bytes or a one-dimensional uint8 array (a memory map too)."""
     data = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data
-    row_bytes = 4 * LANES
+    # short data in short rows: folding the registers costs more than it saves
+    row_bytes = 4 * min(LANES, 1 << (len(data) // 256).bit_length())
     # zero bytes in front leave a zero register as it is: the first row is filled up with them
     head = len(data) % row_bytes
     first = np.zeros(row_bytes, np.uint8)
     first[row_bytes - head :] = data[:head]
     lanes = first.view("<u4").astype(np.uint32)
-    low, high = _row_tables()
+    low, high = _row_tables(row_bytes)
     for start in range(head, len(data), row_bytes):
         row = data[start : start + row_bytes].view("<u4")
         lanes = low[lanes & np.uint32(0xFFFF)] ^ high[lanes >> np.uint32(16)] ^ row
