@@ -1,10 +1,20 @@
 """What every command does around its body: one line for an error, and an exit code."""
 
+import argparse
 import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from fastgpt2.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """An ``ArgumentParser`` whose errors are one line, without the whole usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line and exit with 2, as for every other mistake of a user."""
+        self.exit(2, f"{self.prog}: error: {message} (--help shows all flags)\n")
 
 
 def run(name: str, body: Callable[[], int | None]) -> int:

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 from tqdm import tqdm
 
 from fastgpt2.errors import UserError
-from fastgpt2.files import sync
+from fastgpt2.files import sync, write_text
 
 CHUNK = 1 << 16
 # a server that sends less than this over one time limit is given up
@@ -59,8 +59,9 @@ def download(
 
     A file that is already there and passes the checks is kept. The bytes go to ``path`` + ``.part``
     under a lock, so that processes asking for the same file at once fetch it once, and are renamed
-    when whole and checked. What an interrupted download left is continued when ``sha256`` can prove
-    the result; without it, it is fetched anew.
+    when whole and checked. What an interrupted download left is continued: from any mirror when
+    ``sha256`` can prove the result, else only where the server vouches, by its ETag, that the file
+    is still the same.
 
     Args:
         urls: mirrors, the preferred first.
@@ -133,13 +134,15 @@ class _File:
         return self.path.with_name(self.path.name + ".part")
 
     @property
+    def etag(self) -> Path:
+        return self.path.with_name(self.path.name + ".etag")
+
+    @property
     def part_size(self) -> int:
         return self.part.stat().st_size if self.part.is_file() else 0
 
     def fetch_from(self, url: str, retries: int) -> None:
         """Try one mirror, several times where that can help."""
-        if self.sha256 is None:
-            self.part.unlink(missing_ok=True)
         for attempt in range(retries + 1):
             try:
                 return self._attempt(url)
@@ -161,6 +164,7 @@ class _File:
             self._check()
         sync(self.part)
         os.replace(self.part, self.path)
+        self.etag.unlink(missing_ok=True)
 
     def _check(self) -> None:
         """Remove a file that is not the expected one, and say expected and got."""
@@ -171,22 +175,29 @@ class _File:
             problem = f"expected sha256 {self.sha256}, got {got}"
         if problem:
             self.part.unlink()
+            self.etag.unlink(missing_ok=True)
             raise _AttemptError(problem, final=True)
 
     def _receive(self, url: str) -> None:
         """Append to the partial file what is missing of it."""
         start = self.part_size
         headers = {"User-Agent": "fastgpt2", "Accept-Encoding": "identity"}
-        if start:
+        etag = self.etag.read_text(encoding="utf-8") if self.etag.is_file() else ""
+        if start and (self.sha256 or etag):
             headers["Range"] = f"bytes={start}-"
+            if not self.sha256:
+                headers["If-Range"] = etag
         response = _open(url, headers, self.timeout)
         if response is None:
             # nothing follows what we have: it is whole, or not this file at all
             return
         with response:
             if response.status != 206:
-                # the server does not resume, it sends everything
+                # everything comes: from a server that does not resume, or a file that changed
                 start = 0
+                etag = response.headers.get("ETag", "")
+                # a weak one does not promise the same bytes
+                write_text(self.etag, "" if etag.startswith("W/") else etag)
             length = response.headers.get("Content-Length")
             total = None if length is None else start + int(length)
             with self.part.open("ab") as file:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from fastgpt2.cli import run
+from fastgpt2.cli import Parser, run
 from fastgpt2.errors import UserError
 from fastgpt2.files import set_default_mode, sync
 from fastgpt2.text.corpora import VAL_FRACTION, Corpus, Piece, load_corpus, split_pieces
@@ -34,7 +34,7 @@ _tokenizer: Tokenizer
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    parser = argparse.ArgumentParser(prog="fastgpt2 prepare", description=__doc__)
+    parser = Parser(prog="fastgpt2 prepare", description=__doc__)
     parser.add_argument(
         "--data", nargs="+", required=True, help="files, folders, patterns, or a corpus name"
     )
@@ -154,7 +154,9 @@ def _encoded(
     waiting: deque[tuple[Piece, Future[NDArray[Any]]]] = deque()
     try:
         for piece in pieces:
-            waiting.append((piece, pool.submit(_encode, piece.text)))
+            # submitting starts the processes
+            with _interrupts_blocked():
+                waiting.append((piece, pool.submit(_encode, piece.text)))
             if len(waiting) >= 2 * workers:
                 piece, future = waiting.popleft()
                 yield piece, future.result()
@@ -166,9 +168,22 @@ def _encoded(
         pool.shutdown(cancel_futures=True)
 
 
+@contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Processes started inside never get Ctrl-C, which the main process alone is to answer."""
+    if sys.platform == "win32":
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker(tokenizer_folder: str) -> None:
     global _tokenizer
-    # Ctrl-C reaches the whole group: the main process alone answers it
+    # for Windows, where nothing is inherited
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _tokenizer = load_tokenizer(tokenizer_folder)
 

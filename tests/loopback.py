@@ -87,23 +87,25 @@ def status(code: int) -> Behaviour:
     return lambda handler: head(handler, code, 0)
 
 
-def content(data: bytes, *, resumes: bool = True, cut: int | None = None) -> Behaviour:
+def content(
+    data: bytes, *, resumes: bool = True, cut: int | None = None, etag: str = ""
+) -> Behaviour:
     """Send ``data``, or what the request's Range asks of it; ``cut`` hangs up after so many bytes.
 
-    With ``resumes=False`` the Range is ignored, as HTTP allows.
+    With ``resumes=False``, or an If-Range other than ``etag``, the Range is ignored.
     """
 
     def behave(handler: Handler) -> None:
         start = 0
         asked = handler.headers["Range"]
-        if asked and resumes:
+        if asked and resumes and handler.headers["If-Range"] in (None, etag):
             start = int(asked.removeprefix("bytes=").removesuffix("-"))
             if start >= len(data):
                 return head(handler, 416, 0)
             spread = f"bytes {start}-{len(data) - 1}/{len(data)}"
             head(handler, 206, len(data) - start, Content_Range=spread)
         else:
-            head(handler, 200, len(data))
+            head(handler, 200, len(data), **({"ETag": etag} if etag else {}))
         handler.wfile.write(data[start : None if cut is None else start + cut])
         return None
 

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from fastgpt2.cli import run
+from fastgpt2.cli import Parser, run
 from fastgpt2.errors import UserError
 
 
@@ -19,6 +19,17 @@ def test_success_is_zero_or_the_bodys_own_code() -> None:
 def test_user_error_is_one_line_and_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("prepare", lambda: fail(UserError("FILE: bad\nbadly"))) == 2
     assert capsys.readouterr().err == "fastgpt2 prepare: error: FILE: bad badly\n"
+
+
+def test_wrong_flag_is_one_line_and_2(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = Parser(prog="fastgpt2 train")
+    parser.add_argument("--steps", type=int)
+    with pytest.raises(SystemExit) as caught:
+        parser.parse_args(["--steps", "many"])
+    assert caught.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith("fastgpt2 train: error: argument --steps: invalid int value: 'many'")
+    assert err.count("\n") == 1
 
 
 def test_interrupt_is_one_line_and_130(capsys: pytest.CaptureFixture[str]) -> None:

@@ -116,6 +116,23 @@ def test_without_a_hash_a_leftover_is_not_trusted(site: Site, tmp_path: Path) ->
     assert (tmp_path / "f").read_bytes() == DATA
 
 
+@pytest.mark.parametrize(
+    ("etag", "resumed"), [('"one"', True), ('"two"', False), ("", False), ('W/"one"', False)]
+)
+def test_without_a_hash_the_server_vouches_for_the_rest(
+    site: Site, tmp_path: Path, etag: str, resumed: bool
+) -> None:
+    before = etag if etag.startswith("W/") else '"one"'
+    old = DATA if resumed else b"another" * 999
+    url = site.add("/f", content(old, cut=1000, etag=before), content(DATA, etag=etag))
+    with pytest.raises(DownloadError, match="the connection ended"):
+        get(url, tmp_path / "f", sha256=None)
+    get(url, tmp_path / "f", sha256=None)
+    assert (tmp_path / "f").read_bytes() == DATA
+    assert len(site.asked) == 2
+    assert leftovers(tmp_path) == ["f"]
+
+
 @pytest.mark.parametrize("resumes", [True, False])
 @pytest.mark.parametrize("leftover", [DATA[:999], b"x" * 999, DATA, DATA + b"x" * 9])
 def test_any_leftover_ends_well(site: Site, tmp_path: Path, leftover: bytes, resumes: bool) -> None:
