@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastgpt2.cli import run
+from fastgpt2.cli import Parser, run
 from fastgpt2.errors import UserError
 from fastgpt2.files import write_text
 from fastgpt2.text import GPT2Tokenizer, load_tokenizer, save_tokenizer
@@ -37,7 +37,7 @@ HF_NAMES = {"encoder.json": "vocab.json", "vocab.bpe": "merges.txt"}
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="fastgpt2 convert",
         description="Convert a GPT-2 between formats; that of SRC is detected.",
     )

@@ -114,7 +114,7 @@ def save(
         The folder or file written.
 
     Raises:
-        UserError: the path is taken, or the format does not hold ``dtype``.
+        UserError: the path is taken or cannot be written, or the format does not hold ``dtype``.
     """
     path, target = Path(path), FORMATS[format]
     if dtype is not None and dtype not in target.dtypes:
@@ -122,15 +122,18 @@ def save(
         raise UserError(f"format {format} holds {known}, not {str(dtype).removeprefix('torch.')}")
     if dtype is not None:
         checkpoint = checkpoint.to(dtype)
-    if target.file is not None and path.suffix == Path(target.file).suffix:
-        if path.exists():
-            raise UserError(f"{path}: exists already")
-        target.write(checkpoint, path)
-        return path
-    with _new_folder(path) as folder:
-        target.write(checkpoint, folder if target.file is None else folder / target.file)
-        if beside is not None:
-            beside(folder)
+    try:
+        if target.file is not None and path.suffix == Path(target.file).suffix:
+            if path.exists():
+                raise UserError(f"{path}: exists already")
+            target.write(checkpoint, path)
+            return path
+        with _new_folder(path) as folder:
+            target.write(checkpoint, folder if target.file is None else folder / target.file)
+            if beside is not None:
+                beside(folder)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
     return path if target.file is None else path / target.file
 
 

@@ -122,6 +122,8 @@ def test_dtype_and_files(source: Path, tmp_path: Path, capsys: pytest.CaptureFix
         (["SRC", "SRC", "--to", "hf"], "exists already and is not empty"),
         (["SRC", "x", "--to", "openai", "--dtype", "float16"], "format openai holds float32"),
         (["gpt2-xl", "x", "--to", "hf", "--offline"], "gpt2-xl is not in the cache"),
+        (["SRC", "x", "--to", "onnx"], "argument --to: invalid choice: 'onnx'"),
+        (["SRC", "x"], "the following arguments are required: --to"),
     ],
 )
 def test_mistakes_take_one_line_and_exit_with_2(
@@ -134,7 +136,11 @@ def test_mistakes_take_one_line_and_exit_with_2(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FASTGPT2_CACHE", str(tmp_path / "cache"))
-    assert main([str(source) if argument == "SRC" else argument for argument in argv]) == 2
+    try:
+        code: object = main([str(source) if word == "SRC" else word for word in argv])
+    except SystemExit as exit:
+        code = exit.code
+    assert code == 2
     output = capsys.readouterr()
     assert output.out == ""
     line = output.err.splitlines()[-1]

@@ -430,6 +430,13 @@ def test_failed_saving_leaves_nothing(tmp_path: Path, format: str) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["x", "x.pt"])
+def test_place_that_cannot_be_written(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("", "utf-8")
+    with pytest.raises(UserError, match=f"file/{name}: cannot be written: File exists"):
+        save(random_checkpoint(TINY), tmp_path / "file" / name, "nanogpt")
+
+
 def test_what_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere: no such file or folder"):
         load(tmp_path / "nowhere")

@@ -73,8 +73,10 @@ def test_reads_what_tensorflow_wrote(written: Path, name: str) -> None:
         np.testing.assert_array_equal(tensor.numpy(), value)
 
 
-def test_shards_are_several(written: Path) -> None:
+def test_shards_and_blocks_are_several(written: Path) -> None:
     assert Bundle(written / "shards").shards == 3
+    # TensorFlow begins a new block behind 256 KiB
+    assert (written / "blocks.index").stat().st_size > 1.2 * (256 << 10)
 
 
 def test_tensorflow_reads_what_we_wrote(written: Path) -> None:
