@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.rivals import transformers_gpt2
-from benchmarks.timing import Clock, as_json, machine
+from benchmarks.timing import ROUNDS, Clock, as_json, machine
 from fastgpt2.config import GPTConfig
 from fastgpt2.files import write_text
 from fastgpt2.model import GPT
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.manual_seed(0)
     dtype = torch.float32 if options.dry else torch.bfloat16
     makers = contenders(GPT(config).to(device, dtype))
-    clock = Clock(device, head_start=False)
+    clock = Clock(device, head_start=False, rounds=1 if options.dry else ROUNDS)
     results = []
     for B in batches:
         if time.perf_counter() - start > options.seconds:

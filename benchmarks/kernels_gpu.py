@@ -20,7 +20,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.ops import Cost, Op, OpCase, op_cases
-from benchmarks.timing import Ceilings, Clock, Timing, Work, as_json, machine, measure_ceilings
+from benchmarks.timing import (
+    ROUNDS,
+    Ceilings,
+    Clock,
+    Timing,
+    Work,
+    as_json,
+    machine,
+    measure_ceilings,
+)
 from fastgpt2.files import write_text
 
 FORWARD, BACKWARD, BOTH = "forward", "backward", "both"
@@ -178,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.manual_seed(0)
     cases = [c for c in op_cases(options.dry) if not options.op or c.op in options.op]
     each = 0.0 if options.dry else options.seconds / (3 * len(cases) + 1)
-    clock = Clock(device)
+    clock = Clock(device, rounds=1 if options.dry else ROUNDS)
     ceilings = measure_ceilings(clock, device, seconds=each)
     results: list[Result] = []
     wrong: dict[str, str] = {}

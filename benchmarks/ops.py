@@ -1,6 +1,6 @@
 """The ops at GPT-2's shapes: inputs, the work they must do, and who else can do it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -260,10 +260,10 @@ def _decode_attention(s: Sizes, batch: int) -> OpCase:
     return OpCase("decode_attention", f"{s.name} B{batch} S{s.T} H{s.H}", run, inputs, cost)
 
 
-def op_cases(dry: bool = False) -> list[OpCase]:
-    """Every op at every size; tiny ones for a dry run."""
+def op_cases(dry: bool = False, sizes: Sequence[Sizes] = SIZES) -> list[OpCase]:
+    """Every op at every size; for a dry run at tiny ones instead."""
     cases = []
-    for s in DRY_SIZES if dry else SIZES:
+    for s in DRY_SIZES if dry else sizes:
         cases += [_attention(s, 0.0), _add_layer_norm(s), _layer_norm(s), _bias_gelu(s)]
         cases += [_linear_gelu(s), _cross_entropy(s), _linear_cross_entropy(s), _embedding(s)]
         cases += [_decode_attention(s, batch) for batch in ((2,) if dry else (1, 64))]

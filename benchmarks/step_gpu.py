@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.rivals import PlainGPT, transformers_gpt2
-from benchmarks.timing import Clock, Timing, as_json, machine
+from benchmarks.timing import ROUNDS, Clock, Timing, as_json, machine
 from fastgpt2.config import GPTConfig
 from fastgpt2.devices import peak_flops
 from fastgpt2.files import write_text
@@ -160,7 +160,8 @@ def measure(
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     # steps take milliseconds and keep the queue full by themselves
-    timing = Clock(idx.device, head_start=False).compare({"step": step}, seconds=seconds)["step"]
+    clock = Clock(idx.device, head_start=False, rounds=ROUNDS if on_gpu else 1)
+    timing = clock.compare({"step": step}, seconds=seconds)["step"]
     flops = reference.flops_per_token(idx.shape[1]) * idx.numel()
     peak = peak_flops(idx.device)
     return Result(

@@ -18,7 +18,7 @@ Work = Callable[[], object]
 _FLUSH_BYTES = 256 * 2**20
 # the host queues a piece of work while the device sleeps, so that launching costs no device time
 _HEAD_START_CYCLES = 2_000_000
-_MIN_ROUNDS = 5
+ROUNDS = 5
 _COPY_BYTES = 2**30
 _MATMUL_SIZE = 8192
 
@@ -47,14 +47,16 @@ class Clock:
     >>> Clock(torch.device("cuda")).compare({"a": f, "b": g}, seconds=0.5)
     """
 
-    def __init__(self, device: torch.device, *, head_start: bool = True) -> None:
+    def __init__(
+        self, device: torch.device, *, head_start: bool = True, rounds: int = ROUNDS
+    ) -> None:
         self.on_gpu = device.type == "cuda"
-        self.head_start = head_start
+        self.head_start, self.rounds = head_start, rounds
         size = _FLUSH_BYTES if self.on_gpu else 0
         self.flush = torch.empty(size, dtype=torch.int8, device=device)
 
     def compare(self, work: Mapping[str, Work], *, seconds: float) -> dict[str, Timing]:
-        """Time every entry in turn, round after round, until the time is used up.
+        """Time every entry in turn, for at least ``rounds`` rounds and until the time is used up.
 
         Each is called once before, so that compiling and warming up are not counted.
         """
@@ -64,7 +66,7 @@ class Clock:
         samples: dict[str, list[float]] = {name: [] for name in work}
         end = time.perf_counter() + seconds
         rounds = 0
-        while rounds < _MIN_ROUNDS or time.perf_counter() < end:
+        while rounds < self.rounds or time.perf_counter() < end:
             for name, run in work.items():
                 samples[name].append(self._sample(run))
             rounds += 1

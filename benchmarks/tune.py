@@ -24,7 +24,7 @@ from torch import Tensor
 
 from benchmarks.kernels_gpu import works
 from benchmarks.ops import OpCase, op_cases
-from benchmarks.timing import Clock, Work, machine
+from benchmarks.timing import ROUNDS, Clock, Work, machine
 from fastgpt2 import kernels
 from fastgpt2.files import write_text
 
@@ -140,7 +140,7 @@ class Tuner:
 
     def __init__(self, device: torch.device, seconds: float) -> None:
         self.device = device
-        self.clock = Clock(device)
+        self.clock = Clock(device, rounds=1 if device.type == "cpu" else ROUNDS)
         self.end = time.perf_counter() + seconds
         self.trials: list[Trial] = []
         self.done: set[tuple[str, int]] = set()
