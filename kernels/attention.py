@@ -1,6 +1,7 @@
 """Causal self-attention over packed queries, keys and values."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +9,79 @@ from torch import Tensor
 
 from fastgpt2.kernels import checks, philox, reference
 from fastgpt2.kernels.backend import Impl, resolve
+
+# the widest head that the kernels' tiles are made for
+_MAX_HEAD_SIZE = 128
+
+
+@torch.library.custom_op("fastgpt2::attention_fwd", mutates_args=())
+def _attention_fwd(
+    qkv: Tensor,
+    seed: Tensor | None,
+    segment_ids: Tensor | None,
+    key_range: Tensor | None,
+    n_head: int,
+    dropout_p: float,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse): lse (B, H, T) is log2 of each row's sum of 2^(score log2 e), in fp32."""
+    from fastgpt2.kernels.jit import attention as jit
+
+    return jit.launch_fwd(qkv, seed, segment_ids, key_range, n_head, dropout_p, scale)
+
+
+@_attention_fwd.register_fake
+def _(
+    qkv: Tensor,
+    seed: Tensor | None,
+    segment_ids: Tensor | None,
+    key_range: Tensor | None,
+    n_head: int,
+    dropout_p: float,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    B, T, three_C = qkv.shape
+    return qkv.new_empty(B, T, three_C // 3), qkv.new_empty(B, n_head, T, dtype=torch.float32)
+
+
+@torch.library.custom_op("fastgpt2::attention_bwd", mutates_args=())
+def _attention_bwd(
+    dout: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    seed: Tensor | None,
+    segment_ids: Tensor | None,
+    key_range: Tensor | None,
+    n_head: int,
+    dropout_p: float,
+    scale: float,
+) -> Tensor:
+    """dqkv (B, T, 3C)."""
+    from fastgpt2.kernels.jit import attention_bwd as jit
+
+    masks = (seed, segment_ids, key_range)
+    return jit.launch_bwd(dout, qkv, out, lse, *masks, n_head, dropout_p, scale)
+
+
+@_attention_bwd.register_fake
+def _(dout: Tensor, qkv: Tensor, *_unused: Any) -> Tensor:
+    return qkv.new_empty(qkv.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv, seed, segment_ids, key_range, *ctx.options = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(qkv, out, lse, seed, segment_ids, key_range)
+
+
+def _backward(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
+    dqkv = _attention_bwd(dout, *ctx.saved_tensors, *ctx.options)
+    return dqkv, None, None, None, None, None, None
+
+
+_attention_fwd.register_autograd(_backward, setup_context=_save)
 
 
 def attention(
@@ -35,14 +109,14 @@ def attention(
             (``torch`` then takes PyTorch's own dropout).
         segment_ids: (B, T) integers; tokens of different documents do not see each other.
         key_range: (B, 2) integers, the keys [start, end) of each row that are no padding.
-        scale: of the scores; None is 1 / sqrt(D).
+        scale: of the scores, positive; None is 1 / sqrt(D).
         impl: ``auto``, ``triton``, ``torch`` or ``reference``.
 
     Returns:
         (B, T, C), heads side by side.
 
     Raises:
-        ValueError: a shape does not match; dropout_p outside [0, 1).
+        ValueError: a shape or device does not match; dropout_p outside [0, 1); scale not positive.
         TypeError: qkv is not floating point; segment_ids or key_range not integer.
     """
     op = "attention"
@@ -58,18 +132,26 @@ def attention(
     if segment_ids is not None:
         checks.check_integer(op, "segment_ids", segment_ids)
         checks.check_shape(op, "segment_ids", segment_ids, (B, T), f"qkv {tuple(qkv.shape)}")
+        checks.check_same_device(op, "segment_ids", segment_ids, qkv.device)
     if key_range is not None:
         checks.check_integer(op, "key_range", key_range)
         checks.check_shape(op, "key_range", key_range, (B, 2), f"qkv {tuple(qkv.shape)}")
+        checks.check_same_device(op, "key_range", key_range, qkv.device)
     if scale is None:
         scale = 1.0 / math.sqrt(three_C // (3 * n_head))
+    checks.check_positive(op, "scale", scale)
     match resolve(op, impl, qkv):
         case Impl.REFERENCE:
             key = philox.as_seed(seed, qkv.device) if dropout_p > 0 else None
             return reference.attention(qkv, n_head, dropout_p, key, segment_ids, key_range, scale)
         case Impl.TORCH:
             return _torch_attention(qkv, n_head, dropout_p, seed, segment_ids, key_range, scale)
-    raise RuntimeError("attention: impl='triton' is not built yet")
+    if qkv.stride(2) != 1:
+        qkv = qkv.contiguous()
+    key = philox.as_seed(seed, qkv.device) if dropout_p > 0 else None
+    options = (n_head, dropout_p, scale)
+    out: Tensor = _attention_fwd(qkv, key, segment_ids, key_range, *options)[0]
+    return out
 
 
 def _torch_attention(

@@ -74,11 +74,125 @@ class Rule:
 
 # kernel -> rules, narrow ones first
 TABLE: dict[str, tuple[Rule, ...]] = {
+    # 16-bit numbers at head size 64 without options, then with masks and dropout, then wide heads
+    "attention_fwd": (
+        Rule(
+            {"bytes": 2, "D": 64, "dropout": 0, "masked": 0},
+            {
+                "sm_80": config(4, 3, BLOCK_M=128, BLOCK_N=64),
+                "sm_90": config(8, 3, BLOCK_M=128, BLOCK_N=64),
+                "gfx942": config(4, 2, BLOCK_M=128, BLOCK_N=64),
+                INTERPRET: config(4, 1, BLOCK_M=32, BLOCK_N=16),
+            },
+            (
+                config(4, 3, BLOCK_M=128, BLOCK_N=64),
+                config(8, 2, BLOCK_M=128, BLOCK_N=128),
+                config(4, 2, BLOCK_M=64, BLOCK_N=128),
+                config(4, 2, BLOCK_M=64, BLOCK_N=64),
+            ),
+        ),
+        Rule(
+            {"bytes": 2, "D": 64},
+            {
+                "sm_80": config(8, 2, BLOCK_M=128, BLOCK_N=64),
+                "gfx942": config(4, 2, BLOCK_M=64, BLOCK_N=64),
+                INTERPRET: config(4, 1, BLOCK_M=16, BLOCK_N=32),
+            },
+        ),
+        Rule(
+            {"bytes": 2, "D": 128},
+            {
+                "sm_80": config(8, 2, BLOCK_M=128, BLOCK_N=64),
+                "gfx942": config(4, 2, BLOCK_M=64, BLOCK_N=64),
+                INTERPRET: config(4, 1, BLOCK_M=16, BLOCK_N=32),
+            },
+        ),
+        Rule(
+            {},
+            {
+                "sm_80": config(8, 2, BLOCK_M=32, BLOCK_N=32),
+                "gfx942": config(4, 1, BLOCK_M=32, BLOCK_N=32),
+                INTERPRET: config(4, 1, BLOCK_M=32, BLOCK_N=16),
+            },
+        ),
+    ),
+    "attention_bwd_dq": (
+        Rule(
+            {"bytes": 2, "D": 64, "dropout": 0, "masked": 0},
+            {
+                "sm_80": config(8, 2, BLOCK_M=128, BLOCK_N=64),
+                "sm_90": config(8, 3, BLOCK_M=128, BLOCK_N=64),
+                "gfx942": config(4, 2, BLOCK_M=64, BLOCK_N=64),
+                INTERPRET: config(4, 1, BLOCK_M=32, BLOCK_N=16),
+            },
+            (config(4, 2, BLOCK_M=64, BLOCK_N=64), config(8, 2, BLOCK_M=128, BLOCK_N=128)),
+        ),
+        Rule(
+            {"bytes": 2, "D": 64},
+            {
+                "sm_80": config(4, 2, BLOCK_M=64, BLOCK_N=32),
+                INTERPRET: config(4, 1, BLOCK_M=16, BLOCK_N=32),
+            },
+        ),
+        Rule(
+            {"bytes": 2, "D": 128},
+            {
+                "sm_80": config(8, 2, BLOCK_M=64, BLOCK_N=64),
+                "sm_90": config(4, 2, BLOCK_M=64, BLOCK_N=32),
+                "gfx942": config(4, 2, BLOCK_M=64, BLOCK_N=32),
+                INTERPRET: config(4, 1, BLOCK_M=16, BLOCK_N=32),
+            },
+        ),
+        Rule(
+            {},
+            {
+                "sm_80": config(4, 2, BLOCK_M=32, BLOCK_N=16),
+                "gfx942": config(4, 1, BLOCK_M=32, BLOCK_N=32),
+                INTERPRET: config(4, 1, BLOCK_M=32, BLOCK_N=16),
+            },
+        ),
+    ),
+    "attention_bwd_dkv": (
+        Rule(
+            {"bytes": 2, "D": 64, "dropout": 0, "masked": 0},
+            {
+                "sm_80": config(8, 3, BLOCK_M=32, BLOCK_N=128),
+                "sm_90": config(4, 3, BLOCK_M=64, BLOCK_N=64),
+                "gfx942": config(4, 2, BLOCK_M=32, BLOCK_N=64),
+                INTERPRET: config(4, 1, BLOCK_M=16, BLOCK_N=32),
+            },
+            (config(8, 3, BLOCK_M=32, BLOCK_N=128), config(8, 2, BLOCK_M=64, BLOCK_N=128)),
+        ),
+        Rule(
+            {"bytes": 2, "D": 64},
+            {
+                "sm_80": config(4, 2, BLOCK_M=32, BLOCK_N=64),
+                INTERPRET: config(4, 1, BLOCK_M=32, BLOCK_N=16),
+            },
+        ),
+        Rule(
+            {"bytes": 2, "D": 128},
+            {
+                "sm_80": config(8, 2, BLOCK_M=64, BLOCK_N=64),
+                "sm_90": config(8, 2, BLOCK_M=32, BLOCK_N=128),
+                "gfx942": config(4, 2, BLOCK_M=32, BLOCK_N=64),
+                INTERPRET: config(4, 1, BLOCK_M=32, BLOCK_N=16),
+            },
+        ),
+        Rule(
+            {},
+            {
+                "sm_80": config(8, 2, BLOCK_M=32, BLOCK_N=32),
+                "gfx942": config(4, 1, BLOCK_M=32, BLOCK_N=32),
+                INTERPRET: config(4, 1, BLOCK_M=16, BLOCK_N=32),
+            },
+        ),
+    ),
     "layer_norm_fwd": (
         Rule(
             {"C": 1024},
-            {"sm_80": config(4, 1, BLOCK_N=2), INTERPRET: config(4, 1, BLOCK_N=4)},
-            (config(1, 1, BLOCK_N=1), config(4, 1, BLOCK_N=4)),
+            {"sm_80": config(4, 1, BLOCK_N=4), INTERPRET: config(4, 1, BLOCK_N=4)},
+            (config(1, 1, BLOCK_N=1), config(4, 1, BLOCK_N=2)),
         ),
         Rule(
             {},
@@ -96,6 +210,21 @@ TABLE: dict[str, tuple[Rule, ...]] = {
             {},
             {"sm_80": config(8, 1, BLOCK_N=1), INTERPRET: config(8, 1, BLOCK_N=2)},
             (config(16, 1, BLOCK_N=1),),
+        ),
+    ),
+    "cross_entropy_fwd": (
+        # few, wide blocks: the rows under way should stay in L2 until their gradient is written
+        Rule(
+            {},
+            {"sm_80": config(16, 1, BLOCK_V=8192), INTERPRET: config(8, 1, BLOCK_V=128)},
+            (config(8, 1, BLOCK_V=4096), config(8, 1, BLOCK_V=8192), config(16, 1, BLOCK_V=16384)),
+        ),
+    ),
+    "cross_entropy_bwd": (
+        Rule(
+            {},
+            {"sm_80": config(8, 1, BLOCK_V=4096), INTERPRET: config(8, 1, BLOCK_V=128)},
+            (config(8, 1, BLOCK_V=8192),),
         ),
     ),
     "column_sum": (

@@ -1,0 +1,199 @@
+"""What attention's forward and backward kernels share: who does what, which key is seen, launching.
+
+All three kernels take, after their tensors, the same arguments: the two masks, each None where
+there is none; dropout, (seed, p) or None; the strides (batch, token) of qkv; the shape (heads,
+heads of a group, H, T) with heads = B H; and the scale.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastgpt2.kernels.jit import tuning
+from fastgpt2.kernels.jit.cases import SIZES, case
+from fastgpt2.kernels.jit.compile import CompileCase
+from fastgpt2.kernels.jit.primitives import allows_tf32
+
+TUNED_ARCH = "sm_90"
+# what the heads of a group may read over and over: half the L2 cache of an A100 or H100
+GROUP_BYTES = 24 * 2**20
+
+
+@triton.jit
+def assign(shape, n_blocks):
+    """(head, rank) of this program: all heads of a group at rank 0, then all of them at rank 1, ...
+
+    Rank 0 is the longest block, so that the short ones fill the gaps at the end. Groups, because
+    all heads of a large batch at one rank would push each other's tensors out of the L2 cache.
+    """
+    heads, GROUP, _, _ = shape
+    pid = tl.program_id(0)
+    first = pid // (GROUP * n_blocks) * GROUP
+    size = tl.minimum(heads - first, GROUP)
+    pid -= first * n_blocks
+    return first + pid % size, pid // size
+
+
+@triton.jit
+def load_ids(segment_ptr, b, tokens, T):
+    """The segment of each token; one and the same where there are no segments."""
+    if segment_ptr is None:
+        return tl.zeros_like(tokens)
+    else:
+        return tl.load(segment_ptr + b * T + tokens, mask=tokens < T, other=0)
+
+
+@triton.jit
+def load_key_range(range_ptr, b, T):
+    """[start, end): the keys of batch row b that may be seen at all."""
+    if range_ptr is None:
+        return 0, T
+    else:
+        start, end = tl.load(range_ptr + 2 * b), tl.load(range_ptr + 2 * b + 1)
+        return tl.maximum(start, 0).to(tl.int32), tl.minimum(end, T).to(tl.int32)
+
+
+@triton.jit
+def visible(q, k, ids_q, ids_k, key_range):
+    """Whether query q sees key k: not later, of the same segment, within the range."""
+    start, end = key_range
+    return (k <= q) & (ids_q == ids_k) & (k >= start) & (k < end)
+
+
+def launch(
+    kernel: Any,
+    op: str,
+    block: str,
+    tensors: tuple[Any, ...],
+    qkv: Tensor,
+    seed: Tensor | None,
+    segment_ids: Tensor | None,
+    key_range: Tensor | None,
+    n_head: int,
+    dropout_p: float,
+    scale: float,
+) -> None:
+    """Run ``kernel`` over every head and every ``block`` of its tokens, as the table says."""
+    B, T, three_C = qkv.shape
+    D = three_C // (3 * n_head)
+    config = tuning.pick(
+        op,
+        tuning.arch_of(qkv.device),
+        D=D,
+        bytes=qkv.element_size(),
+        dropout=int(seed is not None),
+        masked=int(segment_ids is not None or key_range is not None),
+    )
+    heads = B * n_head
+    group = max(1, GROUP_BYTES // (2 * T * D * qkv.element_size()))
+    kernel[(heads * triton.cdiv(T, config[block]),)](
+        *tensors,
+        None if segment_ids is None else segment_ids.contiguous(),
+        None if key_range is None else key_range.contiguous(),
+        # p = 0 is a kernel of its own, without the random numbers
+        None if seed is None else (seed, dropout_p),
+        (qkv.stride(0), qkv.stride(1)),
+        (heads, group, n_head, T),
+        scale,
+        D=D,
+        EVEN=T % max(config["BLOCK_M"], config["BLOCK_N"]) == 0,
+        TF32=allows_tf32(qkv.dtype),
+        **config.meta(),
+    )
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a kernel is compiled for besides its tiles; ``full``: masks, dropout and a ragged T."""
+
+    dtype: str
+    D: int
+    full: bool
+    even: bool
+    tf32: bool = False
+
+    def __str__(self) -> str:
+        words = ("masks dropout",) * self.full + ("ragged",) * (not self.even)
+        number = "tf32" if self.tf32 else self.dtype
+        return " ".join((f"D{self.D}", number, *words))
+
+
+def _variants(limits: Mapping[str, int]) -> list[Variant]:
+    """The hardest launches that a rule of the table stands for, and the usual one."""
+    if "bytes" not in limits:
+        ieee = [Variant("fp32", 64, False, True), Variant("fp32", 128, True, False)]
+        return [*ieee, Variant("fp32", 128, True, False, tf32=True)]
+    if "dropout" in limits:
+        return [Variant("bf16", 64, False, True), Variant("bf16", 64, False, False)]
+    if limits["D"] == 64:
+        return [Variant("bf16", 64, True, False)]
+    wide, odd = Variant("bf16", 128, True, False), Variant("bf16", 80, False, False)
+    return [Variant("bf16", 128, False, True), wide, odd]
+
+
+def attention_cases(
+    kernel: Any, op: str, arch: str, tensors: dict[str, Any], products: int, passes: int
+) -> list[CompileCase]:
+    """Compile cases of one kernel: every config with every variant that its rule stands for.
+
+    What only the tuner tries is compiled for the GPU that it is meant for, with its large tiles.
+
+    Args:
+        kernel: the ``@triton.jit`` function.
+        op: its name in the table.
+        arch: the architecture.
+        tensors: types of its own arguments, ``{}`` where the dtype of qkv goes.
+        products: matrix products in its walk.
+        passes: tensors (B, T, C) that it reads or writes.
+    """
+    return [
+        _case(kernel, op, config, variant, tensors, products, passes)
+        for rule in tuning.TABLE[op]
+        for config in dict.fromkeys(
+            [rule.on(arch), *(rule.candidates if arch == TUNED_ARCH else ())]
+        )
+        for variant in _variants(rule.limits)
+    ]
+
+
+def _case(
+    kernel: Any,
+    op: str,
+    config: tuning.Config,
+    variant: Variant,
+    tensors: dict[str, Any],
+    products: int,
+    passes: int,
+) -> CompileCase:
+    B, T, C = 16, 1024, 768
+    own = {
+        name: kind.format(variant.dtype) if isinstance(kind, str) else kind
+        for name, kind in tensors.items()
+    }
+    shared = {
+        "segment_ptr": "*i64" if variant.full else None,
+        "range_ptr": "*i64" if variant.full else None,
+        "dropout": ("*i64", "fp32") if variant.full else None,
+        "strides": ("i32", "i32"),
+        "shape": ("i32",) * 4,
+        "scale": "fp32",
+        "D": variant.D,
+        "EVEN": variant.even,
+        "TF32": variant.tf32,
+    }
+    return case(
+        kernel,
+        op,
+        config,
+        str(variant),
+        own | shared,
+        flops=float(products * B * T * T * C),
+        bytes=float(passes * B * T * C * SIZES[variant.dtype]),
+        # the FMA units do fp32 unless tf32 is allowed
+        wants_mma=variant.dtype != "fp32" or variant.tf32,
+        odd=() if variant.even else ("shape.3",),
+    )

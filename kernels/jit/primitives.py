@@ -1,0 +1,45 @@
+"""Small pieces that kernels of different ops share."""
+
+import torch
+import triton
+import triton.language as tl
+
+# softmax in base 2: exp2 is one instruction, and log2(e) goes into a factor that is there anyway
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+def allows_tf32(dtype: torch.dtype) -> bool:
+    """Whether products of fp32 may take TF32: as ``torch.set_float32_matmul_precision`` says."""
+    # one answer for the dtypes that it does not concern, so that they compile once
+    return dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+
+
+@triton.jit
+def keep_mask(dropout, offsets):
+    """Where dropout keeps an element; ``dropout`` is (seed_ptr, p), offsets global and int64."""
+    seed_ptr, p = dropout
+    return tl.rand(tl.load(seed_ptr), offsets) >= p
+
+
+@triton.jit
+def load_tile(
+    ptr, rows, row_stride, n_rows, D: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr
+):
+    """[rows, BLOCK_D] of an (n_rows, D) matrix, zero behind D; EVEN: no row is behind n_rows."""
+    cols = tl.arange(0, BLOCK_D)
+    ptrs = ptr + rows[:, None] * row_stride + cols[None, :]
+    if EVEN and D == BLOCK_D:
+        return tl.load(ptrs)
+    elif EVEN:
+        return tl.load(ptrs, mask=(cols < D)[None, :], other=0.0)
+    else:
+        return tl.load(ptrs, mask=(rows < n_rows)[:, None] & (cols < D)[None, :], other=0.0)
+
+
+@triton.jit
+def store_tile(ptr, x, rows, row_stride, n_rows, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Write what of a [rows, BLOCK_D] tile lies within (n_rows, D), in the matrix's dtype."""
+    cols = tl.arange(0, BLOCK_D)
+    ptrs = ptr + rows[:, None] * row_stride + cols[None, :]
+    mask = (rows < n_rows)[:, None] & (cols < D)[None, :]
+    tl.store(ptrs, x.to(ptr.dtype.element_ty), mask=mask)
