@@ -1,30 +1,55 @@
-"""Files that are either whole or not there: nothing is ever written in place."""
+"""Files and folders that are either whole or not there: nothing is ever written in place."""
 
 import os
-import tempfile
+import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fastgpt2.errors import UserError
+
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its place when the block ends without error.
+    """A temporary file beside ``path`` that takes its place when the block ends without error.
 
     The bytes are on the disk (fsync) before the rename, so that a crash at any moment leaves
     either the old file or the new one. On an error the temporary file is removed.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = _beside(path)
+    temporary.touch(exist_ok=False)
     try:
         yield temporary
         sync(temporary)
-        set_default_mode(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside ``path`` that becomes it when the block ends without error.
+
+    All in it is on the disk (fsync) before the rename. On an error it is removed.
+
+    Raises:
+        UserError: ``path`` exists and is not an empty folder.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path}: exists already and is not an empty folder")
+    temporary = _beside(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for entry in (*temporary.rglob("*"), temporary):
+            sync(entry)
+        if path.exists():
+            path.rmdir()
+        os.rename(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     sync(path.parent)
 
 
@@ -46,9 +71,7 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def set_default_mode(path: Path) -> None:
-    """Give a file or folder of ``tempfile``, made for its owner only, the usual permissions."""
-    # the only portable way to read the mask is to set it
-    mask = os.umask(0o022)
-    os.umask(mask)
-    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+def _beside(path: Path) -> Path:
+    # the same folder is the same file system, where a rename is one step
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")

@@ -3,10 +3,9 @@
 import argparse
 import multiprocessing
 import os
-import shutil
 import signal
 import sys
-import tempfile
+import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -21,7 +20,7 @@ from tqdm import tqdm
 
 from fastgpt2.cli import Parser, run
 from fastgpt2.errors import UserError
-from fastgpt2.files import set_default_mode, sync
+from fastgpt2.files import atomic_folder
 from fastgpt2.text.corpora import VAL_FRACTION, Corpus, Piece, load_corpus, split_pieces
 from fastgpt2.text.encoding import Tokenizer
 from fastgpt2.text.prepared import PreparedWriter, open_prepared
@@ -84,15 +83,16 @@ def prepare(
     for flag, value in (("--shard-tokens", shard_tokens), ("--workers", workers)):
         if value < 1:
             raise UserError(f"{flag} must be positive, got {value}")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"--out {out} is there already and not an empty folder")
-    corpus = load_corpus(data)
-    chosen = get_tokenizer(tokenizer, vocab_dir=vocab_dir, text=corpus.pieces())
-    with (
-        _new_folder(out) as folder,
-        PreparedWriter(folder, chosen, shard_tokens=shard_tokens, source=corpus.source) as writer,
-    ):
-        _write(writer, corpus, folder, chosen, val_fraction, workers)
+    with atomic_folder(out) as folder:
+        corpus = load_corpus(data)
+        chosen = get_tokenizer(tokenizer, vocab_dir=vocab_dir, text=corpus.pieces())
+        writer = PreparedWriter(folder, chosen, shard_tokens=shard_tokens, source=corpus.source)
+        with writer:
+            _write(writer, corpus, folder, chosen, val_fraction, workers)
+        # what was written must read back as it should before it gets its name
+        for shards in open_prepared(folder).tokens.values():
+            shards.verify()
+            shards.close()
     for split, tokens in writer.tokens.items():
         print(
             f"{split}: {tokens:,} tokens of {writer.bytes[split]:,} bytes in "
@@ -120,26 +120,6 @@ def _write(
             bar.update(size)
 
 
-@contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """A hidden folder beside ``out`` that becomes ``out`` when the block ends well."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        yield folder
-        # what was written must read back as it should before it gets its name
-        for shards in open_prepared(folder).tokens.values():
-            shards.verify()
-            shards.close()
-        set_default_mode(folder)
-        if out.exists():
-            out.rmdir()
-        os.rename(folder, out)
-        sync(out.parent)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def _encoded(
     pieces: Iterator[Piece], tokenizer_folder: Path, workers: int
 ) -> Iterator[tuple[Piece, NDArray[Any]]]:
@@ -155,7 +135,7 @@ def _encoded(
     try:
         for piece in pieces:
             # submitting starts the processes
-            with _interrupts_blocked():
+            with _interrupts_later():
                 waiting.append((piece, pool.submit(_encode, piece.text)))
             if len(waiting) >= 2 * workers:
                 piece, future = waiting.popleft()
@@ -169,16 +149,29 @@ def _encoded(
 
 
 @contextmanager
-def _interrupts_blocked() -> Iterator[None]:
-    """Processes started inside never get Ctrl-C, which the main process alone is to answer."""
-    if sys.platform == "win32":
+def _interrupts_later() -> Iterator[None]:
+    """Keep Ctrl-C until the end of the block, and from the processes that are started in it.
+
+    A terminal sends it to the whole group: the main process alone is to answer it, and not with a
+    worker half started.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        # only the main thread is interrupted, and only it may set a handler
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    came: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    if sys.platform != "win32":
+        # what is blocked stays blocked in a new process
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if sys.platform != "win32":
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _start_worker(tokenizer_folder: str) -> None:

@@ -1,11 +1,13 @@
 import os
+import re
 import stat
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from fastgpt2.files import atomic_path, write_text
+from fastgpt2.errors import UserError
+from fastgpt2.files import atomic_folder, atomic_path, write_text
 
 
 def test_new_content_appears_only_at_the_end(tmp_path: Path) -> None:
@@ -59,3 +61,35 @@ def test_bytes_are_on_the_disk_before_the_name(
     write_text(tmp_path / "file", "x")
     # the content, the rename, and the folder's new entry
     assert done == ["fsync", "replace", "fsync"]
+
+
+def test_folder_appears_only_at_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "folder"
+    with atomic_folder(path) as temporary:
+        (temporary / "file").write_bytes(b"x")
+        assert not path.exists() and temporary.parent == path.parent
+    assert (path / "file").read_bytes() == b"x"
+    assert os.listdir(path.parent) == ["folder"]
+
+
+def test_an_empty_folder_may_be_there_already(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with atomic_folder(tmp_path / "folder") as temporary:
+        (temporary / "file").write_bytes(b"x")
+    assert os.listdir(tmp_path / "folder") == ["file"]
+
+
+def test_nothing_is_put_over_a_folder_or_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"mine")
+    for path in (tmp_path, tmp_path / "file"):
+        message = f"{path}: exists already and is not an empty folder"
+        with pytest.raises(UserError, match=re.escape(message)), atomic_folder(path):
+            raise AssertionError("must not be reached")
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_an_error_leaves_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "folder") as temporary:
+        (temporary / "file").write_bytes(b"x")
+        raise ZeroDivisionError
+    assert os.listdir(tmp_path) == []

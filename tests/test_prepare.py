@@ -91,10 +91,10 @@ def test_mistakes_are_one_line_and_2(
     if flaw == "full":
         out.mkdir()
         (out / "mine").write_text("precious", encoding="utf-8")
-        message = f"--out {out} is there already and not an empty folder"
+        message = f"{out}: exists already and is not an empty folder"
     elif flaw == "file":
         out.write_text("precious", encoding="utf-8")
-        message = "is there already"
+        message = f"{out}: exists already"
     elif flaw == "utf8":
         text.write_bytes(b"good\n" * 9 + b"\xff")
         message = f"data: {text} is not UTF-8: byte 0xff at offset 45"
@@ -136,7 +136,7 @@ def test_interrupt_leaves_nothing(tmp_path: Path) -> None:
     path = tmp_path / "big.txt"
     path.write_bytes(b"the quick brown fox\n" * 5_000_000)
     process = run(["--data", str(path), "--out", str(tmp_path / "out"), "--tokenizer", "bytes"])
-    while not list(tmp_path.glob(".out.*/*.tmp")):
+    while not list(tmp_path.glob(".out.*/.*.tmp")):
         assert process.poll() is None
         time.sleep(0.05)
     # as a terminal does, to the workers too

@@ -1,6 +1,6 @@
 """Text to tokens: tokenizers, corpora, token shards, loaders.
 
-The public names are imported when first used: tokenizing in worker processes then needs no PyTorch.
+The public names are imported on first use, so that tokenizing in worker processes needs no PyTorch.
 """
 
 from importlib import import_module
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
         save_tokenizer,
     )
 
-_HOME = {
+# public name -> module that defines it; imported on first use (PEP 562)
+_LAZY = {
     "BlockLoader": "loaders",
     "BytesTokenizer": "tokenizers",
     "CharTokenizer": "tokenizers",
@@ -65,6 +66,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    value = getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

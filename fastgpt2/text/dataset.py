@@ -41,7 +41,7 @@ def build_dataset(
     val_fraction: float = VAL_FRACTION,
     notify: Callable[[str], None] | None = None,
 ) -> Dataset:
-    """Read and tokenize a corpus, or open one that ``fastgpt2.prepare`` tokenized.
+    """Read and tokenize a corpus, or open and verify one that ``fastgpt2.prepare`` tokenized.
 
     Args:
         data: files, folders, glob patterns, corpus names (see ``load_corpus``), or one folder of
@@ -84,6 +84,9 @@ def build_dataset(
 def _prepared_dataset(folder: Path, wanted: str | Tokenizer) -> Dataset:
     prepared = open_prepared(folder)
     tokenizer = prepared.tokenizer
+    # damage should show now, not after hours of training
+    for shards in prepared.tokens.values():
+        shards.verify()
     if isinstance(wanted, str):
         fits = wanted in ("auto", tokenizer.name)
     else:

@@ -33,6 +33,7 @@ from typing import Any, BinaryIO, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from tqdm import tqdm
 
 from fastgpt2.errors import UserError
 from fastgpt2.files import atomic_path
@@ -187,7 +188,7 @@ def check_ids(ids: NDArray[Any], vocab_size: int, where: str) -> None:
         return
     if not np.issubdtype(ids.dtype, np.integer):
         raise UserError(f"{where}: ids must be integers, got {ids.dtype}")
-    if ids.max() < vocab_size and ids.min() >= 0:
+    if ids.max() < vocab_size and (ids.dtype.kind == "u" or ids.min() >= 0):
         return
     position = int(np.argmax((ids >= vocab_size) | (ids < 0)))
     raise UserError(
@@ -260,17 +261,25 @@ class TokenShards:
         return ids
 
     def verify(self) -> None:
-        """Read everything: raise a UserError where the ids do not match their checksum."""
-        for shard, header in enumerate(self.headers):
-            digest = hashlib.sha256()
-            for offset in range(0, header.count, _VERIFY_IDS):
-                count = min(_VERIFY_IDS, header.count - offset)
-                digest.update(self._read(shard, offset, count).tobytes())
-            if digest.digest() != header.sha256:
-                raise UserError(
-                    f"token shard {self.paths[shard]}: expected sha256 {header.sha256.hex()}, got "
-                    f"{digest.hexdigest()}"
-                )
+        """Read everything once, with a bar where that takes long.
+
+        Raises:
+            UserError: an id is outside the vocabulary, or ids do not match their checksum.
+        """
+        with tqdm(
+            total=len(self), desc="verifying", unit="token", unit_scale=True, delay=2.0
+        ) as bar:
+            for shard, header in enumerate(self.headers):
+                digest = hashlib.sha256()
+                for offset in range(0, header.count, _VERIFY_IDS):
+                    count = min(_VERIFY_IDS, header.count - offset)
+                    digest.update(self._read(shard, offset, count).tobytes())
+                    bar.update(count)
+                if digest.digest() != header.sha256:
+                    raise UserError(
+                        f"token shard {self.paths[shard]}: expected sha256 "
+                        f"{header.sha256.hex()}, got {digest.hexdigest()}"
+                    )
 
     def close(self) -> None:
         """Close the files."""

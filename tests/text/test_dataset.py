@@ -118,6 +118,19 @@ def test_a_missing_shard_is_named(prepared: Path) -> None:
         build_dataset(str(prepared))
 
 
+def test_damaged_ids_are_found_before_training(prepared: Path) -> None:
+    path = prepared / "train-00001.tokens"
+    data = bytearray(path.read_bytes())
+    data[1000:1002] = b"\xff\xff"
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"train-00001\.tokens.*id 65535 at position 372 is not in"):
+        build_dataset(str(prepared))
+    data[1000:1002] = b"\x07\x00"
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"train-00001\.tokens: expected sha256"):
+        build_dataset(str(prepared))
+
+
 def change_manifest(folder: Path, *keys: str, value: object) -> None:
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text(encoding="utf-8"))
