@@ -1,10 +1,81 @@
 """Cross-entropy of logits against token ids."""
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt2.kernels import checks, reference
 from fastgpt2.kernels.backend import Impl, resolve
+
+
+@torch.library.custom_op("fastgpt2::cross_entropy_fwd", mutates_args=())
+def _cross_entropy_fwd(
+    logits: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    vocab_size: int,
+    label_smoothing: float,
+    z_loss: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, stats (2, N) of the rows, 1 / number of targets kept), all fp32."""
+    from fastgpt2.kernels.jit import cross_entropy as jit
+
+    options = (ignore_index, vocab_size, label_smoothing, z_loss)
+    losses, stats = jit.launch_fwd(logits, targets, options)
+    inverse_count = inverse_kept(targets, ignore_index, losses.dtype)
+    return losses.sum() * inverse_count, stats, inverse_count
+
+
+@_cross_entropy_fwd.register_fake
+def _(logits: Tensor, *_unused: Any) -> tuple[Tensor, Tensor, Tensor]:
+    scalar = logits.new_empty((), dtype=torch.float32)
+    return scalar, scalar.new_empty((2, logits.shape[0])), scalar.new_empty(())
+
+
+@torch.library.custom_op("fastgpt2::cross_entropy_bwd", mutates_args=())
+def _cross_entropy_bwd(
+    logits: Tensor,
+    targets: Tensor,
+    stats: Tensor,
+    scale: Tensor,
+    ignore_index: int,
+    vocab_size: int,
+    label_smoothing: float,
+    z_loss: float,
+) -> Tensor:
+    from fastgpt2.kernels.jit import cross_entropy as jit
+
+    options = (ignore_index, vocab_size, label_smoothing, z_loss)
+    return jit.launch_bwd(logits, targets, stats, scale, options)
+
+
+@_cross_entropy_bwd.register_fake
+def _(logits: Tensor, *_unused: Any) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    logits, targets, *ctx.options = inputs
+    _, stats, inverse_count = output
+    ctx.mark_non_differentiable(stats, inverse_count)
+    ctx.save_for_backward(logits, targets, stats, inverse_count)
+
+
+def _backward(ctx: Any, dloss: Tensor, *_unused: Tensor) -> tuple[Tensor | None, ...]:
+    logits, targets, stats, inverse_count = ctx.saved_tensors
+    # in fp32 until the gradient is stored: in fp16 that of a mean would underflow
+    scale = dloss * inverse_count
+    return _cross_entropy_bwd(logits, targets, stats, scale, *ctx.options), *(None,) * 5
+
+
+_cross_entropy_fwd.register_autograd(_backward, setup_context=_save)
+
+
+def inverse_kept(targets: Tensor, ignore_index: int, dtype: torch.dtype) -> Tensor:
+    """1 / number of targets that are not ignored; 1 if there are none."""
+    return 1.0 / (targets != ignore_index).sum().clamp(min=1).to(dtype)
 
 
 def check_loss_options(
@@ -59,6 +130,7 @@ def cross_entropy(
     checks.check_shape(
         op, "targets", targets, tuple(logits.shape[:-1]), f"logits {tuple(logits.shape)}"
     )
+    checks.check_same_device(op, "targets", targets, logits.device)
     vocab_size = check_loss_options(op, vocab_size, logits.shape[-1], label_smoothing, z_loss)
     rows, flat = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
     match resolve(op, impl, logits):
@@ -68,7 +140,6 @@ def cross_entropy(
             )
         case Impl.TORCH:
             z = reference.up(rows[:, :vocab_size])
-            count = (flat != ignore_index).sum().clamp(min=1)
             total = F.cross_entropy(
                 z,
                 flat.long(),
@@ -79,5 +150,9 @@ def cross_entropy(
             if z_loss > 0:
                 lse = z.logsumexp(dim=-1).masked_fill(flat == ignore_index, 0.0)
                 total = total + z_loss * lse.square().sum()
-            return total / count
-    raise RuntimeError("cross_entropy: impl='triton' is not built yet")
+            return total * inverse_kept(flat, ignore_index, total.dtype)
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    loss: Tensor = _cross_entropy_fwd(
+        rows, flat.contiguous(), ignore_index, vocab_size, label_smoothing, z_loss
+    )[0]
+    return loss

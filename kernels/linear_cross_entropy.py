@@ -1,8 +1,8 @@
-"""The head and the loss as one op, without the full logits.
+"""The head and the loss as one op, without the full logits in fp32.
 
-The ``torch`` implementation walks over chunks of rows: logits of a chunk, its loss, and at once
-the gradient of loss with respect to x and weight, so neither the (N, V) logits nor their gradient
-ever exist whole. Backward only scales what forward has computed.
+Both ``torch`` and ``triton`` walk over chunks of rows: logits of a chunk, its losses, and at once
+the gradient of the losses, written over the logits, from which two matrix products make those of x
+and weight. Nothing is computed twice, and backward only scales what forward has computed.
 """
 
 from typing import Any
@@ -12,14 +12,74 @@ from torch import Tensor
 
 from fastgpt2.kernels import checks, reference
 from fastgpt2.kernels.backend import Impl, resolve
-from fastgpt2.kernels.cross_entropy import check_loss_options
+from fastgpt2.kernels.cross_entropy import check_loss_options, inverse_kept
 
-# logits of one chunk: 2^24 elements, 64 MB in fp32
-CHUNK_ELEMENTS = 2**24
+# logits of one chunk. The kernel works in place on logits in the compute dtype: 2 GiB of them, 21
+# thousand rows of GPT-2's in bf16, keep the matrix products at full speed. PyTorch's operators
+# make several fp32 copies, so a chunk of theirs is 64 MB
+TRITON_CHUNK_BYTES = 2**31
+TORCH_CHUNK_ELEMENTS = 2**24
+# a matrix product's tile: what a chunk's rows are rounded up to
+_TILE_ROWS = 128
+
+# ignore_index, vocab_size, label_smoothing, z_loss
+Options = tuple[int, int, float, float]
 
 
-@torch.library.custom_op("fastgpt2::linear_cross_entropy_chunked", mutates_args=())
-def _chunked(
+def _torch_losses(logits: Tensor, targets: Tensor, options: Options, with_grad: bool) -> Tensor:
+    """Losses of the rows; with grad, the logits become the gradient of their sum."""
+    ignore_index, vocab_size, label_smoothing, z_loss = options
+    kept = targets != ignore_index
+    safe_targets = targets.masked_fill(~kept, 0).long()[:, None]
+    z = logits[:, :vocab_size].to(_wide(logits.dtype))
+    lse = torch.logsumexp(z, dim=-1)
+    losses = lse - (1.0 - label_smoothing) * z.gather(1, safe_targets)[:, 0]
+    if label_smoothing > 0:
+        losses -= label_smoothing * z.mean(dim=-1)
+    losses = (losses + z_loss * lse.square()).masked_fill_(~kept, 0.0)
+    if not with_grad:
+        return losses
+    # dz = softmax (1 + 2 z_loss lse) - (1 - s) onehot - s / V; 0 if ignored
+    dz = z.sub_(lse[:, None]).exp_()
+    if z_loss > 0:
+        dz *= 1.0 + 2.0 * z_loss * lse[:, None]
+    if label_smoothing > 0:
+        dz -= label_smoothing / vocab_size
+    minus_one = dz.new_full((1, 1), label_smoothing - 1.0)
+    dz.scatter_add_(1, safe_targets, minus_one.expand_as(safe_targets))
+    logits[:, :vocab_size] = dz.masked_fill_(~kept[:, None], 0.0)
+    logits[:, vocab_size:] = 0.0
+    return losses
+
+
+def _triton_losses(logits: Tensor, targets: Tensor, options: Options, with_grad: bool) -> Tensor:
+    """As ``_torch_losses``, in one pass."""
+    from fastgpt2.kernels.jit import cross_entropy as jit
+
+    return jit.launch_in_place(logits, targets, options, with_grad=with_grad)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in fp32 (fp64 for fp64), rounded to no shorter dtype on its way where that is built."""
+    if a.is_cuda and torch.version.hip is None and a.dtype in (torch.float16, torch.bfloat16):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a @ b).to(_wide(a.dtype))
+
+
+def _chunk_rows(N: int, V: int, dtype: torch.dtype, triton: bool) -> int:
+    """Rows of a chunk: all of them if their logits fit, else chunks of about equal size."""
+    elements = TRITON_CHUNK_BYTES // dtype.itemsize if triton else TORCH_CHUNK_ELEMENTS
+    n_chunks = max(1, -(-N * V // elements))
+    rows = -(-N // n_chunks)
+    return max(1, min(N, -(-rows // _TILE_ROWS) * _TILE_ROWS))
+
+
+@torch.library.custom_op("fastgpt2::linear_cross_entropy_fwd", mutates_args=())
+def _linear_cross_entropy_fwd(
     x: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -27,58 +87,42 @@ def _chunked(
     vocab_size: int,
     label_smoothing: float,
     z_loss: float,
-    with_grad: bool,
+    dx_wanted: bool,
+    dweight_wanted: bool,
+    triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, dx * count, dweight * count, 1 / count): fp32 but dx, which has x's dtype.
 
     The gradients are those of the summed loss, divided by the count in backward: in fp16 the
     gradient of a mean over thousands of rows would underflow before a loss scale could reach it.
-    They are empty without grad.
+    They are empty where they are not wanted.
     """
     (N, C), V = x.shape, weight.shape[0]
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    kept = targets != ignore_index
-    safe_targets = targets.masked_fill(~kept, 0).long()
-    inverse_count = 1.0 / kept.sum().clamp(min=1).to(wide)
-    loss = torch.zeros((), dtype=wide, device=x.device)
-    dx = torch.empty_like(x) if with_grad else x.new_empty(0)
-    dweight = weight.new_zeros((V, C) if with_grad else (0,), dtype=wide)
-    n_chunks = -(-N * V // CHUNK_ELEMENTS)
-    size = -(-N // n_chunks) if N else 1
-    buffer = x.new_empty((min(size, N), V))
+    wide = _wide(x.dtype)
+    row_losses = _triton_losses if triton else _torch_losses
+    options = (ignore_index, vocab_size, label_smoothing, z_loss)
+    head = weight.to(x.dtype)
+    losses = x.new_empty(N, dtype=wide)
+    dx = x.new_empty(N, C) if dx_wanted else x.new_empty(0)
+    dweight: Tensor | None = None
+    size = _chunk_rows(N, V, x.dtype, triton)
+    buffer = x.new_empty(size, V)
     for start in range(0, N, size):
         rows = slice(start, min(start + size, N))
-        x_rows, kept_rows, target_rows = x[rows], kept[rows], safe_targets[rows, None]
-        logits = torch.mm(x_rows, weight.t(), out=buffer[: x_rows.shape[0]])
-        z = logits[:, :vocab_size].to(wide)
-        lse = torch.logsumexp(z, dim=-1)
-        nll = lse - (1.0 - label_smoothing) * z.gather(1, target_rows)[:, 0]
-        if label_smoothing > 0:
-            nll -= label_smoothing * z.mean(dim=-1)
-        row_loss = nll + z_loss * lse.square()
-        loss += row_loss.masked_fill_(~kept_rows, 0.0).sum()
-        if not with_grad:
-            continue
-        # dz = softmax (1 + 2 z_loss lse) - (1 - s) onehot - s / V; 0 if ignored
-        dz = z.sub_(lse[:, None]).exp_()
-        if z_loss > 0:
-            dz *= 1.0 + 2.0 * z_loss * lse[:, None]
-        if label_smoothing > 0:
-            dz -= label_smoothing / vocab_size
-        minus_one = dz.new_full((1, 1), label_smoothing - 1.0)
-        dz.scatter_add_(1, target_rows, minus_one.expand_as(target_rows))
-        dz *= kept_rows[:, None]
-        logits[:, :vocab_size] = dz
-        logits[:, vocab_size:] = 0.0
-        torch.mm(logits, weight, out=dx[rows])
-        if dweight.dtype == x.dtype:
-            dweight.addmm_(logits.t(), x_rows)
-        else:
-            dweight += logits.t() @ x_rows
-    return loss * inverse_count, dx, dweight, inverse_count
+        logits = torch.mm(x[rows], head.t(), out=buffer[: rows.stop - start])
+        losses[rows] = row_losses(logits, targets[rows], options, dx_wanted or dweight_wanted)
+        if dx_wanted:
+            torch.mm(logits, head, out=dx[rows])
+        if dweight_wanted:
+            product = _wide_product(logits.t(), x[rows])
+            dweight = product if dweight is None else dweight.add_(product)
+    if dweight is None:
+        dweight = weight.new_zeros((V, C) if dweight_wanted else (0,), dtype=wide)
+    inverse_count = inverse_kept(targets, ignore_index, wide)
+    return losses.sum() * inverse_count, dx, dweight, inverse_count
 
 
-@_chunked.register_fake
+@_linear_cross_entropy_fwd.register_fake
 def _(
     x: Tensor,
     weight: Tensor,
@@ -87,30 +131,38 @@ def _(
     vocab_size: int,
     label_smoothing: float,
     z_loss: float,
-    with_grad: bool,
+    dx_wanted: bool,
+    dweight_wanted: bool,
+    triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = _wide(x.dtype)
     return (
         x.new_empty((), dtype=wide),
-        torch.empty_like(x) if with_grad else x.new_empty(0),
-        weight.new_empty(tuple(weight.shape) if with_grad else (0,), dtype=wide),
+        x.new_empty(x.shape if dx_wanted else (0,)),
+        weight.new_empty(weight.shape if dweight_wanted else (0,), dtype=wide),
         x.new_empty((), dtype=wide),
     )
 
 
-def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, dx, dweight, inverse_count = output
+    ctx.mark_non_differentiable(dx, dweight, inverse_count)
     ctx.save_for_backward(dx, dweight, inverse_count)
-    ctx.weight_dtype = inputs[1].dtype
+    ctx.weight_dtype, ctx.wanted = inputs[1].dtype, inputs[7:9]
 
 
-def _scale_gradients(ctx: Any, dloss: Tensor, *_unused: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dloss: Tensor, *_unused: Tensor) -> tuple[Tensor | None, ...]:
     dx, dweight, inverse_count = ctx.saved_tensors
     scale = dloss * inverse_count
-    return dx * scale, (dweight * scale).to(ctx.weight_dtype), *(None,) * 6
+    dx_wanted, dweight_wanted = ctx.wanted
+    return (
+        dx * scale if dx_wanted else None,
+        (dweight * scale).to(ctx.weight_dtype) if dweight_wanted else None,
+        *(None,) * 8,
+    )
 
 
-_chunked.register_autograd(_scale_gradients, setup_context=_save_gradients)
+_linear_cross_entropy_fwd.register_autograd(_backward, setup_context=_save)
 
 
 def linear_cross_entropy(
@@ -126,9 +178,9 @@ def linear_cross_entropy(
 ) -> Tensor:
     """cross_entropy(x @ weight.T, targets), never holding the full logits in fp32.
 
-    The gradient is computed in the forward pass; that of the weight accumulates in fp32. Loss in
-    fp32. Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", 2024, has the
-    idea; here the chunks are large and nothing is recomputed.
+    Logits in x's dtype, loss in fp32; the gradient is computed in the forward pass, that of the
+    weight accumulates in fp32. Wijmans et al., "Cut Your Losses in Large-Vocabulary Language
+    Models", 2024, has the idea; here the chunks are large and nothing is recomputed.
 
     Args:
         x: (..., C), the final LayerNorm's output.
@@ -153,15 +205,16 @@ def linear_cross_entropy(
     checks.check_shape(op, "weight", weight, (weight.shape[0], x.shape[-1]), f"x {tuple(x.shape)}")
     checks.check_integer(op, "targets", targets)
     checks.check_shape(op, "targets", targets, tuple(x.shape[:-1]), f"x {tuple(x.shape)}")
+    checks.check_same_device(op, "weight", weight, x.device)
+    checks.check_same_device(op, "targets", targets, x.device)
     vocab_size = check_loss_options(op, vocab_size, weight.shape[0], label_smoothing, z_loss)
     rows, flat = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
-    weight = weight.to(x.dtype)
     options = (ignore_index, vocab_size, label_smoothing, z_loss)
-    match resolve(op, impl, x):
-        case Impl.REFERENCE:
-            return reference.linear_cross_entropy(rows, weight, flat, *options)
-        case Impl.TORCH:
-            with_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-            loss: Tensor = _chunked(rows, weight, flat, *options, with_grad)[0]
-            return loss
-    raise RuntimeError("linear_cross_entropy: impl='triton' is not built yet")
+    choice = resolve(op, impl, x)
+    if choice is Impl.REFERENCE:
+        return reference.linear_cross_entropy(rows, weight.to(x.dtype), flat, *options)
+    wanted = [torch.is_grad_enabled() and t.requires_grad for t in (x, weight)]
+    loss: Tensor = _linear_cross_entropy_fwd(
+        rows, weight, flat.contiguous(), *options, *wanted, choice is Impl.TRITON
+    )[0]
+    return loss

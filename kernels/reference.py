@@ -158,8 +158,10 @@ def cross_entropy(
     kept = targets != ignore_index
     lse = torch.logsumexp(z, dim=-1)
     picked = z.gather(1, targets.masked_fill(~kept, 0).long()[:, None])[:, 0]
-    nll = lse - (1.0 - label_smoothing) * picked - label_smoothing * z.mean(dim=-1)
-    rows = nll + z_loss * lse.square()
+    rows = lse - (1.0 - label_smoothing) * picked + z_loss * lse.square()
+    if label_smoothing > 0:
+        # not zero times the mean: a logit of -inf excludes its token
+        rows = rows - label_smoothing * z.mean(dim=-1)
     return rows.masked_fill(~kept, 0.0).sum() / kept.sum().clamp(min=1)
 
 

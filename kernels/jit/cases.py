@@ -27,8 +27,9 @@ def case(
     bytes: float,
     flops: float,
     wants_mma: bool = False,
+    odd: tuple[str, ...] = (),
 ) -> CompileCase:
-    """A ``CompileCase`` at GPT-2's shapes, where every pointer and integer is a multiple of 16.
+    """A ``CompileCase`` at GPT-2's shapes: pointers and most integers are multiples of 16.
 
     Args:
         kernel: the ``@triton.jit`` function.
@@ -40,18 +41,16 @@ def case(
         bytes: that the launch must move through device memory.
         flops: of the launch.
         wants_mma: the kernel is meant to use the tensor cores.
+        odd: integers that are no multiples of 16, elements of tuples as ``columns.0``.
     """
     values = {**arguments, **dict(config.blocks)}
     typed = {n: v for n, v in values.items() if isinstance(v, str | tuple)}
     constants = {n: v for n, v in values.items() if n not in typed}
-    whole = [n for n, v in typed.items() if v != "fp32" and "fp32" not in v]
-    parts = [
-        f"{n}.{i}"
+    elements = {
+        f"{n}.{i}" if isinstance(v, tuple) else n: kind
         for n, v in typed.items()
-        if isinstance(v, tuple) and "fp32" in v
-        for i, part in enumerate(v)
-        if part != "fp32"
-    ]
+        for i, kind in enumerate(v if isinstance(v, tuple) else (v,))
+    }
     return CompileCase(
         kernel=kernel,
         name=name,
@@ -60,7 +59,7 @@ def case(
         constexprs=constants,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        divisible_by_16=(*whole, *parts),
+        divisible_by_16=tuple(n for n, kind in elements.items() if kind != "fp32" and n not in odd),
         wants_mma=wants_mma,
         flops=flops,
         bytes=bytes,

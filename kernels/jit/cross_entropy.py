@@ -1,0 +1,270 @@
+"""Cross-entropy of logits, forward and backward: one program a row, grid (N,).
+
+A row of GPT-2's logits, 100 KB in bf16, does not fit in registers, so a program walks over it in
+tiles of BLOCK_V. Each lane keeps a running maximum and a running sum of exponentials of its own;
+the lanes meet once, behind the loop. One exponential an element does both cases of the update,
+exp(-|z - m|): the old sum shrinks by it, or the new term is it.
+
+With m = max z, l = log sum exp(z - m), lse = m + l, s the label smoothing, p = exp(z - m - l),
+
+    loss = l - (1 - s) (z_y - m) - s (mean(z) - m) + z_loss lse^2
+    dz   = p (1 + 2 z_loss lse) - (1 - s) [v = y] - s / V
+
+where columns behind the vocabulary and rows whose target is ignored get zeros. m and l stay apart:
+beside a large m, the last bits of l, and with them p's, would be lost. Two ways to use it:
+
+- alone (``launch_fwd``, ``launch_bwd``): saved are the logits and (m, l), (2, N) in fp32; the
+  gradient is written once, with the upstream gradient in it. Bytes an element in bf16: 2 and 4;
+- in one pass over logits that the caller owns (``launch_in_place``): the program that has just
+  computed m and l reads its row again, now from cache, and writes the gradient over it. 4 bytes.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastgpt2.kernels.jit import tuning
+from fastgpt2.kernels.jit.cases import SIZES, case, configs
+from fastgpt2.kernels.jit.compile import CompileCase
+
+# ignore_index, vocab_size, label_smoothing, z_loss
+Options = tuple[int, int, float, float]
+
+# of lanes that have seen nothing yet: finite, so that no difference is -inf minus -inf
+_LOWEST = tl.constexpr(-3.4028234663852886e38)
+
+
+@triton.jit
+def _load_tile(row_ptr, offs, kept, V_padded):
+    # the mask is that of the row in memory, a multiple of 16 columns, and not the vocabulary's
+    # odd number: only so is the load a vector
+    return tl.load(row_ptr + offs, mask=(offs < V_padded) & kept, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _row_statistics(
+    row_ptr, kept, V, V_padded, SMOOTHED: tl.constexpr, VECTOR: tl.constexpr, BLOCK_V: tl.constexpr
+):
+    """(max, log of the sum of exponentials, sum) of a row's first V logits.
+
+    The exponentials are those of the distance to the maximum; the sum is 0 unless SMOOTHED.
+    """
+    LANES: tl.constexpr = BLOCK_V // VECTOR
+    m = tl.full([LANES], _LOWEST, tl.float32)
+    s = tl.zeros([LANES], tl.float32)
+    total = tl.zeros([LANES], tl.float32)
+    lanes = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    for start in range(0, V_padded, BLOCK_V):
+        offs = start + lanes
+        z = _load_tile(row_ptr, offs, kept, V_padded)
+        if SMOOTHED:
+            total += tl.sum(tl.where(offs < V, z, 0.0), axis=1)
+        z = tl.where(offs < V, z, _LOWEST)
+        m_new = tl.maximum(m, tl.max(z, axis=1))
+        # a lane that has seen padding only counts it, but its weight in the end is exp(-huge) = 0
+        s = s * tl.exp(m - m_new) + tl.sum(tl.exp(z - m_new[:, None]), axis=1)
+        m = m_new
+    row_max = tl.max(m, axis=0)
+    log_sum = tl.log(tl.sum(s * tl.exp(m - row_max), axis=0))
+    return row_max, log_sum, tl.sum(total, axis=0)
+
+
+@triton.jit
+def _write_gradient(
+    row_ptr, drow_ptr, target, kept, statistics, scale, columns, options, BLOCK_V: tl.constexpr
+):
+    """Write ``scale`` times the gradient of one row's loss, zeros if the row is not kept."""
+    row_max, log_sum = statistics
+    V, V_padded = columns
+    _, smoothing, z_loss = options
+    p_scale = scale * (1.0 + 2.0 * z_loss * (row_max + log_sum))
+    last = (tl.cdiv(V_padded, BLOCK_V) - 1) * BLOCK_V
+    for start in range(0, V_padded, BLOCK_V):
+        # from the end: what has been read last is likeliest to be still in cache
+        offs = last - start + tl.arange(0, BLOCK_V)
+        z = _load_tile(row_ptr, offs, kept, V_padded)
+        dz = tl.exp(z - row_max - log_sum) * p_scale - scale * smoothing / V
+        dz -= tl.where(offs == target, scale * (1.0 - smoothing), 0.0)
+        dz = tl.where((offs < V) & kept, dz, 0.0)
+        tl.store(drow_ptr + offs, dz, mask=offs < V_padded)
+
+
+@triton.jit
+def _cross_entropy_fwd_kernel(
+    logits_ptr,
+    targets_ptr,
+    loss_ptr,
+    stats_ptr,
+    dlogits_ptr,
+    row_strides,
+    columns,
+    options,
+    SMOOTHED: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    V, V_padded = columns
+    ignore_index, smoothing, z_loss = options
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * row_strides[0]
+    target = tl.load(targets_ptr + row)
+    kept = target != ignore_index
+    # no token id: the loss is NaN, and nothing outside the row is read
+    valid = (target >= 0) & (target < V)
+    picked = tl.load(row_ptr + target, mask=valid, other=float("nan")).to(tl.float32)
+    m, log_sum, total = _row_statistics(row_ptr, kept, V, V_padded, SMOOTHED, VECTOR, BLOCK_V)
+    lse = m + log_sum
+    loss = log_sum - (1.0 - smoothing) * (picked - m) + z_loss * lse * lse
+    if SMOOTHED:
+        loss -= smoothing * (total / V - m)
+    tl.store(loss_ptr + row, tl.where(kept, loss, 0.0))
+    if stats_ptr is not None:
+        tl.store(stats_ptr + row, m)
+        tl.store(stats_ptr + tl.num_programs(0) + row, log_sum)
+    if dlogits_ptr is not None:
+        drow_ptr = dlogits_ptr + row * row_strides[1]
+        stats = (m, log_sum)
+        _write_gradient(row_ptr, drow_ptr, target, kept, stats, 1.0, columns, options, BLOCK_V)
+
+
+@triton.jit
+def _cross_entropy_bwd_kernel(
+    logits_ptr,
+    targets_ptr,
+    stats_ptr,
+    scale_ptr,
+    dlogits_ptr,
+    row_strides,
+    columns,
+    options,
+    BLOCK_V: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets_ptr + row)
+    _write_gradient(
+        logits_ptr + row * row_strides[0],
+        dlogits_ptr + row * row_strides[1],
+        target,
+        target != options[0],
+        (tl.load(stats_ptr + row), tl.load(stats_ptr + tl.num_programs(0) + row)),
+        tl.load(scale_ptr),
+        columns,
+        options,
+        BLOCK_V,
+    )
+
+
+def _launch_fwd(
+    logits: Tensor,
+    targets: Tensor,
+    stats: Tensor | None,
+    dlogits: Tensor | None,
+    options: Options,
+) -> Tensor:
+    N, V_padded = logits.shape
+    ignore_index, vocab_size, smoothing, z_loss = options
+    losses = logits.new_empty(N, dtype=torch.float32)
+    if N > 0:
+        config = tuning.pick("cross_entropy_fwd", tuning.arch_of(logits.device))
+        _cross_entropy_fwd_kernel[(N,)](
+            logits,
+            targets,
+            losses,
+            stats,
+            dlogits,
+            (logits.stride(0), 0 if dlogits is None else dlogits.stride(0)),
+            (vocab_size, V_padded),
+            (ignore_index, smoothing, z_loss),
+            SMOOTHED=smoothing > 0,
+            VECTOR=16 // logits.element_size(),
+            **config.meta(),
+        )
+    return losses
+
+
+def launch_fwd(logits: Tensor, targets: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """(losses, stats): (N,), zero for ignored rows, and (2, N), both fp32."""
+    stats = logits.new_empty(2, logits.shape[0], dtype=torch.float32)
+    return _launch_fwd(logits, targets, stats, None, options), stats
+
+
+def launch_in_place(
+    logits: Tensor, targets: Tensor, options: Options, *, with_grad: bool
+) -> Tensor:
+    """Losses (N,); with grad, the logits are overwritten with the gradient of their sum."""
+    return _launch_fwd(logits, targets, None, logits if with_grad else None, options)
+
+
+def launch_bwd(
+    logits: Tensor, targets: Tensor, stats: Tensor, scale: Tensor, options: Options
+) -> Tensor:
+    """``scale``, an fp32 scalar tensor, times the gradient of the sum of the rows' losses."""
+    N, V_padded = logits.shape
+    ignore_index, vocab_size, smoothing, z_loss = options
+    dlogits = logits.new_empty(logits.shape)
+    if N > 0:
+        config = tuning.pick("cross_entropy_bwd", tuning.arch_of(logits.device))
+        _cross_entropy_bwd_kernel[(N,)](
+            logits,
+            targets,
+            stats,
+            scale,
+            dlogits,
+            (logits.stride(0), dlogits.stride(0)),
+            (vocab_size, V_padded),
+            (ignore_index, smoothing, z_loss),
+            **config.meta(),
+        )
+    return dlogits
+
+
+# a micro-batch of 16 x 1024 tokens over GPT-2's vocabulary, padded to a multiple of 128
+_TOKENS, _COLUMNS = 16384, 50304
+
+
+def _case(op: str, config: tuning.Config, dtype: str, variant: str) -> CompileCase:
+    shared = {
+        "logits_ptr": f"*{dtype}",
+        "targets_ptr": "*i64",
+        "dlogits_ptr": None if variant == "loss" else f"*{dtype}",
+        "row_strides": ("i32", "i32"),
+        "columns": ("i32", "i32"),
+        "options": ("i32", "fp32", "fp32"),
+    }
+    if op == "cross_entropy_fwd":
+        kernel = _cross_entropy_fwd_kernel
+        own = {
+            "loss_ptr": "*fp32",
+            "stats_ptr": "*fp32" if variant == "loss" else None,
+            "VECTOR": 16 // SIZES[dtype],
+            "SMOOTHED": variant == "smoothed, in place",
+        }
+    else:
+        kernel, own = _cross_entropy_bwd_kernel, {"stats_ptr": "*fp32", "scale_ptr": "*fp32"}
+    elements = float(_TOKENS * _COLUMNS)
+    return case(
+        kernel,
+        op,
+        config,
+        f"{dtype} {variant}",
+        shared | own,
+        bytes=elements * SIZES[dtype] * (1 if variant == "loss" else 2),
+        flops=8 * elements,
+        odd=("columns.0", "options.0"),
+    )
+
+
+def compile_cases(arch: str) -> list[CompileCase]:
+    """Loss alone, loss and gradient in one pass, and the gradient from saved statistics."""
+    variants = {
+        "cross_entropy_fwd": ("loss", "in place", "smoothed, in place"),
+        "cross_entropy_bwd": ("gradient",),
+    }
+    return [
+        _case(op, config, dtype, variant)
+        for op, named in variants.items()
+        for _, config in configs(op, arch)
+        for dtype in ("bf16", "fp32")
+        for variant in named
+    ]

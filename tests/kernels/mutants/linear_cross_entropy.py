@@ -1,0 +1,88 @@
+"""Wrong edits of the head fused with the loss."""
+
+from tests.kernels.mutants import Mutant
+
+_CONTRACT = "kernels/linear_cross_entropy.py"
+_KERNEL = "kernels/jit/cross_entropy.py"
+_TESTS = "tests/kernels/test_linear_cross_entropy.py"
+_BUDGET = f"{_TESTS}::test_within_budget"
+_CHUNKS = f"{_TESTS}::test_several_chunks_are_within_budget"
+
+MUTANTS = [
+    Mutant(
+        "last_chunk_of_the_weight_s_gradient_wins",
+        _CONTRACT,
+        "dweight = product if dweight is None else dweight.add_(product)",
+        "dweight = product",
+        (_CHUNKS,),
+    ),
+    Mutant(
+        "weight_s_gradient_summed_in_short",
+        _CONTRACT,
+        "return (a @ b).to(_wide(a.dtype))",
+        "return a @ b",
+        (f"{_TESTS}::test_weight_gradient_accumulates_in_fp32",),
+    ),
+    Mutant(
+        "targets_of_the_first_chunk",
+        _CONTRACT,
+        "row_losses(logits, targets[rows], options",
+        "row_losses(logits, targets[: rows.stop - rows.start], options",
+        (_CHUNKS,),
+    ),
+    Mutant(
+        "short_chunk_keeps_old_rows",
+        _CONTRACT,
+        "rows = slice(start, min(start + size, N))",
+        "rows = slice(min(start, N - size), min(start + size, N))",
+        (_CHUNKS,),
+        "rows of two chunks count twice in the weight's gradient",
+    ),
+    Mutant(
+        "gradients_of_the_mean_in_forward",
+        _CONTRACT,
+        "        if dx_wanted:\n            torch.mm(logits, head, out=dx[rows])\n",
+        "        logits *= inverse_kept(targets, ignore_index, x.dtype)\n"
+        "        if dx_wanted:\n"
+        "            torch.mm(logits, head, out=dx[rows])\n"
+        "            dx[rows] /= inverse_kept(targets, ignore_index, x.dtype)\n",
+        (f"{_TESTS}::test_fp16_gradients_survive_a_loss_scale",),
+        "in fp16 the gradient of a mean underflows",
+    ),
+    Mutant(
+        "upstream_gradient_ignored",
+        _CONTRACT,
+        "    scale = dloss * inverse_count\n",
+        "    scale = inverse_count\n",
+        (f"{_BUDGET}[triton-(37, 48, 160, 129)-plain-torch.float32]",),
+    ),
+    Mutant(
+        "padding_not_zeroed",
+        _CONTRACT,
+        "    logits[:, vocab_size:] = 0.0\n",
+        "",
+        (f"{_TESTS}::test_padded_rows_of_the_head_get_no_gradient",),
+    ),
+    Mutant(
+        "gradient_not_written_over_the_logits",
+        _KERNEL,
+        "logits if with_grad else None",
+        "None",
+        (f"{_BUDGET}[triton-(37, 48, 160, 129)-plain-torch.float32]",),
+    ),
+    Mutant(
+        "weight_s_gradient_in_x_s_dtype",
+        _CONTRACT,
+        "ctx.weight_dtype, ctx.wanted = inputs[1].dtype",
+        "ctx.weight_dtype, ctx.wanted = inputs[0].dtype",
+        (f"{_TESTS}::test_fp32_weight_with_a_short_x_keeps_its_gradient_in_fp32",),
+    ),
+    Mutant(
+        "unwanted_product",
+        _CONTRACT,
+        "        if dweight_wanted:\n",
+        "        if dx_wanted or dweight_wanted:\n",
+        (f"{_TESTS}::test_only_wanted_gradients_are_computed",),
+        "a frozen head still costs a third of the work",
+    ),
+]
