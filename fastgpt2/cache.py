@@ -7,7 +7,10 @@ from fastgpt2.config import GPTConfig
 
 
 class LayerCache:
-    """Keys and values of one layer, (B, H, S, D), the first ``lengths[b]`` of row b valid."""
+    """Keys and values of one layer, (B, H, S, D), the first ``lengths[b]`` of row b valid.
+
+    No gradient flows through a cache.
+    """
 
     def __init__(self, k: Tensor, v: Tensor, lengths: Tensor) -> None:
         self.k, self.v, self.lengths = k, v, lengths
@@ -17,15 +20,15 @@ class LayerCache:
         """Store a prompt's keys and values from the packed projection (B, T, 3C)."""
         B, T, three_C = qkv.shape
         heads = qkv.view(B, T, 3, n_head, three_C // (3 * n_head)).permute(2, 0, 3, 1, 4)
-        self.k[:, :, :T] = heads[1]
-        self.v[:, :, :T] = heads[2]
+        self.k[:, :, :T] = heads[1].detach()
+        self.v[:, :, :T] = heads[2].detach()
         self.is_empty = False
 
     def append(self, k: Tensor, v: Tensor) -> None:
         """Store one token's key and value, (B, H, D) each, at each row's own length."""
         rows = torch.arange(k.shape[0], device=k.device)
-        self.k[rows, :, self.lengths] = k
-        self.v[rows, :, self.lengths] = v
+        self.k[rows, :, self.lengths] = k.detach()
+        self.v[rows, :, self.lengths] = v.detach()
 
 
 class KVCache:

@@ -77,6 +77,7 @@ class GPT(nn.Module):
         self._init_weights()
         self.register_state_dict_post_hook(_cut_padding)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_add_padding)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_tie)  # type: ignore[no-untyped-call]
 
     def tie_weights(self) -> None:
         """The head is the token embedding: one parameter under two names."""
@@ -143,8 +144,9 @@ class GPT(nn.Module):
                 f"GPT: {idx.shape[1]} tokens, but block_size is {self.config.block_size}"
             )
         weight = self.transformer.wte.weight
+        dtype = _compute_dtype(weight)
         with _no_autocast(weight):
-            hidden: Tensor = self.transformer(idx, _compute_dtype(weight), cache)
+            hidden: Tensor = self.transformer(idx, dtype, cache)
         return hidden
 
     def _head(self, hidden: Tensor) -> Tensor:
@@ -180,6 +182,7 @@ class GPT(nn.Module):
         finally:
             self.train(was_training)
 
+    @torch.no_grad()
     def next_logits(
         self, idx: Tensor, cache: KVCache | None, room: int
     ) -> tuple[Tensor, KVCache | None]:
@@ -276,7 +279,6 @@ class GPT(nn.Module):
         with torch.device("meta"):
             model = cls(replace(config, **(override_args or {})))
         model.load_state_dict(dict(tensors), assign=True)
-        model.tie_weights()
         return model
 
 
@@ -320,3 +322,9 @@ def _add_padding(
     if missing and weight.shape[0] == model.config.vocab_size:
         weight = F.pad(weight, (0, 0, 0, missing))
     state_dict[wte_key] = state_dict[head_key] = weight
+
+
+def _tie(model: nn.Module, _incompatible_keys: object) -> None:
+    """``assign=True`` makes two parameters of the two names: they are one again."""
+    assert isinstance(model, GPT)
+    model.tie_weights()
