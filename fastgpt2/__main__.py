@@ -7,6 +7,7 @@ COMMANDS = {
     "train": "train a GPT-2 on text",
     "generate": "continue a text with a trained model",
     "prepare": "tokenize a large corpus into shards",
+    "convert": "convert weights between formats",
 }
 
 

@@ -1,36 +1,88 @@
-"""What the devices people train on can do at most."""
+"""The device a model runs on: which one, in which dtype, on which kernels, how fast at most."""
+
+import re
+from collections.abc import Mapping
+from contextlib import nullcontext
 
 import torch
+from torch import Tensor
 
-# dense peak in TFLOP/s for bf16/fp16 matrix products with fp32 accumulation, from each vendor's
-# data sheet; looked up by substring of the device's name, first match wins
-PEAK_TFLOPS: tuple[tuple[str, float], ...] = (
-    ("GB200", 2500.0),
-    ("B200", 2250.0),
-    ("H200", 989.4),
-    ("GH200", 989.4),
-    ("H100 PCIe", 756.0),
-    ("H100 NVL", 835.0),
-    ("H100", 989.4),
-    ("H800", 989.4),
-    ("A100", 312.0),
-    ("A800", 312.0),
-    ("L40S", 362.0),
-    ("L40", 181.0),
-    ("L4", 121.0),
-    ("A10G", 70.0),
-    ("A10", 125.0),
-    ("A40", 149.7),
-    ("RTX A6000", 154.8),
-    ("RTX 5090", 209.5),
-    ("RTX 4090", 165.2),
-    ("RTX 3090", 71.0),
-    ("V100", 125.0),
-    ("T4", 65.0),
-    ("MI325X", 1307.4),
-    ("MI300X", 1307.4),
-    ("MI250X", 383.0),
-)
+from fastgpt2.errors import UserError
+from fastgpt2.kernels import explain
+from fastgpt2.kernels.gpus import PEAK_TFLOPS
+
+DTYPES = ("auto", "fp32", "bf16", "fp16")
+DEVICE_TYPES = ("cpu", "cuda", "mps", "xpu")
+
+# a name with one of these is a slower product, or a part of one, with the name of a table entry
+_OTHER_PRODUCTS = re.compile(r"\b(Laptop|Max-Q|Mobile|MIG|Ti|SUPER|D)\b")
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto`` is the GPU where there is one.
+
+    Raises:
+        UserError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        if device.type not in DEVICE_TYPES:
+            raise UserError(f"device {name!r}: expected auto, {', '.join(DEVICE_TYPES)} or cuda:N")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {name!r}: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """``auto`` is bf16 on a GPU that has it, fp16 on an older one, fp32 on a CPU."""
+    if name == "auto":
+        if device.type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def resolve_kernels(device: torch.device, dtype: torch.dtype, impl: str) -> str:
+    """One line: which kernels will run, and why.
+
+    Raises:
+        UserError: ``impl`` was asked for by name and cannot run there.
+    """
+    try:
+        return explain(device, dtype, impl)
+    except RuntimeError as error:
+        raise UserError(str(error)) from None
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast | nullcontext[None]:
+    """The context in which a model with fp32 weights computes in ``dtype``."""
+    if dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast(device.type, dtype=dtype)
+
+
+def rng_states(device: torch.device) -> dict[str, Tensor]:
+    """States of the random-number generators that training on ``device`` draws from."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "mps":
+        states["mps"] = torch.mps.get_rng_state()
+    elif device.type != "cpu":
+        states[device.type] = torch.get_device_module(device).get_rng_state(device)
+    return states
+
+
+def set_rng_states(states: Mapping[str, Tensor], device: torch.device) -> None:
+    """Put the generators back; one whose state is not there, of another machine, stays as it is."""
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cpu" or device.type not in states:
+        return
+    if device.type == "mps":
+        torch.mps.set_rng_state(states["mps"])
+    else:
+        torch.get_device_module(device).set_rng_state(states[device.type], device)
 
 
 def device_name(device: torch.device) -> str:
@@ -41,7 +93,10 @@ def device_name(device: torch.device) -> str:
 def peak_flops(device: torch.device) -> float | None:
     """Peak FLOP/s of half-precision matrix products, or None where the table has no entry."""
     name = device_name(device)
-    for part, tflops in PEAK_TFLOPS:
-        if part in name:
+    if _OTHER_PRODUCTS.search(name):
+        return None
+    for entry, tflops in PEAK_TFLOPS:
+        # whole words only: an "RTX A4000" is no "A40"
+        if re.search(rf"\b{entry}\b", name):
             return tflops * 1e12
     return None

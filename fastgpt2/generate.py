@@ -5,40 +5,64 @@ from pathlib import Path
 
 import torch
 
+from fastgpt2.cli import Parser
 from fastgpt2.cli import run as run_command
 from fastgpt2.config import IMPLS
+from fastgpt2.devices import DTYPES, resolve_device, resolve_dtype, resolve_kernels
 from fastgpt2.errors import UserError
-from fastgpt2.generation.stream import stream_text
+from fastgpt2.generation.stream import encode_prompt, stream_text
 from fastgpt2.text import load_tokenizer
 from fastgpt2.training import checkpoint
-from fastgpt2.training.device import DTYPES, resolve_device, resolve_dtype
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="fastgpt2 generate",
         description="Continue a text with a trained model, printed as it is generated.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--run", required=True, type=Path, help="run folder of fastgpt2 train")
-    parser.add_argument(
-        "--checkpoint", choices=("best", "latest"), default="best", help="which of the run's"
+    what = parser.add_argument_group("what")
+    what.add_argument(
+        "--run", required=True, type=Path, metavar="DIR", help="run folder of fastgpt2 train"
     )
-    parser.add_argument("--prompt", default="\n", help="text to continue")
-    parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="length")
-    parser.add_argument(
-        "--temperature", type=float, default=0.8, help="sharper below 1, flatter above, greedy at 0"
+    what.add_argument(
+        "--checkpoint",
+        choices=("best", "latest"),
+        default="best",
+        help="the one of lowest validation loss, or the newest [%(default)s]",
     )
-    parser.add_argument("--greedy", action="store_true", help="the same as --temperature 0")
-    parser.add_argument(
-        "--top-k", type=int, metavar="K", help="draw from the K most likely tokens only"
+    what.add_argument(
+        "--prompt", metavar="TEXT", default="\n", help="text to continue [a line break]"
     )
-    parser.add_argument("--seed", type=int, help="the same seed gives the same text")
-    parser.add_argument("--samples", type=int, default=1, metavar="N", help="how many texts")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the computation")
-    parser.add_argument("--impl", choices=IMPLS, default="auto", help="of the kernels")
+    what.add_argument(
+        "--max-new-tokens", type=int, default=200, metavar="N", help="length [%(default)s]"
+    )
+    what.add_argument(
+        "--samples", type=int, default=1, metavar="N", help="how many texts [%(default)s]"
+    )
+    draw = parser.add_argument_group("sampling")
+    draw.add_argument(
+        "--temperature",
+        type=float,
+        default=0.8,
+        metavar="X",
+        help="below 1 safer, above 1 wilder, 0 is greedy [%(default)s]",
+    )
+    draw.add_argument("--greedy", action="store_true", help="the same as --temperature 0")
+    draw.add_argument(
+        "--top-k", type=int, metavar="K", help="draw from the K most likely tokens only [all]"
+    )
+    draw.add_argument(
+        "--seed", type=int, metavar="N", help="the same seed gives the same text [a new one]"
+    )
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... [auto]")
+    machine.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="of weights and computation [%(default)s]"
+    )
+    machine.add_argument(
+        "--impl", choices=IMPLS, default="auto", help="implementation of the kernels [%(default)s]"
+    )
     return parser
 
 
@@ -49,22 +73,22 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    for name, least in (("max_new_tokens", 0), ("temperature", 0), ("top_k", 1), ("samples", 1)):
-        value = getattr(arguments, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} must be {least} or more, got {value}")
+    _check(arguments)
     device = resolve_device(arguments.device)
     dtype = resolve_dtype(arguments.dtype, device)
+    resolve_kernels(device, dtype, arguments.impl)
     pick = checkpoint.best if arguments.checkpoint == "best" else checkpoint.latest
     folder = pick(arguments.run)
     tokenizer = load_tokenizer(arguments.run)
-    model = checkpoint.load_model(folder, impl=arguments.impl).to(device)
+    encode_prompt(tokenizer, arguments.prompt)
+    model = checkpoint.load_model(folder, impl=arguments.impl).to(device, dtype)
     if tokenizer.vocab_size != model.config.vocab_size:
         raise UserError(
             f"{arguments.run}: the tokenizer has {tokenizer.vocab_size} ids, the model "
             f"{model.config.vocab_size}"
         )
-    seed = torch.seed() if arguments.seed is None else arguments.seed
+    # room above it, so that adding the number of a sample cannot leave what a generator takes
+    seed = torch.seed() >> 2 if arguments.seed is None else arguments.seed
     for i in range(arguments.samples):
         if i:
             print("---")
@@ -77,11 +101,29 @@ def _generate(arguments: argparse.Namespace) -> None:
             temperature=0.0 if arguments.greedy else arguments.temperature,
             top_k=arguments.top_k,
             seed=seed + i,
-            dtype=dtype,
         )
         for piece in pieces:
             print(piece, end="", flush=True)
         print()
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    for name, least in (
+        ("max_new_tokens", 0),
+        ("samples", 1),
+        ("temperature", 0),
+        ("top_k", 1),
+        ("seed", 0),
+    ):
+        value = getattr(arguments, name)
+        # written so that NaN fails too
+        if value is not None and not least <= value <= 2**62:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} must be a number from {least} to 2^62, got {value}")
+    try:
+        arguments.prompt.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError("--prompt is not UTF-8 text") from None
 
 
 if __name__ == "__main__":

@@ -31,7 +31,9 @@ def next_token(
         raise ValueError(f"top_k must be 1 or more, got {top_k}")
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    logits = logits.float() / temperature
+    logits = logits.float()
+    # with the largest at 0, a temperature near 0 makes the others -inf and nothing NaN
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
     if top_k is not None and top_k < logits.shape[-1]:
         kth_best = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < kth_best, -torch.inf)

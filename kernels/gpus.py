@@ -1,8 +1,39 @@
-"""What the GPUs offer that the kernels are compiled for: shared memory, warp slots, rooflines."""
+"""What GPUs offer: peak rates, and of those the kernels are compiled for, the resources."""
 
 from dataclasses import dataclass
 
-from fastgpt2.devices import PEAK_TFLOPS
+# dense peak in TFLOP/s for bf16/fp16 matrix products with fp32 accumulation, from each vendor's
+# data sheet, for one device as PyTorch counts them (half an MI250X); a device is known by the first
+# entry whose words its name holds
+PEAK_TFLOPS: tuple[tuple[str, float], ...] = (
+    ("GB200", 2500.0),
+    ("B200", 2250.0),
+    ("H200 NVL", 835.5),
+    ("H200", 989.4),
+    ("GH200", 989.4),
+    ("H100 PCIe", 756.0),
+    ("H100 NVL", 835.5),
+    ("H100", 989.4),
+    ("H800", 989.4),
+    ("A100", 312.0),
+    ("A800", 312.0),
+    ("L40S", 362.0),
+    ("L40", 181.0),
+    ("L4", 121.0),
+    ("A10G", 70.0),
+    ("A10", 125.0),
+    ("A40", 149.7),
+    ("RTX A6000", 154.8),
+    ("RTX 5090", 209.5),
+    ("RTX 4090", 165.2),
+    ("RTX 3090", 71.0),
+    ("V100-PCIE", 112.0),
+    ("V100", 125.0),
+    ("T4", 65.0),
+    ("MI325X", 1307.4),
+    ("MI300X", 1307.4),
+    ("MI250X", 191.5),
+)
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Generation of GPT-2 models."""
+"""Text out of a trained model."""

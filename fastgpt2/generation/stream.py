@@ -2,7 +2,6 @@
 
 import codecs
 from collections.abc import Iterator
-from contextlib import nullcontext
 
 import torch
 
@@ -10,6 +9,24 @@ from fastgpt2.errors import UserError
 from fastgpt2.model import GPT
 from fastgpt2.sampling import next_token
 from fastgpt2.text import Tokenizer
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str, name: str = "prompt") -> list[int]:
+    """Ids of a prompt; an empty one starts a new text.
+
+    Raises:
+        UserError: the prompt, called ``name``, holds what the tokenizer cannot encode, or it is
+            empty and the vocabulary has no end-of-text token.
+    """
+    try:
+        ids = tokenizer.encode(prompt)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
+    if ids:
+        return ids
+    if tokenizer.eot is None:
+        raise UserError(f"{name}: must not be empty, {tokenizer.name} has no end-of-text token")
+    return [tokenizer.eot]
 
 
 @torch.no_grad()
@@ -22,7 +39,6 @@ def stream_tokens(
     top_k: int | None = None,
     seed: int | None = None,
     stop: int | None = None,
-    dtype: torch.dtype = torch.float32,
 ) -> Iterator[int]:
     """Yield sampled token ids as they come, until ``max_new_tokens`` or the id ``stop``.
 
@@ -34,10 +50,8 @@ def stream_tokens(
     idx = torch.tensor([prompt], dtype=torch.int64, device=device)
     model.eval()
     cache = None
-    low = dtype != torch.float32
     for i in range(max_new_tokens):
-        with torch.autocast(device.type, dtype=dtype) if low else nullcontext():
-            logits, cache = model.next_logits(idx, cache, max_new_tokens - i)
+        logits, cache = model.next_logits(idx, cache, max_new_tokens - i)
         token = next_token(logits, temperature=temperature, top_k=top_k, generator=generator)
         idx = torch.cat([idx, token], dim=1)
         id_ = int(token)
@@ -52,13 +66,9 @@ def stream_text(
     """The text of ``stream_tokens``, in pieces that never split a character.
 
     Raises:
-        UserError: the prompt holds what the tokenizer cannot encode, or nothing can start a text.
+        UserError: the prompt cannot be encoded (see ``encode_prompt``).
     """
-    ids = tokenizer.encode(prompt)
-    if not ids:
-        if tokenizer.eot is None:
-            raise UserError("generate: an empty prompt needs a tokenizer with an end-of-text token")
-        ids = [tokenizer.eot]
+    ids = encode_prompt(tokenizer, prompt)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     tokens = stream_tokens(model, ids, max_new_tokens, stop=tokenizer.eot, **sampling)  # type: ignore[arg-type]
     for id_ in tokens:

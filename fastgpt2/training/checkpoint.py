@@ -8,16 +8,19 @@ name, put on the disk, and renamed.
 
 import json
 import os
+import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastgpt2.config import GPTConfig
+from fastgpt2.devices import rng_states, set_rng_states
 from fastgpt2.errors import UserError
 from fastgpt2.files import sync, write_text
 from fastgpt2.model import GPT
@@ -29,34 +32,46 @@ MODEL, OPTIMIZER, STATE, CONFIG = (
     "gpt_config.json",
 )
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_STEP = re.compile(r"step_(\d{8,})")
 
 
 def save(
     run: Path, step: int, model: GPT, optimizer: torch.optim.Optimizer, state: dict[str, Any]
 ) -> Path:
-    """Write the checkpoint of ``step``; ``state`` is plain JSON. Returns its folder."""
+    """Write the checkpoint of ``step``; ``state`` is plain JSON. Returns its folder.
+
+    Where the step has a checkpoint already, only its ``state`` is written anew.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     final = _folder(run, step)
-    if final.exists():
-        return final
-    temporary = final.with_name(f".{final.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    weights = {key: value for key, value in model.state_dict().items() if key != "lm_head.weight"}
-    save_file(weights, temporary / MODEL, metadata={"format": "pt"})
-    save_file(_optimizer_tensors(model, optimizer) | _rng_tensors(), temporary / OPTIMIZER)
-    for path in (temporary / MODEL, temporary / OPTIMIZER):
-        sync(path)
-    write_text(temporary / CONFIG, json.dumps(asdict(model.config), indent=2) + "\n")
-    write_text(temporary / STATE, json.dumps({"step": step, **state}, indent=2) + "\n")
-    os.rename(temporary, final)
-    sync(final.parent)
+    text = json.dumps({"step": step, **state}, indent=2, allow_nan=False) + "\n"
+    try:
+        if final.exists():
+            write_text(final / STATE, text)
+            return final
+        temporary = _hidden(final)
+        temporary.mkdir(parents=True)
+        weights = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}
+        save_file(weights, temporary / MODEL, metadata={"format": "pt"})
+        save_file(_training_tensors(model, optimizer), temporary / OPTIMIZER)
+        for path in (temporary / MODEL, temporary / OPTIMIZER):
+            sync(path)
+        write_text(temporary / CONFIG, json.dumps(asdict(model.config), indent=2) + "\n")
+        write_text(temporary / STATE, text)
+        os.rename(temporary, final)
+        sync(final.parent)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{final}: cannot be written: {error}") from None
     return final
 
 
 def saved_steps(run: Path) -> list[int]:
     """Steps that have a checkpoint, ascending."""
     folders = (run / "checkpoints").glob("step_*")
-    return sorted(int(f.name.removeprefix("step_")) for f in folders if (f / STATE).is_file())
+    names = (_STEP.fullmatch(f.name) for f in folders if (f / STATE).is_file())
+    return sorted(int(name[1]) for name in names if name)
 
 
 def latest(run: Path) -> Path:
@@ -67,24 +82,29 @@ def latest(run: Path) -> Path:
     """
     steps = saved_steps(run)
     if not steps:
-        raise UserError(f"{run}: no checkpoint in it (a run folder of fastgpt2.train is expected)")
+        raise UserError(f"{run}: no checkpoint in it (a run folder of fastgpt2 train is expected)")
     return _folder(run, steps[-1])
 
 
 def best(run: Path) -> Path:
     """The checkpoint with the lowest validation loss; the newest where none was measured."""
-    steps = saved_steps(run)
-    losses = {step: read_state(_folder(run, step)).get("val_loss") for step in steps}
-    measured = {step: loss for step, loss in losses.items() if loss is not None}
-    return _folder(run, min(measured, key=measured.__getitem__)) if measured else latest(run)
+    losses = {}
+    for step in saved_steps(run):
+        validation = read_state(_folder(run, step)).get("validation")
+        if validation:
+            losses[step] = validation["loss"]
+    return _folder(run, min(losses, key=losses.__getitem__)) if losses else latest(run)
 
 
 def prune(run: Path, keep_last: int) -> None:
-    """Delete all checkpoints but the best and the newest ``keep_last``."""
+    """Delete all checkpoints but the best and the newest ``keep_last``, and what a crash left."""
     keep = {_folder(run, step) for step in saved_steps(run)[-keep_last:]} | {best(run)}
     for step in saved_steps(run):
         if _folder(run, step) not in keep:
-            shutil.rmtree(_folder(run, step))
+            # out of sight first: half a checkpoint must never have a checkpoint's name
+            os.rename(_folder(run, step), _hidden(_folder(run, step)))
+    for leftover in (run / "checkpoints").glob(".step_*"):
+        shutil.rmtree(leftover)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -106,10 +126,12 @@ def load_model(folder: Path, **overrides: Any) -> GPT:
     """
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        model = GPT(GPTConfig(**(config | overrides)))
-        model.load_state_dict(load_file(folder / MODEL))
-    except UserError:
-        raise
+        # no memory and no time for an initialisation that is overwritten at once
+        with torch.device("meta"):
+            model = GPT(GPTConfig(**(config | overrides)))
+        # copies: the file's own memory map would be trained in, and keep the file from deletion
+        weights = {name: tensor.clone() for name, tensor in load_file(folder / MODEL).items()}
+        model.load_state_dict(weights, assign=True)
     except Exception as error:
         # safetensors and PyTorch raise types of their own for damaged and misshaped files
         raise UserError(f"{folder}: cannot be loaded: {error}") from None
@@ -117,46 +139,54 @@ def load_model(folder: Path, **overrides: Any) -> GPT:
 
 
 def load_training_state(folder: Path, model: GPT, optimizer: torch.optim.Optimizer) -> None:
-    """Put AdamW's moments and the random-number states back as they were."""
+    """Put AdamW's moments and the random-number states back as they were.
+
+    Raises:
+        UserError: the file is missing, damaged, or does not fit the model.
+    """
     try:
         tensors = load_file(folder / OPTIMIZER)
+        for name, parameter in model.named_parameters():
+            # a parameter that has never had a gradient has no moments
+            if f"step.{name}" not in tensors:
+                continue
+            state: dict[str, Tensor] = {"step": tensors[f"step.{name}"].to(parameter.device)}
+            for moment in _MOMENTS:
+                saved = tensors[f"{moment}.{name}"]
+                state[moment] = torch.zeros_like(parameter)
+                state[moment][: _true_rows(model, name, parameter)] = saved
+            optimizer.state[parameter] = state
+        rng = {k.removeprefix("rng."): v for k, v in tensors.items() if k.startswith("rng.")}
+        set_rng_states(rng, model.lm_head.weight.device)
     except Exception as error:
+        # as above, and a tensor that is not there
         raise UserError(f"{folder / OPTIMIZER}: cannot be loaded: {error}") from None
-    for name, parameter in model.named_parameters():
-        if f"step.{name}" not in tensors:
-            continue
-        state: dict[str, Tensor] = {"step": tensors[f"step.{name}"]}
-        if optimizer.defaults["fused"]:
-            state["step"] = state["step"].to(parameter.device)
-        for moment in _MOMENTS:
-            state[moment] = torch.zeros_like(parameter)
-            saved = tensors[f"{moment}.{name}"]
-            state[moment][: saved.shape[0]] = saved
-        optimizer.state[parameter] = state
-    torch.set_rng_state(tensors["rng.cpu"])
-    if torch.cuda.is_available() and "rng.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["rng.cuda"])
 
 
 def _folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step_{step:08d}"
 
 
-def _optimizer_tensors(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    tensors = {}
+def _hidden(folder: Path) -> Path:
+    """An unused name beside ``folder`` for what is not yet, or no longer, a checkpoint."""
+    hidden = folder.with_name(f".{folder.name}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    return hidden
+
+
+def _true_rows(model: GPT, name: str, parameter: Tensor) -> int:
+    """Rows without the padding of the vocabulary."""
+    return model.config.vocab_size if name == "transformer.wte.weight" else parameter.shape[0]
+
+
+def _training_tensors(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    states = rng_states(model.lm_head.weight.device)
+    tensors = {f"rng.{name}": state for name, state in states.items()}
     for name, parameter in model.named_parameters():
         state = optimizer.state.get(parameter)
         if not state:
             continue
-        rows = model.config.vocab_size if name == "transformer.wte.weight" else parameter.shape[0]
         tensors[f"step.{name}"] = state["step"].cpu()
         for moment in _MOMENTS:
-            tensors[f"{moment}.{name}"] = state[moment][:rows]
-    return tensors
-
-
-def _rng_tensors() -> dict[str, Tensor]:
-    tensors = {"rng.cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+            tensors[f"{moment}.{name}"] = state[moment][: _true_rows(model, name, parameter)]
     return tensors

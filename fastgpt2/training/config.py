@@ -1,18 +1,27 @@
 """A training run's configuration: named config < TOML file < command line, in one dataclass."""
 
 import json
+import math
 import tomllib
 import types
 import typing
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Self
 
 from fastgpt2.config import IMPLS, PRESETS, GPTConfig, unknown_key
+from fastgpt2.devices import DTYPES
 from fastgpt2.errors import UserError
-from fastgpt2.training.device import DTYPES
 from fastgpt2.training.schedules import SCHEDULES
+
+_TYPE_NAMES: dict[type, str] = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "a string",
+    tuple: "a string or a list of strings",
+}
 
 
 def _option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -38,15 +47,17 @@ class TrainConfig:
     vocab_dir: str | None = _option(None, "folder with GPT-2's encoder.json and vocab.bpe")
     val_fraction: float = _option(0.1, "share of the text, at its end, kept for validation")
     model: str = _option("gpt2", "shape of the model", choices=tuple(PRESETS))
-    block_size: int | None = _option(None, "context length T in tokens (default: the model's)")
-    n_layer: int | None = _option(None, "number of blocks (default: the model's)")
-    n_head: int | None = _option(None, "attention heads (default: the model's)")
-    n_embd: int | None = _option(None, "width C (default: the model's)")
+    block_size: int | None = _option(None, "context length T in tokens [the model's]")
+    n_layer: int | None = _option(None, "number of blocks [the model's]")
+    n_head: int | None = _option(None, "attention heads [the model's]")
+    n_embd: int | None = _option(None, "width C [the model's]")
     bias: bool = _option(True, "biases in linear layers and LayerNorms, as GPT-2 has them")
     dropout: float = _option(0.0, "rate of all three dropouts")
-    attn_dropout: float | None = _option(None, "rate on attention probabilities")
-    embd_dropout: float | None = _option(None, "rate on the embeddings")
-    resid_dropout: float | None = _option(None, "rate on what joins the residual stream")
+    attn_dropout: float | None = _option(None, "rate on attention probabilities [--dropout]")
+    embd_dropout: float | None = _option(None, "rate on the embeddings [--dropout]")
+    resid_dropout: float | None = _option(
+        None, "rate on what joins the residual stream [--dropout]"
+    )
     batch_size: int = _option(12, "sequences in a micro-batch")
     grad_accum: int = _option(1, "micro-batches in an optimizer step")
     steps: int | None = _option(None, "optimizer steps to train")
@@ -84,13 +95,16 @@ class TrainConfig:
             _check(self, name, value is None or value > 0, "greater than 0")
         _check(self, "val_fraction", 0 < self.val_fraction < 1, "in (0, 1)")
         _check(self, "data", len(self.data) > 0, "at least one file or name")
+        _check(self, "seed", 0 <= self.seed < 2**63, "in [0, 2^63)")
         for item in fields(self):
-            choices = item.metadata["choices"]
-            if choices and getattr(self, item.name) not in choices:
-                raise UserError(
-                    f"config: {item.name} must be one of {', '.join(choices)}, "
-                    f"got {getattr(self, item.name)!r}"
-                )
+            value, choices = getattr(self, item.name), item.metadata["choices"]
+            if choices:
+                _check(self, item.name, value in choices, f"one of {', '.join(choices)}")
+            if isinstance(value, float):
+                _check(self, item.name, math.isfinite(value), "finite")
+            # a file name may hold bytes that are no text, which TOML cannot store
+            for text in value if isinstance(value, tuple) else (value,):
+                _check(self, item.name, not isinstance(text, str) or _is_utf8(text), "UTF-8 text")
         if self.steps is None and self.epochs is None and self.minutes is None:
             raise UserError("config: give a length of training: steps, epochs or minutes")
 
@@ -112,13 +126,22 @@ class TrainConfig:
             **{name: value for name, value in shape.items() if value is not None},
         )
 
+    def total_steps(self, blocks_per_epoch: int) -> int | None:
+        """Optimizer steps by ``steps`` or ``epochs``, whichever is fewer; None is by time alone."""
+        limits = [] if self.steps is None else [self.steps]
+        if self.epochs is not None:
+            blocks = self.epochs * blocks_per_epoch
+            limits.append(math.ceil(blocks / (self.batch_size * self.grad_accum)))
+        return min(limits, default=None)
+
     def to_toml(self) -> str:
         """The configuration as TOML; what is None is left out."""
         lines = []
         for name, value in asdict(self).items():
             if value is not None:
-                # JSON's strings, numbers, booleans and lists are TOML's
-                lines.append(f"{name} = {json.dumps(value, ensure_ascii=False)}")
+                # JSON's strings, numbers, booleans and lists are TOML's, but for one character
+                text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+                lines.append(f"{name} = {text}")
         return "\n".join(lines) + "\n"
 
     @classmethod
@@ -129,14 +152,18 @@ class TrainConfig:
             merged |= layer
         return cls(**merged)
 
-    def updated(self, **changes: Any) -> Self:
-        """A copy with some fields replaced."""
-        return replace(self, **changes)
-
 
 def _check(config: TrainConfig, name: str, ok: bool, expected: str) -> None:
     if not ok:
         raise UserError(f"config: {name} must be {expected}, got {getattr(config, name)!r}")
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def field_types() -> dict[str, tuple[type, bool]]:
@@ -167,6 +194,8 @@ def read_config(name_or_path: str) -> dict[str, Any]:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             raise UserError(f"{path}: not UTF-8 text") from None
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}") from None
     else:
         raise UserError(
             f"config {name_or_path!r}: no such file, and none of {', '.join(named_configs())}"
@@ -191,4 +220,4 @@ def _typed(where: str, key: str, value: Any) -> Any:
         return float(value)
     elif type(value) is expected:
         return value
-    raise UserError(f"{where}: {key} must be a {expected.__name__}, got {value!r}")
+    raise UserError(f"{where}: {key} must be {_TYPE_NAMES[expected]}, got {value!r}")

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from fastgpt2.files import write_text
+from fastgpt2.files import atomic_path, write_text
 
 # losses in nats per token, elapsed in seconds, mfu 0 to 1
 COLUMNS = (
@@ -51,14 +51,18 @@ class MetricsLog:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The records of a run; a last line cut off by a crash is left out."""
+    """The records of a run, up to the first damaged line: a crash can cut the last one off."""
     path = run / "metrics.jsonl"
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     records: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in text.splitlines():
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
             break
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            break
+        records.append(record)
     return records
 
 
@@ -101,5 +105,6 @@ def plot(run: Path) -> Path | None:
         axes.grid(alpha=0.3)
     loss.set_title(run.name)
     path = run / "loss.png"
-    figure.savefig(path, dpi=120)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
     return path

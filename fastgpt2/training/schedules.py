@@ -46,3 +46,25 @@ def learning_rate(
     if step < warmup_steps:
         return lr * (step + 1) / (warmup_steps + 1)
     return min_lr + (lr - min_lr) * SCHEDULES[schedule](min(max(progress, 0.0), 1.0))
+
+
+def progress(
+    step: int,
+    elapsed: float,
+    *,
+    total_steps: int | None,
+    warmup_steps: int,
+    minutes: float | None,
+) -> float:
+    """How much of a run lies behind, 0 to 1: by steps or by time, whichever is further.
+
+    Steps count from the end of the warm-up, as the schedules do; ``elapsed`` is in seconds.
+    """
+    by_steps = by_time = 0.0
+    if total_steps is not None:
+        # a run that is shorter than its warm-up still ends
+        warmup = min(warmup_steps, total_steps - 1)
+        by_steps = (step - warmup) / (total_steps - warmup)
+    if minutes is not None:
+        by_time = elapsed / (60.0 * minutes)
+    return max(by_steps, by_time)

@@ -1,12 +1,12 @@
 """One optimizer step: forward, backward, clip, update, with a guard against bad numbers."""
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastgpt2.devices import autocast
 from fastgpt2.errors import UserError
 from fastgpt2.model import GPT
 
@@ -63,19 +63,13 @@ class TrainingStep:
             self.poll()
             idx = idx.to(self.device, non_blocking=True)
             targets = targets.to(self.device, non_blocking=True)
-            with self.autocast():
+            with autocast(self.device, self.dtype):
                 loss = self.forward(idx, targets)[1]
             weight = count / total
             scaled = self.scaler.scale(loss if weight == 1.0 else loss * weight)
             torch.autograd.backward(scaled)
             loss_sum += loss.detach() * weight
         return StepResult(loss_sum, self._update())
-
-    def autocast(self) -> torch.autocast | nullcontext[None]:
-        """The context of the forward pass: the model computes in ``dtype``."""
-        if self.dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
 
     def _update(self) -> Tensor:
         if self.scaler.is_enabled():

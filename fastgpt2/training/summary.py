@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 
 import torch
 
@@ -75,13 +76,16 @@ def model_lines(model: GPT, batch_size: int, dtype: torch.dtype, device: torch.d
 
 def compiler_obstacle(device: torch.device) -> str | None:
     """Why ``torch.compile`` cannot work here, or None: it wants a compiler for its host code."""
-    wanted = ["g++", "clang++", "c++"] if device.type == "cpu" else ["gcc", "clang", "cc"]
-    variable = "CXX" if device.type == "cpu" else "CC"
-    if variable in os.environ:
-        wanted = [os.environ[variable]]
+    on_cpu = device.type == "cpu"
+    if on_cpu:
+        # the one name that TorchInductor tries
+        wanted = [os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")]
+    else:
+        # those that Triton tries
+        wanted = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
     if os.name == "nt":
         wanted = ["cl"]
     if any(shutil.which(name) for name in wanted):
         return None
-    language = "C++" if device.type == "cpu" else "C"
+    language = "C++" if on_cpu else "C"
     return f"no {language} compiler found ({', '.join(wanted)})"

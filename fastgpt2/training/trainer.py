@@ -4,24 +4,33 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from fastgpt2.devices import peak_flops
+from fastgpt2.devices import (
+    autocast,
+    peak_flops,
+    resolve_device,
+    resolve_dtype,
+    resolve_kernels,
+    rng_states,
+    set_rng_states,
+)
 from fastgpt2.errors import UserError
-from fastgpt2.kernels import explain
+from fastgpt2.files import write_text
+from fastgpt2.generation.stream import encode_prompt, stream_text
 from fastgpt2.model import GPT
 from fastgpt2.text import BlockLoader, build_dataset, load_tokenizer, save_tokenizer
+from fastgpt2.text.loaders import iter_eval_batches
 from fastgpt2.training import checkpoint, summary
 from fastgpt2.training.config import TrainConfig
-from fastgpt2.training.device import resolve_device, resolve_dtype
 from fastgpt2.training.interrupt import Interrupt, Interrupted
 from fastgpt2.training.metrics import MetricsLog, plot
-from fastgpt2.training.schedules import learning_rate
+from fastgpt2.training.schedules import learning_rate, progress
 from fastgpt2.training.step import Batch, StepResult, TrainingStep
 from fastgpt2.training.validation import Validation, validate
 
@@ -61,6 +70,7 @@ class Trainer:
         self.config, self.run_folder, self.notify = config, run, notify
         self.device = resolve_device(config.device)
         self.dtype = resolve_dtype(config.dtype, self.device)
+        self.kernels = resolve_kernels(self.device, self.dtype, config.impl)
         torch.set_float32_matmul_precision("high")
         folder = checkpoint.latest(run) if resume else None
         self.dataset = build_dataset(
@@ -71,10 +81,14 @@ class Trainer:
             notify=notify,
         )
         self.tokenizer = self.dataset.tokenizer
+        if config.sample_tokens:
+            # for its checks, like those of the validation tokens below: better now than at the
+            # first evaluation
+            encode_prompt(self.tokenizer, config.sample_prompt, name="sample_prompt")
         torch.manual_seed(config.seed)
         shape = config.gpt_config(self.tokenizer.vocab_size)
         self.model = (
-            GPT(shape) if folder is None else checkpoint.load_model(folder, impl=config.impl)
+            GPT(shape) if folder is None else checkpoint.load_model(folder, **asdict(shape))
         )
         self.model.to(self.device)
         self.optimizer = self.model.configure_optimizers(
@@ -82,13 +96,17 @@ class Trainer:
         )
         self.loader = BlockLoader(
             self.dataset.train,
-            block_size=self.model.config.block_size,
+            block_size=shape.block_size,
             batch_size=config.batch_size,
             seed=config.seed,
-            vocab_size=self.tokenizer.vocab_size,
+            vocab_size=shape.vocab_size,
         )
-        self.tokens_per_step = config.grad_accum * config.batch_size * self.model.config.block_size
-        self.total_steps = self._total_steps()
+        if self.dataset.val is not None:
+            iter_eval_batches(
+                self.dataset.val, shape.block_size, config.batch_size, vocab_size=shape.vocab_size
+            )
+        self.tokens_per_step = config.grad_accum * config.batch_size * shape.block_size
+        self.total_steps = config.total_steps(self.loader.blocks_per_epoch)
         self.interrupt = Interrupt()
         self.training_step = TrainingStep(
             self.model,
@@ -99,8 +117,11 @@ class Trainer:
             poll=self.interrupt.poll,
         )
         self.step, self.elapsed = 0, 0.0
+        # of the weights as they are after `step`; None where it has not been measured
         self.validation: Validation | None = None
         self.train_loss = math.nan
+        # results of the steps since the last record in the log
+        self.pending: list[StepResult] = []
         if folder is not None:
             self._restore(folder)
         self._snapshot = self._position()
@@ -108,23 +129,28 @@ class Trainer:
     def run(self) -> Outcome:
         """Train to the end, or to a signal; either way the run folder is left complete."""
         exit_code = 0
-        run, config = self.run_folder, self.config
-        run.mkdir(parents=True, exist_ok=True)
-        if self.step == 0:
-            (run / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+        run = self.run_folder
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            write_text(run / "config.toml", self.config.to_toml())
             save_tokenizer(self.tokenizer, run)
-        log = MetricsLog(run, self.step)
+            log = MetricsLog(run, self.step)
+        except OSError as error:
+            raise UserError(f"{run}: cannot be written: {error.strerror}") from None
         self._introduce()
         self.model.train()
-        with self.interrupt, self._bar() as bar:
-            try:
-                self._loop(log, bar)
-            except Interrupted as signal:
-                exit_code = signal.exit_code
-                self._rewind()
-                bar.write(f"stopped by {signal}: saving step {self.step}")
-            self._save()
-        plot(run)
+        try:
+            with self.interrupt, self._bar() as bar:
+                try:
+                    self._loop(log, bar)
+                except Interrupted as signal:
+                    exit_code = signal.exit_code
+                    self._rewind()
+                    bar.write(f"stopped by {signal}: saving step {self.step}")
+                    self._save()
+        finally:
+            # of a run that went wrong, too: the curves say how
+            plot(run)
         return Outcome(
             step=self.step,
             tokens=self.step * self.tokens_per_step,
@@ -137,10 +163,17 @@ class Trainer:
 
     def _loop(self, log: MetricsLog, bar: "tqdm[Any]") -> None:
         config = self.config
-        pending: list[StepResult] = []
         mark, mark_step = time.perf_counter(), self.step
         started = mark - self.elapsed
-        while self._progress() < 1.0:
+        while True:
+            if self._evaluation_is_due():
+                began = time.perf_counter()
+                self._evaluate(log, bar)
+                self._save()
+                # the speed is that of training alone
+                mark += time.perf_counter() - began
+            if self._progress() >= 1.0:
+                return
             self._snapshot = self._position()
             lr = learning_rate(
                 config.schedule,
@@ -151,38 +184,43 @@ class Trainer:
                 warmup_steps=config.warmup_steps,
             )
             batches: list[Batch] = [next(self.loader) for _ in range(config.grad_accum)]
-            pending.append(self.training_step(batches, lr))
+            self.pending.append(self.training_step(batches, lr))
             self.step += 1
+            self.validation = None
             self.elapsed = time.perf_counter() - started
             bar.update(1)
-            at_end = self._progress() >= 1.0
-            if self.step % config.log_every == 0 or self.step == 1 or at_end:
-                self._read(pending)
+            if self.step % config.log_every == 0 or self.step == 1 or self._progress() >= 1.0:
+                grad_norm = self._read()
                 now = time.perf_counter()
                 speed = (self.step - mark_step) * self.tokens_per_step / (now - mark)
-                self._log(log, bar, lr, speed, pending[-1])
-                pending.clear()
+                self._log(log, bar, lr, speed, grad_norm)
                 mark, mark_step = now, self.step
-            if self.step % config.eval_every == 0 or at_end:
-                self._evaluate(log, bar)
-                self._save()
-                mark = time.perf_counter()
 
-    def _read(self, pending: list[StepResult]) -> None:
-        """Fetch the losses of the last steps from the device, and stop if they went bad."""
-        losses = torch.stack([result.loss for result in pending]).tolist()
-        norms = torch.stack([result.grad_norm for result in pending]).tolist()
+    def _evaluation_is_due(self) -> bool:
+        """Every ``eval_every`` steps and at the end, if the weights have not been scored yet."""
+        if self.step == 0 or self.validation is not None:
+            return False
+        return self.step % self.config.eval_every == 0 or self._progress() >= 1.0
+
+    def _read(self) -> float:
+        """Fetch the results of the last steps from the device, and stop if they went bad.
+
+        Returns the last gradient norm; ``train_loss`` becomes the mean of the losses.
+        """
+        losses = torch.stack([result.loss for result in self.pending]).tolist()
+        norms: list[float] = torch.stack([result.grad_norm for result in self.pending]).tolist()
         for i, (loss, norm) in enumerate(zip(losses, norms, strict=True)):
-            self.training_step.check(loss, norm, self.step - len(pending) + i + 1)
+            self.training_step.check(loss, norm, self.step - len(losses) + i + 1)
         finite = [loss for loss in losses if math.isfinite(loss)]
         self.train_loss = sum(finite) / len(finite) if finite else math.nan
+        self.pending.clear()
+        return norms[-1]
 
     def _log(
-        self, log: MetricsLog, bar: "tqdm[Any]", lr: float, speed: float, last: StepResult
+        self, log: MetricsLog, bar: "tqdm[Any]", lr: float, speed: float, grad_norm: float
     ) -> None:
         peak = peak_flops(self.device)
         mfu = None if peak is None else self.model.flops_per_token() * speed / peak
-        grad_norm = last.grad_norm.item()
         log.write(
             step=self.step,
             tokens=self.step * self.tokens_per_step,
@@ -205,7 +243,7 @@ class Trainer:
             self.model,
             self.dataset,
             batch_size=self.config.batch_size,
-            context=self.training_step.autocast,
+            dtype=self.dtype,
             poll=self.interrupt.poll,
         )
         if self.validation is not None:
@@ -227,16 +265,21 @@ class Trainer:
             bar.write(self._sample())
 
     def _sample(self) -> str:
-        prompt = self.tokenizer.encode(self.config.sample_prompt) or [0]
-        idx = torch.tensor([prompt], device=self.device)
-        # a generator of its own: showing a sample must not change the training that follows
-        generator = torch.Generator(self.device).manual_seed(self.config.seed)
-        with self.training_step.autocast():
-            ids = self.model.generate(
-                idx, self.config.sample_tokens, temperature=0.8, top_k=50, generator=generator
+        config = self.config
+        with autocast(self.device, self.dtype):
+            # a seed of its own: showing a sample must not change the training that follows
+            pieces = stream_text(
+                self.model,
+                self.tokenizer,
+                config.sample_prompt,
+                config.sample_tokens,
+                temperature=0.8,
+                top_k=50,
+                seed=config.seed,
             )
-        text = self.tokenizer.decode(ids[0].tolist()).strip()
-        return "\n".join(f"  | {line}" for line in text.splitlines())
+            text = config.sample_prompt + "".join(pieces)
+        self.model.train()
+        return "\n".join(f"  | {line}" for line in text.strip().splitlines())
 
     def _compiled(self) -> Callable[..., Any]:
         if not self.config.compile:
@@ -248,59 +291,42 @@ class Trainer:
         self.notify("compile: on; the first step takes a minute or so")
         return torch.compile(self.model, fullgraph=True, dynamic=False)
 
-    def _total_steps(self) -> int | None:
-        limits = [] if self.config.steps is None else [self.config.steps]
-        if self.config.epochs is not None:
-            blocks = self.config.epochs * self.loader.blocks_per_epoch
-            limits.append(math.ceil(blocks / (self.config.batch_size * self.config.grad_accum)))
-        return min(limits, default=None)
-
     def _progress(self) -> float:
-        """How much of the run lies behind, 0 to 1, by steps or by time, whichever is further.
-
-        Steps count from the end of the warm-up, as the schedule does.
-        """
-        by_steps = by_time = 0.0
-        if self.total_steps is not None:
-            warmup = min(self.config.warmup_steps, self.total_steps - 1)
-            by_steps = (self.step - warmup) / (self.total_steps - warmup)
-        if self.config.minutes is not None:
-            by_time = self.elapsed / (60.0 * self.config.minutes)
-        return max(by_steps, by_time)
+        """How much of the run lies behind, 0 to 1."""
+        return progress(
+            self.step,
+            self.elapsed,
+            total_steps=self.total_steps,
+            warmup_steps=self.config.warmup_steps,
+            minutes=self.config.minutes,
+        )
 
     def _position(self) -> dict[str, Any]:
         """Everything a step changes besides weights and moments."""
         return {
             "step": self.step,
-            "elapsed": self.elapsed,
             "loader": self.loader.state_dict(),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state(self.device) if self._on_cuda else None,
+            "rng": rng_states(self.device),
         }
-
-    @property
-    def _on_cuda(self) -> bool:
-        return self.device.type == "cuda"
 
     def _rewind(self) -> None:
         """Undo the part of an interrupted step that has happened: data drawn, random numbers."""
         snapshot = self._snapshot
         if self.step == snapshot["step"]:
             self.loader.load_state_dict(snapshot["loader"])
-            torch.set_rng_state(snapshot["rng"])
-            if self._on_cuda:
-                torch.cuda.set_rng_state(snapshot["cuda_rng"], self.device)
+            set_rng_states(snapshot["rng"], self.device)
 
     def _save(self) -> None:
-        if self.step == 0:
-            return
         validation = self.validation
+        if validation is not None and not math.isfinite(validation.loss):
+            validation = None
         state = {
             "elapsed": self.elapsed,
             "loader": self.loader.state_dict(),
             "scaler": self.training_step.scaler.state_dict(),
-            "train_loss": self.train_loss if math.isfinite(self.train_loss) else None,
-            "val_loss": None if validation is None else validation.loss,
+            "train_loss": _finite_or_none(self.train_loss),
+            "validation": None if validation is None else asdict(validation),
+            "pending": [[_finite_or_none(x.item()) for x in result] for result in self.pending],
             "tokenizer": {
                 "name": self.tokenizer.name,
                 "fingerprint": self.tokenizer.fingerprint,
@@ -313,31 +339,42 @@ class Trainer:
 
     def _restore(self, folder: Path) -> None:
         state = checkpoint.read_state(folder)
-        saved = state["tokenizer"]["fingerprint"]
-        if saved != self.tokenizer.fingerprint:
-            raise UserError(
-                f"{folder}: saved with tokenizer {state['tokenizer']['name']} {saved}, the data "
-                f"has {self.tokenizer.name} {self.tokenizer.fingerprint}"
-            )
-        self.step, self.elapsed = state["step"], state["elapsed"]
-        self.loader.load_state_dict(state["loader"])
-        self.training_step.scaler.load_state_dict(state["scaler"])
+        try:
+            saved = state["tokenizer"]["fingerprint"]
+            if saved != self.tokenizer.fingerprint:
+                raise UserError(
+                    f"{folder}: saved with tokenizer {state['tokenizer']['name']} {saved}, the "
+                    f"data has {self.tokenizer.name} {self.tokenizer.fingerprint}"
+                )
+            self.step, self.elapsed = state["step"], state["elapsed"]
+            self.train_loss = _or_nan(state["train_loss"])
+            if state["validation"] is not None:
+                self.validation = Validation(**state["validation"])
+            for result in state["pending"]:
+                loss, norm = torch.tensor([_or_nan(x) for x in result], device=self.device)
+                self.pending.append(StepResult(loss, norm))
+            self.loader.load_state_dict(state["loader"])
+            # empty where the dtype needed none
+            if state["scaler"]:
+                self.training_step.scaler.load_state_dict(state["scaler"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{folder}: damaged state: {error!r}") from None
         checkpoint.load_training_state(folder, self.model, self.optimizer)
 
     def _introduce(self) -> None:
-        dataset = self.dataset
+        config, dataset = self.config, self.dataset
+        val_tokens = 0 if dataset.val is None else len(dataset.val)
         self.notify(
-            f"data: {dataset.source}; {len(dataset.train):,} training and "
-            f"{0 if dataset.val is None else len(dataset.val):,} validation tokens "
-            f"(tokenizer {self.tokenizer.name} {self.tokenizer.fingerprint})"
+            f"data: {dataset.source}; {len(dataset.train):,} training and {val_tokens:,} "
+            f"validation tokens (tokenizer {self.tokenizer.name} {self.tokenizer.fingerprint})"
         )
-        batch_size = self.config.batch_size
-        for line in summary.model_lines(self.model, batch_size, self.dtype, self.device):
+        for line in summary.model_lines(self.model, config.batch_size, self.dtype, self.device):
             self.notify(line)
-        self.notify(f"kernels: {explain(self.device, self.dtype, self.config.impl)}")
+        self.notify(f"kernels: {self.kernels}")
         length = "by time" if self.total_steps is None else f"{self.total_steps:,} steps"
-        limit = "" if self.config.minutes is None else f", at most {self.config.minutes:g} minutes"
-        self.notify(f"training: {length}{limit}, {self.tokens_per_step:,} tokens a step")
+        limit = "" if config.minutes is None else f", at most {config.minutes:g} minutes"
+        done = f" ({self.step:,} done)" if self.step else ""
+        self.notify(f"training: {length}{limit}{done}, {self.tokens_per_step:,} tokens a step")
 
     def _bar(self) -> "tqdm[Any]":
         return tqdm(
@@ -349,3 +386,12 @@ class Trainer:
             # a log file gets a line now and then, not ten a second
             mininterval=0.1 if sys.stderr.isatty() else 10.0,
         )
+
+
+def _finite_or_none(x: float) -> float | None:
+    """What JSON can hold."""
+    return x if math.isfinite(x) else None
+
+
+def _or_nan(x: float | None) -> float:
+    return math.nan if x is None else x

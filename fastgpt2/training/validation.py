@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+from tqdm import tqdm
 
+from fastgpt2.devices import autocast
 from fastgpt2.model import GPT
 from fastgpt2.text.dataset import Dataset
 from fastgpt2.text.loaders import iter_eval_batches
@@ -23,7 +25,7 @@ class Validation:
     @property
     def perplexity(self) -> float:
         """exp(loss); infinite where that overflows."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        return math.inf if self.loss > 700 else math.exp(self.loss)
 
     @property
     def nats_per_byte(self) -> float:
@@ -42,27 +44,35 @@ def validate(
     dataset: Dataset,
     *,
     batch_size: int,
-    context: Callable[[], AbstractContextManager[None]],
+    dtype: torch.dtype,
     poll: Callable[[], None],
 ) -> Validation | None:
     """Score every validation token once, in blocks of the model's block_size.
 
-    None where the data keeps no validation split.
+    ``poll`` is called before each batch. None where the data keeps no validation split.
     """
     if dataset.val is None:
         return None
     was_training = model.training
     model.eval()
-    device = model.lm_head.weight.device
-    total, count = torch.zeros((), dtype=torch.float64, device=device), 0
-    try:
-        for idx, targets in iter_eval_batches(dataset.val, model.config.block_size, batch_size):
-            poll()
-            kept = int((targets >= 0).sum())
-            with context():
-                loss = model(idx.to(device), targets.to(device), fused_loss=True)[1]
-            total += loss * kept
-            count += kept
-    finally:
-        model.train(was_training)
-    return Validation(total.item() / count, count, dataset.val_bytes)
+    device, block_size = model.lm_head.weight.device, model.config.block_size
+    losses: list[Tensor] = []
+    counts: list[int] = []
+    batches = iter_eval_batches(dataset.val, block_size, batch_size)
+    total = math.ceil((len(dataset.val) - 1) / (batch_size * block_size))
+    # seen only on a terminal, and only where it takes long
+    with tqdm(
+        batches, "evaluating", total, unit="batch", leave=False, delay=2.0, disable=None
+    ) as bar:
+        try:
+            for idx, targets in bar:
+                poll()
+                with autocast(device, dtype):
+                    loss = model(idx.to(device), targets.to(device), fused_loss=True)[1]
+                losses.append(loss)
+                counts.append(int((targets >= 0).sum()))
+        finally:
+            model.train(was_training)
+    # weighted by count, in fp64, with one transfer at the end
+    weighted = torch.stack(losses).cpu().double() * torch.tensor(counts)
+    return Validation(weighted.sum().item() / sum(counts), sum(counts), dataset.val_bytes)
