@@ -5,10 +5,10 @@ online softmax: m is the largest score so far, total the sum of exp2(score - m),
 weighted; total and acc are rescaled when m grows. Only a tile that the diagonal crosses is masked:
 that is one branch inside one software pipeline, where two loops would drain it in between.
 
-Grid (B H cdiv(T, BLOCK_M),), longest programs first. Saved for backward: out, and of each row the
-log2 of its sum of exp2(score), lse (B, H, T) in fp32. Bytes: q, k, v read in place from (B, T, 3C),
-out (B, T, C) written, 8 B T C in bf16, as k and v stay in the L2 cache; FLOPs 2 B T^2 C, half of
-4 B T^2 C because the tiles behind the diagonal are skipped.
+Grid (H, cdiv(T, BLOCK_M), B). Saved for backward: out, and of each row the log2 of its sum of
+exp2(score), lse (B, H, T) in fp32. Bytes: q, k, v read in place from (B, T, 3C), out (B, T, C)
+written, 8 B T C in bf16, as k and v stay in the L2 cache; FLOPs 2 B T^2 C, half of 4 B T^2 C
+because the tiles behind the diagonal are skipped.
 """
 
 import torch
@@ -17,20 +17,29 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt2.kernels.jit.attention_parts import (
-    assign,
     attention_cases,
+    hide,
     launch,
     load_ids,
     load_key_range,
-    visible,
+    my_block,
 )
 from fastgpt2.kernels.jit.compile import CompileCase
 from fastgpt2.kernels.jit.primitives import LOG2E, keep_mask, load_tile, store_tile
 
-# the score of a hidden key, and where the running maximum starts: below any score, but finite, so
-# that a tile of hidden keys alone gives exp2(-inf) = 0 and not inf - inf
-HIDDEN = tl.constexpr(float("-inf"))
+# the score of a hidden key, and where the running maximum starts: below any score but so far above
+# HIDDEN that a tile of hidden keys alone gives exp2(HIDDEN - LOWEST) = 0, not exp2(0) = 1
+HIDDEN = tl.constexpr(-3.0e38)
 LOWEST = tl.constexpr(-1.0e30)
+
+
+@triton.jit
+def _online_softmax(s, m, total, acc, log2_scale):
+    """(p, m, total, acc): one tile of scores, and the running sums rescaled to its maximum."""
+    m_new = tl.maximum(m, tl.max(s, 1) * log2_scale)
+    p = tl.exp2(s * log2_scale - m_new[:, None])
+    alpha = tl.exp2(m - m_new)
+    return p, m_new, total * alpha + tl.sum(p, 1), acc * alpha[:, None]
 
 
 @triton.jit
@@ -50,53 +59,35 @@ def _attention_fwd_kernel(
     EVEN: tl.constexpr,
     TF32: tl.constexpr,
 ):
-    _, _, H, T = shape
+    H, T = shape
     stride_b, stride_t = strides
-    MASKED: tl.constexpr = (segment_ptr is not None) or (range_ptr is not None)
-    BLOCK_D: tl.constexpr = max(16, triton.next_power_of_2(D))
-    PRECISION: tl.constexpr = "tf32" if TF32 else "ieee"
     C = H * D
-    n_blocks = tl.cdiv(T, BLOCK_M)
-    head, rank = assign(shape, n_blocks)
-    b, h = (head // H).to(tl.int64), head % H
-    head = head.to(tl.int64)
-    first_q = (n_blocks - 1 - rank) * BLOCK_M
+    PRECISION: tl.constexpr = "tf32" if TF32 else "ieee"
+    MASKED: tl.constexpr = (segment_ptr is not None) or (range_ptr is not None)
+    b, h, first_q = my_block(BLOCK_M, LAST_FIRST=True)
     offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    queries = first_q + offs_m
-    ids_m = load_ids(segment_ptr, b, queries, T)
+    queries, ids_m = first_q + offs_m, load_ids(segment_ptr, b, first_q + offs_m, T)
     key_range = load_key_range(range_ptr, b, T)
     begin = key_range[0] // BLOCK_N * BLOCK_N
     q_ptr = qkv_ptr + b * stride_b + h * D
     k_ptr = q_ptr + C + begin.to(tl.int64) * stride_t
     q_ptr += first_q.to(tl.int64) * stride_t
-    q = load_tile(q_ptr, offs_m, stride_t, T - first_q, D, BLOCK_D, EVEN)
+    q = load_tile(q_ptr, offs_m, stride_t, T - first_q, D, EVEN)
     m = tl.full([BLOCK_M], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    log2_scale = scale * LOG2E
+    acc = tl.zeros([BLOCK_M, q.shape[1]], tl.float32)
     for first_k in range(begin, tl.minimum(first_q + BLOCK_M, key_range[1]), BLOCK_N):
-        keys = first_k + offs_n
-        k = load_tile(k_ptr, offs_n, stride_t, T - first_k, D, BLOCK_D, EVEN)
+        k = load_tile(k_ptr, offs_n, stride_t, T - first_k, D, EVEN)
+        v = load_tile(k_ptr + C, offs_n, stride_t, T - first_k, D, EVEN)
         s = tl.dot(q, k.T, input_precision=PRECISION)
-        if MASKED:
-            ids_n = load_ids(segment_ptr, b, keys, T)
-            seen = visible(
-                queries[:, None], keys[None, :], ids_m[:, None], ids_n[None, :], key_range
-            )
-            s = tl.where(seen, s, HIDDEN)
-        elif first_k + BLOCK_N > first_q:
-            s = tl.where(keys[None, :] <= queries[:, None], s, HIDDEN)
-        m_new = tl.maximum(m, tl.max(s, 1) * log2_scale)
-        p = tl.exp2(s * log2_scale - m_new[:, None])
-        alpha = tl.exp2(m - m_new)
-        total = total * alpha + tl.sum(p, 1)
-        acc = acc * alpha[:, None]
+        row, col = queries[:, None], first_k + offs_n[None, :]
+        ids_n = load_ids(segment_ptr, b, col, T)
+        crosses = first_k + BLOCK_N > first_q
+        s = hide(s, HIDDEN, row, col, crosses, ids_m[:, None], ids_n, key_range, MASKED)
+        p, m, total, acc = _online_softmax(s, m, total, acc, scale * LOG2E)
         if dropout is not None:
-            keep = keep_mask(dropout, (head * T + queries[:, None]) * T + keys[None, :])
-            p = tl.where(keep, p, 0.0)
-        v = load_tile(k_ptr + C, offs_n, stride_t, T - first_k, D, BLOCK_D, EVEN)
+            p = tl.where(keep_mask(dropout, ((b * H + h) * T + row) * T + col), p, 0.0)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
-        m = m_new
         k_ptr += BLOCK_N * stride_t
     # a query that sees nothing has a total of 0 and acc = 0: its output is zero
     total = tl.where(total == 0.0, 1.0, total)
@@ -104,8 +95,8 @@ def _attention_fwd_kernel(
     if dropout is not None:
         weight /= 1.0 - dropout[1]
     out_ptr += (b * T + first_q) * C + h * D
-    store_tile(out_ptr, acc * weight[:, None], offs_m, C, T - first_q, D, BLOCK_D)
-    tl.store(lse_ptr + head * T + queries, m + tl.log2(total), mask=queries < T)
+    store_tile(out_ptr, acc * weight[:, None], offs_m, C, T - first_q, D)
+    tl.store(lse_ptr + (b * H + h) * T + queries, m + tl.log2(total), mask=queries < T)
 
 
 def launch_fwd(

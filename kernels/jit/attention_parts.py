@@ -1,8 +1,10 @@
 """What attention's forward and backward kernels share: who does what, which key is seen, launching.
 
 All three kernels take, after their tensors, the same arguments: the two masks, each None where
-there is none; dropout, (seed, p) or None; the strides (batch, token) of qkv; the shape (heads,
-heads of a group, H, T) with heads = B H; and the scale.
+there is none; dropout, (seed, p) or None; the strides (batch, token) of qkv; the shape (H, T); and
+the scale. All run on a grid (H, blocks, B), which the hardware walks through from the left: the
+heads of one sequence together, so that its k and v stay in the L2 cache, and block by block with
+the longest first, so that the short ones fill the gaps at the end.
 """
 
 from collections.abc import Mapping
@@ -18,24 +20,18 @@ from fastgpt2.kernels.jit.cases import SIZES, case
 from fastgpt2.kernels.jit.compile import CompileCase
 from fastgpt2.kernels.jit.primitives import allows_tf32
 
+# what only the tuner tries is compiled for the GPU that it is meant for, with its large tiles
 TUNED_ARCH = "sm_90"
-# what the heads of a group may read over and over: half the L2 cache of an A100 or H100
-GROUP_BYTES = 24 * 2**20
 
 
 @triton.jit
-def assign(shape, n_blocks):
-    """(head, rank) of this program: all heads of a group at rank 0, then all of them at rank 1, ...
-
-    Rank 0 is the longest block, so that the short ones fill the gaps at the end. Groups, because
-    all heads of a large batch at one rank would push each other's tensors out of the L2 cache.
-    """
-    heads, GROUP, _, _ = shape
-    pid = tl.program_id(0)
-    first = pid // (GROUP * n_blocks) * GROUP
-    size = tl.minimum(heads - first, GROUP)
-    pid -= first * n_blocks
-    return first + pid % size, pid // size
+def my_block(BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
+    """(b, h, first token) of this program's block."""
+    h, block = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    if LAST_FIRST:
+        block = tl.num_programs(1) - 1 - block
+    # a token's number fits in 32 bits, and masks compare many of them
+    return tl.program_id(2).to(tl.int64), h, (block * BLOCK).to(tl.int32)
 
 
 @triton.jit
@@ -58,10 +54,18 @@ def load_key_range(range_ptr, b, T):
 
 
 @triton.jit
-def visible(q, k, ids_q, ids_k, key_range):
-    """Whether query q sees key k: not later, of the same segment, within the range."""
-    start, end = key_range
-    return (k <= q) & (ids_q == ids_k) & (k >= start) & (k < end)
+def hide(x, value, q, k, crosses, ids_q, ids_k, key_range, MASKED: tl.constexpr):
+    """``x`` with ``value`` where query q does not see key k; the shapes broadcast.
+
+    Without masks only a tile that the diagonal ``crosses`` needs a look: a branch that the whole
+    program takes or leaves.
+    """
+    if MASKED:
+        start, end = key_range
+        x = tl.where((k <= q) & (ids_q == ids_k) & (k >= start) & (k < end), x, value)
+    elif crosses:
+        x = tl.where(k <= q, x, value)
+    return x
 
 
 def launch(
@@ -88,16 +92,14 @@ def launch(
         dropout=int(seed is not None),
         masked=int(segment_ids is not None or key_range is not None),
     )
-    heads = B * n_head
-    group = max(1, GROUP_BYTES // (2 * T * D * qkv.element_size()))
-    kernel[(heads * triton.cdiv(T, config[block]),)](
+    kernel[(n_head, triton.cdiv(T, config[block]), B)](
         *tensors,
         None if segment_ids is None else segment_ids.contiguous(),
         None if key_range is None else key_range.contiguous(),
         # p = 0 is a kernel of its own, without the random numbers
         None if seed is None else (seed, dropout_p),
         (qkv.stride(0), qkv.stride(1)),
-        (heads, group, n_head, T),
+        (n_head, T),
         scale,
         D=D,
         EVEN=T % max(config["BLOCK_M"], config["BLOCK_N"]) == 0,
@@ -160,6 +162,12 @@ def attention_cases(
     ]
 
 
+def _typed(kind: str | tuple[str, ...], dtype: str) -> str | tuple[str, ...]:
+    if isinstance(kind, tuple):
+        return tuple(part.format(dtype) for part in kind)
+    return kind.format(dtype)
+
+
 def _case(
     kernel: Any,
     op: str,
@@ -170,16 +178,13 @@ def _case(
     passes: int,
 ) -> CompileCase:
     B, T, C = 16, 1024, 768
-    own = {
-        name: kind.format(variant.dtype) if isinstance(kind, str) else kind
-        for name, kind in tensors.items()
-    }
+    own = {name: _typed(kind, variant.dtype) for name, kind in tensors.items()}
     shared = {
         "segment_ptr": "*i64" if variant.full else None,
         "range_ptr": "*i64" if variant.full else None,
         "dropout": ("*i64", "fp32") if variant.full else None,
         "strides": ("i32", "i32"),
-        "shape": ("i32",) * 4,
+        "shape": ("i32", "i32"),
         "scale": "fp32",
         "D": variant.D,
         "EVEN": variant.even,
@@ -195,5 +200,5 @@ def _case(
         bytes=float(passes * B * T * C * SIZES[variant.dtype]),
         # the FMA units do fp32 unless tf32 is allowed
         wants_mma=variant.dtype != "fp32" or variant.tf32,
-        odd=() if variant.even else ("shape.3",),
+        odd=("shape.0",) if variant.even else ("shape.0", "shape.1"),
     )

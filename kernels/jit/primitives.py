@@ -22,10 +22,10 @@ def keep_mask(dropout, offsets):
 
 
 @triton.jit
-def load_tile(
-    ptr, rows, row_stride, n_rows, D: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr
-):
-    """[rows, BLOCK_D] of an (n_rows, D) matrix, zero behind D; EVEN: no row is behind n_rows."""
+def load_tile(ptr, rows, row_stride, n_rows, D: tl.constexpr, EVEN: tl.constexpr):
+    """[rows, D padded] of an (n_rows, D) matrix, zero behind D; EVEN: no row is behind n_rows."""
+    # what tl.dot takes: at least 16, a power of two
+    BLOCK_D: tl.constexpr = max(16, triton.next_power_of_2(D))
     cols = tl.arange(0, BLOCK_D)
     ptrs = ptr + rows[:, None] * row_stride + cols[None, :]
     if EVEN and D == BLOCK_D:
@@ -37,9 +37,9 @@ def load_tile(
 
 
 @triton.jit
-def store_tile(ptr, x, rows, row_stride, n_rows, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Write what of a [rows, BLOCK_D] tile lies within (n_rows, D), in the matrix's dtype."""
-    cols = tl.arange(0, BLOCK_D)
+def store_tile(ptr, x, rows, row_stride, n_rows, D: tl.constexpr):
+    """Write what of a [rows, D padded] tile lies within (n_rows, D), in the matrix's dtype."""
+    cols = tl.arange(0, x.shape[1])
     ptrs = ptr + rows[:, None] * row_stride + cols[None, :]
     mask = (rows < n_rows)[:, None] & (cols < D)[None, :]
     tl.store(ptrs, x.to(ptr.dtype.element_ty), mask=mask)

@@ -103,7 +103,7 @@ TABLE: dict[str, tuple[Rule, ...]] = {
             {"bytes": 2, "D": 128},
             {
                 "sm_80": config(8, 2, BLOCK_M=128, BLOCK_N=64),
-                "gfx942": config(4, 2, BLOCK_M=64, BLOCK_N=64),
+                "gfx942": config(4, 2, BLOCK_M=64, BLOCK_N=32),
                 INTERPRET: config(4, 1, BLOCK_M=16, BLOCK_N=32),
             },
         ),
@@ -225,6 +225,26 @@ TABLE: dict[str, tuple[Rule, ...]] = {
             {},
             {"sm_80": config(8, 1, BLOCK_V=4096), INTERPRET: config(8, 1, BLOCK_V=128)},
             (config(8, 1, BLOCK_V=8192),),
+        ),
+    ),
+    "gelu_fwd": (
+        Rule(
+            {},
+            {
+                "sm_80": config(4, 1, BLOCK_N=4, BLOCK_F=1024),
+                INTERPRET: config(4, 1, BLOCK_N=16, BLOCK_F=32),
+            },
+            (config(4, 1, BLOCK_N=2, BLOCK_F=1024), config(4, 1, BLOCK_N=8, BLOCK_F=512)),
+        ),
+    ),
+    "gelu_bwd": (
+        Rule(
+            {},
+            {
+                "sm_80": config(4, 1, BLOCK_N=2, BLOCK_F=1024),
+                INTERPRET: config(4, 1, BLOCK_N=4, BLOCK_F=32),
+            },
+            (config(4, 1, BLOCK_N=4, BLOCK_F=1024), config(4, 1, BLOCK_N=4, BLOCK_F=512)),
         ),
     ),
     "column_sum": (
