@@ -1,10 +1,51 @@
 """GELU in GPT-2's tanh form, alone and with the bias of the projection before it."""
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt2.kernels import checks, reference
 from fastgpt2.kernels.backend import Impl, resolve
+
+
+@torch.library.custom_op("fastgpt2::gelu_fwd", mutates_args=())
+def _gelu_fwd(x: Tensor, bias: Tensor | None) -> Tensor:
+    from fastgpt2.kernels.jit import gelu as jit
+
+    return jit.launch_fwd(x, bias)
+
+
+@_gelu_fwd.register_fake
+def _(x: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("fastgpt2::gelu_bwd", mutates_args=())
+def _gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(dx, dbias); dbias is empty without a bias."""
+    from fastgpt2.kernels.jit import gelu as jit
+
+    return jit.launch_bwd(dy, x, bias, None if bias is None else bias.dtype)
+
+
+@_gelu_bwd.register_fake
+def _(dy: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(0) if bias is None else torch.empty_like(bias)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor | None], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None]:
+    x, bias = ctx.saved_tensors
+    dx, dbias = _gelu_bwd(dy, x, bias)
+    return dx, None if bias is None else dbias
+
+
+_gelu_fwd.register_autograd(_backward, setup_context=_save)
 
 
 def gelu(x: Tensor, *, impl: str = "auto") -> Tensor:
@@ -26,7 +67,8 @@ def gelu(x: Tensor, *, impl: str = "auto") -> Tensor:
             return reference.gelu(x)
         case Impl.TORCH:
             return F.gelu(x, approximate="tanh")
-    raise RuntimeError("gelu: impl='triton' is not built yet")
+    y: Tensor = _gelu_fwd(x, None)
+    return y
 
 
 def bias_gelu(x: Tensor, bias: Tensor, *, impl: str = "auto") -> Tensor:
@@ -45,9 +87,11 @@ def bias_gelu(x: Tensor, bias: Tensor, *, impl: str = "auto") -> Tensor:
     """
     checks.check_floating("bias_gelu", "x", x)
     checks.check_shape("bias_gelu", "bias", bias, tuple(x.shape[-1:]), f"x {tuple(x.shape)}")
+    checks.check_same_device("bias_gelu", "bias", bias, x.device)
     match resolve("bias_gelu", impl, x):
         case Impl.REFERENCE:
             return reference.bias_gelu(x, bias)
         case Impl.TORCH:
             return F.gelu(x + bias.to(x.dtype), approximate="tanh")
-    raise RuntimeError("bias_gelu: impl='triton' is not built yet")
+    y: Tensor = _gelu_fwd(x, bias.contiguous())
+    return y

@@ -29,9 +29,10 @@ def as_rows(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def row_programs(n_blocks: int, device: torch.device) -> int:
-    """P: how many programs share ``n_blocks`` blocks of rows in a kernel that sums over rows."""
-    return min(n_blocks, PROGRAMS_PER_MULTIPROCESSOR * tuning.multiprocessors(device))
+def row_programs(n_blocks: int, device: torch.device, *, columns: int = 1) -> int:
+    """P: how many programs share ``n_blocks`` blocks of rows, for each of ``columns`` columns."""
+    wanted = PROGRAMS_PER_MULTIPROCESSOR * tuning.multiprocessors(device)
+    return min(n_blocks, triton.cdiv(wanted, columns))
 
 
 @triton.jit
