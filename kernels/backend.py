@@ -57,9 +57,12 @@ def use_impl(impl: str) -> Iterator[None]:
         _default = previous
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
+
+
+# what torch.compiler.assume_constant_result does, without importing Dynamo, and Triton with it
+_capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _triton_obstacle(x: Tensor) -> str | None:
