@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastgpt2.config import GPTConfig
     from fastgpt2.errors import UserError
+    from fastgpt2.integrations.huggingface import GPT2LMHeadModel, accelerate, restore
     from fastgpt2.model import GPT
     from fastgpt2.text import create_dataloader
 
@@ -18,12 +19,24 @@ __version__ = "0.1.0"
 # public name -> module that defines it; imported on first use (PEP 562)
 _LAZY = {
     "GPT": "fastgpt2.model",
+    "GPT2LMHeadModel": "fastgpt2.integrations.huggingface",
     "GPTConfig": "fastgpt2.config",
     "UserError": "fastgpt2.errors",
+    "accelerate": "fastgpt2.integrations.huggingface",
     "create_dataloader": "fastgpt2.text",
+    "restore": "fastgpt2.integrations.huggingface",
 }
 
-__all__ = ["GPT", "GPTConfig", "UserError", "__version__", "create_dataloader"]
+__all__ = [
+    "GPT",
+    "GPT2LMHeadModel",
+    "GPTConfig",
+    "UserError",
+    "__version__",
+    "accelerate",
+    "create_dataloader",
+    "restore",
+]
 
 
 def __getattr__(name: str) -> Any:
