@@ -10,6 +10,26 @@ from fastgpt2.kernels import checks, reference
 from fastgpt2.kernels.backend import Impl, resolve
 
 
+@torch.library.custom_op("fastgpt2::decode_attention", mutates_args=())
+def _decode_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale: float
+) -> Tensor:
+    """out (B, H, D)."""
+    from fastgpt2.kernels.jit import decode_attention as jit
+
+    return jit.launch(q, k_cache, v_cache, lengths, scale)
+
+
+@_decode_attention.register_fake
+def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale: float) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+def _adjacent(x: Tensor) -> Tensor:
+    """``x``, copied only if the elements of its rows are not side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def decode_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -21,23 +41,24 @@ def decode_attention(
 ) -> Tensor:
     """out_bh = softmax(scale q_bh K_bh^T) V_bh over the first ``lengths[b]`` keys of the cache.
 
-    Softmax in fp32, out in q's dtype; no gradient. What the cache holds behind ``lengths[b]`` is
-    never read into the result; a row of length 0 gives zeros.
+    Softmax in fp32, out in q's dtype; no gradient. What the cache holds behind ``lengths[b]`` does
+    not matter (``torch`` wants it finite); a row of length 0 gives zeros. The keys of long rows are
+    shared among programs: Dao et al., "Flash-Decoding for long-context inference", 2023.
 
     Args:
         q: (B, H, D), this step's queries.
         k_cache: (B, H, S, D).
         v_cache: (B, H, S, D).
         lengths: (B,) integers, 0 <= lengths[b] <= S.
-        scale: of the scores; None is 1 / sqrt(D).
+        scale: of the scores, positive; None is 1 / sqrt(D).
         impl: ``auto``, ``triton``, ``torch`` or ``reference``.
 
     Returns:
         (B, H, D).
 
     Raises:
-        ValueError: a shape does not match.
-        TypeError: q is not floating point, or lengths not integer.
+        ValueError: a shape or device does not match; scale not positive.
+        TypeError: q is not floating point, a cache not of its dtype, or lengths not integer.
     """
     op = "decode_attention"
     checks.check_floating(op, "q", q)
@@ -45,12 +66,17 @@ def decode_attention(
     checks.check_dim(op, "k_cache", k_cache, 4, "(B, H, S, D)")
     B, H, D = q.shape
     expected = (B, H, k_cache.shape[2], D)
-    checks.check_shape(op, "k_cache", k_cache, expected, f"q {tuple(q.shape)}")
-    checks.check_shape(op, "v_cache", v_cache, expected, f"q {tuple(q.shape)}")
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        checks.check_shape(op, name, cache, expected, f"q {tuple(q.shape)}")
+        checks.check_same_device(op, name, cache, q.device)
+        if cache.dtype != q.dtype:
+            raise TypeError(f"{op}: {name} must be {q.dtype} like q, got {cache.dtype}")
     checks.check_integer(op, "lengths", lengths)
     checks.check_shape(op, "lengths", lengths, (B,), f"q {tuple(q.shape)}")
+    checks.check_same_device(op, "lengths", lengths, q.device)
     if scale is None:
         scale = 1.0 / math.sqrt(D)
+    checks.check_positive(op, "scale", scale)
     match resolve(op, impl, q):
         case Impl.REFERENCE:
             return reference.decode_attention(q, k_cache, v_cache, lengths, scale)
@@ -62,4 +88,6 @@ def decode_attention(
             mask = visible | (empty & (torch.arange(S, device=q.device) == 0))
             out = F.scaled_dot_product_attention(q[:, :, None], k_cache, v_cache, mask, scale=scale)
             return out.masked_fill(empty, 0.0)[:, :, 0]
-    raise RuntimeError("decode_attention: impl='triton' is not built yet")
+    caches = _adjacent(k_cache), _adjacent(v_cache)
+    result: Tensor = _decode_attention(_adjacent(q), *caches, lengths.contiguous(), scale)
+    return result

@@ -25,12 +25,14 @@ from fastgpt2.kernels.jit.attention_parts import (
     my_block,
 )
 from fastgpt2.kernels.jit.compile import CompileCase
-from fastgpt2.kernels.jit.primitives import LOG2E, keep_mask, load_tile, store_tile
-
-# the score of a hidden key, and where the running maximum starts: below any score but so far above
-# HIDDEN that a tile of hidden keys alone gives exp2(HIDDEN - LOWEST) = 0, not exp2(0) = 1
-HIDDEN = tl.constexpr(-3.0e38)
-LOWEST = tl.constexpr(-1.0e30)
+from fastgpt2.kernels.jit.primitives import (
+    HIDDEN,
+    LOG2E,
+    LOWEST,
+    keep_mask,
+    load_tile,
+    store_tile,
+)
 
 
 @triton.jit

@@ -20,7 +20,7 @@ from fastgpt2.kernels.jit.cases import SIZES, case
 from fastgpt2.kernels.jit.compile import CompileCase
 from fastgpt2.kernels.jit.primitives import allows_tf32
 
-# what only the tuner tries is compiled for the GPU that it is meant for, with its large tiles
+# large tiles that only the tuner tries are for the registers of this GPU
 TUNED_ARCH = "sm_90"
 
 
@@ -137,12 +137,19 @@ def _variants(limits: Mapping[str, int]) -> list[Variant]:
     return [Variant("bf16", 128, False, True), wide, odd]
 
 
+def tuned_configs(op: str, arch: str) -> list[tuple[Mapping[str, int], tuning.Config]]:
+    """(limits, config) of every rule: the candidates only for the GPU that the tuner runs on."""
+    return [
+        (rule.limits, config)
+        for rule in tuning.TABLE[op]
+        for config in (rule.on(arch), *(rule.candidates if arch == TUNED_ARCH else ()))
+    ]
+
+
 def attention_cases(
     kernel: Any, op: str, arch: str, tensors: dict[str, Any], products: int, passes: int
 ) -> list[CompileCase]:
     """Compile cases of one kernel: every config with every variant that its rule stands for.
-
-    What only the tuner tries is compiled for the GPU that it is meant for, with its large tiles.
 
     Args:
         kernel: the ``@triton.jit`` function.
@@ -154,11 +161,8 @@ def attention_cases(
     """
     return [
         _case(kernel, op, config, variant, tensors, products, passes)
-        for rule in tuning.TABLE[op]
-        for config in dict.fromkeys(
-            [rule.on(arch), *(rule.candidates if arch == TUNED_ARCH else ())]
-        )
-        for variant in _variants(rule.limits)
+        for limits, config in tuned_configs(op, arch)
+        for variant in _variants(limits)
     ]
 
 

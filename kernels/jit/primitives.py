@@ -6,6 +6,10 @@ import triton.language as tl
 
 # softmax in base 2: exp2 is one instruction, and log2(e) goes into a factor that is there anyway
 LOG2E = tl.constexpr(1.4426950408889634)
+# the score of a hidden key, and where a running maximum starts: below any score but so far above
+# HIDDEN that a tile of hidden keys alone gives exp2(HIDDEN - LOWEST) = 0, not exp2(0) = 1
+HIDDEN = tl.constexpr(-3.0e38)
+LOWEST = tl.constexpr(-1.0e30)
 
 
 def allows_tf32(dtype: torch.dtype) -> bool:

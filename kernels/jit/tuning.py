@@ -188,6 +188,22 @@ TABLE: dict[str, tuple[Rule, ...]] = {
             },
         ),
     ),
+    "decode_attention": (
+        Rule(
+            {"D": 64},
+            {
+                "sm_80": config(4, 1, BLOCK_N=64),
+                INTERPRET: config(4, 1, BLOCK_N=16),
+            },
+            (config(4, 1, BLOCK_N=128), config(4, 1, BLOCK_N=32), config(8, 1, BLOCK_N=128)),
+        ),
+        Rule(
+            {},
+            {"sm_80": config(4, 1, BLOCK_N=32), INTERPRET: config(4, 1, BLOCK_N=32)},
+            (config(8, 1, BLOCK_N=64),),
+        ),
+    ),
+    "decode_attention_merge": (Rule({}, {"sm_80": config(4, 1)}),),
     "layer_norm_fwd": (
         Rule(
             {"C": 1024},
@@ -245,6 +261,20 @@ TABLE: dict[str, tuple[Rule, ...]] = {
                 INTERPRET: config(4, 1, BLOCK_N=4, BLOCK_F=32),
             },
             (config(4, 1, BLOCK_N=4, BLOCK_F=1024), config(4, 1, BLOCK_N=4, BLOCK_F=512)),
+        ),
+    ),
+    "embedding_fwd": (
+        Rule({}, {"sm_80": config(4, 1, BLOCK_N=4), INTERPRET: config(4, 1, BLOCK_N=4)}),
+    ),
+    # few tokens a row of the table, but a thousand and more of the most frequent ones
+    "segment_sum": (
+        Rule(
+            {},
+            {
+                "sm_80": config(4, 1, BLOCK_N=16, BLOCK_C=256),
+                INTERPRET: config(4, 1, BLOCK_N=4, BLOCK_C=64),
+            },
+            (config(4, 1, BLOCK_N=32, BLOCK_C=128), config(8, 1, BLOCK_N=8, BLOCK_C=1024)),
         ),
     ),
     "column_sum": (

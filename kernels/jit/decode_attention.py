@@ -1,0 +1,203 @@
+"""Attention of one query a row against its key/value cache, split over the keys where it is long.
+
+A program owns one head of one row and one share of its keys (all of them where there is one share)
+and walks over them BLOCK_N at a time. Each of the BLOCK_N lanes keeps an online softmax of its own
+(largest score m, sum total, weighted values acc), so that nothing is exchanged between lanes until
+the walk is over; then the lanes are merged. Matrix units would have one row of work: the product
+with the single query is a multiplication and a sum, and memory is what is waited for.
+
+With several shares each writes its part, fp32, and the log2 of its sum of exp2(score); a second
+kernel weighs the parts. A row's keys, not the cache's, are divided among the shares, so the number
+of shares is the same whatever the lengths: no host synchronisation, and a CUDA graph stays valid.
+
+Grids (H, shares, B) and (H, B). Bytes: the keys and values below each length once, 4 H D a key in
+bf16; FLOPs 4 H D a key.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastgpt2.kernels.jit import tuning
+from fastgpt2.kernels.jit.attention_parts import tuned_configs
+from fastgpt2.kernels.jit.cases import SIZES, case
+from fastgpt2.kernels.jit.compile import CompileCase
+from fastgpt2.kernels.jit.primitives import HIDDEN, LOG2E, LOWEST, load_tile, store_tile
+
+# fewer keys are read sooner than a second kernel is launched
+SHARE_KEYS = 256
+PROGRAMS_PER_MULTIPROCESSOR = 4
+# parts that the merging program holds in registers
+MAX_SHARES = 64
+
+
+@triton.jit
+def _decode_attention_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    lengths_ptr,
+    out_ptr,
+    lse_ptr,
+    q_strides,
+    k_strides,
+    v_strides,
+    S,
+    scale,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    h, b = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
+    share = tl.program_id(1).to(tl.int64)
+    length = tl.minimum(tl.load(lengths_ptr + b), S).to(tl.int32)
+    share_keys = tl.cdiv(length, tl.num_programs(1) * BLOCK_N) * BLOCK_N
+    begin = (share * share_keys).to(tl.int32)
+    end = tl.minimum(begin + share_keys, length)
+    offs_n, row = tl.arange(0, BLOCK_N), tl.zeros([1], tl.int32)
+    q = load_tile(q_ptr + b * q_strides[0] + h * q_strides[1], row, 0, 1, D, True)
+    q = q.to(tl.float32) * (scale * LOG2E)
+    k_ptr += b * k_strides[0] + h * k_strides[1] + begin.to(tl.int64) * k_strides[2]
+    v_ptr += b * v_strides[0] + h * v_strides[1] + begin.to(tl.int64) * v_strides[2]
+    m = tl.full([BLOCK_N], LOWEST, tl.float32)
+    total = tl.zeros([BLOCK_N], tl.float32)
+    acc = tl.zeros([BLOCK_N, q.shape[1]], tl.float32)
+    for first in range(begin, end, BLOCK_N):
+        # what lies behind the length is never read
+        k = load_tile(k_ptr, offs_n, k_strides[2], end - first, D, False).to(tl.float32)
+        v = load_tile(v_ptr, offs_n, v_strides[2], end - first, D, False).to(tl.float32)
+        s = tl.where(first + offs_n < end, tl.sum(q * k, 1), HIDDEN)
+        m_new = tl.maximum(m, s)
+        p, alpha = tl.exp2(s - m_new), tl.exp2(m - m_new)
+        total = total * alpha + p
+        acc = acc * alpha[:, None] + p[:, None] * v
+        m = m_new
+        k_ptr += BLOCK_N * k_strides[2]
+        v_ptr += BLOCK_N * v_strides[2]
+    top = tl.max(m, 0)
+    weight = tl.exp2(m - top)
+    total = tl.sum(total * weight, 0)
+    # no key at all: zeros
+    total = tl.where(total == 0.0, 1.0, total)
+    out = tl.sum(acc * (weight / total)[:, None], 0)
+    slot = (share * tl.num_programs(2) + b) * tl.num_programs(0) + h
+    store_tile(out_ptr + slot * D, out[None, :], row, 0, 1, D)
+    if lse_ptr is not None:
+        tl.store(lse_ptr + slot, top + tl.log2(total))
+
+
+@triton.jit
+def _decode_attention_merge_kernel(
+    part_ptr, lse_ptr, out_ptr, shares, D: tl.constexpr, BLOCK_S: tl.constexpr
+):
+    """out = sum of the parts, each weighted with its share of the sum of exp2(score)."""
+    slot, slots = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    offs_s = tl.arange(0, BLOCK_S)
+    lse = tl.load(lse_ptr + offs_s * slots + slot, mask=offs_s < shares, other=LOWEST)
+    weight = tl.exp2(lse - tl.max(lse, 0))
+    weight /= tl.sum(weight, 0)
+    parts = load_tile(part_ptr + slot * D, offs_s, slots * D, shares, D, False)
+    out = tl.sum(parts * weight[:, None], 0)
+    store_tile(out_ptr + slot * D, out[None, :], tl.zeros([1], tl.int32), 0, 1, D)
+
+
+def count_shares(B: int, H: int, S: int, multiprocessors: int) -> int:
+    """Among how many programs the keys of one head are divided."""
+    wanted = triton.cdiv(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors, B * H)
+    return max(1, min(wanted, triton.cdiv(S, SHARE_KEYS), MAX_SHARES))
+
+
+def launch(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale: float) -> Tensor:
+    """out (B, H, D) in q's dtype."""
+    B, H, D = q.shape
+    S = k_cache.shape[2]
+    out = q.new_empty(B, H, D)
+    if out.numel() == 0:
+        return out
+    shares = count_shares(B, H, S, tuning.multiprocessors(q.device))
+    whole = shares == 1
+    part = out if whole else q.new_empty(shares, B, H, D, dtype=torch.float32)
+    lse = None if whole else q.new_empty(shares, B, H, dtype=torch.float32)
+    config = tuning.pick("decode_attention", tuning.arch_of(q.device), D=D)
+    _decode_attention_kernel[(H, shares, B)](
+        q,
+        k_cache,
+        v_cache,
+        lengths,
+        part,
+        lse,
+        q.stride()[:2],
+        k_cache.stride()[:3],
+        v_cache.stride()[:3],
+        S,
+        scale,
+        D=D,
+        **config.meta(),
+    )
+    if not whole:
+        config = tuning.pick("decode_attention_merge", tuning.arch_of(q.device))
+        _decode_attention_merge_kernel[(B * H,)](
+            part, lse, out, shares, D=D, BLOCK_S=triton.next_power_of_2(shares), **config.meta()
+        )
+    return out
+
+
+def _case(config: tuning.Config, dtype: str, D: int, *, split: bool) -> CompileCase:
+    B, H, S = 64, 12, 1024
+    elements = 2.0 * B * H * S * D
+    arguments = {
+        **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), f"*{dtype}"),
+        "lengths_ptr": "*i64",
+        "out_ptr": "*fp32" if split else f"*{dtype}",
+        "lse_ptr": "*fp32" if split else None,
+        "q_strides": ("i32",) * 2,
+        "k_strides": ("i32",) * 3,
+        "v_strides": ("i32",) * 3,
+        "S": "i32",
+        "scale": "fp32",
+        "D": D,
+    }
+    return case(
+        _decode_attention_kernel,
+        "decode_attention",
+        config,
+        f"D{D} {dtype}{' shares' * split}",
+        arguments,
+        bytes=elements * SIZES[dtype],
+        flops=2 * elements,
+    )
+
+
+def _merge_case(config: tuning.Config) -> CompileCase:
+    rows, D = 12, 128
+    elements = float(rows * MAX_SHARES * D)
+    arguments = {
+        "part_ptr": "*fp32",
+        "lse_ptr": "*fp32",
+        "out_ptr": "*bf16",
+        "shares": "i32",
+        "D": D,
+        "BLOCK_S": MAX_SHARES,
+    }
+    return case(
+        _decode_attention_merge_kernel,
+        "decode_attention_merge",
+        config,
+        f"D{D} bf16",
+        arguments,
+        bytes=4 * elements,
+        flops=2 * elements,
+        odd=("shares",),
+    )
+
+
+def compile_cases(arch: str) -> list[CompileCase]:
+    """One share and several at GPT-2's shape, 64 rows of 12 heads and 1024 keys; the merge."""
+    return [
+        *(
+            _case(config, dtype, limits.get("D", 128), split=split)
+            for limits, config in tuned_configs("decode_attention", arch)
+            for dtype, split in (("bf16", False), ("bf16", True), ("fp32", False))
+        ),
+        *(_merge_case(config) for _, config in tuned_configs("decode_attention_merge", arch)),
+    ]
