@@ -1,0 +1,1 @@
+"""How good a model is: cross-entropy of a text, HellaSwag, LAMBADA, and a report."""
