@@ -1,11 +1,101 @@
 """Token embedding plus position embedding, with dropout."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt2.kernels import checks, philox, reference
 from fastgpt2.kernels.backend import Impl, resolve
+
+
+@torch.library.custom_op("fastgpt2::embedding_fwd", mutates_args=())
+def _embedding_fwd(
+    idx: Tensor,
+    wte: Tensor,
+    wpe: Tensor,
+    positions: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    from fastgpt2.kernels.jit import embedding as jit
+
+    return jit.launch_fwd(idx, wte, wpe, positions, seed, dropout_p, dtype)
+
+
+@_embedding_fwd.register_fake
+def _(
+    idx: Tensor,
+    wte: Tensor,
+    wpe: Tensor,
+    positions: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    return wte.new_empty((*idx.shape, wte.shape[1]), dtype=dtype)
+
+
+@torch.library.custom_op("fastgpt2::embedding_bwd", mutates_args=())
+def _embedding_bwd(
+    dx: Tensor,
+    idx: Tensor,
+    positions: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    vocab_size: int,
+    wte_dtype: torch.dtype,
+    block_size: int,
+    wpe_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """(dwte, dwpe), each summed in fp32 and in a fixed order."""
+    from fastgpt2.kernels.jit import embedding as jit
+
+    tokens = jit.sorted_segments(idx, vocab_size)
+    if positions is None:
+        B, T = idx.shape
+        places = jit.counting_segments(B, T, block_size, idx.device)
+    else:
+        places = jit.sorted_segments(positions, block_size)
+    return (
+        jit.launch_bwd(dx, tokens, seed, dropout_p, wte_dtype),
+        jit.launch_bwd(dx, places, seed, dropout_p, wpe_dtype),
+    )
+
+
+@_embedding_bwd.register_fake
+def _(
+    dx: Tensor,
+    idx: Tensor,
+    positions: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    vocab_size: int,
+    wte_dtype: torch.dtype,
+    block_size: int,
+    wpe_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    C = dx.shape[-1]
+    return (
+        dx.new_empty((vocab_size, C), dtype=wte_dtype),
+        dx.new_empty((block_size, C), dtype=wpe_dtype),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    idx, wte, wpe, positions, seed, ctx.dropout_p, _ = inputs
+    ctx.save_for_backward(idx, positions, seed)
+    ctx.tables = (wte.shape[0], wte.dtype, wpe.shape[0], wpe.dtype)
+
+
+def _backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
+    dwte, dwpe = _embedding_bwd(dx, *ctx.saved_tensors, ctx.dropout_p, *ctx.tables)
+    return None, dwte, dwpe, None, None, None, None
+
+
+_embedding_fwd.register_autograd(_backward, setup_context=_save)
 
 
 def embedding(
@@ -45,26 +135,33 @@ def embedding(
     checks.check_floating(op, "wte", wte)
     checks.check_dim(op, "wte", wte, 2, "(V, C)")
     checks.check_shape(op, "wpe", wpe, (wpe.shape[0], wte.shape[1]), f"wte {tuple(wte.shape)}")
+    checks.check_same_device(op, "idx", idx, wte.device)
     checks.check_dropout(op, dropout_p)
     T = idx.shape[1]
     if positions is None:
         if wpe.shape[0] < T:
             raise ValueError(f"{op}: {T} tokens, but wpe has only {wpe.shape[0]} positions")
-        positions = torch.arange(T, device=idx.device)
     else:
         checks.check_integer(op, "positions", positions)
         expected = tuple(idx.shape)[-positions.dim() :]
         checks.check_shape(op, "positions", positions, expected, f"idx {tuple(idx.shape)}")
     dtype = wte.dtype if dtype is None else dtype
+    places = torch.arange(T, device=idx.device) if positions is None else positions
     match resolve(op, impl, wte):
         case Impl.REFERENCE:
             key = philox.as_seed(seed, wte.device) if dropout_p > 0 else None
-            return reference.embedding(idx, wte, wpe, positions, dropout_p, key, dtype)
+            return reference.embedding(idx, wte, wpe, places, dropout_p, key, dtype)
         case Impl.TORCH:
-            x = F.embedding(idx, wte) + F.embedding(positions, wpe)
+            wide = torch.promote_types(wte.dtype, dtype)
+            x = F.embedding(idx, wte).to(wide) + F.embedding(places, wpe).to(wide)
             if dropout_p > 0 and seed is None:
                 x = F.dropout(x, dropout_p)
             elif dropout_p > 0:
                 x = philox.dropout(x, dropout_p, philox.as_seed(seed, wte.device))
             return x.to(dtype)
-    raise RuntimeError("embedding: impl='triton' is not built yet")
+    key = philox.as_seed(seed, wte.device) if dropout_p > 0 else None
+    # None, positions that count, needs no sorting in backward
+    given = None if positions is None else places.expand(idx.shape).contiguous()
+    wte, wpe = (t if t.stride(1) == 1 else t.contiguous() for t in (wte, wpe))
+    out: Tensor = _embedding_fwd(idx.contiguous(), wte, wpe, given, key, dropout_p, dtype)
+    return out

@@ -23,7 +23,13 @@ from torch import Tensor
 from fastgpt2.kernels.jit import tuning
 from fastgpt2.kernels.jit.cases import SIZES, case, configs
 from fastgpt2.kernels.jit.compile import CompileCase
-from fastgpt2.kernels.jit.rows import as_rows, dropout_tile, launch_column_sum, row_programs
+from fastgpt2.kernels.jit.rows import (
+    as_rows,
+    dropout_argument,
+    dropout_tile,
+    launch_column_sum,
+    row_programs,
+)
 
 
 @triton.jit
@@ -135,11 +141,6 @@ def _layer_norm_bwd_kernel(
         tl.store(partial_ptr + 2 * P * C + offs_partial, dbranch_bias, mask=mask_c)
 
 
-def _dropout(seed: Tensor | None, p: float) -> tuple[Tensor, float] | None:
-    # p = 0 is a kernel of its own, without the random numbers
-    return None if seed is None else (seed, p)
-
-
 def launch_fwd(
     x: Tensor,
     branch: Tensor | None,
@@ -171,7 +172,7 @@ def launch_fwd(
         y,
         stats,
         strides,
-        _dropout(seed, dropout_p),
+        dropout_argument(seed, dropout_p),
         (N, C),
         eps,
         BLOCK_C=triton.next_power_of_2(C),
@@ -216,7 +217,7 @@ def launch_bwd(
             dbranch if own_dbranch else None,
             partial,
             (dy_rows.stride(0), dstream_stride, rows.stride(0)),
-            _dropout(seed, dropout_p),
+            dropout_argument(seed, dropout_p),
             (N, C),
             HAS_BRANCH_BIAS=branch_bias is not None,
             BLOCK_C=triton.next_power_of_2(C),

@@ -35,6 +35,11 @@ def row_programs(n_blocks: int, device: torch.device, *, columns: int = 1) -> in
     return min(n_blocks, triton.cdiv(wanted, columns))
 
 
+def dropout_argument(seed: Tensor | None, p: float) -> tuple[Tensor, float] | None:
+    """What ``dropout_tile`` takes; without a seed, a kernel of its own has no random numbers."""
+    return None if seed is None else (seed, p)
+
+
 @triton.jit
 def dropout_tile(x, dropout, offsets):
     """Philox dropout of a tile; ``dropout`` is (seed_ptr, p), offsets are global, int64."""
