@@ -1,0 +1,189 @@
+"""Run transformers' own common model tests on its GPT-2, and on the same classes of ours.
+
+    pip download --no-deps --no-binary :all: transformers==VERSION && tar xzf transformers-*.tar.gz
+    python tests/integrations/run_hf_suite.py transformers-VERSION theirs
+    python tests/integrations/run_hf_suite.py transformers-VERSION ours
+    python tests/integrations/run_hf_suite.py transformers-VERSION attention
+
+``attention`` is ``ours``, and the ``sdpa`` that their comparisons with eager attention ask for is
+our attention. One test is expected to fail for ours: it wants the default to be named ``sdpa``.
+
+The source distribution, of the version installed, holds the common tests (``ModelTesterMixin``) but
+not the folders below; what is imported from those is an empty mixin here, and the real one where
+the folder is a full checkout. Needs pytest and ``parameterized``. Exits with pytest's code.
+"""
+
+import importlib
+import sys
+import types
+import unittest
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import fastgpt2
+
+MIXINS = {
+    "exporters.test_export": "ExportTesterMixin",
+    "generation.test_utils": "GenerationTesterMixin",
+}
+NAMES = (
+    "GPT2Model",
+    "GPT2LMHeadModel",
+    "GPT2DoubleHeadsModel",
+    "GPT2ForSequenceClassification",
+    "GPT2ForTokenClassification",
+    "GPT2ForQuestionAnswering",
+)
+# their tests live in packages, so they get one; another name than `tests`, which is ours
+PACKAGE = "hf_tests"
+
+
+def their_tests(source: Path) -> Any:
+    """``tests.test_modeling_common`` of that folder, its absent neighbours stubbed."""
+    package = types.ModuleType(PACKAGE)
+    package.__path__ = [str(source / "tests")]
+    sys.modules[PACKAGE] = package
+    for name, mixin in MIXINS.items():
+        if not (source / "tests" / f"{name.replace('.', '/')}.py").exists():
+            stub = types.ModuleType(f"{PACKAGE}.{name}")
+            setattr(stub, mixin, type(mixin, (), {}))
+            sys.modules[stub.__name__] = stub
+            parent = stub.__name__.rpartition(".")[0]
+            sys.modules.setdefault(parent, types.ModuleType(parent))
+    return importlib.import_module(f"{PACKAGE}.test_modeling_common")
+
+
+def accelerated(base: Any) -> Any:
+    """A subclass that accelerates itself when it is made, under the name that tests look up."""
+    if base is transformers.GPT2LMHeadModel:
+        return fastgpt2.GPT2LMHeadModel
+
+    def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        base.__init__(self, config, *args, **kwargs)
+        fastgpt2.accelerate(self)
+
+    return type(base.__name__, (base,), {"__init__": init, "__module__": base.__module__})
+
+
+def with_our_attention_as_sdpa(base: Any) -> Any:
+    """A subclass whose ``from_pretrained`` takes ``sdpa`` for ours."""
+
+    def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("attn_implementation") == "sdpa":
+            kwargs["attn_implementation"] = "fastgpt2"
+        return base.from_pretrained.__func__(cls, *args, **kwargs)
+
+    members = {"from_pretrained": classmethod(from_pretrained), "__module__": base.__module__}
+    return type(base.__name__, (base,), members)
+
+
+class Tester:
+    """The small model and its inputs, by the attributes that the common tests read."""
+
+    batch_size = 13
+    seq_length = 7
+    hidden_size = 32
+    num_hidden_layers = 2
+    num_attention_heads = 4
+    vocab_size = 99
+    num_choices = 4
+    num_labels = 3
+    is_training = True
+
+    def get_config(self) -> Any:
+        options: dict[str, Any] = {"num_labels": self.num_labels}
+        return transformers.GPT2Config(
+            vocab_size=self.vocab_size,
+            n_embd=self.hidden_size,
+            n_layer=self.num_hidden_layers,
+            n_head=self.num_attention_heads,
+            n_inner=37,
+            n_positions=512,
+            bos_token_id=98,
+            eos_token_id=98,
+            pad_token_id=97,
+            **options,
+        )
+
+    def prepare_config_and_inputs_for_common(self) -> tuple[Any, dict[str, Any]]:
+        shape = (self.batch_size, self.seq_length)
+        inputs = {
+            "input_ids": torch.randint(0, 97, shape),
+            "token_type_ids": torch.randint(0, 16, shape),
+            "attention_mask": torch.ones(shape, dtype=torch.long),
+        }
+        return self.get_config(), inputs
+
+
+def make_case(source: Path, classes: tuple[Any, ...]) -> type[unittest.TestCase]:
+    """Their common tests, bound to these classes."""
+    common = their_tests(source)
+
+    class GPT2ModelTest(common.ModelTesterMixin, common.GenerationTesterMixin, unittest.TestCase):  # type: ignore[misc, name-defined]
+        all_model_classes = classes
+        test_missing_keys = False
+        # written for this version's own file layout
+        __module__ = f"{PACKAGE}.models.gpt2.test_modeling_gpt2"
+
+        def setUp(self) -> None:
+            self.model_tester = Tester()
+
+        def _prepare_for_class(
+            self, inputs: Any, model_class: Any, return_labels: bool = False
+        ) -> Any:
+            inputs = super()._prepare_for_class(inputs, model_class, return_labels=return_labels)
+            if return_labels and model_class.__name__ == "GPT2DoubleHeadsModel":
+                tester = self.model_tester
+                shape = (tester.batch_size, tester.num_choices, tester.seq_length)
+                zeros = torch.zeros(shape, dtype=torch.long)
+                inputs |= dict.fromkeys(("input_ids", "token_type_ids", "labels"), zeros)
+                inputs["attention_mask"] = torch.ones_like(zeros)
+                inputs["mc_token_ids"] = zeros[..., 0]
+                inputs["mc_labels"] = zeros[:, 0, 0]
+            return inputs
+
+        def check_training_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
+            # as in their file for GPT-2: the labels of these tests leave the second head out
+            self.all_model_classes = tuple(c for c in classes if "Double" not in c.__name__)
+            super().check_training_gradient_checkpointing(*args, **kwargs)
+
+    return GPT2ModelTest
+
+
+class Plugin:
+    """Hands pytest the one test case instead of having it look for files."""
+
+    def __init__(self, case: type[unittest.TestCase]) -> None:
+        self.case = case
+
+    def pytest_collect_file(self, parent: Any, file_path: Path) -> Any:
+        if file_path == Path(__file__).resolve():
+            module = pytest.Module.from_parent(parent, path=file_path)
+            module._obj = types.ModuleType("gpt2_suite")
+            module._obj.GPT2ModelTest = self.case
+            return module
+        return None
+
+
+def main() -> int:
+    source, whose, *options = Path(sys.argv[1]).resolve(), sys.argv[2], *sys.argv[3:]
+    classes = tuple(getattr(transformers, name) for name in NAMES)
+    if whose != "theirs":
+        classes = tuple(accelerated(base) for base in classes)
+    if whose == "attention":
+        classes = tuple(with_our_attention_as_sdpa(base) for base in classes)
+    case = make_case(source, classes)
+    if whose != "theirs":
+        name = "test_sdpa_can_dispatch_non_composite_models"
+        reason = "wants the default attention to be named sdpa"
+        setattr(case, name, pytest.mark.xfail(reason=reason, strict=True)(getattr(case, name)))
+    arguments = [__file__, "-q", "-p", "no:cacheprovider", f"--rootdir={source}", *options]
+    return int(pytest.main(arguments, plugins=[Plugin(case)]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
