@@ -22,7 +22,6 @@ from tqdm import tqdm
 from benchmarks.ops import Cost, Op, OpCase, op_cases
 from benchmarks.timing import (
     ROUNDS,
-    Ceilings,
     Clock,
     Timing,
     Work,
@@ -125,46 +124,80 @@ def check(case: OpCase, inputs: dict[str, Tensor]) -> None:
     check_op(case.run, inputs, backward=case.backward is not None, eager=case.checked_against)
 
 
-def measure(
-    case: OpCase,
-    clock: Clock,
-    ceilings: Ceilings,
-    device: torch.device,
-    *,
-    seconds: float,
-    compile: Callable[[Op], Op],
-) -> list[Result]:
-    """Check the case, then time every provider in every mode, alternating."""
-    # the interpreter multiplies bf16 matrices wrongly
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    inputs = case.inputs(device, dtype)
-    check(case, inputs)
-    by_mode: dict[str, dict[str, Work]] = {}
-    for provider, run in case.providers(compile).items():
-        for mode, work in works(case, run, inputs):
-            by_mode.setdefault(mode, {})[provider] = work
-    costs = {FORWARD: case.forward}
-    if case.backward is not None:
-        costs |= {BACKWARD: case.backward, BOTH: case.forward + case.backward}
-    results = []
-    for mode, providers in by_mode.items():
-        times = clock.compare(providers, seconds=seconds)
-        least = ceilings.roofline_us(costs[mode].flops, costs[mode].bytes)
-        ours = times["triton"].median_us
-        results += [
-            Result(
-                case.op,
-                case.shape,
-                mode,
-                provider,
-                t,
-                costs[mode],
-                least / t.median_us,
-                t.median_us / ours,
-            )
-            for provider, t in times.items()
-        ]
-    return results
+class Bench:
+    """Checks and times cases and keeps what came of each: a wrong kernel does not stop the rest."""
+
+    def __init__(self, device: torch.device, *, seconds: float, dry: bool) -> None:
+        self.device, self.seconds = device, seconds
+        self.clock = Clock(device, rounds=1 if dry else ROUNDS)
+        self.compile = _compiler(dry)
+        self.ceilings = measure_ceilings(self.clock, device, seconds=seconds)
+        self.results: list[Result] = []
+        self.wrong: dict[str, str] = {}
+        self.notes: list[str] = []
+
+    def run(self, case: OpCase) -> None:
+        """Check the case, then time every provider in every mode, alternating."""
+        # the interpreter multiplies bf16 matrices wrongly
+        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        # one op's function is compiled anew for each size: beyond a limit it would run uncompiled
+        torch.compiler.reset()
+        try:
+            inputs = case.inputs(self.device, dtype)
+            check(case, inputs)
+            by_mode = self._prepare(case, inputs)
+        except torch.OutOfMemoryError:
+            self.notes.append(f"{case.label}: not run, too little memory")
+        except Exception as error:
+            # whatever it is, it is ours, and has no speed
+            self.wrong[case.label] = f"{type(error).__name__}: {error}"
+        else:
+            self._time(case, by_mode)
+
+    def _prepare(self, case: OpCase, inputs: dict[str, Tensor]) -> dict[str, dict[str, Work]]:
+        """mode -> provider -> what to time; a rival that cannot do it is noted and left out."""
+        by_mode: dict[str, dict[str, Work]] = {}
+        for provider, run in case.providers(self.compile).items():
+            try:
+                prepared = dict(works(case, run, inputs))
+                for work in prepared.values():
+                    work()
+            except Exception as error:
+                if provider == "triton":
+                    raise
+                self.notes.append(f"{case.label}: {provider} cannot: {str(error).splitlines()[0]}")
+                continue
+            for mode, work in prepared.items():
+                by_mode.setdefault(mode, {})[provider] = work
+        return by_mode
+
+    def _time(self, case: OpCase, by_mode: dict[str, dict[str, Work]]) -> None:
+        costs = {FORWARD: case.forward}
+        if case.backward is not None:
+            costs |= {BACKWARD: case.backward, BOTH: case.forward + case.backward}
+        for mode, providers in by_mode.items():
+            times, cost = self.clock.compare(providers, seconds=self.seconds), costs[mode]
+            least = self.ceilings.roofline_us(cost.flops, cost.bytes)
+            ours = times["triton"].median_us
+            for provider, t in times.items():
+                share, ratio = least / t.median_us, t.median_us / ours
+                self.results.append(
+                    Result(case.op, case.shape, mode, provider, t, cost, share, ratio)
+                )
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything so far."""
+        rates = {
+            "GB_per_s": self.ceilings.bandwidth / 1e9,
+            "TFLOP_per_s": self.ceilings.flops / 1e12,
+        }
+        return {
+            "machine": machine(self.device),
+            "ceilings": rates,
+            "results": [result.as_json() for result in self.results],
+            "wrong": self.wrong,
+            "notes": self.notes,
+        }
 
 
 def _compiler(dry: bool) -> Callable[[Op], Op]:
@@ -187,30 +220,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.manual_seed(0)
     cases = [c for c in op_cases(options.dry) if not options.op or c.op in options.op]
     each = 0.0 if options.dry else options.seconds / (3 * len(cases) + 1)
-    clock = Clock(device, rounds=1 if options.dry else ROUNDS)
-    ceilings = measure_ceilings(clock, device, seconds=each)
-    results: list[Result] = []
-    wrong: dict[str, str] = {}
+    bench = Bench(device, seconds=each, dry=options.dry)
     for case in (bar := tqdm(cases, unit="op", file=sys.stderr)):
         bar.set_postfix_str(case.label)
-        try:
-            results += measure(
-                case, clock, ceilings, device, seconds=each, compile=_compiler(options.dry)
-            )
-        except AssertionError as error:
-            # a wrong kernel has no speed; the others still have theirs
-            wrong[case.label] = str(error)
-    report = {
-        "machine": machine(device),
-        "ceilings": {"GB_per_s": ceilings.bandwidth / 1e9, "TFLOP_per_s": ceilings.flops / 1e12},
-        "results": [result.as_json() for result in results],
-        "wrong": wrong,
-    }
-    write_text(options.out / "kernels.json", json.dumps(report, indent=1) + "\n")
-    print("\n".join(result.row() for result in results))
-    print("\n".join(f"WRONG {label}: {error}" for label, error in wrong.items()))
-    print(f"copy {ceilings.bandwidth / 1e9:.0f} GB/s, matmul {ceilings.flops / 1e12:.0f} TFLOP/s")
-    return 1 if wrong else 0
+        first = len(bench.results)
+        bench.run(case)
+        # printed and written at once: a run that is cut short has something to show
+        tqdm.write("\n".join(result.row() for result in bench.results[first:]), sys.stdout)
+        write_text(options.out / "kernels.json", json.dumps(bench.as_json(), indent=1) + "\n")
+    faults = [f"WRONG {label}: {error}" for label, error in bench.wrong.items()]
+    print("\n".join([*bench.notes, *faults]))
+    return 1 if faults else 0
 
 
 if __name__ == "__main__":

@@ -127,6 +127,16 @@ class Result:
     mfu: float | None
     peak_bytes: int
 
+    def as_json(self) -> dict[str, Any]:
+        """Flat."""
+        return {
+            "name": self.name,
+            **as_json(self.timing),
+            "tokens": self.tokens,
+            "mfu": self.mfu,
+            "peak_bytes": self.peak_bytes,
+        }
+
     def row(self) -> str:
         """A line of the table."""
         mfu = "-" if self.mfu is None else f"{self.mfu:.1%}"
@@ -199,39 +209,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     order = [*makers, next(iter(makers))]
     results: list[Result] = []
     notes: list[str] = []
-    for name in order:
+
+    def attempt(name: str) -> None:
         if time.perf_counter() - start > options.seconds:
             notes.append(f"{name}: not run, the {options.seconds:.0f} seconds were used up")
-            continue
-        contender = makers[name]()
-        if contender is None:
-            notes.append(f"{name}: not installed")
-            continue
+            return
         try:
+            contender = makers[name]()
+            if contender is None:
+                notes.append(f"{name}: not installed")
+                return
             results.append(measure(contender, batch, expected, ours, 0.0 if options.dry else 4.0))
-        except (AssertionError, torch.OutOfMemoryError) as error:
-            notes.append(f"FAILED {name}: {error}")
-        del contender
+            print(results[-1].row())
+        except Exception as error:
+            # out of memory, or a compiler's trouble: the others still have their times
+            notes.append(f"FAILED {name}: {type(error).__name__}: {error}")
+
+    for name in order:
+        attempt(name)
         torch.compiler.reset()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    report = {
-        "machine": machine(device),
-        "batch": [B, config.block_size],
-        "results": [
-            {
-                "name": r.name,
-                **as_json(r.timing),
-                "tokens": r.tokens,
-                "mfu": r.mfu,
-                "peak_bytes": r.peak_bytes,
-            }
-            for r in results
-        ],
-        "notes": notes,
-    }
-    write_text(options.out / "step.json", json.dumps(report, indent=1) + "\n")
-    print("\n".join([*(result.row() for result in results), *notes]))
+        # written at once: a run that is cut short has something to show
+        report = {
+            "machine": machine(device),
+            "batch": [B, config.block_size],
+            "results": [result.as_json() for result in results],
+            "notes": notes,
+        }
+        write_text(options.out / "step.json", json.dumps(report, indent=1) + "\n")
+    print("\n".join(notes))
     return 1 if any(note.startswith("FAILED") for note in notes) else 0
 
 

@@ -44,8 +44,8 @@ def kernel_lines(report: Any) -> Iterator[str]:
             f"  {key[0]:21} {key[1]:26} {key[2]:8} {ours['median_us']:9.1f} us "
             f"{ours['roofline']:5.0%}  {rivals}"
         )
-    for label, error in report["wrong"].items():
-        yield f"  WRONG {label}: {error}"
+    yield from (f"  {note}" for note in report["notes"])
+    yield from (f"  WRONG {label}: {error}" for label, error in report["wrong"].items())
 
 
 def step_lines(report: Any) -> Iterator[str]:

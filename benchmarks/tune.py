@@ -21,6 +21,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from benchmarks.kernels_gpu import works
 from benchmarks.ops import OpCase, op_cases
@@ -143,6 +144,7 @@ class Tuner:
         self.clock = Clock(device, rounds=1 if device.type == "cpu" else ROUNDS)
         self.end = time.perf_counter() + seconds
         self.trials: list[Trial] = []
+        self.notes: list[str] = []
         self.done: set[tuple[str, int]] = set()
 
     @property
@@ -152,9 +154,16 @@ class Tuner:
 
     def tune(self, case: OpCase) -> None:
         """Every kernel that the case launches and no case before it has."""
+        if self.is_over:
+            self.notes.append(f"{case.label}: not tuned, the time was used up")
+            return
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        inputs = case.inputs(self.device, dtype)
-        judge = Judge(case, inputs)
+        try:
+            inputs = case.inputs(self.device, dtype)
+            judge = Judge(case, inputs)
+        except torch.OutOfMemoryError:
+            self.notes.append(f"{case.label}: not tuned, too little memory")
+            return
         for mode, work in works(case, partial(case.run, "triton"), inputs):
             with recording() as launches:
                 work()
@@ -211,6 +220,18 @@ class Tuner:
                 found[key] = best
         return found
 
+    def write(self, folder: Path) -> None:
+        """``tune.json`` and the rewritten ``tuning.py``, of everything so far."""
+        from fastgpt2.kernels.jit import tuning
+
+        source = TABLE_SOURCE.read_text(encoding="utf-8")
+        for (kernel, rule), trial in self.winners().items():
+            source = rewrite(source, kernel, rule, tuning.arch_of(self.device), trial.source)
+        write_text(folder / "tuning.py", source)
+        trials = [asdict(trial) for trial in self.trials]
+        report = {"machine": machine(self.device), "trials": trials, "notes": self.notes}
+        write_text(folder / "tune.json", json.dumps(report, indent=1) + "\n")
+
 
 def _row(trial: Trial, won: bool) -> str:
     mark = "table" if trial.current else ""
@@ -232,26 +253,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device("cpu" if options.dry else "cuda")
     torch.manual_seed(0)
     tuner = Tuner(device, options.seconds)
-    skipped = []
-    for case in op_cases(options.dry):
-        if options.op and case.op not in options.op:
-            continue
-        if tuner.is_over:
-            skipped.append(case.label)
-            continue
-        print(case.label, file=sys.stderr)
+    cases = [c for c in op_cases(options.dry) if not options.op or c.op in options.op]
+    for case in (bar := tqdm(cases, unit="op", file=sys.stderr)):
+        bar.set_postfix_str(case.label)
+        first = len(tuner.trials)
         tuner.tune(case)
-    from fastgpt2.kernels.jit import tuning
-
-    winners = tuner.winners()
-    source = TABLE_SOURCE.read_text(encoding="utf-8")
-    for (kernel, rule), trial in winners.items():
-        source = rewrite(source, kernel, rule, tuning.arch_of(device), trial.source)
-    write_text(options.out / "tuning.py", source)
-    report = {"machine": machine(device), "trials": [asdict(t) for t in tuner.trials]}
-    write_text(options.out / "tune.json", json.dumps(report, indent=1) + "\n")
-    print("\n".join(_row(t, t in winners.values()) for t in tuner.trials))
-    print("\n".join(f"not tuned, the time was used up: {label}" for label in skipped))
+        # written at once: a run that is cut short has something to show
+        tuner.write(options.out)
+        winners = tuner.winners().values()
+        tqdm.write("\n".join(_row(t, t in winners) for t in tuner.trials[first:]), sys.stdout)
+    print("\n".join(tuner.notes))
     return 1 if any(t.current and t.fault for t in tuner.trials) else 0
 
 
