@@ -3,6 +3,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgpt2.errors import UserError
+from fastgpt2.kernels.backend import INTERPRETED
 from fastgpt2.ladder import (
     CausalAttention,
     KernelMultiHeadAttention,
@@ -125,15 +126,17 @@ def test_the_op_is_selectable(impl: str) -> None:
     assert_same_function(ours, sdpa, tokens(torch.float32, 2, T, D_IN))
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("impl", ["triton", "auto"])
-def test_triton_equals_packed(impl: str) -> None:
+def test_triton_equals_packed() -> None:
+    # without a GPU the kernels are interpreted
+    device = "cpu" if INTERPRETED else "cuda"
     torch.manual_seed(8)
-    packed = PackedMultiHeadAttention(64, 64, 128, 0.0, 2).cuda().half()
-    ours = KernelMultiHeadAttention(64, 64, 128, 0.0, 2, impl=impl).cuda().half()
+    packed = PackedMultiHeadAttention(64, 64, 40, 0.0, 2).to(device)
+    ours = KernelMultiHeadAttention(64, 64, 40, 0.0, 2, impl="triton").to(device)
     ours.load_state_dict(packed.state_dict())
-    x = torch.randn(2, 100, 64, device="cuda", dtype=torch.float16)
-    torch.testing.assert_close(ours(x), packed(x), rtol=2e-3, atol=2e-3)
+    x = torch.randn(2, 33, 64, device=device)
+    # on a GPU, fp32 products run on tensor cores in TF32
+    tolerance = 1e-5 if INTERPRETED else 5e-3
+    torch.testing.assert_close(ours(x), packed(x), rtol=tolerance, atol=tolerance)
 
 
 def test_all_rungs_share_their_weights() -> None:
