@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt2.kernels import checks, philox, reference
-from fastgpt2.kernels.backend import Impl, resolve
+from fastgpt2.kernels.backend import INTERPRETED, Impl, resolve
 
-# the widest head that the kernels' tiles are made for
-_MAX_HEAD_SIZE = 128
+# the widest head that the kernels' tiles are made for, the most rows that a grid holds
+_MAX_HEAD_SIZE, _MAX_ROWS = 128, 65535
 
 
 @torch.library.custom_op("fastgpt2::attention_fwd", mutates_args=())
@@ -84,6 +84,28 @@ def _backward(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...
 _attention_fwd.register_autograd(_backward, setup_context=_save)
 
 
+def _miscompiled(index: int, dtype: torch.dtype, D: int, masked: bool, dropout: bool) -> str | None:
+    from fastgpt2.kernels.jit import attention_check
+
+    return attention_check.obstacle(index, dtype, D, masked, dropout)
+
+
+# a constant to torch.compile, which must not look into a self-check
+_miscompiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _obstacle(qkv: Tensor, n_head: int, masked: bool, dropout: bool) -> str | None:
+    """Why the kernels cannot run on this tensor, or None if they can."""
+    D = qkv.shape[2] // (3 * n_head)
+    if D > _MAX_HEAD_SIZE:
+        return f"the kernels take heads up to {_MAX_HEAD_SIZE}, not {D}"
+    if qkv.shape[0] > _MAX_ROWS:
+        return f"the kernels take up to {_MAX_ROWS} rows, not {qkv.shape[0]}"
+    if INTERPRETED:
+        return None
+    return _miscompiled(qkv.device.index or 0, qkv.dtype, D, masked, dropout)
+
+
 def attention(
     qkv: Tensor,
     *,
@@ -140,7 +162,8 @@ def attention(
     if scale is None:
         scale = 1.0 / math.sqrt(three_C // (3 * n_head))
     checks.check_positive(op, "scale", scale)
-    match resolve(op, impl, qkv):
+    masked = segment_ids is not None or key_range is not None
+    match resolve(op, impl, qkv, lambda: _obstacle(qkv, n_head, masked, dropout_p > 0)):
         case Impl.REFERENCE:
             key = philox.as_seed(seed, qkv.device) if dropout_p > 0 else None
             return reference.attention(qkv, n_head, dropout_p, key, segment_ids, key_range, scale)

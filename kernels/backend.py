@@ -5,7 +5,7 @@ everywhere else. A named implementation that cannot run raises: nothing falls ba
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from importlib.util import find_spec
@@ -80,8 +80,16 @@ def _triton_obstacle(x: Tensor) -> str | None:
     return None
 
 
-def resolve(op: str, impl: str, x: Tensor) -> Impl:
+def resolve(
+    op: str, impl: str, x: Tensor, own_obstacle: Callable[[], str | None] | None = None
+) -> Impl:
     """The implementation of ``op`` that runs on ``x``.
+
+    Args:
+        op: its name, for messages.
+        impl: what was asked for.
+        x: the tensor that decides.
+        own_obstacle: why this op's kernels cannot run, or None; asked where kernels could.
 
     Raises:
         ValueError: ``impl`` is no implementation's name.
@@ -92,9 +100,12 @@ def resolve(op: str, impl: str, x: Tensor) -> Impl:
         choice = _default
     if choice is Impl.AUTO:
         on_gpu = x.is_cuda and _triton_obstacle(x) is None
-        return Impl.TRITON if on_gpu else Impl.TORCH
+        able = on_gpu and (own_obstacle is None or own_obstacle() is None)
+        return Impl.TRITON if able else Impl.TORCH
     if choice is Impl.TRITON:
         obstacle = _triton_obstacle(x)
+        if obstacle is None and own_obstacle is not None:
+            obstacle = own_obstacle()
         if obstacle is not None:
             raise RuntimeError(f"{op}: impl='triton' cannot run: {obstacle}")
     return choice

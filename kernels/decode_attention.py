@@ -9,6 +9,9 @@ from torch import Tensor
 from fastgpt2.kernels import checks, reference
 from fastgpt2.kernels.backend import Impl, resolve
 
+# the widest head that the kernels' tiles are made for, the most rows that a grid holds
+_MAX_HEAD_SIZE, _MAX_ROWS = 128, 65535
+
 
 @torch.library.custom_op("fastgpt2::decode_attention", mutates_args=())
 def _decode_attention(
@@ -28,6 +31,15 @@ def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale: float
 def _adjacent(x: Tensor) -> Tensor:
     """``x``, copied only if the elements of its rows are not side by side."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _obstacle(q: Tensor) -> str | None:
+    """Why the kernels cannot run on these queries, or None if they can."""
+    if q.shape[2] > _MAX_HEAD_SIZE:
+        return f"the kernels take heads up to {_MAX_HEAD_SIZE}, not {q.shape[2]}"
+    if q.shape[0] > _MAX_ROWS:
+        return f"the kernels take up to {_MAX_ROWS} rows, not {q.shape[0]}"
+    return None
 
 
 def decode_attention(
@@ -77,7 +89,7 @@ def decode_attention(
     if scale is None:
         scale = 1.0 / math.sqrt(D)
     checks.check_positive(op, "scale", scale)
-    match resolve(op, impl, q):
+    match resolve(op, impl, q, lambda: _obstacle(q)):
         case Impl.REFERENCE:
             return reference.decode_attention(q, k_cache, v_cache, lengths, scale)
         case Impl.TORCH:

@@ -6,11 +6,11 @@ and walks over them BLOCK_N at a time. Each of the BLOCK_N lanes keeps an online
 the walk is over; then the lanes are merged. Matrix units would have one row of work: the product
 with the single query is a multiplication and a sum, and memory is what is waited for.
 
-With several shares each writes its part, fp32, and the log2 of its sum of exp2(score); a second
-kernel weighs the parts. A row's keys, not the cache's, are divided among the shares, so the number
-of shares is the same whatever the lengths: no host synchronisation, and a CUDA graph stays valid.
+With several shares each writes its part, its m and its total in fp32, and a second kernel weighs
+the parts. The keys of a row, not of the cache, are divided among the shares, so their number is the
+same whatever the lengths: no host synchronisation, and a CUDA graph stays valid.
 
-Grids (H, shares, B) and (H, B). Bytes: the keys and values below each length once, 4 H D a key in
+Grids (H, shares, B) and (B H,). Bytes: the keys and values below each length once, 4 H D a key in
 bf16; FLOPs 4 H D a key.
 """
 
@@ -39,7 +39,7 @@ def _decode_attention_kernel(
     v_ptr,
     lengths_ptr,
     out_ptr,
-    lse_ptr,
+    stats_ptr,
     q_strides,
     k_strides,
     v_strides,
@@ -76,26 +76,29 @@ def _decode_attention_kernel(
         v_ptr += BLOCK_N * v_strides[2]
     top = tl.max(m, 0)
     weight = tl.exp2(m - top)
-    total = tl.sum(total * weight, 0)
+    whole = tl.sum(total * weight, 0)
     # no key at all: zeros
-    total = tl.where(total == 0.0, 1.0, total)
-    out = tl.sum(acc * (weight / total)[:, None], 0)
+    out = tl.sum(acc * weight[:, None], 0) / tl.where(whole == 0.0, 1.0, whole)
     slot = (share * tl.num_programs(2) + b) * tl.num_programs(0) + h
     store_tile(out_ptr + slot * D, out[None, :], row, 0, 1, D)
-    if lse_ptr is not None:
-        tl.store(lse_ptr + slot, top + tl.log2(total))
+    if stats_ptr is not None:
+        tl.store(stats_ptr + 2 * slot, top)
+        tl.store(stats_ptr + 2 * slot + 1, whole)
 
 
 @triton.jit
 def _decode_attention_merge_kernel(
-    part_ptr, lse_ptr, out_ptr, shares, D: tl.constexpr, BLOCK_S: tl.constexpr
+    part_ptr, stats_ptr, out_ptr, shares, D: tl.constexpr, BLOCK_S: tl.constexpr
 ):
-    """out = sum of the parts, each weighted with its share of the sum of exp2(score)."""
+    """out = sum of the parts, each weighted with what it has of the sum of exp2(score)."""
     slot, slots = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     offs_s = tl.arange(0, BLOCK_S)
-    lse = tl.load(lse_ptr + offs_s * slots + slot, mask=offs_s < shares, other=LOWEST)
-    weight = tl.exp2(lse - tl.max(lse, 0))
-    weight /= tl.sum(weight, 0)
+    stats_ptrs = stats_ptr + 2 * (offs_s * slots + slot)
+    m = tl.load(stats_ptrs, mask=offs_s < shares, other=LOWEST)
+    total = tl.load(stats_ptrs + 1, mask=offs_s < shares, other=0.0)
+    weight = total * tl.exp2(m - tl.max(m, 0))
+    whole = tl.sum(weight, 0)
+    weight /= tl.where(whole == 0.0, 1.0, whole)
     parts = load_tile(part_ptr + slot * D, offs_s, slots * D, shares, D, False)
     out = tl.sum(parts * weight[:, None], 0)
     store_tile(out_ptr + slot * D, out[None, :], tl.zeros([1], tl.int32), 0, 1, D)
@@ -117,7 +120,7 @@ def launch(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale: 
     shares = count_shares(B, H, S, tuning.multiprocessors(q.device))
     whole = shares == 1
     part = out if whole else q.new_empty(shares, B, H, D, dtype=torch.float32)
-    lse = None if whole else q.new_empty(shares, B, H, dtype=torch.float32)
+    stats = None if whole else q.new_empty(shares, B, H, 2, dtype=torch.float32)
     config = tuning.pick("decode_attention", tuning.arch_of(q.device), D=D)
     _decode_attention_kernel[(H, shares, B)](
         q,
@@ -125,7 +128,7 @@ def launch(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale: 
         v_cache,
         lengths,
         part,
-        lse,
+        stats,
         q.stride()[:2],
         k_cache.stride()[:3],
         v_cache.stride()[:3],
@@ -137,7 +140,7 @@ def launch(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale: 
     if not whole:
         config = tuning.pick("decode_attention_merge", tuning.arch_of(q.device))
         _decode_attention_merge_kernel[(B * H,)](
-            part, lse, out, shares, D=D, BLOCK_S=triton.next_power_of_2(shares), **config.meta()
+            part, stats, out, shares, D=D, BLOCK_S=triton.next_power_of_2(shares), **config.meta()
         )
     return out
 
@@ -149,7 +152,7 @@ def _case(config: tuning.Config, dtype: str, D: int, *, split: bool) -> CompileC
         **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), f"*{dtype}"),
         "lengths_ptr": "*i64",
         "out_ptr": "*fp32" if split else f"*{dtype}",
-        "lse_ptr": "*fp32" if split else None,
+        "stats_ptr": "*fp32" if split else None,
         "q_strides": ("i32",) * 2,
         "k_strides": ("i32",) * 3,
         "v_strides": ("i32",) * 3,
@@ -173,7 +176,7 @@ def _merge_case(config: tuning.Config) -> CompileCase:
     elements = float(rows * MAX_SHARES * D)
     arguments = {
         "part_ptr": "*fp32",
-        "lse_ptr": "*fp32",
+        "stats_ptr": "*fp32",
         "out_ptr": "*bf16",
         "shares": "i32",
         "D": D,

@@ -17,6 +17,8 @@ from fastgpt2.kernels.backend import INTERPRETED
 # sm_80 stands for every NVIDIA GPU that has no column of its own, so its tiles must fit in the
 # 99 KB of shared memory of an sm_86, sm_89 or sm_120; gfx942 stands for every AMD GPU
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+# the architecture that the candidates are made for: there they are compiled, too
+TUNED = "sm_90"
 # the interpreter's column: small tiles, so that small shapes span several of them
 INTERPRET = "interpret"
 
@@ -70,6 +72,11 @@ class Rule:
     def on(self, arch: str) -> Config:
         """The config of this shape class on ``arch``."""
         return self.configs.get(arch, self.configs["sm_80"])
+
+    def compiled(self, arch: str) -> list[Config]:
+        """What the compile matrix covers: the config, and the candidates where they are for."""
+        tried = self.candidates if arch == TUNED else ()
+        return list(dict.fromkeys([self.on(arch), *tried]))
 
 
 # kernel -> rules, narrow ones first
@@ -263,6 +270,26 @@ TABLE: dict[str, tuple[Rule, ...]] = {
             (config(4, 1, BLOCK_N=4, BLOCK_F=1024), config(4, 1, BLOCK_N=4, BLOCK_F=512)),
         ),
     ),
+    "linear_gelu_fwd": (
+        Rule(
+            {"bytes": 2},
+            {
+                "sm_80": config(8, 3, BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, GROUP_M=8),
+                "sm_90": config(8, 3, BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP_M=8),
+                "sm_100": config(8, 3, BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP_M=8),
+                "gfx942": config(8, 2, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8),
+                INTERPRET: config(4, 1, BLOCK_M=32, BLOCK_N=16, BLOCK_K=16, GROUP_M=2),
+            },
+            (config(8, 3, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8),),
+        ),
+        Rule(
+            {},
+            {
+                "sm_80": config(8, 2, BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, GROUP_M=8),
+                INTERPRET: config(4, 1, BLOCK_M=16, BLOCK_N=32, BLOCK_K=16, GROUP_M=2),
+            },
+        ),
+    ),
     "embedding_fwd": (
         Rule({}, {"sm_80": config(4, 1, BLOCK_N=4), INTERPRET: config(4, 1, BLOCK_N=4)}),
     ),
@@ -289,6 +316,10 @@ TABLE: dict[str, tuple[Rule, ...]] = {
     ),
 }
 
+# (op, architecture) -> {(C, F): measurement}: where a matrix product of ours, with its epilogue,
+# has been measured faster than the library's with a pointwise kernel behind it; none has been yet
+FUSED: dict[tuple[str, str], dict[tuple[int, int], str]] = {}
+
 # set by `overriding`
 _overrides: dict[str, Config] = {}
 
@@ -308,6 +339,12 @@ def candidates(op: str, **shape_class: int) -> list[Config]:
     rule = next(rule for rule in TABLE[op] if rule.applies(shape_class))
     chosen = [c for arch, c in rule.configs.items() if arch != INTERPRET]
     return list(dict.fromkeys([*chosen, *rule.candidates]))
+
+
+@torch.compiler.assume_constant_result
+def fused(op: str, device: torch.device, C: int, F: int) -> bool:
+    """Whether ``op`` runs as one kernel at this shape: only where that was measured faster."""
+    return (C, F) in FUSED.get((op, arch_of(device)), {})
 
 
 @contextmanager

@@ -1,0 +1,92 @@
+"""A guard against assemblers that get attention wrong on Hopper.
+
+Up to CUDA 12.9, ptxas may overwrite the registers of an asynchronous wgmma whose left operand lies
+in registers (triton-lang/triton#11781); in flash-linear-attention#1262, 13.0 still failed and 13.1
+passed. The products P V, P^T dO, dS^T Q and dS K are of that kind, and Triton 3.6 and 3.7 ship
+ptxas 12.8. So on an sm_90 with a ptxas older than 13.1, what attention computes there is held
+against the reference, once per process and kind of kernel, before anyone gets to see it.
+"""
+
+import math
+import warnings
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from triton import knobs
+
+from fastgpt2.kernels import reference
+from fastgpt2.kernels.jit.attention import launch_fwd
+from fastgpt2.kernels.jit.attention_bwd import launch_bwd
+
+SAFE_PTXAS = (13, 1)
+HOPPER = (9, 0)
+# several tiles of every kernel, in one piece and with a rest
+LENGTHS = (512, 500)
+# of the norm of the gradients: 16-bit rounding errs by half a percent, lost registers by far more
+GRADIENT_TOLERANCE = 0.02
+
+
+def is_suspect(dtype: torch.dtype, capability: tuple[int, int], ptxas: str) -> bool:
+    """Whether this assembler may get the tensor-core products of this dtype and GPU wrong."""
+    version = tuple(int(part) for part in ptxas.split(".")[:2])
+    return dtype.itemsize == 2 and capability == HOPPER and version < SAFE_PTXAS
+
+
+def _integers(shape: tuple[int, ...], largest: int, device: torch.device) -> Tensor:
+    # from the CPU's generator of its own: nobody's random numbers change because of a check
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(-largest, largest + 1, shape, generator=generator).to(device)
+
+
+def passes(
+    device: torch.device, dtype: torch.dtype, D: int, *, masked: bool, dropout: bool
+) -> bool:
+    """Whether attention's kernels of this kind are right, held against fp64 on small integers.
+
+    At a scale of ln 2 integer scores give powers of two as probabilities: every sum of the forward
+    kernel is exact and only its last division rounds. Masks that hide nothing and dropout that
+    drops nothing leave the numbers as they are and choose the kernels that have them.
+    """
+    B, H = 1, 2
+    for T in LENGTHS:
+        qkv = _integers((B, T, 3, H, D), 3, device)
+        # few dimensions with scores of at most 4, spread over the head
+        qkv[:, :, :2] = qkv[:, :, :2].clamp(-1, 1)
+        qkv[:, :, 0].masked_fill_(torch.arange(D, device=device) % math.ceil(D / 4) != 0, 0)
+        qkv = qkv.view(B, T, 3 * H * D).to(dtype)
+        dout = _integers((B, T, H * D), 3, device).to(dtype)
+        seed = torch.zeros((), dtype=torch.int64, device=device) if dropout else None
+        segments = torch.zeros(B, T, dtype=torch.int32, device=device) if masked else None
+        options = (seed, segments, None, H, 1e-12, math.log(2.0))
+        out, lse = launch_fwd(qkv, *options)
+        dqkv = launch_bwd(dout, qkv, out, lse, *options)
+        with torch.inference_mode(False), torch.enable_grad():
+            gold = qkv.double().requires_grad_()
+            gold_out = reference.attention(gold, H, 0.0, None, None, None, math.log(2.0))
+            (gold_dqkv,) = torch.autograd.grad(gold_out, gold, dout.double())
+        rounding = torch.finfo(dtype).eps * gold_out.abs() + 1e-6
+        # written so that a NaN fails
+        if not bool(((out - gold_out).abs() <= rounding).all()):
+            return False
+        if not bool((dqkv - gold_dqkv).norm() <= GRADIENT_TOLERANCE * gold_dqkv.norm()):
+            return False
+    return True
+
+
+@lru_cache
+def obstacle(index: int, dtype: torch.dtype, D: int, masked: bool, dropout: bool) -> str | None:
+    """Why attention's kernels must not run on GPU ``index``, or None; warns the first time."""
+    if torch.version.hip is not None:
+        return None
+    ptxas = knobs.nvidia.ptxas.version
+    if not is_suspect(dtype, torch.cuda.get_device_capability(index), ptxas):
+        return None
+    if passes(torch.device("cuda", index), dtype, D, masked=masked, dropout=dropout):
+        return None
+    fault = (
+        f"ptxas {ptxas} builds kernels that compute wrong numbers here (head size {D}, {dtype}); "
+        "point TRITON_PTXAS_PATH to ptxas 13.1 or newer"
+    )
+    warnings.warn(f"attention: {fault}; impl='auto' takes PyTorch's attention", stacklevel=2)
+    return fault
