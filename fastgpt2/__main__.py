@@ -6,6 +6,7 @@ from importlib import import_module
 COMMANDS = {
     "train": "train a GPT-2 on text",
     "generate": "continue a text with a trained model",
+    "evaluate": "score models on a text or a task",
     "prepare": "tokenize a large corpus into shards",
     "convert": "convert weights between formats",
 }

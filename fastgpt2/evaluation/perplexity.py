@@ -18,7 +18,7 @@ from fastgpt2.model import GPT
 CALIBRATION_BINS = 10
 WORST_TOKENS = 10
 # tokens of text shown before a badly predicted one
-_SHOWN_BEFORE = 16
+_SHOWN_BEFORE = 40
 
 
 @dataclass(frozen=True)

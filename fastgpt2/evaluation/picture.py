@@ -10,9 +10,9 @@ from fastgpt2.evaluation.tasks import Metrics
 from fastgpt2.files import atomic_path
 
 # points of the curve over the positions, and the fewest tokens behind one of them
-_POINTS, _LEAST_TOKENS = 48, 30
-# characters shown before a token
-_SHOWN = 34
+_POINTS, _LEAST_TOKENS = 32, 30
+# characters shown before a token, and of a model's name
+_SHOWN, _NAME = 44, 32
 
 
 def draw_text_scores(path: Path, scores: dict[str, TextScore], data: str) -> None:
@@ -25,19 +25,20 @@ def draw_text_scores(path: Path, scores: dict[str, TextScore], data: str) -> Non
     position, calibration = top.subplots(1, 2, width_ratios=[3, 2])
     for number, (name, score) in enumerate(scores.items()):
         color = f"C{number}"
-        _draw_position(position, score, f"{name}: {score.loss:.4f} nats", color)
-        label = f"{name}: error {score.calibration_error:.3f}"
+        _draw_position(position, score, f"{_short(name)}: {score.loss:.4f} nats", color)
+        label = f"{_short(name)}: ECE {score.calibration_error:.3f}"
         _draw_calibration(calibration, score, label, color)
     position.set(
         xlabel="tokens read before, in the window", ylabel="cross-entropy (nats per token)"
     )
+    position.set_xlim(left=0)
     calibration.plot([0, 1], [0, 1], "--", color="grey", linewidth=1)
     calibration.set(
         xlabel="probability of the likeliest token", ylabel="how often it is right", aspect="equal"
     )
-    for axes in (position, calibration):
+    for axes, corner in ((position, "best"), (calibration, "lower right")):
         axes.grid(alpha=0.3)
-        for text in axes.legend(fontsize="small").get_texts():
+        for text in axes.legend(fontsize="small", loc=corner).get_texts():
             text.set_parse_math(False)
     wide = len(scores) == 1
     grid = bottom.subplots(rows, 1 if wide else columns, squeeze=False).ravel()
@@ -62,7 +63,7 @@ def draw_metrics(path: Path, results: dict[str, Metrics], task: str, chance: flo
         if chance and column.startswith("accuracy"):
             axes.axvline(chance, color="grey", linestyle="--", linewidth=1, label="chance")
             axes.legend(fontsize="small")
-        axes.set_yticks(range(len(results)), list(results), parse_math=False)
+        axes.set_yticks(range(len(results)), map(_short, results), parse_math=False)
         axes.set(title=column, ylim=(len(results) - 0.5, -0.5))
         axes.grid(alpha=0.3)
     _save(figure, path)
@@ -128,7 +129,14 @@ def _draw_worst(axes: Any, name: str, score: TextScore, color: str) -> None:
         axes.text(0, place, text, va="center", fontsize=8, family="monospace", parse_math=False)
     axes.set_yticks([])
     axes.set(ylim=(len(losses) - 0.5, -0.5), xlabel="nats")
-    axes.set_title(f"{name}: the worst predicted tokens (▸)", fontsize="medium", parse_math=False)
+    axes.set_title(
+        f"{_short(name)}: the worst predicted tokens (▸)", fontsize="medium", parse_math=False
+    )
+
+
+def _short(name: str) -> str:
+    """The end of a long name, which is what tells folders apart."""
+    return name if len(name) <= _NAME else f"…{name[1 - _NAME :]}"
 
 
 def _printable(text: str) -> str:
