@@ -12,6 +12,7 @@ import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -134,7 +135,7 @@ def load_model(folder: Path, **overrides: Any) -> GPT:
         model.load_state_dict(weights, assign=True)
     except Exception as error:
         # safetensors and PyTorch raise types of their own for damaged and misshaped files
-        raise UserError(f"{folder}: cannot be loaded: {error}") from None
+        raise UserError(f"{folder}: cannot be loaded: {_beginning(error)}") from None
     return model
 
 
@@ -160,7 +161,13 @@ def load_training_state(folder: Path, model: GPT, optimizer: torch.optim.Optimiz
         set_rng_states(rng, model.lm_head.weight.device)
     except Exception as error:
         # as above, and a tensor that is not there
-        raise UserError(f"{folder / OPTIMIZER}: cannot be loaded: {error}") from None
+        raise UserError(f"{folder / OPTIMIZER}: cannot be loaded: {_beginning(error)}") from None
+
+
+def _beginning(error: Exception) -> str:
+    """The start of a message: PyTorch's go on to name every tensor that does not fit."""
+    text = f"no tensor {error}" if isinstance(error, KeyError) else str(error)
+    return shorten(text, 200, placeholder=" ...")
 
 
 def _folder(run: Path, step: int) -> Path:

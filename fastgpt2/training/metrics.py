@@ -96,7 +96,8 @@ def plot(run: Path) -> Path | None:
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1.2, markersize=4)
     loss.set_ylabel("cross-entropy (nats per token)")
-    loss.legend()
+    if loss.has_data():
+        loss.legend()
     lr.set_ylabel("learning rate")
     speed.set_ylabel("tokens / s")
     speed.set_ylim(bottom=0)

@@ -1,0 +1,41 @@
+"""Kill -9 in the middle of a checkpoint: the one before stays, and the run can be resumed."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastgpt2.training import checkpoint
+from tests.training.killed import POINTS, kill_config
+from tests.training.tiny_run import assert_same_training, train
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if not hasattr(os, "fork"):
+        pytest.skip("needs os.fork")
+    folder = tmp_path_factory.mktemp("killed")
+    command = [sys.executable, "-m", "tests.training.killed", str(data), str(folder)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+@pytest.mark.usefixtures("no_picture")
+@pytest.mark.parametrize("point", [name for name in POINTS if name != "whole"])
+def test_killed_while_saving(runs: Path, data: Path, point: str) -> None:
+    run = runs / point
+    survivor = checkpoint.latest(run)
+    saved = point in ("after_rename", "pruning")
+    assert survivor.name == ("step_00000004" if saved else "step_00000002")
+    assert checkpoint.load_model(survivor)
+    assert checkpoint.load_model(checkpoint.best(run))
+    assert train(kill_config(data), run, resume=True).exit_code == 0
+    assert_same_training(run, runs / "whole")
+    # nothing half-written is left lying about
+    names = {path.name for path in (run / "checkpoints").iterdir()}
+    assert names == {path.name for path in (runs / "whole" / "checkpoints").iterdir()}
