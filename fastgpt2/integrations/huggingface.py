@@ -140,8 +140,8 @@ class GPT2LMHeadModel(transformers.GPT2LMHeadModel):  # type: ignore[no-untyped-
             return "the model is in evaluation mode"
         if self.loss_function is not causal_lm_loss:
             return "loss_function has been replaced"
-        head: Any = self.get_output_embeddings()
-        if type(head) is not nn.Linear or head.bias is not None or _has_hooks(head):
+        head = self.lm_head
+        if type(head) is not nn.Linear or head._parameters["bias"] is not None or _has_hooks(head):
             return "lm_head is no bare nn.Linear without bias and hooks"
         return None
 

