@@ -23,14 +23,14 @@ def _(x: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @torch.library.custom_op("fastgpt2::gelu_bwd", mutates_args=())
-def _gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """(dx, dbias); dbias is empty without a bias."""
     from fastgpt2.kernels.jit import gelu as jit
 
-    return jit.launch_bwd(dy, x, bias, None if bias is None else bias.dtype)
+    return jit.launch_bwd(dy, x, bias)
 
 
-@_gelu_bwd.register_fake
+@gelu_bwd.register_fake
 def _(dy: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(0) if bias is None else torch.empty_like(bias)
 
@@ -41,7 +41,7 @@ def _save(ctx: Any, inputs: tuple[Tensor, Tensor | None], output: Tensor) -> Non
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None]:
     x, bias = ctx.saved_tensors
-    dx, dbias = _gelu_bwd(dy, x, bias)
+    dx, dbias = gelu_bwd(dy, x, bias)
     return dx, None if bias is None else dbias
 
 

@@ -1,16 +1,65 @@
 """The MLP's first half: projection, bias and GELU as one op."""
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt2.kernels import checks, reference
 from fastgpt2.kernels.backend import Impl, resolve
+from fastgpt2.kernels.gelu import bias_gelu, gelu, gelu_bwd
+from fastgpt2.kernels.jit import tuning
+
+
+@torch.library.custom_op("fastgpt2::linear_gelu_fwd", mutates_args=())
+def _linear_gelu_fwd(
+    x: Tensor, weight: Tensor, bias: Tensor | None, with_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """(y, z): z is x @ weight.T without the bias, empty without grad."""
+    from fastgpt2.kernels.jit import linear_gelu as jit
+
+    return jit.launch_fwd(x, weight, bias, with_grad=with_grad)
+
+
+@_linear_gelu_fwd.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, with_grad: bool) -> tuple[Tensor, Tensor]:
+    shape = (*x.shape[:-1], weight.shape[0])
+    return x.new_empty(shape), x.new_empty(shape if with_grad else (0,))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, bias, _ = inputs
+    _, z = output
+    ctx.mark_non_differentiable(z)
+    ctx.save_for_backward(x, weight, bias, z)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _backward(ctx: Any, dy: Tensor, _dz: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias, z = ctx.saved_tensors
+    dz, dbias = gelu_bwd(dy, z, bias)
+    dx_wanted, dweight_wanted, *_ = ctx.needs_input_grad
+    return (
+        dz @ weight if dx_wanted else None,
+        _rows(dz).t() @ _rows(x) if dweight_wanted else None,
+        None if bias is None else dbias,
+        None,
+    )
+
+
+_linear_gelu_fwd.register_autograd(_backward, setup_context=_save)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, impl: str = "auto") -> Tensor:
     """gelu(x @ weight.T + bias), tanh form.
 
-    Products accumulate in fp32; weight and bias are taken in x's dtype, which is y's.
+    Products accumulate in fp32; weight and bias are taken in x's dtype, which is y's. ``triton``
+    is the library's product with ``bias_gelu`` behind it, or one kernel of our own at the shapes
+    for which ``tuning.FUSED`` holds a measurement that it is faster.
 
     Args:
         x: (..., C).
@@ -27,6 +76,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, impl: str = "
     checks.check_dim(op, "weight", weight, 2, "(F, C)")
     F_width = weight.shape[0]
     checks.check_shape(op, "weight", weight, (F_width, x.shape[-1]), f"x {tuple(x.shape)}")
+    checks.check_same_device(op, "weight", weight, x.device)
     if bias is not None:
         checks.check_shape(op, "bias", bias, (F_width,), f"weight {tuple(weight.shape)}")
     weight = weight.to(x.dtype)
@@ -36,4 +86,11 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, impl: str = "
             return reference.linear_gelu(x, weight, bias)
         case Impl.TORCH:
             return F.gelu(F.linear(x, weight, bias), approximate="tanh")
-    raise RuntimeError("linear_gelu: impl='triton' is not built yet")
+    if not tuning.fused(op, x.device, C=weight.shape[1], F=F_width):
+        z = F.linear(x, weight)
+        return gelu(z, impl=impl) if bias is None else bias_gelu(z, bias, impl=impl)
+    inputs = (x, weight) if bias is None else (x, weight, bias)
+    with_grad = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    bias = None if bias is None else bias.contiguous()
+    y: Tensor = _linear_gelu_fwd(x, weight, bias, with_grad)[0]
+    return y

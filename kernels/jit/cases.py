@@ -9,12 +9,8 @@ SIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 def configs(op: str, arch: str) -> list[tuple[dict[str, int], Config]]:
-    """(limits, config) of every rule of ``op``: what ``arch`` runs with, then the candidates."""
-    return [
-        (dict(rule.limits), config)
-        for rule in TABLE[op]
-        for config in dict.fromkeys([rule.on(arch), *rule.candidates])
-    ]
+    """(limits, config) of every rule of ``op`` and every config to compile for ``arch``."""
+    return [(dict(rule.limits), config) for rule in TABLE[op] for config in rule.compiled(arch)]
 
 
 def case(
@@ -36,8 +32,9 @@ def case(
         name: of the kernel, as in the tuning table.
         config: tiles, warps and stages; its blocks are constants of the kernel.
         variant: what else tells the case apart, such as ``C768 bf16``.
-        arguments: by name, a type (``"*bf16"``, ``"i32"``, a tuple of types) or, where it is no
-            string, the value of a constant: None for a tensor that is not there.
+        arguments: by name, a type (``"*bf16"``, ``"i32"``, a tuple of types, where a stride of 1
+            is ``"constexpr"``) or, where it is no string, the value of a constant: None for a
+            tensor that is not there.
         bytes: that the launch must move through device memory.
         flops: of the launch.
         wants_mma: the kernel is meant to use the tensor cores.
@@ -59,7 +56,9 @@ def case(
         constexprs=constants,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        divisible_by_16=tuple(n for n, kind in elements.items() if kind != "fp32" and n not in odd),
+        divisible_by_16=tuple(
+            n for n, kind in elements.items() if kind not in ("fp32", "constexpr") and n not in odd
+        ),
         wants_mma=wants_mma,
         flops=flops,
         bytes=bytes,

@@ -123,23 +123,18 @@ def launch_fwd(x: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
-def launch_bwd(
-    dy: Tensor, x: Tensor, bias: Tensor | None, dbias_dtype: torch.dtype | None
-) -> tuple[Tensor, Tensor]:
-    """(dx, dbias); the sum over rows that is dbias is left out, and empty, without a dtype."""
+def launch_bwd(dy: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(dx, dbias); without a bias, dbias is empty and no sums are made."""
     dx = x.new_empty(x.shape)
-    F = x.shape[-1] if x.dim() else 1
-    dbias = x.new_empty(0 if dbias_dtype is None else F, dtype=dbias_dtype)
+    dbias = x.new_empty(0) if bias is None else torch.empty_like(bias)
     if x.numel() == 0:
         return dx, dbias.zero_()
     rows, dy_rows = as_rows(x), as_rows(dy)
-    N = rows.shape[0]
+    N, F = rows.shape
     config = tuning.pick("gelu_bwd", tuning.arch_of(x.device))
     column_blocks = triton.cdiv(F, config["BLOCK_F"])
     P = row_programs(triton.cdiv(N, config["BLOCK_N"]), x.device, columns=column_blocks)
-    partial = None
-    if dbias_dtype is not None:
-        partial = x.new_empty(1, P, F, dtype=torch.float32)
+    partial = None if bias is None else x.new_empty(1, P, F, dtype=torch.float32)
     _gelu_bwd_kernel[(column_blocks, P)](
         dy_rows,
         rows,

@@ -1,0 +1,240 @@
+"""Projection, bias and GELU as one op: both Triton routes and the others against fp64."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastgpt2.kernels import linear_gelu
+from fastgpt2.kernels.jit import tuning
+from fastgpt2.kernels.linear_gelu import _linear_gelu_fwd
+from tests.kernels import budget
+from tests.kernels.budget import DEVICE
+from tests.kernels.graphs import assert_compiles_whole, assert_graph_replays
+
+# (rows, width, MLP width)
+SHAPES = budget.grid(
+    [(1, 33, 20), (37, 48, 80), (70, 16, 17)],
+    [(N, C, 4 * C) for N in budget.ROWS for C in budget.WIDTHS if C > 1],
+)
+ROUTES = ("fused", "library")
+
+
+class _Everywhere(dict[tuple[int, int], str]):
+    """A table row of ``tuning.FUSED`` that names every shape."""
+
+    def __contains__(self, shape: object) -> bool:
+        return True
+
+
+@pytest.fixture(params=ROUTES)
+def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The test runs twice: our own matrix product, and the library's with our GELU behind it."""
+    chosen: str = request.param
+    if chosen == "fused":
+        monkeypatch.setitem(tuning.FUSED, ("linear_gelu", tuning.arch_of(DEVICE)), _Everywhere())
+    return chosen
+
+
+def _inputs(N: int, C: int, F: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    return {
+        "x": torch.randn(N, C, device=DEVICE).to(dtype),
+        "weight": (torch.randn(F, C, device=DEVICE) / C**0.5).to(dtype),
+        "bias": torch.randn(F, device=DEVICE).to(dtype),
+    }
+
+
+def _op(impl: str, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return linear_gelu(x, weight, bias, impl=impl)
+
+
+@pytest.mark.usefixtures("route")
+@pytest.mark.parametrize("dtype", budget.dtype_grid(), ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_within_budget(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    budget.check_op(_op, _inputs(*shape, dtype))
+
+
+@pytest.mark.usefixtures("route")
+def test_bias_is_optional() -> None:
+    inputs = _inputs(37, 48, 80, torch.float32)
+    del inputs["bias"]
+    budget.check_op(_op, inputs)
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_other_implementations_are_within_budget(impl: str) -> None:
+    # each is the other's measure
+    eager = "reference" if impl == "torch" else "torch"
+    budget.check_op(_op, _inputs(37, 48, 80, torch.float32), impl=impl, eager=eager)
+
+
+def test_the_table_of_fused_shapes_holds_measurements() -> None:
+    for (op, arch), shapes in tuning.FUSED.items():
+        assert op == "linear_gelu" and arch in tuning.ARCHITECTURES
+        assert all(measurement for measurement in shapes.values())
+
+
+def test_routes_are_what_they_claim(route: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    products = []
+    linear = torch.nn.functional.linear
+
+    def counted(*args: Any) -> Tensor:
+        products.append(1)
+        return linear(*args)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", counted)
+    _op("triton", **_inputs(3, 16, 20, torch.float32))
+    assert len(products) == (route == "library")
+
+
+@pytest.mark.usefixtures("route")
+def test_parameters_in_fp32_keep_their_gradients_dtype() -> None:
+    inputs = _inputs(7, 16, 20, torch.float16)
+    inputs |= {n: inputs[n].float() for n in ("weight", "bias")}
+    budget.check_op(_op, inputs)
+
+
+@pytest.mark.usefixtures("route")
+@pytest.mark.parametrize("layout", ["rows with a stride", "columns with a stride", "transposed"])
+def test_strided_inputs(layout: str) -> None:
+    inputs = _inputs(6, 16, 20, torch.float32)
+
+    def lay_out(x: Tensor) -> Tensor:
+        return {
+            "rows with a stride": torch.cat([x, x.neg()], -1)[..., : x.shape[-1]],
+            "columns with a stride": torch.stack([x, x.neg()], -1).flatten(-2)[..., ::2],
+            "transposed": x.transpose(0, 1).contiguous().transpose(0, 1),
+        }[layout]
+
+    x, dy = inputs["x"].view(2, 3, 16), torch.randn(2, 3, 20, device=DEVICE)
+    results = []
+    for given, upstream in ((lambda t: t, dy), (lay_out, lay_out(dy))):
+        leaves = [given(t).detach().requires_grad_() for t in (x, inputs["weight"])]
+        y = _op("triton", *leaves)
+        results.append([y, *torch.autograd.grad(y, leaves, upstream)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.usefixtures("route")
+def test_no_grad_stores_no_pre_activation() -> None:
+    inputs = _inputs(7, 16, 20, torch.float32)
+    expected = _op("triton", **inputs)
+    assert not expected.requires_grad
+    y, z = _linear_gelu_fwd(*inputs.values(), False)
+    assert z.numel() == 0
+    torch.testing.assert_close(y, expected)
+    y, z = _linear_gelu_fwd(*inputs.values(), True)
+    torch.testing.assert_close(z, inputs["x"] @ inputs["weight"].T)
+
+
+@pytest.mark.usefixtures("route")
+@pytest.mark.parametrize("frozen", ["x", "weight", "bias"])
+def test_frozen_inputs(frozen: str) -> None:
+    inputs = _inputs(7, 16, 20, torch.float32)
+    gradients = []
+    for impl in ("triton", "reference"):
+        leaves = {n: t.clone().requires_grad_(n != frozen) for n, t in inputs.items()}
+        wanted = [t for t in leaves.values() if t.requires_grad]
+        gradients.append(torch.autograd.grad(_op(impl, **leaves).sum(), wanted))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.usefixtures("route")
+def test_any_number_of_dimensions() -> None:
+    inputs = _inputs(6, 16, 20, torch.float32)
+    weight, bias = inputs["weight"].requires_grad_(), inputs["bias"].requires_grad_()
+    for shape in ((16,), (2, 3, 16), (1, 2, 1, 16)):
+        x = inputs["x"].flatten()[: torch.Size(shape).numel()].view(shape)
+        gradients = []
+        for impl in ("triton", "reference"):
+            y = _op(impl, x, weight, bias)
+            assert y.shape == (*shape[:-1], 20)
+            gradients.append(torch.autograd.grad(y.square().sum(), (weight, bias)))
+        for a, b in zip(*gradients, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.usefixtures("route")
+def test_empty_batch() -> None:
+    leaves = {n: t.requires_grad_() for n, t in _inputs(0, 16, 20, torch.float32).items()}
+    y = _op("triton", **leaves)
+    assert y.shape == (0, 20)
+    for t, g in zip(leaves.values(), torch.autograd.grad(y, list(leaves.values()), y), strict=True):
+        assert g.shape == t.shape and not g.any()
+
+
+@pytest.mark.parametrize("dtype", budget.dtype_grid(), ids=str)
+def test_every_config_is_exact_on_integers(dtype: torch.dtype) -> None:
+    N, C, F = 70, 33, 150
+    inputs = {n: torch.randint_like(t, -2, 3) for n, t in _inputs(N, C, F, dtype).items()}
+    inputs["bias"] += 200
+    # products of small integers are exact in any order, and behind 200 GELU changes nothing
+    expected = inputs["x"].double() @ inputs["weight"].double().T
+    for config in tuning.candidates("linear_gelu_fwd", bytes=dtype.itemsize):
+        with tuning.overriding("linear_gelu_fwd", config):
+            y, z = _linear_gelu_fwd(*inputs.values(), True)
+        assert torch.equal(z.double(), expected)
+        assert torch.equal(y, (expected + inputs["bias"].double()).to(dtype))
+
+
+@pytest.mark.usefixtures("route")
+def test_same_bits_twice() -> None:
+    budget.assert_repeatable(_op, _inputs(37, 48, 80, torch.float32))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("route")
+@pytest.mark.parametrize("dtype", budget.DTYPES, ids=str)
+def test_same_bits_a_thousand_times(dtype: torch.dtype) -> None:
+    budget.assert_repeatable(_op, _inputs(1023, 768, 3072, dtype), times=1000)
+
+
+def test_opcheck() -> None:
+    leaves = [t.requires_grad_() for t in _inputs(5, 16, 20, torch.float32).values()]
+    torch.library.opcheck(_linear_gelu_fwd, (*leaves, True))
+    torch.library.opcheck(_linear_gelu_fwd, (leaves[0], leaves[1], None, True))
+
+
+@pytest.mark.usefixtures("route")
+def test_compiles_whole_at_two_lengths() -> None:
+    def step(**inputs: Tensor) -> Tensor:
+        return _op("triton", **inputs)
+
+    assert_compiles_whole(step, [_inputs(N, 16, 20, torch.float32) for N in (4, 9)])
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("route")
+def test_captured_in_a_cuda_graph() -> None:
+    leaves = [t.requires_grad_() for t in _inputs(257, 768, 3072, torch.bfloat16).values()]
+
+    def step() -> list[Tensor]:
+        y = _op("triton", *leaves)
+        return [y, *torch.autograd.grad(y, leaves, y)]
+
+    assert_graph_replays(step, leaves)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": torch.ones(2, 8).long()}, TypeError, "x must be floating point, got torch.int64"),
+        ({"weight": torch.ones(8)}, ValueError, r"weight must be \(F, C\), got shape \(8,\)"),
+        ({"weight": torch.ones(9, 7)}, ValueError, r"weight must have shape \(9, 8\) to match x"),
+        ({"weight": torch.ones(9, 8, device="meta")}, ValueError, "weight must be on cpu"),
+        ({"bias": torch.ones(7)}, ValueError, r"bias must have shape \(9,\) to match weight"),
+        ({"impl": "cuda"}, ValueError, "impl must be one of auto, triton, torch, reference"),
+    ],
+)
+def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    arguments: dict[str, Any] = {
+        "x": torch.ones(2, 8),
+        "weight": torch.ones(9, 8),
+        "bias": torch.ones(9),
+    }
+    with pytest.raises(error, match=message):
+        linear_gelu(**(arguments | change))
