@@ -34,6 +34,9 @@ from fastgpt2.training.schedules import learning_rate, progress
 from fastgpt2.training.step import Batch, StepResult, TrainingStep
 from fastgpt2.training.validation import Validation, validate
 
+# tokens of an evaluation's batch, at least: without gradients they fit wherever training does
+EVAL_TOKENS = 4096
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -85,6 +88,13 @@ class Trainer:
             # for its checks, like those of the validation tokens below: better now than at the
             # first evaluation
             encode_prompt(self.tokenizer, config.sample_prompt, name="sample_prompt")
+        self.tokenizer_id = f"{self.tokenizer.name} {self.tokenizer.fingerprint}"
+        if folder is not None:
+            saved = checkpoint.read_state(folder).get("tokenizer")
+            if saved != self.tokenizer_id:
+                raise UserError(
+                    f"{folder}: saved with tokenizer {saved}, the run's is {self.tokenizer_id}"
+                )
         torch.manual_seed(config.seed)
         shape = config.gpt_config(self.tokenizer.vocab_size)
         self.model = (
@@ -242,7 +252,7 @@ class Trainer:
         self.validation = validate(
             self.model,
             self.dataset,
-            batch_size=self.config.batch_size,
+            batch_size=max(self.config.batch_size, EVAL_TOKENS // self.model.config.block_size),
             dtype=self.dtype,
             poll=self.interrupt.poll,
         )
@@ -327,11 +337,7 @@ class Trainer:
             "train_loss": _finite_or_none(self.train_loss),
             "validation": None if validation is None else asdict(validation),
             "pending": [[_finite_or_none(x.item()) for x in result] for result in self.pending],
-            "tokenizer": {
-                "name": self.tokenizer.name,
-                "fingerprint": self.tokenizer.fingerprint,
-                "vocab_size": self.tokenizer.vocab_size,
-            },
+            "tokenizer": self.tokenizer_id,
             "config": self.config.to_toml(),
         }
         checkpoint.save(self.run_folder, self.step, self.model, self.optimizer, state)
@@ -340,12 +346,6 @@ class Trainer:
     def _restore(self, folder: Path) -> None:
         state = checkpoint.read_state(folder)
         try:
-            saved = state["tokenizer"]["fingerprint"]
-            if saved != self.tokenizer.fingerprint:
-                raise UserError(
-                    f"{folder}: saved with tokenizer {state['tokenizer']['name']} {saved}, the "
-                    f"data has {self.tokenizer.name} {self.tokenizer.fingerprint}"
-                )
             self.step, self.elapsed = state["step"], state["elapsed"]
             self.train_loss = _or_nan(state["train_loss"])
             if state["validation"] is not None:
@@ -366,7 +366,7 @@ class Trainer:
         val_tokens = 0 if dataset.val is None else len(dataset.val)
         self.notify(
             f"data: {dataset.source}; {len(dataset.train):,} training and {val_tokens:,} "
-            f"validation tokens (tokenizer {self.tokenizer.name} {self.tokenizer.fingerprint})"
+            f"validation tokens (tokenizer {self.tokenizer_id})"
         )
         for line in summary.model_lines(self.model, config.batch_size, self.dtype, self.device):
             self.notify(line)
