@@ -72,12 +72,12 @@ def _row_statistics(
 
 @triton.jit
 def _write_gradient(
-    row_ptr, drow_ptr, target, kept, statistics, scale, columns, options, BLOCK_V: tl.constexpr
+    row_ptr, drow_ptr, target, kept, statistics, scale, columns, terms, BLOCK_V: tl.constexpr
 ):
     """Write ``scale`` times the gradient of one row's loss, zeros if the row is not kept."""
     row_max, log_sum = statistics
     V, V_padded = columns
-    _, smoothing, z_loss = options
+    _, smoothing, z_loss = terms
     p_scale = scale * (1.0 + 2.0 * z_loss * (row_max + log_sum))
     last = (tl.cdiv(V_padded, BLOCK_V) - 1) * BLOCK_V
     for start in range(0, V_padded, BLOCK_V):
@@ -99,13 +99,13 @@ def _cross_entropy_fwd_kernel(
     dlogits_ptr,
     row_strides,
     columns,
-    options,
+    terms,
     SMOOTHED: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     V, V_padded = columns
-    ignore_index, smoothing, z_loss = options
+    ignore_index, smoothing, z_loss = terms
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * row_strides[0]
     target = tl.load(targets_ptr + row)
@@ -125,7 +125,7 @@ def _cross_entropy_fwd_kernel(
     if dlogits_ptr is not None:
         drow_ptr = dlogits_ptr + row * row_strides[1]
         stats = (m, log_sum)
-        _write_gradient(row_ptr, drow_ptr, target, kept, stats, 1.0, columns, options, BLOCK_V)
+        _write_gradient(row_ptr, drow_ptr, target, kept, stats, 1.0, columns, terms, BLOCK_V)
 
 
 @triton.jit
@@ -137,7 +137,7 @@ def _cross_entropy_bwd_kernel(
     dlogits_ptr,
     row_strides,
     columns,
-    options,
+    terms,
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -146,11 +146,11 @@ def _cross_entropy_bwd_kernel(
         logits_ptr + row * row_strides[0],
         dlogits_ptr + row * row_strides[1],
         target,
-        target != options[0],
+        target != terms[0],
         (tl.load(stats_ptr + row), tl.load(stats_ptr + tl.num_programs(0) + row)),
         tl.load(scale_ptr),
         columns,
-        options,
+        terms,
         BLOCK_V,
     )
 
@@ -230,7 +230,7 @@ def _case(op: str, config: tuning.Config, dtype: str, variant: str) -> CompileCa
         "dlogits_ptr": None if variant == "loss" else f"*{dtype}",
         "row_strides": ("i32", "i32"),
         "columns": ("i32", "i32"),
-        "options": ("i32", "fp32", "fp32"),
+        "terms": ("i32", "fp32", "fp32"),
     }
     if op == "cross_entropy_fwd":
         kernel = _cross_entropy_fwd_kernel
@@ -251,7 +251,7 @@ def _case(op: str, config: tuning.Config, dtype: str, variant: str) -> CompileCa
         shared | own,
         bytes=elements * SIZES[dtype] * (1 if variant == "loss" else 2),
         flops=8 * elements,
-        odd=("columns.0", "options.0"),
+        odd=("columns.0", "terms.0"),
     )
 
 

@@ -47,16 +47,25 @@ def dtype_grid() -> list[Any]:
 
 
 def assert_within_budget(
-    name: str, actual: Tensor, eager: Tensor, gold: Tensor, *, roundings: float = 2.0
+    name: str,
+    actual: Tensor,
+    eager: Tensor,
+    gold: Tensor,
+    *,
+    roundings: float = 2.0,
+    precision: torch.dtype | None = None,
 ) -> None:
-    """``actual`` errs at most twice as much as ``eager`` plus ``roundings`` of its own dtype."""
+    """``actual`` errs at most twice as much as ``eager`` plus ``roundings``.
+
+    A rounding is one of ``precision``, of its own dtype if None.
+    """
     assert actual.shape == gold.shape, f"{name}: shape {actual.shape}, expected {gold.shape}"
     assert actual.dtype == eager.dtype, f"{name}: dtype {actual.dtype}, eager has {eager.dtype}"
     if gold.numel() == 0:
         return
     assert actual.isfinite().all(), f"{name}: {int((~actual.isfinite()).sum())} values not finite"
     error, eager_error = (actual.double() - gold).abs(), (eager.double() - gold).abs()
-    rounding = roundings * torch.finfo(actual.dtype).eps / 2
+    rounding = roundings * torch.finfo(precision or actual.dtype).eps / 2
     # where terms cancel, a rounding is one of the terms: of the tensor's typical size
     typical = float(gold.square().mean().sqrt())
     limit = 2.0 * eager_error.max() + rounding * (gold.abs() + typical)
@@ -113,6 +122,7 @@ def check_op(
     impl: str = "triton",
     backward: bool = True,
     roundings: float = 2.0,
+    precision: torch.dtype | None = None,
     eager: str = "torch",
 ) -> None:
     """Outputs and every gradient of ``op(impl, **inputs)`` are within budget, inputs unchanged.
@@ -128,7 +138,8 @@ def check_op(
     wide = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
     gold = run_with_gradients(op, "reference", wide, upstream)
     for name, value in actual.items():
-        assert_within_budget(name, value, eager_results[name], gold[name], roundings=roundings)
+        limits = {"roundings": roundings, "precision": precision}
+        assert_within_budget(name, value, eager_results[name], gold[name], **limits)
 
 
 def assert_repeatable(

@@ -122,6 +122,13 @@ def oversized_kernels(tree: ast.AST) -> Iterator[ast.AST]:
             yield function
 
 
+def reserved_parameters(tree: ast.AST) -> Iterator[ast.AST]:
+    """The launcher has arguments of its own: a kernel with one of those names fails on a GPU."""
+    reserved = {"options", "grid", "warmup", "num_warps", "num_stages", "num_ctas"}
+    for function in _kernels(tree):
+        yield from (a for a in function.args.args if a.arg in reserved)
+
+
 RULES: dict[Callable[[ast.AST], Iterator[ast.AST]], str] = {
     forbidden_names: "tl.atomic_add(x_ptr + offs, x)",
     transposed_accumulators: "@triton.jit\ndef f(s, v):\n    p = tl.trans(s)\n    tl.dot(p, v)",
@@ -129,6 +136,7 @@ RULES: dict[Callable[[ast.AST], Iterator[ast.AST]], str] = {
     infinite_masks: "s = tl.where(visible, s, float('-inf'))",
     loads_without_other: "x = tl.load(x_ptr + offs, mask=offs < n)",
     constant_strides: "@triton.jit\ndef f(x_strides: tl.constexpr):\n    pass",
+    reserved_parameters: "@triton.jit\ndef f(x_ptr, options):\n    pass",
     oversized_kernels: "@triton.jit\ndef f(a,b,c,d,e,f,g,h,i,j,k,l,m,n,o):\n    pass",
 }
 
