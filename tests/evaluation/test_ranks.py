@@ -63,7 +63,7 @@ def test_two_processes_equal_one(tmp_path: Path, capsys: pytest.CaptureFixture[s
         )
         for rank in range(2)
     ]
-    outputs = [process.communicate(timeout=100)[0] for process in processes]
+    outputs = [process.communicate(timeout=200)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     assert "processes: 2" in outputs[0]
     # the tables are the same, and one process alone prints them
