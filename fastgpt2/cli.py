@@ -1,6 +1,7 @@
 """What every command does around its body: one line for an error, and an exit code."""
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -24,6 +25,10 @@ def run(name: str, body: Callable[[], int | None]) -> int:
     (``... | head``) a quiet 141, as the shell has them. Any other exception is a fault of ours and
     keeps its traceback.
     """
+    for stream in (sys.stdout, sys.stderr):
+        # a generated character that the terminal's encoding lacks must not end the program
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         return body() or 0
     except UserError as error:

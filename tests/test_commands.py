@@ -408,13 +408,26 @@ def test_every_command_has_a_help(command: str, capsys: pytest.CaptureFixture[st
     assert "None" not in said
 
 
+def run_program(*command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", *command],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=60,
+    )
+
+
 def test_as_a_program_of_its_own(tmp_path: Path) -> None:
     """Nothing else on stderr: no warning of a library, no traceback."""
-    command = [sys.executable, "-m", "fastgpt2.train", "--out", "x", "--resume"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    result = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
-    )
+    result = run_program("fastgpt2.train", "--out", "x", "--resume", cwd=tmp_path)
     assert result.returncode == 2
     said = "fastgpt2 train: error: --resume: x is no run folder (it has no config.toml)\n"
     assert (result.stdout, result.stderr) == ("", said)
+
+
+def test_a_terminal_that_cannot_show_every_character(finished: Path) -> None:
+    command = ["fastgpt2", "generate", f"--run={finished}", "--prompt=é", "--max-new-tokens=0"]
+    result = run_program(*command, cwd=ROOT, PYTHONIOENCODING="ascii")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "\\xe9\n", "")

@@ -105,6 +105,7 @@ def plot(run: Path) -> Path | None:
     for axes in (loss, lr, speed):
         axes.grid(alpha=0.3)
     loss.set_title(run.name)
+    figure.align_ylabels()
     path = run / "loss.png"
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
