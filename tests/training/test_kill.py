@@ -20,7 +20,7 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("needs os.fork")
     folder = tmp_path_factory.mktemp("killed")
     command = [sys.executable, "-m", "tests.training.killed", str(data), str(folder)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     return folder
 
