@@ -138,8 +138,14 @@ def check_op(
     wide = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
     gold = run_with_gradients(op, "reference", wide, upstream)
     for name, value in actual.items():
-        limits = {"roundings": roundings, "precision": precision}
-        assert_within_budget(name, value, eager_results[name], gold[name], **limits)
+        assert_within_budget(
+            name,
+            value,
+            eager_results[name],
+            gold[name],
+            roundings=roundings,
+            precision=precision,
+        )
 
 
 def assert_repeatable(

@@ -1,0 +1,79 @@
+"""Every public op through Triton's real launcher, for a GPU that is not there.
+
+Arguments are bound, specialised and compiled exactly as on that GPU; only the launch itself is left
+out, so what comes back is garbage. Run as a program, it prints a line of JSON: the kernels
+launched, each with its shared memory. Not under TRITON_INTERPRET=1, and never within a test's own
+process: it replaces Triton's driver.
+"""
+
+import importlib
+import json
+import sys
+from functools import partial
+from typing import Any
+
+import torch
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from benchmarks.kernels_gpu import works
+from benchmarks.ops import Sizes, op_cases
+from fastgpt2.kernels import backend
+from fastgpt2.kernels.jit import tuning
+from fastgpt2.kernels.jit.compile import TARGETS
+
+# GPT-2's widths, which decide what is compiled, and few tokens
+SIZES = (Sizes("124M", 1, 256, 768, 12), Sizes("1558M", 1, 200, 1600, 25))
+
+
+class AbsentGPU:
+    """What Triton's launcher asks its driver for before it compiles."""
+
+    def __init__(self, arch: str) -> None:
+        self.target = TARGETS[arch]
+
+    def get_current_device(self) -> int:
+        """The only one."""
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        """The default stream."""
+        return 0
+
+    def get_current_target(self) -> Any:
+        """What to compile for."""
+        return self.target
+
+
+def launch_everything(arch: str, dtype: torch.dtype) -> dict[str, int]:
+    """Launch each op's kernels; kernel function's name -> largest shared memory in bytes."""
+    shared: dict[str, int] = {}
+    run = JITFunction.run
+
+    def bind_and_compile(self: Any, *args: Any, warmup: bool, **kwargs: Any) -> Any:
+        compiled = run(self, *args, warmup=True, **kwargs)
+        name = self.__name__
+        shared[name] = max(shared.get(name, 0), compiled.metadata.shared)
+        return compiled
+
+    driver.set_active(AbsentGPU(arch))
+    for module, name, value in (
+        (JITFunction, "run", bind_and_compile),
+        (backend, "_triton_obstacle", lambda x: None),
+        (tuning, "_architecture", lambda device: arch),
+        (tuning, "multiprocessors", lambda device: 132),
+        # the library's product is the default: launch the fused one, too
+        (tuning, "fused", lambda op, device, **shape: True),
+        # what would run on the GPU itself, to check its assembler
+        (importlib.import_module("fastgpt2.kernels.attention"), "_miscompiled", lambda *_: None),
+    ):
+        setattr(module, name, value)
+    for case in op_cases(sizes=SIZES):
+        inputs = case.inputs(torch.device("cpu"), dtype)
+        for _, work in works(case, partial(case.run, "triton"), inputs):
+            work()
+    return shared
+
+
+if __name__ == "__main__":
+    print(json.dumps(launch_everything(sys.argv[1], getattr(torch, sys.argv[2]))))
