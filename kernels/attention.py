@@ -10,8 +10,9 @@ from torch import Tensor
 from fastgpt2.kernels import checks, philox, reference
 from fastgpt2.kernels.backend import INTERPRETED, Impl, resolve
 
-# the widest head that the kernels' tiles are made for, the most rows that a grid holds
-_MAX_HEAD_SIZE, _MAX_ROWS = 128, 65535
+# the widest head that the kernels' tiles are made for, the most rows that a grid holds, and how
+# far apart tokens may lie for offsets within a tile to fit in 32 bits
+_MAX_HEAD_SIZE, _MAX_ROWS, _MAX_STRIDE = 128, 65535, 2**23
 
 
 @torch.library.custom_op("fastgpt2::attention_fwd", mutates_args=())
@@ -145,7 +146,7 @@ def attention(
     checks.check_floating(op, "qkv", qkv)
     checks.check_dim(op, "qkv", qkv, 3, "(B, T, 3C)")
     B, T, three_C = qkv.shape
-    if n_head < 1 or three_C % (3 * n_head):
+    if n_head < 1 or three_C == 0 or three_C % (3 * n_head):
         raise ValueError(
             f"{op}: qkv's last dimension must be 3 * n_head * head size, got {three_C} "
             f"with n_head={n_head}"
@@ -169,7 +170,7 @@ def attention(
             return reference.attention(qkv, n_head, dropout_p, key, segment_ids, key_range, scale)
         case Impl.TORCH:
             return _torch_attention(qkv, n_head, dropout_p, seed, segment_ids, key_range, scale)
-    if qkv.stride(2) != 1:
+    if qkv.stride(2) != 1 or qkv.stride(1) > _MAX_STRIDE:
         qkv = qkv.contiguous()
     key = philox.as_seed(seed, qkv.device) if dropout_p > 0 else None
     options = (n_head, dropout_p, scale)

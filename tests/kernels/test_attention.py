@@ -335,6 +335,7 @@ def test_captured_in_a_cuda_graph() -> None:
         ({"qkv": torch.ones(6, 48)}, ValueError, r"qkv must be \(B, T, 3C\), got shape \(6, 48\)"),
         ({"n_head": 5}, ValueError, "got 48 with n_head=5"),
         ({"n_head": 0}, ValueError, "got 48 with n_head=0"),
+        ({"qkv": torch.ones(2, 6, 0)}, ValueError, "got 0 with n_head=2"),
         ({"dropout_p": 1.0}, ValueError, r"dropout_p must be in \[0, 1\), got 1.0"),
         ({"scale": 0.0}, ValueError, "scale must be positive, got 0.0"),
         ({"segment_ids": torch.ones(2, 6)}, TypeError, "segment_ids must be int64 or int32"),
