@@ -46,6 +46,9 @@ class TrainConfig:
     )
     vocab_dir: str | None = _option(None, "folder with GPT-2's encoder.json and vocab.bpe")
     val_fraction: float = _option(0.1, "share of the text, at its end, kept for validation")
+    shift_blocks: bool = _option(
+        True, "move the borders between blocks from epoch to epoch; fixed ones are memorised sooner"
+    )
     model: str = _option("gpt2", "shape of the model", choices=tuple(PRESETS))
     block_size: int | None = _option(None, "context length T in tokens [the model's]")
     n_layer: int | None = _option(None, "number of blocks [the model's]")
