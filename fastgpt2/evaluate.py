@@ -98,7 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--tokenizer", choices=("gpt2", "bytes"), help="of a model that has none beside it"
     )
     models.add_argument("--vocab-dir", type=Path, metavar="DIR", help="GPT-2's vocabulary files")
-    models.add_argument("--offline", action="store_true", help="do not use the network")
+    models.add_argument("--offline", action="store_true", help="download no model and no task")
     machine = parser.add_argument_group("machine")
     machine.add_argument(
         "--batch-size", type=int, default=8, metavar="N", help="sequences [%(default)s]"
@@ -196,7 +196,10 @@ def _evaluate_text(arguments: argparse.Namespace, device: torch.device, dtype: t
 
 def _evaluate_task(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> None:
     task = TASKS[arguments.task]
-    path = fetch(task) if arguments.data is None else Path(arguments.data[0])
+    if arguments.data is None:
+        path = fetch(task, offline=arguments.offline)
+    else:
+        path = Path(arguments.data[0])
     examples = read_examples(task, path, arguments.limit)
     candidates = _candidates(arguments, None)
     published = "the published file" if is_published(task, path) else "not the published file"

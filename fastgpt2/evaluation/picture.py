@@ -29,7 +29,8 @@ def draw_text_scores(path: Path, scores: dict[str, TextScore], data: str) -> Non
         label = f"{_short(name)}: ECE {score.calibration_error:.3f}"
         _draw_calibration(calibration, score, label, color)
     position.set(
-        xlabel="tokens read before, in the window", ylabel="cross-entropy (nats per token)"
+        xlabel="tokens read before, in the window",
+        ylabel="nats per token (band: one standard error)",
     )
     position.set_xlim(left=0)
     calibration.plot([0, 1], [0, 1], "--", color="grey", linewidth=1)

@@ -132,10 +132,16 @@ TASKS = {
 }
 
 
-def fetch(task: Task) -> Path:
-    """The task's published file, downloaded once and checked."""
+def fetch(task: Task, *, offline: bool = False) -> Path:
+    """The task's published file, downloaded once and checked.
+
+    Raises:
+        UserError: it cannot be had, or ``offline`` and not in the cache.
+    """
     remote = task.remote
     path = cache_dir() / "tasks" / remote.file
+    if offline and not path.is_file():
+        raise UserError(f"{task.name}: {path} is not there, and offline is set; give --data FILE")
     try:
         return download(remote.urls, path, sha256=remote.sha256, size=remote.size)
     except DownloadError as error:

@@ -38,13 +38,14 @@ def test_hellaswag_by_hand(tmp_path: Path, batch_size: int) -> None:
         scores = [slow(model, record["ctx"], f" {ending}") for ending in record["endings"]]
         best.append(int(np.argmin([nll for nll, _, _ in scores])))
         best_norm.append(int(np.argmin([nll / n for nll, n, _ in scores])))
-    assert best != best_norm
-    # right answers for which the two accuracies differ, and neither is 0 or 1
+    # one answer that neither accuracy finds, and one that the second one alone finds
+    labels = list(best_norm)
+    both = next(i for i, (x, y) in enumerate(zip(best, best_norm, strict=True)) if x == y)
+    labels[both] = (best[both] + 1) % 4
     examples = [
-        replace(example, label=best[i] if i < 2 else best_norm[i] if i < 4 else (best[i] + 1) % 4)
-        for i, example in enumerate(read_examples(task, path))
+        replace(example, label=label)
+        for example, label in zip(read_examples(task, path), labels, strict=True)
     ]
-    labels = [example.label for example in examples]
     metrics = score_task(
         task, examples, model, BytesTokenizer(), batch_size=batch_size, dtype=torch.float32
     )
@@ -54,6 +55,7 @@ def test_hellaswag_by_hand(tmp_path: Path, batch_size: int) -> None:
         assert metrics[name].value == pytest.approx(hits.mean())
         p = hits.mean()
         assert metrics[name].stderr == pytest.approx(math.sqrt(p * (1 - p) / (len(hits) - 1)))
+    assert metrics["accuracy"].value < metrics["accuracy_norm"].value
 
 
 def test_lambada_by_hand(tmp_path: Path) -> None:
@@ -140,7 +142,9 @@ def test_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         digest = hashlib.sha256(data).hexdigest()
         remote = replace(TASKS["lambada"].remote, urls=(url,), sha256=digest, size=len(data))
         task = replace(TASKS["lambada"], remote=remote)
-        assert fetch(task) == fetch(task) == tmp_path / "tasks" / "lambada_test.jsonl"
+        with pytest.raises(UserError, match="is not there, and offline is set"):
+            fetch(task, offline=True)
+        assert fetch(task) == fetch(task, offline=True) == tmp_path / "tasks" / "lambada_test.jsonl"
         assert len(site.asked) == 1
         assert is_published(task, fetch(task)) and not is_published(TASKS["lambada"], fetch(task))
         wrong = replace(task, remote=replace(remote, sha256="0" * 64))
