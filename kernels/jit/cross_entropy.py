@@ -1,9 +1,9 @@
 """Cross-entropy of logits, forward and backward: one program a row, grid (N,).
 
 A row of GPT-2's logits, 100 KB in bf16, does not fit in registers, so a program walks over it in
-tiles of BLOCK_V. Each lane keeps a running maximum and a running sum of exponentials of its own;
-the lanes meet once, behind the loop. One exponential an element does both cases of the update,
-exp(-|z - m|): the old sum shrinks by it, or the new term is it.
+tiles of BLOCK_V. A lane takes VECTOR adjacent logits of each tile, 16 bytes, and keeps a running
+maximum and a running sum of exponentials of its own, so that no thread waits for another: the lanes
+meet once, behind the loop.
 
 With m = max z, l = log sum exp(z - m), lse = m + l, s the label smoothing, p = exp(z - m - l),
 
@@ -110,7 +110,8 @@ def _cross_entropy_fwd_kernel(
     row_ptr = logits_ptr + row * row_strides[0]
     target = tl.load(targets_ptr + row)
     kept = target != ignore_index
-    # no token id: the loss is NaN, and nothing outside the row is read
+    # no token id: the loss is NaN, and nothing outside the row is read. In place, this must come
+    # before the first write: the statistics' reductions over all warps lie in between
     valid = (target >= 0) & (target < V)
     picked = tl.load(row_ptr + target, mask=valid, other=float("nan")).to(tl.float32)
     m, log_sum, total = _row_statistics(row_ptr, kept, V, V_padded, SMOOTHED, VECTOR, BLOCK_V)

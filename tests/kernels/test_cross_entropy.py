@@ -43,7 +43,7 @@ def _op(vocab_size: int | None = None, **options: float) -> Callable[..., Tensor
     return op
 
 
-@pytest.mark.parametrize("dtype", budget.dtype_grid(), ids=str)
+@pytest.mark.parametrize("dtype", budget.DTYPES, ids=str)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_within_budget(

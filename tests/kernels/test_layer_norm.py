@@ -73,13 +73,13 @@ def _without(inputs: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
     return {name: x for name, x in inputs.items() if name not in names}
 
 
-@pytest.mark.parametrize("dtype", budget.dtype_grid(), ids=str)
+@pytest.mark.parametrize("dtype", budget.DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_norm_is_within_budget(shape: tuple[int, int], dtype: torch.dtype) -> None:
     budget.check_op(_norm, _inputs(*shape, dtype))
 
 
-@pytest.mark.parametrize("dtype", budget.dtype_grid(), ids=str)
+@pytest.mark.parametrize("dtype", budget.DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_fused_is_within_budget(shape: tuple[int, int], dtype: torch.dtype) -> None:
     budget.check_op(_fused(), _fused_inputs(*shape, dtype))
@@ -108,7 +108,7 @@ def test_fp32_stream_with_a_short_branch(impl: str, p: float) -> None:
     budget.check_op(_fused(p), _fused_inputs(13, 96, torch.float16, torch.float32), impl=impl)
 
 
-@pytest.mark.parametrize("dtype", budget.dtype_grid(), ids=str)
+@pytest.mark.parametrize("dtype", budget.DTYPES, ids=str)
 def test_fused_with_dropout_is_within_budget(dtype: torch.dtype) -> None:
     # more blocks of rows than programs, so that each walks over several
     budget.check_op(_fused(0.2), _fused_inputs(131, 63, dtype))
@@ -273,6 +273,14 @@ def test_every_config_sums_alike(C: int) -> None:
             assert torch.equal(dbias, dy.sum(0))
             # LayerNorm's own gradient has rows that sum to zero, so this sum is not exact
             torch.testing.assert_close(dbranch_bias.sum(), dy.sum(), atol=1e-2, rtol=1e-4)
+
+
+def test_second_derivatives_raise() -> None:
+    inputs = {n: x.requires_grad_() for n, x in _inputs(4, 24, torch.float32).items()}
+    y = _norm("triton", **inputs)
+    (dx,) = torch.autograd.grad(y.square().sum(), inputs["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        torch.autograd.grad(dx.square().sum(), inputs["x"])
 
 
 def test_opcheck() -> None:
