@@ -18,7 +18,7 @@ MODES: dict[str, dict[str, Any]] = {
     "several": {"do_sample": True, "num_return_sequences": 3},
     "penalties": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
     "static cache": {"cache_implementation": "static", "disable_compile": True},
-    "offloaded names nothing": {"cache_implementation": "dynamic"},
+    "dynamic cache": {"cache_implementation": "dynamic"},
     "prompt lookup": {"prompt_lookup_num_tokens": 2},
 }
 
