@@ -92,10 +92,11 @@ def test_model_and_optimizer_as_train_py_makes_them() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_training_loop(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    model = GPT(GPTConfig(**MODEL_ARGS | {"dropout": 0.1}))
+    # a smaller vocabulary, still padded: fp16 is slow on a CPU
+    model = GPT(GPTConfig(**MODEL_ARGS | {"dropout": 0.1, "vocab_size": 4100}))
     optimizer = model.configure_optimizers(1e-1, 1e-3, (0.9, 0.95), "cpu")
     before = estimate_loss(model, batches(model, 9), nullcontext)
-    assert before == pytest.approx(math.log(50304), abs=0.1)
+    assert before == pytest.approx(math.log(4100), abs=0.1)
     train(model, optimizer, steps=4, dtype=dtype, seed=1)
     assert estimate_loss(model, batches(model, 9), nullcontext) < before - 0.01
 
