@@ -25,9 +25,14 @@ def best(run: Path) -> Path:
     steps = [path for path in (run / CHECKPOINTS).glob("step_*") if (path / STATE).is_file()]
     if not steps:
         raise UserError(f"{run}: has no checkpoint yet")
-    losses = {path: read_json(path / STATE).get("val_loss") for path in sorted(steps)}
+    losses = {path: _validation_loss(path) for path in sorted(steps)}
     measured = {path: loss for path, loss in losses.items() if isinstance(loss, int | float)}
     return min(measured, key=measured.__getitem__) if measured else max(steps)
+
+
+def _validation_loss(path: Path) -> object:
+    validation = read_json(path / STATE).get("validation")
+    return validation.get("loss") if isinstance(validation, dict) else None
 
 
 def read(folder: Path) -> Checkpoint:

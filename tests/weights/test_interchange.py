@@ -90,7 +90,7 @@ def test_run_folder_gives_its_best_checkpoint(tmp_path: Path) -> None:
     # no loss was measured: the newest that is whole
     assert load(run).dtype == torch.float16
     for step, loss in ((900, 4.0), (1000, 3.0), (1100, None)):
-        state = {"step": step, "val_loss": loss}
+        state = {"step": step, "validation": None if loss is None else {"loss": loss}}
         path = run / f"checkpoints/step_{step:08}/state.json"
         path.write_text(json.dumps(state), "utf-8")
     assert load(run).dtype == torch.bfloat16
