@@ -34,6 +34,7 @@ _OWN_METAVARS = {"vocab_dir": "DIR", "device": "NAME"}
 _FIXED = (
     "tokenizer",
     "val_fraction",
+    "shift_blocks",
     "model",
     "block_size",
     "n_layer",

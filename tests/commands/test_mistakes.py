@@ -124,12 +124,12 @@ def test_mistakes_about_the_folder(
     assert "has no checkpoint yet; start again with --overwrite" in said
 
 
-@pytest.mark.parametrize("flag", ["--n-layer", "--seed", "--block-size"])
+@pytest.mark.parametrize("flag", ["--n-layer=7", "--seed=7", "--no-bias", "--no-shift-blocks"])
 def test_what_a_resumed_run_cannot_change(
     finished: Path, capsys: pytest.CaptureFixture[str], flag: str
 ) -> None:
-    said = complaint(train, ["--out", str(finished), "--resume", flag, "7"], capsys)
-    assert "cannot become 7; start a new run for that" in said
+    said = complaint(train, ["--out", str(finished), "--resume", flag], capsys)
+    assert said.endswith("; start a new run for that")
 
 
 def cut(path: Path) -> None:
