@@ -113,7 +113,9 @@ def test_type_checkers_see_through_the_mapping(tmp_path: Path) -> None:
     program.write_text("from fastgpt2.kernels import gelu\nreveal_type(gelu)\n", encoding="utf-8")
     # PyTorch itself is left out: reading it takes a minute
     config = tmp_path / "mypy.ini"
-    config.write_text("[mypy]\nfollow_imports = silent\n[mypy-torch.*]\nfollow_imports = skip\n", encoding="utf-8")
+    config.write_text(
+        "[mypy]\nfollow_imports = silent\n[mypy-torch.*]\nfollow_imports = skip\n", encoding="utf-8"
+    )
     found = run(
         *(sys.executable, "-m", "mypy", "--config-file", config, "--cache-dir", tmp_path / "c"),
         program,
