@@ -161,7 +161,8 @@ def launch_fwd(
         return stream, y, stats
     branch_rows = None if branch is None else as_rows(branch)
     strides = (rows.stride(0), 0 if branch_rows is None else branch_rows.stride(0))
-    config = tuning.pick("layer_norm_fwd", tuning.arch_of(x.device), C=C)
+    shape_class = {"C": C, "dropout": int(seed is not None)}
+    config = tuning.pick("layer_norm_fwd", tuning.arch_of(x.device), **shape_class)
     _layer_norm_fwd_kernel[(triton.cdiv(N, config["BLOCK_N"]),)](
         rows,
         branch_rows,
@@ -202,7 +203,8 @@ def launch_bwd(
     sums = [torch.empty_like(weight), torch.empty_like(weight if bias is None else bias)]
     if branch_bias is not None:
         sums.append(torch.empty_like(branch_bias))
-    config = tuning.pick("layer_norm_bwd", tuning.arch_of(stream.device), C=C)
+    shape_class = {"C": C, "dropout": int(seed is not None)}
+    config = tuning.pick("layer_norm_bwd", tuning.arch_of(stream.device), **shape_class)
     P = row_programs(triton.cdiv(N, config["BLOCK_N"]), stream.device)
     partial = stream.new_empty(len(sums), P, C, dtype=torch.float32)
     if P > 0:
@@ -281,10 +283,12 @@ def _case(
 
 
 def compile_cases(arch: str) -> list[CompileCase]:
-    """Both kernels at the width of each shape class, plain and fused, with and without dropout."""
-    return [
-        _case(op, limits.get("C", 4096), config, *variant)
-        for op in ("layer_norm_fwd", "layer_norm_bwd")
-        for limits, config in configs(op, arch)
-        for variant in _VARIANTS
-    ]
+    """Both kernels at the width of each shape class, in the variants that come to run with it."""
+    cases = []
+    for op in ("layer_norm_fwd", "layer_norm_bwd"):
+        for limits, config in configs(op, arch):
+            C = limits.get("C", 4096)
+            for stream, branch, dropout in _VARIANTS:
+                if tuning.rule_of(op, C=C, dropout=int(dropout)).limits == limits:
+                    cases.append(_case(op, C, config, stream, branch, dropout))
+    return cases

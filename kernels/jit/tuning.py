@@ -213,9 +213,13 @@ TABLE: dict[str, tuple[Rule, ...]] = {
     "decode_attention_merge": (Rule({}, {"sm_80": config(4, 1)}),),
     "layer_norm_fwd": (
         Rule(
-            {"C": 1024},
+            {"C": 1024, "dropout": 0},
             {"sm_80": config(4, 1, BLOCK_N=4), INTERPRET: config(4, 1, BLOCK_N=4)},
             (config(1, 1, BLOCK_N=1), config(4, 1, BLOCK_N=2)),
+        ),
+        Rule(
+            {"C": 1024},
+            {"sm_80": config(4, 1, BLOCK_N=2), INTERPRET: config(4, 1, BLOCK_N=4)},
         ),
         Rule(
             {},
@@ -225,9 +229,13 @@ TABLE: dict[str, tuple[Rule, ...]] = {
     ),
     "layer_norm_bwd": (
         Rule(
-            {"C": 1024},
+            {"C": 1024, "dropout": 0},
             {"sm_80": config(4, 1, BLOCK_N=2), INTERPRET: config(4, 1, BLOCK_N=4)},
             (config(4, 1, BLOCK_N=1),),
+        ),
+        Rule(
+            {"C": 1024},
+            {"sm_80": config(4, 1, BLOCK_N=1), INTERPRET: config(4, 1, BLOCK_N=4)},
         ),
         Rule(
             {},
@@ -324,6 +332,11 @@ FUSED: dict[tuple[str, str], dict[tuple[int, int], str]] = {}
 _overrides: dict[str, Config] = {}
 
 
+def rule_of(op: str, **shape_class: int) -> Rule:
+    """The rule that a launch of this shape class runs by: the first that applies."""
+    return next(rule for rule in TABLE[op] if rule.applies(shape_class))
+
+
 def pick(op: str, arch: str, **shape_class: int) -> Config:
     """The config of kernel ``op`` on ``arch`` for a launch of this shape class.
 
@@ -331,12 +344,12 @@ def pick(op: str, arch: str, **shape_class: int) -> Config:
     """
     if op in _overrides:
         return _overrides[op]
-    return next(rule for rule in TABLE[op] if rule.applies(shape_class)).on(arch)
+    return rule_of(op, **shape_class).on(arch)
 
 
 def candidates(op: str, **shape_class: int) -> list[Config]:
     """What the tuner tries for such a launch: what is in the table, then the rule's candidates."""
-    rule = next(rule for rule in TABLE[op] if rule.applies(shape_class))
+    rule = rule_of(op, **shape_class)
     chosen = [c for arch, c in rule.configs.items() if arch != INTERPRET]
     return list(dict.fromkeys([*chosen, *rule.candidates]))
 

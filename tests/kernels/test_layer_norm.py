@@ -263,7 +263,7 @@ def test_every_config_sums_alike(C: int) -> None:
     dy = torch.randint(-3, 4, (37, C), device=DEVICE).float()
     names = [n for n in ("bias", "branch_bias")]
     for op in ("layer_norm_fwd", "layer_norm_bwd", "column_sum"):
-        for config in tuning.candidates(op, C=C):
+        for config in tuning.candidates(op, C=C, dropout=0):
             with tuning.overriding(op, config):
                 stream, y = _fused()("triton", **inputs)
                 dbias, dbranch_bias = torch.autograd.grad(
