@@ -23,7 +23,7 @@ from fastgpt2.config import GPTConfig
 from fastgpt2.files import write_text
 from fastgpt2.model import GPT
 
-DRY = GPTConfig(block_size=32, vocab_size=61, n_layer=1, n_head=2, n_embd=32)
+DRY = GPTConfig(block_size=16, vocab_size=31, n_layer=1, n_head=2, n_embd=32)
 
 # (model, prompt (B, T), number of new tokens) -> (B, T + new)
 Generate = Callable[[Tensor, int], Tensor]

@@ -183,7 +183,9 @@ class Tuner:
         self.done.add((launch.kernel, rule))
         arch = tuning.arch_of(self.device)
         current = rules[rule].on(arch)
-        for config in dict.fromkeys([current, *tuning.candidates(launch.kernel, **shape_class)]):
+        tried = dict.fromkeys([current, *tuning.candidates(launch.kernel, **shape_class)])
+        # the interpreter's times mean nothing: there, one candidate proves that this works
+        for config in list(tried)[: None if self.device.type == "cuda" else 2]:
             median, fault = None, ""
             with tuning.overriding(launch.kernel, config):
                 try:

@@ -62,8 +62,6 @@ def launch_everything(arch: str, dtype: torch.dtype) -> dict[str, int]:
         (backend, "_triton_obstacle", lambda x: None),
         (tuning, "_architecture", lambda device: arch),
         (tuning, "multiprocessors", lambda device: 132),
-        # the library's product is the default: launch the fused one, too
-        (tuning, "fused", lambda op, device, **shape: True),
         # what would run on the GPU itself, to check its assembler
         (importlib.import_module("fastgpt2.kernels.attention"), "_miscompiled", lambda *_: None),
     ):
