@@ -14,6 +14,7 @@ from fastgpt2.kernels.jit import tuning
 from tests.kernels import budget
 from tests.kernels.budget import DEVICE
 from tests.kernels.graphs import assert_compiles_whole, assert_graph_replays
+from tests.kernels.layouts import LAYOUTS, lay_out
 
 IGNORE = -100
 # (rows, columns, true columns)
@@ -149,17 +150,12 @@ def test_any_shape_and_integer_dtype(impl: str) -> None:
     torch.testing.assert_close(ignoring_7, reference)
 
 
-@pytest.mark.parametrize("layout", ["sliced", "columns", "transposed"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_strided_logits(layout: str) -> None:
     inputs = _inputs(6, 40, 40, torch.float32)
     logits, targets = inputs["logits"].view(2, 3, 40), inputs["targets"].view(2, 3)
-    strided = {
-        "sliced": torch.cat([logits, logits], -1)[..., :40],
-        "columns": torch.repeat_interleave(logits, 2, -1)[..., ::2],
-        "transposed": logits.transpose(0, 1).contiguous().transpose(0, 1),
-    }[layout]
     results = []
-    for given in (logits, strided):
+    for given in (logits, lay_out(logits, layout)):
         leaf = given.detach().requires_grad_()
         loss = cross_entropy(leaf, targets, impl="triton")
         results.append((loss, *torch.autograd.grad(loss, leaf)))

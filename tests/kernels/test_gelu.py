@@ -12,6 +12,7 @@ from fastgpt2.kernels.jit import tuning
 from tests.kernels import budget
 from tests.kernels.budget import DEVICE
 from tests.kernels.graphs import assert_compiles_whole, assert_graph_replays
+from tests.kernels.layouts import LAYOUTS, lay_out
 
 SHAPES = budget.grid(
     [(1, 63), (3, 768), (129, 1), (37, 80)],
@@ -105,21 +106,14 @@ def test_bias_gradient_is_summed_in_fp32() -> None:
     torch.testing.assert_close(dbias.double(), expected, rtol=5e-4, atol=0.0)
 
 
-@pytest.mark.parametrize("layout", ["rows with a stride", "columns with a stride", "transposed"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_strided_inputs_and_gradients(layout: str) -> None:
     inputs = _inputs(6, 40, torch.float32)
-
-    def lay_out(x: Tensor) -> Tensor:
-        return {
-            "rows with a stride": torch.cat([x, x.neg()], -1)[..., :40],
-            "columns with a stride": torch.stack([x, x.neg()], -1).flatten(-2)[..., ::2],
-            "transposed": x.transpose(0, 1).contiguous().transpose(0, 1),
-        }[layout]
 
     x, dy = inputs["x"].view(2, 3, 40), torch.randn(2, 3, 40, device=DEVICE)
     bias = torch.repeat_interleave(inputs["bias"], 2)[::2]
     results = []
-    for given, upstream in ((x, dy), (lay_out(x), lay_out(dy))):
+    for given, upstream in ((x, dy), (lay_out(x, layout), lay_out(dy, layout))):
         leaves = [given.detach().requires_grad_(), bias.detach().requires_grad_()]
         y = bias_gelu(leaves[0], leaves[1], impl="triton")
         results.append([y, *torch.autograd.grad(y, leaves, upstream)])

@@ -13,6 +13,7 @@ from fastgpt2.kernels.layer_norm import _layer_norm_fwd, add_layer_norm, layer_n
 from tests.kernels import budget
 from tests.kernels.budget import DEVICE
 from tests.kernels.graphs import assert_compiles_whole, assert_graph_replays
+from tests.kernels.layouts import LAYOUTS, lay_out
 
 # (rows, width): one of each kind here, all of them on a GPU
 SHAPES = budget.grid(
@@ -155,7 +156,7 @@ def test_norm_is_of_the_rounded_stream() -> None:
 def test_rows_of_different_strides() -> None:
     inputs = _fused_inputs(6, 40, torch.float32)
     expected = _fused()("triton", **inputs)
-    inputs["branch"] = _strided(inputs["branch"], "rows with a stride")
+    inputs["branch"] = lay_out(inputs["branch"], "rows with a stride")
     for a, b in zip(_fused()("triton", **inputs), expected, strict=True):
         assert torch.equal(a, b)
 
@@ -189,27 +190,18 @@ def test_only_one_output_used(used: int) -> None:
         torch.testing.assert_close(a, b)
 
 
-def _strided(x: Tensor, layout: str) -> Tensor:
-    """The same values, laid out in a way a kernel could trip over."""
-    if layout == "transposed":
-        return x.transpose(0, 1).contiguous().transpose(0, 1)
-    if layout == "rows with a stride":
-        return torch.cat([x, x.neg()], -1)[..., : x.shape[-1]]
-    return torch.stack([x, x.neg()], -1).flatten(-2)[..., ::2]
-
-
-@pytest.mark.parametrize("layout", ["rows with a stride", "columns with a stride", "transposed"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_strided_inputs_and_gradients(layout: str) -> None:
     inputs = _fused_inputs(6, 40, torch.float32)
     inputs |= {n: inputs[n].view(2, 3, 40) for n in ("x", "branch")}
-    inputs |= {n: _strided(inputs[n], "columns with a stride") for n in ("weight", "bias")}
+    inputs |= {n: lay_out(inputs[n], "columns with a stride") for n in ("weight", "bias")}
     dys = [torch.randn(2, 3, 40, device=DEVICE) for _ in range(2)]
     results = []
-    for lay_out in (torch.Tensor.contiguous, lambda x: _strided(x, layout)):
-        given = inputs | {n: lay_out(inputs[n]) for n in ("x", "branch")}
+    for laid_out in (torch.Tensor.contiguous, lambda x: lay_out(x, layout)):
+        given = inputs | {n: laid_out(inputs[n]) for n in ("x", "branch")}
         leaves = {n: x.detach().requires_grad_() for n, x in given.items()}
         outputs = _fused()("triton", **leaves)
-        upstream = [lay_out(dy) for dy in dys]
+        upstream = [laid_out(dy) for dy in dys]
         results.append([*outputs, *torch.autograd.grad(outputs, list(leaves.values()), upstream)])
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)

@@ -12,6 +12,7 @@ from fastgpt2.kernels.linear_gelu import _linear_gelu_fwd
 from tests.kernels import budget
 from tests.kernels.budget import DEVICE
 from tests.kernels.graphs import assert_compiles_whole, assert_graph_replays
+from tests.kernels.layouts import LAYOUTS, lay_out
 
 # (rows, width, MLP width)
 SHAPES = budget.grid(
@@ -97,20 +98,13 @@ def test_parameters_in_fp32_keep_their_gradients_dtype() -> None:
 
 
 @pytest.mark.usefixtures("route")
-@pytest.mark.parametrize("layout", ["rows with a stride", "columns with a stride", "transposed"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_strided_inputs(layout: str) -> None:
     inputs = _inputs(6, 16, 20, torch.float32)
 
-    def lay_out(x: Tensor) -> Tensor:
-        return {
-            "rows with a stride": torch.cat([x, x.neg()], -1)[..., : x.shape[-1]],
-            "columns with a stride": torch.stack([x, x.neg()], -1).flatten(-2)[..., ::2],
-            "transposed": x.transpose(0, 1).contiguous().transpose(0, 1),
-        }[layout]
-
     x, dy = inputs["x"].view(2, 3, 16), torch.randn(2, 3, 20, device=DEVICE)
     results = []
-    for given, upstream in ((lambda t: t, dy), (lay_out, lay_out(dy))):
+    for given, upstream in ((lambda t: t, dy), (lambda t: lay_out(t, layout), lay_out(dy, layout))):
         leaves = [given(t).detach().requires_grad_() for t in (x, inputs["weight"])]
         y = _op("triton", *leaves)
         results.append([y, *torch.autograd.grad(y, leaves, upstream)])
