@@ -58,7 +58,9 @@ def build_parser() -> argparse.ArgumentParser:
         + ", ".join(RELEASES),
     )
     what = parser.add_argument_group("what")
-    what.add_argument("--task", choices=("text", *TASKS), default="text", help="[%(default)s]")
+    what.add_argument(
+        "--task", choices=("text", *TASKS), default="text", help="what to score on [%(default)s]"
+    )
     what.add_argument(
         "--data",
         nargs="+",

@@ -13,6 +13,9 @@ from fastgpt2.files import atomic_path
 _POINTS, _LEAST_TOKENS = 32, 30
 # characters shown before a token, and of a model's name
 _SHOWN, _NAME = 44, 32
+# Okabe and Ito's colours, which colour-blind people can tell apart; the markers help, too
+_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+_MARKERS = "os^Dv*P"
 
 
 def draw_text_scores(path: Path, scores: dict[str, TextScore], data: str) -> None:
@@ -24,20 +27,23 @@ def draw_text_scores(path: Path, scores: dict[str, TextScore], data: str) -> Non
     top.suptitle(f"cross-entropy of {data}", parse_math=False)
     position, calibration = top.subplots(1, 2, width_ratios=[3, 2])
     for number, (name, score) in enumerate(scores.items()):
-        color = f"C{number}"
-        _draw_position(position, score, f"{_short(name)}: {score.loss:.4f} nats", color)
-        label = f"{_short(name)}: ECE {score.calibration_error:.3f}"
-        _draw_calibration(calibration, score, label, color)
+        style = _style(number)
+        _draw_position(position, score, f"{_short(name)}: {score.loss:.4f} nats", style)
+        _draw_calibration(calibration, score, f"ECE {score.calibration_error:.3f}", style)
     position.set(
+        title="loss by position in the context (band: one standard error)",
         xlabel="tokens read before, in the window",
-        ylabel="nats per token (band: one standard error)",
+        ylabel="nats per token",
     )
-    position.set_xlim(left=0)
     calibration.plot([0, 1], [0, 1], "--", color="grey", linewidth=1)
     calibration.set(
-        xlabel="probability of the likeliest token", ylabel="how often it is right", aspect="equal"
+        title="calibration (dashed: perfect)",
+        xlabel="probability of the likeliest token",
+        ylabel="how often it is right",
+        aspect="equal",
     )
     for axes, corner in ((position, "best"), (calibration, "lower right")):
+        axes.title.set_fontsize("medium")
         axes.grid(alpha=0.3)
         for text in axes.legend(fontsize="small", loc=corner).get_texts():
             text.set_parse_math(False)
@@ -46,7 +52,7 @@ def draw_text_scores(path: Path, scores: dict[str, TextScore], data: str) -> Non
     for axes in grid[len(scores) :]:
         axes.set_axis_off()
     for number, (name, score) in enumerate(scores.items()):
-        _draw_worst(grid[number], name, score, f"C{number}")
+        _draw_worst(grid[number], name, score, _style(number)["color"])
     _save(figure, path)
 
 
@@ -60,7 +66,7 @@ def draw_metrics(path: Path, results: dict[str, Metrics], task: str, chance: flo
     ):
         for number, metrics in enumerate(results.values()):
             metric = metrics[column]
-            axes.errorbar(metric.value, number, xerr=metric.stderr, fmt="o", capsize=4)
+            axes.errorbar(metric.value, number, xerr=metric.stderr, capsize=4, **_style(number))
         if chance and column.startswith("accuracy"):
             axes.axvline(chance, color="grey", linestyle="--", linewidth=1, label="chance")
             axes.legend(fontsize="small")
@@ -79,12 +85,20 @@ def _figure(width: float, height: float) -> Any:
     return figure
 
 
+def _style(number: int) -> dict[str, str]:
+    """Colour and marker of the model of that number."""
+    return {
+        "color": _COLORS[number % len(_COLORS)],
+        "marker": _MARKERS[number % len(_MARKERS)],
+    }
+
+
 def _save(figure: Any, path: Path) -> None:
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
 
 
-def _draw_position(axes: Any, score: TextScore, label: str, color: str) -> None:
+def _draw_position(axes: Any, score: TextScore, label: str, style: dict[str, str]) -> None:
     """Means over bins of positions, with a band of one standard error."""
     count, total, squares = _binned(score)
     kept = count >= _LEAST_TOKENS
@@ -94,8 +108,9 @@ def _draw_position(axes: Any, score: TextScore, label: str, color: str) -> None:
     mean = total[kept] / count[kept]
     stderr = np.sqrt(np.maximum(squares[kept] / count[kept] - mean**2, 0) / count[kept])
     x = _bin_centres(score)[kept]
-    axes.plot(x, mean, "o-", label=label, color=color, linewidth=1.2, markersize=3)
-    axes.fill_between(x, mean - stderr, mean + stderr, alpha=0.2, color=color, linewidth=0)
+    axes.plot(x, mean, label=label, linewidth=1.2, markersize=4, **style)
+    band = {"color": style["color"], "alpha": 0.2, "linewidth": 0}
+    axes.fill_between(x, mean - stderr, mean + stderr, **band)
 
 
 def _bins(score: TextScore) -> Any:
@@ -113,12 +128,14 @@ def _bin_centres(score: TextScore) -> Any:
     return (edges[:-1] + edges[1:] - 1) / 2 + 1
 
 
-def _draw_calibration(axes: Any, score: TextScore, label: str, color: str) -> None:
-    """Dots whose area says how many tokens they stand for."""
+def _draw_calibration(axes: Any, score: TextScore, label: str, style: dict[str, str]) -> None:
+    """Marks whose area says how many tokens they stand for."""
     kept = score.calibration[:, score.calibration[0] > 0]
     count, confidence, correct = kept
-    axes.plot(confidence / count, correct / count, color=color, linewidth=1.2, label=label)
-    axes.scatter(confidence / count, correct / count, 8 + 150 * count / count.sum(), color=color)
+    axes.plot(confidence / count, correct / count, color=style["color"], linewidth=1.2)
+    axes.scatter(
+        confidence / count, correct / count, 10 + 150 * count / count.sum(), label=label, **style
+    )
 
 
 def _draw_worst(axes: Any, name: str, score: TextScore, color: str) -> None:
