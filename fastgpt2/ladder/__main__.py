@@ -9,6 +9,7 @@ from fastgpt2.cli import run as run_command
 from fastgpt2.devices import resolve_device
 from fastgpt2.errors import UserError
 from fastgpt2.ladder.same_weights import attention_rungs, format_timings, time_rungs
+from fastgpt2.ladder.self_attention import simple_attention
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -42,10 +43,10 @@ def _run(argv: list[str] | None) -> None:
             raise UserError(f"--{name}: must be 1 or more, got {getattr(args, name)}")
     device = resolve_device(args.device)
     torch.manual_seed(0)
-    rungs = [r.to(device) for r in attention_rungs(args.width, args.context, args.heads)]
+    modules = [r.to(device) for r in attention_rungs(args.width, args.context, args.heads)]
     x = torch.randn(args.batch, args.context, args.width, device=device)
     print(f"fp32 on {device}: B={args.batch} T={args.context} C={args.width} H={args.heads}\n")
-    print(format_timings(time_rungs(rungs, x, args.repeats)))
+    print(format_timings(time_rungs([simple_attention, *modules], x, args.repeats)))
 
 
 if __name__ == "__main__":

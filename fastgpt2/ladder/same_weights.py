@@ -6,7 +6,7 @@ the same numbers, up to the order of additions.
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import TypeVar
@@ -155,7 +155,7 @@ def attention_rungs(width: int, context_length: int, num_heads: int) -> list[nn.
 @dataclass(frozen=True)
 class Timing:
     """Milliseconds of one rung, medians; ``difference`` is from the rung above, None if it is not
-    meant to compute the same."""
+    meant to compute the same. ``both_ms`` has the gradients of tokens and weights, too."""
 
     name: str
     forward_ms: float
@@ -163,22 +163,24 @@ class Timing:
     difference: float | None
 
 
-def time_rungs(rungs: list[nn.Module], x: Tensor, repeats: int) -> list[Timing]:
+def time_rungs(
+    rungs: Sequence[Callable[[Tensor], Tensor]], x: Tensor, repeats: int
+) -> list[Timing]:
     """Time forward alone, and forward with backward, of each rung on the tokens ``x`` (B, T, C)."""
     timings = []
     above: Tensor | None = None
     for rung in rungs:
         with torch.no_grad():
             out = rung(x)
-        # the mask, and the cut into heads, each begin another function
+        # weights, the mask, and the cut into heads each begin another function
         same = above is not None and not isinstance(
-            rung, CausalAttention | MultiHeadAttentionWrapper
+            rung, SelfAttentionV1 | CausalAttention | MultiHeadAttentionWrapper
         )
         difference = (out - above).abs().max().item() if same and above is not None else None
         above = out
         timings.append(
             Timing(
-                type(rung).__name__,
+                getattr(rung, "__name__", type(rung).__name__),
                 _median_ms(rung, x, repeats, backward=False),
                 _median_ms(rung, x, repeats, backward=True),
                 difference,
@@ -187,7 +189,11 @@ def time_rungs(rungs: list[nn.Module], x: Tensor, repeats: int) -> list[Timing]:
     return timings
 
 
-def _median_ms(rung: nn.Module, x: Tensor, repeats: int, *, backward: bool) -> float:
+def _median_ms(
+    rung: Callable[[Tensor], Tensor], x: Tensor, repeats: int, *, backward: bool
+) -> float:
+    x = x.detach().requires_grad_()
+    weights = list(rung.parameters()) if isinstance(rung, nn.Module) else []
     times = []
     for _ in range(repeats + 1):
         _wait(x)
@@ -195,7 +201,7 @@ def _median_ms(rung: nn.Module, x: Tensor, repeats: int, *, backward: bool) -> f
         with torch.set_grad_enabled(backward):
             out = rung(x)
             if backward:
-                torch.autograd.grad(out.sum(), list(rung.parameters()))
+                torch.autograd.grad(out.sum(), [x, *weights])
         _wait(x)
         times.append(1000 * (time.perf_counter() - start))
     # the first one warms up
