@@ -1,5 +1,6 @@
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,18 @@ def test_what_is_printed(
         f"report: {tmp_path / 'out'}",
     ):
         assert said in out
+
+
+def test_progress_is_shown_on_a_terminal(
+    data: str, run: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [run, "--data", data, "--device", "cpu", "--limit", "60"]
+    assert main(arguments) == 0
+    assert "scoring" not in capsys.readouterr().err
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main(arguments) == 0
+    err = capsys.readouterr().err
+    assert "scoring: " in err and "batch" in err and "model" in err
 
 
 def test_tokenizer_beside_the_weights(tmp_path: Path, data: str) -> None:
