@@ -189,7 +189,7 @@ class Bench:
         """Everything so far."""
         rates = {
             "GB_per_s": self.ceilings.bandwidth / 1e9,
-            "TFLOP_per_s": self.ceilings.flops / 1e12,
+            "TFLOP_per_s": self.ceilings.flops["bf16"] / 1e12,
         }
         return {
             "machine": machine(self.device),

@@ -1,10 +1,11 @@
-"""The GPT that any skilled user of PyTorch would write in an afternoon: our fairest rival.
+"""The rivals: GPTs that a skilled user of PyTorch would write in an afternoon, and transformers'.
 
-The same model as ours, of ``nn`` modules and ``F.scaled_dot_product_attention``, meant to be
-compiled; parameters fp32 or bf16, activations as autocast has them. Shapes: B batch, T tokens,
-C width, H heads, D head size, V vocabulary.
+The same model as ours, of ``nn`` modules and ``F.scaled_dot_product_attention``, parameters fp32,
+activations as autocast has them. Shapes: B batch, T tokens, C width, H heads, D head size, V
+vocabulary.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,10 +17,11 @@ from fastgpt2.model import GPT
 
 
 class PlainBlock(nn.Module):
-    """x + attention(norm(x)), then x + MLP(norm(x))."""
+    """x + attention(norm(x)), then x + MLP(norm(x)); with nanoGPT's exact GELU or GPT-2's."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, *, erf_gelu: bool) -> None:
         super().__init__()
+        self.gelu = partial(F.gelu, approximate="none" if erf_gelu else "tanh")
         C = config.n_embd
         self.n_head = config.n_head
         self.ln_1, self.ln_2 = nn.LayerNorm(C), nn.LayerNorm(C)
@@ -32,30 +34,40 @@ class PlainBlock(nn.Module):
         q, k, v = self.qkv(self.ln_1(x)).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.proj(y.transpose(1, 2).reshape(B, T, C))
-        x = x + self.fc2(F.gelu(self.fc1(self.ln_2(x)), approximate="tanh"))
+        x = x + self.fc2(self.gelu(self.fc1(self.ln_2(x))))
         return x
 
 
 class PlainGPT(nn.Module):
-    """GPT-2 with a padded, tied head, and the mean cross-entropy of its logits."""
+    """GPT-2 with a padded, tied head, and the mean cross-entropy of its logits.
 
-    def __init__(self, config: GPTConfig) -> None:
+    ``like_nanogpt`` does what nanoGPT does today where that differs from what is fastest and
+    GPT-2's: the residual stream stays fp32 under autocast, GELU is the exact one, and the loss is
+    over the padded vocabulary.
+    """
+
+    def __init__(self, config: GPTConfig, *, like_nanogpt: bool = False) -> None:
         super().__init__()
+        self.like_nanogpt = like_nanogpt
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
-        self.blocks = nn.ModuleList([PlainBlock(config) for _ in range(config.n_layer)])
+        self.blocks = nn.ModuleList(
+            [PlainBlock(config, erf_gelu=like_nanogpt) for _ in range(config.n_layer)]
+        )
         self.ln_f = nn.LayerNorm(config.n_embd)
         self.vocab_size = config.vocab_size
 
     def forward(self, idx: Tensor, targets: Tensor) -> Tensor:
-        """(B, T) token ids and targets -> the mean loss, as nanoGPT computes it."""
+        """(B, T) token ids and targets -> the mean loss."""
         x = self.wte(idx) + self.wpe(torch.arange(idx.shape[1], device=idx.device))
-        if torch.is_autocast_enabled(idx.device.type):
+        if not self.like_nanogpt and torch.is_autocast_enabled(idx.device.type):
             # a residual stream in the compute dtype, which autocast alone would keep in fp32
             x = x.to(torch.get_autocast_dtype(idx.device.type))
         for block in self.blocks:
             x = block(x)
-        logits = F.linear(self.ln_f(x), self.wte.weight)[..., : self.vocab_size]
+        logits = F.linear(self.ln_f(x), self.wte.weight)
+        if not self.like_nanogpt:
+            logits = logits[..., : self.vocab_size]
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     @torch.no_grad()

@@ -6,21 +6,21 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import metadata
 from typing import Any
 
 import torch
-from torch import Tensor
 
 Work = Callable[[], object]
 
-# several times the L2 cache of any GPU; writing it evicts what the work before has left there
+# several times the L2 cache of any GPU, or the last cache of a small CPU; writing it evicts what
+# the work before has left there
 _FLUSH_BYTES = 256 * 2**20
 # the host queues a piece of work while the device sleeps, so that launching costs no device time
 _HEAD_START_CYCLES = 2_000_000
 ROUNDS = 5
-_COPY_BYTES = 2**30
-_MATMUL_SIZE = 8192
+MATMUL_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Timing:
     p20_us: float
     p80_us: float
     rounds: int
+    samples_us: tuple[float, ...]
 
     @classmethod
     def of(cls, samples: list[float]) -> "Timing":
@@ -38,7 +39,7 @@ class Timing:
         ordered = sorted(samples)
         last = len(ordered) - 1
         p20, p80 = ordered[round(0.2 * last)], ordered[round(0.8 * last)]
-        return cls(statistics.median(ordered), p20, p80, len(ordered))
+        return cls(statistics.median(ordered), p20, p80, len(ordered), tuple(samples))
 
 
 class Clock:
@@ -52,8 +53,7 @@ class Clock:
     ) -> None:
         self.on_gpu = device.type == "cuda"
         self.head_start, self.rounds = head_start, rounds
-        size = _FLUSH_BYTES if self.on_gpu else 0
-        self.flush = torch.empty(size, dtype=torch.int8, device=device)
+        self.flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
 
     def compare(self, work: Mapping[str, Work], *, seconds: float) -> dict[str, Timing]:
         """Time every entry in turn, for at least ``rounds`` rounds and until the time is used up.
@@ -73,13 +73,13 @@ class Clock:
         return {name: Timing.of(values) for name, values in samples.items()}
 
     def _sample(self, run: Work) -> float:
+        self.flush.zero_()
         if not self.on_gpu:
             start = time.perf_counter()
             run()
             return (time.perf_counter() - start) * 1e6
         before = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         after = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        self.flush.zero_()
         if self.head_start:
             torch.cuda._sleep(_HEAD_START_CYCLES)  # type: ignore[no-untyped-call]
         before.record()
@@ -95,32 +95,37 @@ class Clock:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this machine reaches: bytes per second of a copy, FLOP per second of a large matmul."""
+    """What this machine reaches: bytes per second of a copy, FLOP per second of a large matmul.
+
+    The latter by the operands' dtype.
+    """
 
     bandwidth: float
-    flops: float
+    flops: Mapping[str, float]
 
-    def roofline_us(self, flops: float, moved_bytes: float) -> float:
+    def roofline_us(self, flops: float, moved_bytes: float, dtype: str = "bf16") -> float:
         """The least time that work of so many operations and bytes takes here."""
-        return max(flops / self.flops, moved_bytes / self.bandwidth) * 1e6
+        return max(flops / self.flops[dtype], moved_bytes / self.bandwidth) * 1e6
 
 
 def measure_ceilings(clock: Clock, device: torch.device, *, seconds: float) -> Ceilings:
-    """Time a device-to-device copy (read plus write) and a square bf16 product of random data."""
-    small = device.type == "cpu"
-    source = torch.randn((2**16 if small else _COPY_BYTES) // 2, device=device).bfloat16()
+    """Time a device-to-device copy (read plus write) and square products of random data.
+
+    Of at least ``seconds``; with none, tiny ones: a dry run's.
+    """
+    on_gpu, dry = device.type == "cuda", seconds == 0.0
+    copied = 2**16 if dry else 2**30 if on_gpu else 2**28
+    n = 64 if dry else 8192 if on_gpu else 2048
+    source = torch.randn(copied // 4, device=device)
     target = torch.empty_like(source)
-    n = 128 if small else _MATMUL_SIZE
-    a, b = (torch.randn(n, n, device=device).bfloat16() for _ in range(2))
-    product: Tensor = torch.empty_like(a)
-    times = clock.compare(
-        {"copy": lambda: target.copy_(source), "matmul": lambda: torch.mm(a, b, out=product)},
-        seconds=seconds,
-    )
-    moved = 2.0 * source.numel() * source.element_size()
+    work: dict[str, Work] = {"copy": lambda: target.copy_(source)}
+    for name, dtype in MATMUL_DTYPES.items():
+        a, b, product = (torch.randn(n, n, device=device).to(dtype) for _ in range(3))
+        work[name] = partial(torch.mm, a, b, out=product)
+    times = clock.compare(work, seconds=seconds)
     return Ceilings(
-        bandwidth=moved / times["copy"].median_us * 1e6,
-        flops=2.0 * n**3 / times["matmul"].median_us * 1e6,
+        bandwidth=2.0 * copied / times["copy"].median_us * 1e6,
+        flops={name: 2.0 * n**3 / times[name].median_us * 1e6 for name in MATMUL_DTYPES},
     )
 
 

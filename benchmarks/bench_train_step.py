@@ -1,0 +1,304 @@
+"""One training step of GPT-2, side by side: forward, loss, backward, clipping, AdamW.
+
+Everyone has the same fp32 weights, the same random tokens, fused AdamW and a gradient norm of at
+most 1, and computes under autocast in the dtype that the group names. ``fastgpt2`` is what the
+trainer runs (``TrainingStep``); ``plain`` and ``nanogpt`` are ``rivals.PlainGPT`` with a residual
+stream in the compute dtype and with nanoGPT's choices. ``-k`` picks contenders:
+
+    pytest benchmarks/bench_train_step.py --benchmark-only -k "bf16 and compiled" --rounds 5
+
+Before anything is timed, the first two losses of each must be those of the fp32 reference: the
+second is what the gradients, clipping and the optimizer made of the weights. MFU is
+(6 N + 12 L C T) FLOPs a token over the data-sheet peak (None where that is not known),
+``matmul_share`` the same FLOPs over what a large matmul reached here in the same run. Peak memory
+is what the allocator has given out on a GPU, and on a CPU the largest resident set of a process
+that trains two steps and does nothing else (interpreter and libraries included).
+"""
+
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.harness import Lane, Race, Scale, Settings
+from benchmarks.rivals import PlainGPT, transformers_gpt2
+from benchmarks.timing import Ceilings, Timing, Work
+from fastgpt2.config import GPTConfig
+from fastgpt2.devices import autocast, peak_flops
+from fastgpt2.kernels import backend
+from fastgpt2.model import GPT
+from fastgpt2.training.step import TrainingStep
+from fastgpt2.training.summary import compiler_obstacle, dtype_name
+
+# erf GELU and 47 padded logits of zero move these losses by 0.001, bf16 by 0.0003; a step whose
+# gradients are not the reference's is 0.4 away from the second
+LOSS_TOLERANCE = 0.005
+LR, BETAS, WEIGHT_DECAY, GRAD_CLIP = 1e-4, (0.9, 0.95), 0.1, 1.0
+COMPILED, CUDNN = " compiled", " cudnn"
+
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model's shape, a batch of B sequences of T tokens, and the dtype of the computation."""
+
+    config: GPTConfig
+    B: int
+    T: int
+    dtype: torch.dtype
+
+    @property
+    def group(self) -> str:
+        """What the tables call it."""
+        return f"train step {dtype_name(self.dtype)} B{self.B} T{self.T}"
+
+    def batch(self) -> Batch:
+        """Random tokens and targets (B, T), in the host's memory as a loader hands them out."""
+        generator = torch.Generator().manual_seed(1)
+        tokens = torch.randint(self.config.vocab_size, (self.B, self.T + 1), generator=generator)
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def workloads(scale: Scale) -> list[Workload]:
+    """What is trained at a scale."""
+    if scale is Scale.DRY:
+        tiny = GPTConfig(block_size=16, vocab_size=31, n_layer=1, n_head=2, n_embd=32)
+        return [Workload(tiny, 2, 16, torch.float32)]
+    config = GPTConfig.preset("gpt2")
+    if scale is Scale.CUDA:
+        return [Workload(config, 64, 1024, torch.bfloat16)]
+    return [Workload(config, 2, 512, dtype) for dtype in (torch.bfloat16, torch.float32)]
+
+
+def initial(config: GPTConfig, device: torch.device, impl: str) -> GPT:
+    """The weights that everyone starts from; no bias is zero, no gain one: all must be used."""
+    torch.manual_seed(0)
+    model = GPT(replace(config, impl=impl))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() < 2:
+                parameter += 0.05 * torch.randn_like(parameter)
+    return model.to(device)
+
+
+def our_step(
+    model: GPT, optimizer: torch.optim.AdamW, dtype: torch.dtype, forward: Callable[..., Any]
+) -> TrainingStep:
+    """A step as the trainer makes it."""
+    return TrainingStep(
+        model, optimizer, dtype=dtype, grad_clip=GRAD_CLIP, forward=forward, poll=lambda: None
+    )
+
+
+def optimizer_of(module: nn.Module, device: torch.device) -> torch.optim.AdamW:
+    """Everyone's optimizer: ours, which asks a module for nothing but its parameters."""
+    configure: Any = GPT.configure_optimizers
+    optimizer: torch.optim.AdamW = configure(module, WEIGHT_DECAY, LR, BETAS, device.type)
+    return optimizer
+
+
+@cache
+def expected_losses(config: GPTConfig, B: int, T: int, device: torch.device) -> tuple[float, ...]:
+    """The losses of two steps of the fp32 reference."""
+    idx, targets = Workload(config, B, T, torch.float32).batch()
+    model = initial(config, device, "reference")
+    step = our_step(model, optimizer_of(model, device), torch.float32, model)
+    # row by row: the reference holds the scores of all heads at once
+    rows = list(zip(idx.split(1), targets.split(1), strict=True))
+    return tuple(float(step(rows, LR).loss) for _ in range(2))
+
+
+class Family:
+    """One implementation's model with its optimizer; its eager and compiled forms share them."""
+
+    def __init__(self, kind: str, workload: Workload, device: torch.device) -> None:
+        self.kind, self.workload, self.device = kind, workload, device
+        self.allocated_before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
+        self.batch = workload.batch()
+        self.module = self._module()
+        self.optimizer = optimizer_of(self.module, device)
+
+    def _module(self) -> nn.Module:
+        # interpreted, only a dry run is quick enough; on a GPU, auto is Triton
+        impl = "triton" if backend.INTERPRETED else "auto"
+        ours = initial(self.workload.config, self.device, impl)
+        if self.kind == "fastgpt2":
+            return ours
+        if self.kind == "transformers":
+            hugging_face = transformers_gpt2(ours)
+            if hugging_face is None:
+                pytest.skip("transformers is not installed: pip install 'fastgpt2[bench]'")
+            return hugging_face
+        plain = PlainGPT(ours.config, like_nanogpt=self.kind == "nanogpt").to(self.device)
+        plain.copy_weights(ours)
+        return plain
+
+    def reset(self) -> None:
+        """Weights and optimizer as at the start."""
+        self.module.load_state_dict(self._module().state_dict())
+        self.optimizer.state.clear()
+
+    def forward(self, compiled: bool, scale: Scale) -> Callable[..., Any]:
+        """The module, or what the compiler makes of it."""
+        if not compiled:
+            return self.module
+        obstacle = compiler_obstacle(self.device)
+        if obstacle is not None:
+            pytest.skip(f"torch.compile: {obstacle}")
+        compiler = "eager" if scale is Scale.DRY else "inductor"
+        compile: Any = torch.compile
+        # ours as the trainer compiles it
+        whole = {"fullgraph": True, "dynamic": False} if self.kind == "fastgpt2" else {}
+        module: Callable[..., Any] = compile(self.module, backend=compiler, **whole)
+        return module
+
+    def step(self, forward: Callable[..., Any]) -> Callable[[], Tensor]:
+        """One optimizer step, as a call that returns the loss before it."""
+        if isinstance(self.module, GPT):
+            training_step = our_step(self.module, self.optimizer, self.workload.dtype, forward)
+            return lambda: training_step([self.batch], LR).loss
+        parameters = list(self.module.parameters())
+
+        def step() -> Tensor:
+            idx, targets = (x.to(self.device, non_blocking=True) for x in self.batch)
+            with autocast(self.device, self.workload.dtype):
+                loss = self._loss(forward, idx, targets)
+            torch.autograd.backward(loss)
+            torch.nn.utils.clip_grad_norm_(parameters, GRAD_CLIP)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            return loss.detach()
+
+        return step
+
+    def _loss(self, forward: Callable[..., Any], idx: Tensor, targets: Tensor) -> Tensor:
+        if self.kind != "transformers":
+            loss: Tensor = forward(idx, targets)
+            return loss
+        # given labels it would shift them by one, and train on a token less
+        logits = forward(input_ids=idx, use_cache=False).logits
+        return nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+
+class TrainStep(Race):
+    """Everyone's training step on one workload."""
+
+    def __init__(self, workload: Workload, scale: Scale) -> None:
+        self.workload, self.group = workload, workload.group
+        # nobody who writes the plain one runs it uncompiled
+        kinds = ("fastgpt2", "nanogpt", "transformers")
+        self.contenders = tuple(kind + form for kind in kinds for form in ("", COMPILED))
+        self.contenders += (f"plain{COMPILED}",)
+        if scale is Scale.CUDA:
+            self.contenders += (f"plain{CUDNN}{COMPILED}",)
+        self._families: dict[str, Family] = {}
+        self._memory: dict[str, int] = {}
+
+    def family(self, name: str, device: torch.device) -> Family:
+        """The model of a contender; that of its other form, where there is one."""
+        kind = name.removesuffix(COMPILED).removesuffix(CUDNN)
+        if kind not in self._families:
+            self._families[kind] = Family(kind, self.workload, device)
+        return self._families[kind]
+
+    def step(self, name: str, settings: Settings) -> Callable[[], Tensor]:
+        """A contender's step."""
+        family = self.family(name, settings.device)
+        plain_step = family.step(family.forward(name.endswith(COMPILED), settings.scale))
+        if CUDNN not in name:
+            return plain_step
+
+        def step() -> Tensor:
+            with sdpa_kernel([SDPBackend.CUDNN_ATTENTION]):
+                return plain_step()
+
+        return step
+
+    def prepare(self, name: str, settings: Settings) -> Work:
+        """A step that was compiled, and whose first two losses are right."""
+        w, device = self.workload, settings.device
+        expected = expected_losses(w.config, w.B, w.T, device)
+        family = self.family(name, device)
+        family.reset()
+        step = self.step(name, settings)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        losses = [float(step()) for _ in expected]
+        for ours, reference in zip(losses, expected, strict=True):
+            assert abs(ours - reference) <= LOSS_TOLERANCE, (
+                f"{name}: losses {losses}, the fp32 reference has {expected}"
+            )
+        if device.type == "cuda":
+            self._memory[name] = torch.cuda.max_memory_allocated() - family.allocated_before
+        elif settings.memory:
+            self._memory[name] = peak_memory(w, name, settings.scale)
+        return step
+
+    def facts(self, name: str, timing: Timing, ceilings: Ceilings) -> dict[str, Any]:
+        """Tokens per second, MFU, peak memory."""
+        w = self.workload
+        tokens, seconds = w.B * w.T, timing.median_us / 1e6
+        family = self.family(name, torch.device("cpu"))
+        with torch.device("meta"):
+            flops = GPT(w.config).flops_per_token(w.T) * tokens
+        peak = peak_flops(family.device)
+        return {
+            "tokens": tokens,
+            "tokens_per_s": tokens / seconds,
+            "flops": flops,
+            "TFLOP_per_s": flops / seconds / 1e12,
+            "mfu": None if peak is None else flops / seconds / peak,
+            "mfu_formula": "(6 N + 12 L C T) FLOPs a token / data-sheet peak",
+            "matmul_share": flops / seconds / ceilings.flops[dtype_name(w.dtype)],
+            "peak_bytes": self._memory.get(name),
+            "dtype": dtype_name(w.dtype),
+            "B": w.B,
+            "T": w.T,
+        }
+
+    def close(self) -> None:
+        """The models of a race go with it."""
+        self._families.clear()
+
+
+def peak_memory(workload: Workload, name: str, scale: Scale) -> int:
+    """Bytes of the largest resident set of a process that runs two steps."""
+    command = [sys.executable, "-m", "benchmarks.bench_train_step", scale, workload.group, name]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{name}: {done.stderr}"
+    return int(done.stdout.split()[-1])
+
+
+def races(settings: Settings) -> list[Race]:
+    """A race for each dtype."""
+    return [TrainStep(workload, settings.scale) for workload in workloads(settings.scale)]
+
+
+def test_train_step(lane: Lane, record: Callable[[Lane], None]) -> None:
+    """One contender's step."""
+    record(lane)
+
+
+def main(scale: str, group: str, name: str) -> None:
+    """Run two steps of a contender on a CPU and print the process's largest resident set."""
+    (workload,) = (w for w in workloads(Scale(scale)) if w.group == group)
+    settings = Settings(Scale(scale), torch.device("cpu"), rounds=1, seconds=0.0, memory=False)
+    step = TrainStep(workload, settings.scale).step(name, settings)
+    step()
+    step()
+    # kilobytes, but on a Mac
+    unit = 1 if sys.platform == "darwin" else 1024
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,181 @@
+"""How a pytest-benchmark test gets its samples: all contenders of a race take turns in one run.
+
+pytest-benchmark times one callable a test, one test after another, and what a machine does in
+between (heat, other programs) then passes for a difference. Here the first test of a race makes
+the selected contenders ready, has them checked, and times them in turn with ``timing.Clock``; each
+test hands its own samples to pytest-benchmark, whose timer is the ``Tape`` they are played from.
+The statistics in its JSON are thus of the very samples that were measured.
+"""
+
+import gc
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from benchmarks.timing import Ceilings, Clock, Timing, Work, measure_ceilings
+
+
+class Scale(StrEnum):
+    """The sizes of everything: GPT-2's real ones on a GPU, what two cores do in minutes, tiny."""
+
+    CUDA = "cuda"
+    CPU = "cpu"
+    DRY = "dry"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run of the suite was asked for.
+
+    Attributes:
+        scale: the sizes.
+        device: where it runs.
+        rounds: samples of each contender, at least.
+        seconds: a race goes on for at least this long.
+        memory: whether the training step's peak memory is measured (a process for each contender).
+    """
+
+    scale: Scale
+    device: torch.device
+    rounds: int
+    seconds: float
+    memory: bool
+
+
+class Race(ABC):
+    """One question to several contenders: the same inputs, the same answer, different times.
+
+    Attributes:
+        group: what the tables call it.
+        contenders: names, ours first.
+        head_start: whether launching is left out of a GPU's times; for single kernels it is.
+    """
+
+    group: str
+    contenders: tuple[str, ...]
+    head_start = False
+
+    @abstractmethod
+    def prepare(self, name: str, settings: Settings) -> Work:
+        """What to time for one contender, after it has run once and its answer was checked.
+
+        Raises:
+            pytest.skip.Exception: it cannot take part here; says why.
+            AssertionError: its answer is wrong; says by how much.
+        """
+
+    @abstractmethod
+    def facts(self, name: str, timing: Timing, ceilings: Ceilings) -> dict[str, Any]:
+        """What the JSON says beside the time: rates, shares, shapes."""
+
+    def close(self) -> None:  # noqa: B027
+        """Let go of inputs and models; the race is over."""
+
+
+@dataclass(frozen=True)
+class Lane:
+    """One contender in one race: one test."""
+
+    race: Race
+    name: str
+
+    @property
+    def id(self) -> str:
+        """What ``-k`` selects by."""
+        return f"{self.race.group}-{self.name}"
+
+
+def lanes(races: Sequence[Race]) -> list[Lane]:
+    """A test for every contender of every race, race by race."""
+    return [Lane(race, name) for race in races for name in race.contenders]
+
+
+class Tape:
+    """A clock that stands still but for the samples that are played: pytest-benchmark's timer."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def now(self) -> float:
+        """Seconds played so far."""
+        return self.seconds
+
+    def player(self, samples: Sequence[float]) -> Callable[[], None]:
+        """A call for each sample in turn; it takes as long as the sample did, by this clock."""
+        rest = iter(samples)
+
+        def play() -> None:
+            self.seconds += next(rest)
+
+        return play
+
+
+TAPE = Tape()
+
+
+class Stopwatch:
+    """Runs each race when its first test asks, and keeps the times for the others."""
+
+    def __init__(self, settings: Settings, selected: Sequence[Lane]) -> None:
+        self.settings, self.selected = settings, selected
+        real = settings.scale is not Scale.DRY
+        self.ceilings = measure_ceilings(
+            Clock(settings.device, rounds=settings.rounds),
+            settings.device,
+            seconds=1.0 if real else 0.0,
+        )
+        self._race: Race | None = None
+        self._timings: dict[str, Timing] = {}
+        self._facts: dict[str, dict[str, Any]] = {}
+        self._troubles: dict[str, BaseException] = {}
+
+    def record(self, lane: Lane, benchmark: BenchmarkFixture) -> None:
+        """Give this contender's samples and facts to pytest-benchmark.
+
+        Raises:
+            pytest.skip.Exception: it does not take part; says why.
+            AssertionError: its answer is wrong, so it has no speed.
+        """
+        if self._race is not lane.race:
+            self._run(lane.race)
+        if lane.name in self._troubles:
+            raise self._troubles[lane.name]
+        timing = self._timings[lane.name]
+        benchmark.group = lane.race.group
+        benchmark.extra_info |= {
+            "contender": lane.name,
+            "p20": timing.p20_us / 1e6,
+            "p80": timing.p80_us / 1e6,
+            **self._facts[lane.name],
+        }
+        samples = [sample / 1e6 for sample in timing.samples_us]
+        benchmark.pedantic(TAPE.player(samples), rounds=len(samples))
+
+    def _run(self, race: Race) -> None:
+        self._race, chosen = race, self.settings
+        self._troubles = {}
+        works: dict[str, Work] = {}
+        for name in (lane.name for lane in self.selected if lane.race is race):
+            try:
+                works[name] = race.prepare(name, chosen)
+            except (Exception, pytest.skip.Exception) as trouble:
+                # the others still have their times
+                self._troubles[name] = trouble
+        clock = Clock(chosen.device, head_start=race.head_start, rounds=chosen.rounds)
+        self._timings = clock.compare(works, seconds=chosen.seconds) if works else {}
+        self._facts = {
+            name: race.facts(name, timing, self.ceilings) for name, timing in self._timings.items()
+        }
+        works.clear()
+        race.close()
+        gc.collect()
+        # one function is compiled anew for each race: beyond a limit it would run uncompiled
+        torch.compiler.reset()
+        if chosen.device.type == "cuda":
+            torch.cuda.empty_cache()
