@@ -1,9 +1,9 @@
 """Hugging Face's GPT-2 on our kernels: a drop-in class, and a switch for models already loaded.
 
 One mechanism serves both. ``accelerate`` exchanges the *class* of the modules that have a kernel
-(LayerNorm, the tanh GELU, the language model for its loss) and names our attention in the config.
-Parameters, hooks, submodules and state dict stay the very same objects: nothing is cached, every
-change of them counts at once, and ``restore`` only has to exchange the classes back.
+(attention, LayerNorm, the tanh GELU, the language model for its loss). Config, parameters, hooks,
+submodules and state dict stay the very same objects: nothing is cached, every change of them counts
+at once, and ``restore`` only has to exchange the classes back.
 """
 
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.activations import GELUTanh, NewGELUActivation
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
-from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
+from transformers.models.gpt2 import modeling_gpt2
 from transformers.utils.generic import can_return_tuple
 
 from fastgpt2.errors import UserError
@@ -109,12 +109,6 @@ class GPT2LMHeadModel(transformers.GPT2LMHeadModel):  # type: ignore[no-untyped-
         super().__init__(config, *args, **kwargs)
         _exchange(self, _FAST)
 
-    def get_correct_attn_implementation(self, requested_attention: str | None, *args: Any) -> str:
-        """Ours where nobody asks for another one."""
-        requested = requested_attention or transformers_attention.NAME
-        name: str = super().get_correct_attn_implementation(requested, *args)
-        return name
-
     @property
     def loss_function(self) -> Any:
         """What ``forward`` calls on logits and labels; assign another to replace it."""
@@ -166,13 +160,10 @@ class GPT2LMHeadModel(transformers.GPT2LMHeadModel):  # type: ignore[no-untyped-
             mean = linear_cross_entropy(
                 rows, self.lm_head.weight, targets, ignore_index=ignore_index
             )
-        return CausalLMOutputWithCrossAttentions(
-            loss=_per_item(mean, targets, ignore_index, kwargs.get("num_items_in_batch")),
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            cross_attentions=outputs.cross_attentions,
-        )
+        loss = _per_item(mean, targets, ignore_index, kwargs.get("num_items_in_batch"))
+        # the cache goes by one name up to transformers 5.23 and by another from then on
+        others = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        return CausalLMOutputWithCrossAttentions(loss=loss, **others)
 
     def explain(self) -> str:
         """What runs on our kernels, what on transformers' code, and why: one line a feature."""
@@ -195,6 +186,7 @@ def _has_hooks(module: nn.Module) -> bool:
 
 # what is exchanged, and back; a subclass somebody else made is nobody's to touch
 _FAST: dict[type[nn.Module], type[nn.Module]] = {
+    modeling_gpt2.GPT2Attention: transformers_attention.GPT2Attention,
     nn.LayerNorm: LayerNorm,
     NewGELUActivation: NewGELU,
     GELUTanh: TanhGELU,
@@ -206,18 +198,15 @@ _PLAIN = {fast: plain for plain, fast in _FAST.items()}
 def accelerate(model: _Model) -> _Model:
     """Put a GPT-2 of transformers on our kernels, in place, and return it.
 
-    Takes every GPT-2 that ``model`` is or contains, with any head or none. Weights, hooks and state
-    dict stay as they are; an attention implementation other than the default ``sdpa`` was chosen by
-    somebody and stays, too. A ``GPT2LMHeadModel`` becomes ours, ``explain`` and ``fused_loss``
-    included.
+    Takes every GPT-2 that ``model`` is or contains, with any head or none. Weights, hooks, state
+    dict and config stay as they are: our attention answers where the config names ``sdpa``, the
+    default. A ``GPT2LMHeadModel`` becomes ours, ``explain`` and ``fused_loss`` included.
 
     Raises:
         UserError: ``model`` contains no GPT-2 of transformers.
     """
     for gpt2 in _gpt2s("accelerate", model):
         _exchange(gpt2, _FAST)
-        if gpt2.config._attn_implementation == "sdpa":
-            gpt2.set_attn_implementation(transformers_attention.NAME)
     return model
 
 
@@ -244,10 +233,10 @@ def explain_model(model: nn.Module) -> str:
     gpt2 = _gpt2s("explain", model)[0]
     parameter = next(gpt2.parameters())
     norms = [m for m in gpt2.modules() if isinstance(m, nn.LayerNorm)]
-    activations = [m.act for m in gpt2.modules() if isinstance(m, GPT2MLP)]
+    activations = [m.act for m in gpt2.modules() if isinstance(m, modeling_gpt2.GPT2MLP)]
     features = {
         "kernels": explain(parameter.device, parameter.dtype),
-        "attention": _explain_attention(gpt2.config),
+        "attention": _explain_attention(gpt2),
         "LayerNorm": _explain_modules(norms),
         "activation": _explain_modules(activations),
         "loss": _explain_loss(gpt2),
@@ -269,15 +258,22 @@ def _exchange(model: nn.Module, table: dict[type[nn.Module], type[nn.Module]]) -
         module.__class__ = table.get(type(module), type(module))
 
 
-def _explain_attention(config: Any) -> str:
-    name = config._attn_implementation
+def _explain_attention(model: Any) -> str:
+    name = model.config._attn_implementation
+    modules = [m for m in model.modules() if isinstance(m, modeling_gpt2.GPT2Attention)]
+    n_ours = sum(type(m) in _PLAIN for m in modules)
+    if name == "sdpa" and n_ours:
+        name = transformers_attention.NAME
+        asked = f"ours in place of sdpa, in {n_ours} of {len(modules)} modules, "
+    else:
+        asked = "ours "
     if name != transformers_attention.NAME:
         return f"transformers' {name}, which the config names"
     return (
-        "ours for causal sequences, whole or padded at their ends; transformers' sdpa, which takes "
-        "any mask, for tokens behind a cache, 4-D masks, padding with holes or traced by "
-        "torch.compile, packed positions and cross-attention; neither forms the probabilities: "
-        "output_attentions and reorder_and_upcast_attn want set_attn_implementation('eager')"
+        f"{asked}for causal sequences, whole or padded at their ends; transformers' sdpa, which "
+        "takes any mask, for tokens behind a cache, other masks, masks traced by torch.compile, "
+        "packed positions and cross-attention; neither forms the probabilities: output_attentions "
+        "and reorder_and_upcast_attn want set_attn_implementation('eager')"
     )
 
 

@@ -1,7 +1,8 @@
 """Causal attention on our kernel, for transformers' own registry of attention implementations.
 
-Importing this module registers it as ``attn_implementation="fastgpt2"``. Full causal sequences,
-padded or not, run on ``kernels.attention``; every other request is transformers' ``sdpa``.
+Importing this module registers it as ``attn_implementation="fastgpt2"``; ``GPT2Attention`` takes it
+where ``sdpa`` is asked for, too, which it equals. Full causal sequences, padded at their ends or
+not, run on ``kernels.attention``; every other request is transformers' ``sdpa``.
 Shapes: B batch, T query tokens, S key tokens, H heads, D head size, C = H D.
 """
 
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.masking_utils import sdpa_mask
+from transformers.models.gpt2 import modeling_gpt2
 from transformers.utils.import_utils import is_tracing
 
 from fastgpt2.kernels import attention
@@ -22,60 +24,74 @@ NAME = "fastgpt2"
 _FOREIGN_OPTIONS = ("position_bias", "softcap", "cache", "s_aux")
 
 
-def causal_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    *,
-    mask_function: Any = causal_mask_function,
-    attention_mask: Tensor | None = None,
-    allow_is_causal_skip: bool = True,
-    **options: Any,
-) -> Tensor | None:
-    """What the attention modules are handed as mask; transformers calls this once a forward pass.
+class _Config:
+    """A model's config as its attention modules read it: they find ours where it names ``sdpa``."""
+
+    def __init__(self, config: Any) -> None:
+        self._config = config
+
+    @property
+    def _attn_implementation(self) -> Any:
+        name = self._config._attn_implementation
+        return NAME if name == "sdpa" else name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._config, name)
+
+
+class GPT2Attention(modeling_gpt2.GPT2Attention):  # type: ignore[no-untyped-call]
+    """transformers' attention module, with our attention in the place of ``sdpa``.
+
+    The config itself stays as it is: programs compare the name in it with those they know.
+    """
+
+    @property
+    def config(self) -> Any:
+        """What chooses the attention implementation."""
+        return _Config(self.__dict__["config"])
+
+    @config.setter
+    def config(self, value: Any) -> None:
+        self.__dict__["config"] = value
+
+
+def _key_range(mask: Tensor) -> Tensor | None:
+    """[start, end) of each row's keys, (B, 2), of a causal mask with padding at its ends.
+
+    Args:
+        mask: (B, 1, T, T) bool, true where a query sees a key.
 
     Returns:
-        None for plain causal attention; a key range, (B, 1, 1, 2) int32, for causal attention with
-        padding at either end; otherwise transformers' boolean mask, (B, 1, T, S).
+        None if the mask is any other.
     """
-    plain = mask_function is causal_mask_function and allow_is_causal_skip
-    if plain and q_length == kv_length > 1:
-        if attention_mask is None:
-            return None
-        # under a tracer nobody can look whether the padding has holes
-        if attention_mask.shape[1] == kv_length and not is_tracing(attention_mask):
-            key_range, has_holes, is_full = _key_range(attention_mask)
-            if is_full:
-                return None
-            if not has_holes:
-                return key_range
-    mask: Tensor | None = sdpa_mask(
-        batch_size,
-        q_length,
-        kv_length,
-        mask_function=mask_function,
-        attention_mask=attention_mask,
-        allow_is_causal_skip=allow_is_causal_skip,
-        **options,
-    )
-    return mask
-
-
-def _key_range(attention_mask: Tensor) -> tuple[Tensor, bool, bool]:
-    """[start, end) of each row's tokens, (B, 1, 1, 2) int32; has a row holes? is no row padded?"""
-    kept = attention_mask.bool()
+    # the last query sees every key that is no padding
+    kept = mask[:, 0, -1]
     start = kept.int().argmax(dim=1)
     end = start + kept.sum(dim=1)
-    positions = torch.arange(kept.shape[1], device=kept.device)
+    positions = torch.arange(mask.shape[-1], device=mask.device)
     in_range = (positions >= start[:, None]) & (positions < end[:, None])
-    # both answers in one wait for the device
-    has_holes, is_full = torch.stack([(in_range != kept).any(), kept.all()]).tolist()
-    return torch.stack([start, end], dim=1).int()[:, None, None], has_holes, is_full
+    causal = positions <= positions[:, None]
+    same = torch.equal(mask[:, 0], causal & in_range[:, None])
+    return torch.stack([start, end], dim=1).int() if same else None
 
 
-def _is_key_range(mask: Tensor) -> bool:
-    # no mask of transformers is int32: what reaches scaled_dot_product_attention is bool or float
-    return mask.dtype == torch.int32 and mask.shape[1:] == (1, 1, 2)
+def _remembered_key_range(mask: Tensor) -> Tensor | None:
+    """``_key_range``, looked for once in a forward pass, which hands every layer the same mask."""
+    if mask.is_inference():
+        # nothing would tell that it was changed in place
+        return _key_range(mask)
+    known = vars(mask).get("_fastgpt2_key_range")
+    if known is None or known[0] != mask._version:
+        known = vars(mask)["_fastgpt2_key_range"] = (mask._version, _key_range(mask))
+    key_range: Tensor | None = known[1]
+    return key_range
+
+
+def _padding(mask: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+    """The key range that the mask stands for, or None if none does or nobody can look."""
+    if mask.dtype != torch.bool or mask.shape != shape or is_tracing(mask):
+        return None
+    return _remembered_key_range(mask)
 
 
 def attention_forward(
@@ -96,7 +112,8 @@ def attention_forward(
         query: (B, H, T, D).
         key: (B, H, S, D).
         value: (B, H, S, D).
-        attention_mask: what ``causal_mask`` made, or a 4-D mask of the caller's own.
+        attention_mask: transformers' ``sdpa_mask``, (B, 1, T, S) bool, or the caller's own; None
+            is causal.
         dropout: rate of the dropout on the probabilities.
         scaling: of the scores; None is 1 / sqrt(D).
         is_causal: whether a query sees only what stands before it.
@@ -106,16 +123,17 @@ def attention_forward(
     """
     B, H, T, D = query.shape
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    ours = (
+        T > 1
+        and key.shape == query.shape
+        and causal
+        and all(options.get(name) is None for name in _FOREIGN_OPTIONS)
+    )
     key_range = None
-    if attention_mask is not None and _is_key_range(attention_mask):
-        key_range, attention_mask = attention_mask[:, 0, 0], None
-    if (
-        T == 1
-        or key.shape != query.shape
-        or attention_mask is not None
-        or not causal
-        or any(options.get(name) is not None for name in _FOREIGN_OPTIONS)
-    ):
+    if ours and attention_mask is not None:
+        key_range = _padding(attention_mask, (B, 1, T, T))
+        ours = key_range is not None
+    if not ours:
         out: tuple[Tensor, None] = sdpa_attention_forward(
             module,
             query,
@@ -151,4 +169,4 @@ def _packed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 AttentionInterface.register(NAME, attention_forward)
-AttentionMaskInterface.register(NAME, causal_mask)
+AttentionMaskInterface.register(NAME, sdpa_mask)

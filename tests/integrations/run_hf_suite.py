@@ -69,18 +69,6 @@ def accelerated(base: Any) -> Any:
     return type(base.__name__, (base,), {"__init__": init, "__module__": base.__module__})
 
 
-def with_our_attention_as_sdpa(base: Any) -> Any:
-    """A subclass whose ``from_pretrained`` takes ``sdpa`` for ours."""
-
-    def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("attn_implementation") == "sdpa":
-            kwargs["attn_implementation"] = "fastgpt2"
-        return base.from_pretrained.__func__(cls, *args, **kwargs)
-
-    members = {"from_pretrained": classmethod(from_pretrained), "__module__": base.__module__}
-    return type(base.__name__, (base,), members)
-
-
 class Tester:
     """The small model and its inputs, by the attributes that the common tests read."""
 
@@ -174,13 +162,7 @@ def main() -> int:
     classes = tuple(getattr(transformers, name) for name in NAMES)
     if whose != "theirs":
         classes = tuple(accelerated(base) for base in classes)
-    if whose == "attention":
-        classes = tuple(with_our_attention_as_sdpa(base) for base in classes)
     case = make_case(source, classes)
-    if whose != "theirs":
-        name = "test_sdpa_can_dispatch_non_composite_models"
-        reason = "wants the default attention to be named sdpa"
-        setattr(case, name, pytest.mark.xfail(reason=reason, strict=True)(getattr(case, name)))
     arguments = [__file__, "-q", "-p", "no:cacheprovider", f"--rootdir={source}", *options]
     return int(pytest.main(arguments, plugins=[Plugin(case)]))
 

@@ -50,12 +50,13 @@ def test_every_head_before_during_and_after(head: str) -> None:
     model = randomised(getattr(transformers, head)(config()))
     plain_classes, plain_attributes = classes_of(model), set(vars(model))
     parameters = [id(p) for p in model.parameters()]
-    before = outputs(model)
+    before, settings = outputs(model), model.config.to_dict()
 
     assert fastgpt2.accelerate(model) is model
     assert "LayerNorm  ours, 5 of 5" in explain_model(model)
     assert "activation ours, 2 of 2" in explain_model(model)
-    assert model.config._attn_implementation == "fastgpt2"
+    assert "attention  ours in place of sdpa, in 2 of 2" in explain_model(model)
+    assert model.config.to_dict() == settings and model.config._attn_implementation == "sdpa"
     assert [id(p) for p in model.parameters()] == parameters
     for got, expected in zip(outputs(model), before, strict=True):
         assert_close(got, expected)

@@ -110,7 +110,14 @@ def test_the_kernel_runs_where_explain_says_so(monkeypatch: pytest.MonkeyPatch) 
     assert key_range.tolist() == [[4, T], [0, T], [1, T]]
     assert count(attention_mask=RIGHT) == 2
     assert count(attention_mask=HOLES) == 0
-    assert count(attention_mask=torch.ones(3, 1, T, T).tril().bool()) == 0
+    # the caller's own 4-D masks: causal, then made a window in place
+    mask = torch.ones(3, 1, T, T).tril().bool()
+    assert count(attention_mask=mask) == 2
+    mask &= mask.triu(-3)
+    assert count(attention_mask=mask) == 0
+    assert count(attention_mask=mask.float()) == 0
+    with torch.inference_mode():
+        assert count(attention_mask=LEFT) == 2 and count(attention_mask=HOLES) == 0
     assert count(position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]), use_cache=False) == 0
     ours.set_attn_implementation("eager")
     assert count() == 0
@@ -247,6 +254,19 @@ def test_hooks_and_replaced_submodules_act() -> None:
     assert "4 of 4" in explained and "1 of 2" in explained and "ReLU" in explained
 
 
+def test_a_replaced_attention_is_handed_transformers_own_mask() -> None:
+    class Attention(nn.Module):
+        def forward(self, x: Tensor, *_: Any, attention_mask: Tensor, **__: Any) -> Any:
+            masks.append(attention_mask)
+            return x, None
+
+    masks: list[Tensor] = []
+    for model in pair():
+        model.transformer.h[0].attn = Attention()
+        model(tokens(3, T), attention_mask=LEFT, use_cache=False)
+    assert masks[1].shape == (3, 1, T, T) and torch.equal(masks[1], masks[0])
+
+
 def test_save_and_load_round_trip(tmp_path: Path) -> None:
     theirs, ours = pair()
     ids = tokens()
@@ -258,16 +278,16 @@ def test_save_and_load_round_trip(tmp_path: Path) -> None:
     load: Any = fastgpt2.GPT2LMHeadModel.from_pretrained
     again, report = load(tmp_path, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
-    assert again.config._attn_implementation == "fastgpt2"
+    # the name that programs look for; ours answers to it
+    assert again.config._attn_implementation == "sdpa" and "in place of sdpa" in again.explain()
     assert again.lm_head.weight is again.transformer.wte.weight
     assert_close(again(ids).logits, theirs(ids).logits)
     half = load(tmp_path, dtype=torch.bfloat16)
     assert half(ids).logits.dtype == torch.bfloat16
-    for name in ("eager", "sdpa"):
+    for name in ("eager", "sdpa", "fastgpt2"):
         asked = load(tmp_path, attn_implementation=name)
-        assert (
-            asked.config._attn_implementation == name and f"transformers' {name}" in asked.explain()
-        )
+        assert asked.config._attn_implementation == name
+        assert ("transformers' eager" in asked.explain()) == (name == "eager")
 
 
 def test_meta_device_initialisation() -> None:
