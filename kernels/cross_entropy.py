@@ -24,8 +24,8 @@ def _cross_entropy_fwd(
 
     options = (ignore_index, vocab_size, label_smoothing, z_loss)
     losses, stats = jit.launch_fwd(logits, targets, options)
-    inverse_count = inverse_kept(targets, ignore_index, losses.dtype)
-    return losses.sum() * inverse_count, stats, inverse_count
+    count = kept_count(targets, ignore_index, losses.dtype)
+    return losses.sum() / count, stats, count
 
 
 @_cross_entropy_fwd.register_fake
@@ -58,24 +58,24 @@ def _(logits: Tensor, *_unused: Any) -> Tensor:
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     logits, targets, *ctx.options = inputs
-    _, stats, inverse_count = output
-    ctx.mark_non_differentiable(stats, inverse_count)
-    ctx.save_for_backward(logits, targets, stats, inverse_count)
+    _, stats, count = output
+    ctx.mark_non_differentiable(stats, count)
+    ctx.save_for_backward(logits, targets, stats, count)
 
 
 def _backward(ctx: Any, dloss: Tensor, *_unused: Tensor) -> tuple[Tensor | None, ...]:
-    logits, targets, stats, inverse_count = ctx.saved_tensors
+    logits, targets, stats, count = ctx.saved_tensors
     # in fp32 until the gradient is stored: in fp16 that of a mean would underflow
-    scale = dloss * inverse_count
+    scale = dloss / count
     return _cross_entropy_bwd(logits, targets, stats, scale, *ctx.options), *(None,) * 5
 
 
 _cross_entropy_fwd.register_autograd(_backward, setup_context=_save)
 
 
-def inverse_kept(targets: Tensor, ignore_index: int, dtype: torch.dtype) -> Tensor:
-    """1 / number of targets that are not ignored; 1 if there are none."""
-    return 1.0 / (targets != ignore_index).sum().clamp(min=1).to(dtype)
+def kept_count(targets: Tensor, ignore_index: int, dtype: torch.dtype) -> Tensor:
+    """Number of targets that are not ignored; 1 if there are none."""
+    return (targets != ignore_index).sum().clamp(min=1).to(dtype)
 
 
 def check_loss_options(
@@ -150,7 +150,7 @@ def cross_entropy(
             if z_loss > 0:
                 lse = z.logsumexp(dim=-1).masked_fill(flat == ignore_index, 0.0)
                 total = total + z_loss * lse.square().sum()
-            return total * inverse_kept(flat, ignore_index, total.dtype)
+            return total / kept_count(flat, ignore_index, total.dtype)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     loss: Tensor = _cross_entropy_fwd(
         rows, flat.contiguous(), ignore_index, vocab_size, label_smoothing, z_loss

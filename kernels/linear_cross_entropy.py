@@ -12,13 +12,16 @@ from torch import Tensor
 
 from fastgpt2.kernels import checks, reference
 from fastgpt2.kernels.backend import Impl, resolve
-from fastgpt2.kernels.cross_entropy import check_loss_options, inverse_kept
+from fastgpt2.kernels.cross_entropy import check_loss_options, kept_count
 
-# logits of one chunk. The kernel works in place on logits in the compute dtype: 2 GiB of them, 21
-# thousand rows of GPT-2's in bf16, keep the matrix products at full speed. PyTorch's operators
-# make several fp32 copies, so a chunk of theirs is 64 MB
+# logits of one chunk, in the compute dtype: 2 GiB of them, 21 thousand rows of GPT-2's in bf16, keep
+# the matrix products at full speed and leave most of a GPU's memory free; a CPU has less of both
 TRITON_CHUNK_BYTES = 2**31
-TORCH_CHUNK_ELEMENTS = 2**24
+TORCH_CHUNK_BYTES = 2**28
+# PyTorch's operators make fp32 copies, so they take a chunk's rows in tiles: on a CPU such that the
+# copies stay in its cache, a pass over which costs a third of one over memory
+_CPU_TILE_ELEMENTS = 2**20
+GPU_TILE_ELEMENTS = 2**24
 # a matrix product's tile: what a chunk's rows are rounded up to
 _TILE_ROWS = 128
 
@@ -28,26 +31,34 @@ Options = tuple[int, int, float, float]
 
 def _torch_losses(logits: Tensor, targets: Tensor, options: Options, with_grad: bool) -> Tensor:
     """Losses of the rows; with grad, the logits become the gradient of their sum."""
+    elements = _CPU_TILE_ELEMENTS if logits.device.type == "cpu" else GPU_TILE_ELEMENTS
+    size = max(1, elements // logits.shape[1])
+    tiles = zip(logits.split(size), targets.split(size), strict=True)
+    return torch.cat([_tile_losses(*tile, options, with_grad) for tile in tiles])
+
+
+def _tile_losses(logits: Tensor, targets: Tensor, options: Options, with_grad: bool) -> Tensor:
     ignore_index, vocab_size, label_smoothing, z_loss = options
     kept = targets != ignore_index
     safe_targets = targets.masked_fill(~kept, 0).long()[:, None]
-    z = logits[:, :vocab_size].to(_wide(logits.dtype))
-    lse = torch.logsumexp(z, dim=-1)
-    losses = lse - (1.0 - label_smoothing) * z.gather(1, safe_targets)[:, 0]
+    z, wide = logits[:, :vocab_size], _wide(logits.dtype)
+    p = torch.softmax(z, dim=-1, dtype=wide)
+    # a row's largest probability is 1 / sum(exp(z - max z)), and never smaller than 1 / V
+    lse = z.amax(dim=-1).to(wide) - p.amax(dim=-1).log()
+    losses = lse - (1.0 - label_smoothing) * z.gather(1, safe_targets)[:, 0].to(wide)
     if label_smoothing > 0:
-        losses -= label_smoothing * z.mean(dim=-1)
+        losses -= label_smoothing * z.mean(dim=-1, dtype=wide)
     losses = (losses + z_loss * lse.square()).masked_fill_(~kept, 0.0)
     if not with_grad:
         return losses
     # dz = softmax (1 + 2 z_loss lse) - (1 - s) onehot - s / V; 0 if ignored
-    dz = z.sub_(lse[:, None]).exp_()
     if z_loss > 0:
-        dz *= 1.0 + 2.0 * z_loss * lse[:, None]
+        p *= 1.0 + 2.0 * z_loss * lse[:, None]
     if label_smoothing > 0:
-        dz -= label_smoothing / vocab_size
-    minus_one = dz.new_full((1, 1), label_smoothing - 1.0)
-    dz.scatter_add_(1, safe_targets, minus_one.expand_as(safe_targets))
-    logits[:, :vocab_size] = dz.masked_fill_(~kept[:, None], 0.0)
+        p -= label_smoothing / vocab_size
+    minus_one = p.new_full((1, 1), label_smoothing - 1.0)
+    p.scatter_add_(1, safe_targets, minus_one.expand_as(safe_targets))
+    logits[:, :vocab_size] = p.mul_(kept[:, None])
     logits[:, vocab_size:] = 0.0
     return losses
 
@@ -72,8 +83,8 @@ def _wide_product(a: Tensor, b: Tensor) -> Tensor:
 
 def _chunk_rows(N: int, V: int, dtype: torch.dtype, triton: bool) -> int:
     """Rows of a chunk: all of them if their logits fit, else chunks of about equal size."""
-    elements = TRITON_CHUNK_BYTES // dtype.itemsize if triton else TORCH_CHUNK_ELEMENTS
-    n_chunks = max(1, -(-N * V // elements))
+    chunk_bytes = TRITON_CHUNK_BYTES if triton else TORCH_CHUNK_BYTES
+    n_chunks = max(1, -(-N * V * dtype.itemsize // chunk_bytes))
     rows = -(-N // n_chunks)
     return max(1, min(N, -(-rows // _TILE_ROWS) * _TILE_ROWS))
 
@@ -91,7 +102,7 @@ def _linear_cross_entropy_fwd(
     dweight_wanted: bool,
     triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, dx * count, dweight * count, 1 / count): fp32 but dx, which has x's dtype.
+    """(loss, dx * count, dweight * count, count): fp32 but dx, which has x's dtype.
 
     The gradients are those of the summed loss, divided by the count in backward: in fp16 the
     gradient of a mean over thousands of rows would underflow before a loss scale could reach it.
@@ -118,8 +129,8 @@ def _linear_cross_entropy_fwd(
             dweight = product if dweight is None else dweight.add_(product)
     if dweight is None:
         dweight = weight.new_zeros((V, C) if dweight_wanted else (0,), dtype=wide)
-    inverse_count = inverse_kept(targets, ignore_index, wide)
-    return losses.sum() * inverse_count, dx, dweight, inverse_count
+    count = kept_count(targets, ignore_index, wide)
+    return losses.sum() / count, dx, dweight, count
 
 
 @_linear_cross_entropy_fwd.register_fake
@@ -145,15 +156,15 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, dx, dweight, inverse_count = output
-    ctx.mark_non_differentiable(dx, dweight, inverse_count)
-    ctx.save_for_backward(dx, dweight, inverse_count)
+    _, dx, dweight, count = output
+    ctx.mark_non_differentiable(dx, dweight, count)
+    ctx.save_for_backward(dx, dweight, count)
     ctx.weight_dtype, ctx.wanted = inputs[1].dtype, inputs[7:9]
 
 
 def _backward(ctx: Any, dloss: Tensor, *_unused: Tensor) -> tuple[Tensor | None, ...]:
-    dx, dweight, inverse_count = ctx.saved_tensors
-    scale = dloss * inverse_count
+    dx, dweight, count = ctx.saved_tensors
+    scale = dloss / count
     dx_wanted, dweight_wanted = ctx.wanted
     return (
         dx * scale if dx_wanted else None,

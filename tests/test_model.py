@@ -225,7 +225,7 @@ def test_fused_loss_never_makes_the_full_logits(monkeypatch: pytest.MonkeyPatch)
     logits_bytes = 32 * 16 * 500 * 4
     # by its name, since the package has a function of the same name
     module = import_module("fastgpt2.kernels.linear_cross_entropy")
-    monkeypatch.setattr(module, "TORCH_CHUNK_ELEMENTS", 128 * 500)
+    monkeypatch.setattr(module, "TORCH_CHUNK_BYTES", 128 * 500 * 4)
     assert largest_allocation(fused=False) >= logits_bytes
     assert largest_allocation(fused=True) <= logits_bytes / 4
 

@@ -8,7 +8,7 @@ import torch
 
 from fastgpt2.config import GPTConfig
 from fastgpt2.devices import device_name
-from fastgpt2.kernels.linear_cross_entropy import TORCH_CHUNK_ELEMENTS, TRITON_CHUNK_BYTES
+from fastgpt2.kernels.linear_cross_entropy import TORCH_CHUNK_BYTES, TRITON_CHUNK_BYTES
 from fastgpt2.model import GPT
 
 _DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -33,11 +33,8 @@ def training_memory(
     """
     element = dtype.itemsize
     activations = tokens * config.n_layer * config.n_embd * _SAVED_WIDTHS * element
-    logits = tokens * config.padded_vocab_size
-    if triton:
-        chunk = min(logits * element, TRITON_CHUNK_BYTES)
-    else:
-        chunk = min(logits, TORCH_CHUNK_ELEMENTS) * (element + 4)
+    logits = tokens * config.padded_vocab_size * element
+    chunk = min(logits, TRITON_CHUNK_BYTES if triton else TORCH_CHUNK_BYTES)
     head = config.padded_vocab_size * config.n_embd * 4
     return 16 * parameters + activations + chunk + head
 

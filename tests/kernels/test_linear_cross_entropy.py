@@ -63,9 +63,10 @@ def _op(vocab_size: int | None = None, **options: float) -> Callable[..., Tensor
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three chunks of 8 rows, the last one short, for 20 rows of 32 columns."""
+    """Three chunks of 8 rows in tiles of 3, the last ones short, for 20 rows of 32 columns."""
     monkeypatch.setattr(op_module, "TRITON_CHUNK_BYTES", 8 * 32 * 4)
-    monkeypatch.setattr(op_module, "TORCH_CHUNK_ELEMENTS", 8 * 32)
+    monkeypatch.setattr(op_module, "TORCH_CHUNK_BYTES", 8 * 32 * 4)
+    monkeypatch.setattr(op_module, "_CPU_TILE_ELEMENTS", 3 * 32)
     monkeypatch.setattr(op_module, "_TILE_ROWS", 8)
 
 
@@ -104,7 +105,7 @@ def test_weight_gradient_accumulates_in_fp32(monkeypatch: pytest.MonkeyPatch) ->
     inputs["targets"] = torch.zeros_like(inputs["targets"])
     # every row pushes the same way: in fp16 the sum, above 1024, could only grow by whole numbers
     inputs["x"] = inputs["x"].abs()
-    monkeypatch.setattr(op_module, "TORCH_CHUNK_ELEMENTS", 16)
+    monkeypatch.setattr(op_module, "TORCH_CHUNK_BYTES", 32)
     monkeypatch.setattr(op_module, "_TILE_ROWS", 1)
     weight = inputs["weight"].requires_grad_()
     loss = linear_cross_entropy(inputs["x"], weight, inputs["targets"], impl="torch")
@@ -124,7 +125,7 @@ def test_chunks_are_few_and_even() -> None:
     assert rows(65536, 50304, bf16, True) == 16384
     assert rows(65537, 50304, bf16, True) == 16512
     assert rows(65536, 50304, fp32, True) == 9472
-    assert rows(4096, 50304, fp32, False) == 384
+    assert rows(4096, 50304, fp32, False) == 1024
     assert rows(0, 50304, fp32, True) == rows(1, 50304, fp32, True) == 1
 
 

@@ -113,9 +113,9 @@ MUTANTS = [
     Mutant(
         "gradient_of_the_sum_rounded_first",
         _CONTRACT,
-        "    scale = dloss * inverse_count\n"
+        "    scale = dloss / count\n"
         "    return _cross_entropy_bwd(logits, targets, stats, scale, *ctx.options), ",
-        "    dz = _cross_entropy_bwd(logits, targets, stats, inverse_count, *ctx.options)\n"
+        "    dz = _cross_entropy_bwd(logits, targets, stats, 1.0 / count, *ctx.options)\n"
         "    return dz * dloss, ",
         (f"{_TESTS}::test_fp16_gradient_of_a_mean_survives_a_loss_scale",),
         "in fp16 the gradient of a mean underflows before the loss scale reaches it",

@@ -42,18 +42,18 @@ MUTANTS = [
         "gradients_of_the_mean_in_forward",
         _CONTRACT,
         "        if dx_wanted:\n            torch.mm(logits, head, out=dx[rows])\n",
-        "        logits *= inverse_kept(targets, ignore_index, x.dtype)\n"
+        "        logits /= kept_count(targets, ignore_index, x.dtype)\n"
         "        if dx_wanted:\n"
         "            torch.mm(logits, head, out=dx[rows])\n"
-        "            dx[rows] /= inverse_kept(targets, ignore_index, x.dtype)\n",
+        "            dx[rows] *= kept_count(targets, ignore_index, x.dtype)\n",
         (f"{_TESTS}::test_fp16_gradients_survive_a_loss_scale",),
         "in fp16 the gradient of a mean underflows",
     ),
     Mutant(
         "upstream_gradient_ignored",
         _CONTRACT,
-        "    scale = dloss * inverse_count\n",
-        "    scale = inverse_count\n",
+        "    scale = dloss / count\n",
+        "    scale = 1.0 / count\n",
         (f"{_BUDGET}[triton-(37, 48, 160, 129)-plain-torch.float32]",),
     ),
     Mutant(
