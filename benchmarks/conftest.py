@@ -7,7 +7,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.harness import TAPE, Lane, Scale, Settings, Stopwatch, lanes
-from benchmarks.timing import machine
+from benchmarks.machine import machine
 
 STOPWATCH = pytest.StashKey[Stopwatch]()
 
@@ -59,7 +59,8 @@ def record(request: pytest.FixtureRequest, benchmark: BenchmarkFixture) -> Any:
         torch.manual_seed(0)
         found = [i.callspec.params.get("lane") for i in session.items if hasattr(i, "callspec")]
         selected = [lane for lane in found if isinstance(lane, Lane)]
-        stash[STOPWATCH] = Stopwatch(settings(request.config), selected)
+        writer = request.config.get_terminal_writer()
+        stash[STOPWATCH] = Stopwatch(settings(request.config), selected, writer.line)
     return lambda lane: stash[STOPWATCH].record(lane, benchmark)
 
 

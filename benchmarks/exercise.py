@@ -5,7 +5,8 @@ from functools import partial
 
 import torch
 
-from benchmarks.kernels_gpu import works
+from benchmarks.harness import Scale
+from benchmarks.op_race import works
 from benchmarks.ops import op_cases
 from fastgpt2.kernels import backend
 
@@ -14,7 +15,7 @@ def main() -> int:
     """Run every op forward and backward, with tiles that overrun every dimension."""
     device = torch.device("cpu" if backend.INTERPRETED else "cuda")
     dtype = torch.float32 if backend.INTERPRETED else torch.bfloat16
-    for case in op_cases(dry=True):
+    for case in op_cases(Scale.DRY):
         inputs = case.inputs(device, dtype)
         for mode, work in works(case, partial(case.run, "triton"), inputs):
             work()

@@ -71,8 +71,8 @@ class Race(ABC):
         """
 
     @abstractmethod
-    def facts(self, name: str, timing: Timing, ceilings: Ceilings) -> dict[str, Any]:
-        """What the JSON says beside the time: rates, shares, shapes."""
+    def facts(self, name: str, seconds: float, ceilings: Ceilings) -> dict[str, Any]:
+        """Given the median: what the JSON says beside the time: rates, shares, shapes."""
 
     def close(self) -> None:  # noqa: B027
         """Let go of inputs and models; the race is over."""
@@ -122,8 +122,10 @@ TAPE = Tape()
 class Stopwatch:
     """Runs each race when its first test asks, and keeps the times for the others."""
 
-    def __init__(self, settings: Settings, selected: Sequence[Lane]) -> None:
-        self.settings, self.selected = settings, selected
+    def __init__(
+        self, settings: Settings, selected: Sequence[Lane], notify: Callable[[str], None]
+    ) -> None:
+        self.settings, self.selected, self.notify = settings, selected, notify
         real = settings.scale is not Scale.DRY
         self.ceilings = measure_ceilings(
             Clock(settings.device, rounds=settings.rounds),
@@ -150,27 +152,30 @@ class Stopwatch:
         benchmark.group = lane.race.group
         benchmark.extra_info |= {
             "contender": lane.name,
-            "p20": timing.p20_us / 1e6,
-            "p80": timing.p80_us / 1e6,
+            "p20": timing.p20,
+            "p80": timing.p80,
             **self._facts[lane.name],
         }
-        samples = [sample / 1e6 for sample in timing.samples_us]
-        benchmark.pedantic(TAPE.player(samples), rounds=len(samples))
+        play = TAPE.player(timing.samples)
+        benchmark.pedantic(play, rounds=len(timing.samples))  # type: ignore[no-untyped-call]
 
     def _run(self, race: Race) -> None:
         self._race, chosen = race, self.settings
         self._troubles = {}
         works: dict[str, Work] = {}
         for name in (lane.name for lane in self.selected if lane.race is race):
+            self.notify(f"{race.group}: {name} gets ready")
             try:
                 works[name] = race.prepare(name, chosen)
             except (Exception, pytest.skip.Exception) as trouble:
                 # the others still have their times
                 self._troubles[name] = trouble
+        self.notify(f"{race.group}: {len(works)} contenders, by turns")
         clock = Clock(chosen.device, head_start=race.head_start, rounds=chosen.rounds)
         self._timings = clock.compare(works, seconds=chosen.seconds) if works else {}
         self._facts = {
-            name: race.facts(name, timing, self.ceilings) for name, timing in self._timings.items()
+            name: race.facts(name, timing.median, self.ceilings)
+            for name, timing in self._timings.items()
         }
         works.clear()
         race.close()

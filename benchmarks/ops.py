@@ -1,22 +1,26 @@
-"""The ops at GPT-2's shapes: inputs, the work they must do, and who else can do it."""
+"""The ops at GPT-2's shapes: inputs, the work they must do, and PyTorch's own way to do it."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.harness import Scale
 from fastgpt2 import kernels
 from fastgpt2.kernels.jit import tuning
 
 # an op as the tests know it, too: implementation's name and named inputs in, outputs out
 Op = Callable[..., Any]
 Context = Callable[[], AbstractContextManager[Any]]
+
+FORWARD, BACKWARD, BOTH = "forward", "backward", "both"
 
 
 @dataclass(frozen=True)
@@ -40,9 +44,13 @@ class Sizes:
         return self.B * self.T
 
 
-SIZES = (Sizes("124M", 16, 1024, 768, 12), Sizes("1558M", 8, 1024, 1600, 25))
-# small enough for the interpreter, with more than one tile in every direction
-DRY_SIZES = (Sizes("dry", 1, 20, 32, 2, 40, 272),)
+SIZES = {
+    Scale.CUDA: (Sizes("124M", 16, 1024, 768, 12), Sizes("1558M", 8, 1024, 1600, 25)),
+    Scale.CPU: (Sizes("124M", 2, 512, 768, 12, S=512),),
+    # small enough for the interpreter, with more than one tile in every direction
+    Scale.DRY: (Sizes("dry", 1, 20, 32, 2, 40, 272),),
+}
+DECODE_BATCHES = {Scale.CUDA: (1, 64), Scale.CPU: (1, 8), Scale.DRY: (2,)}
 
 
 @dataclass(frozen=True)
@@ -63,56 +71,50 @@ class OpCase:
     Attributes:
         op: name, as in ``fastgpt2.kernels``.
         shape: what the table shows.
-        run: ``run(impl, **inputs)``.
+        run: ``run(impl, **inputs)``: ours.
+        plain: ``plain(**inputs)``: the same in PyTorch's own functions.
         inputs: draws them, given a device and a dtype.
         forward: cost of the forward pass.
         backward: cost of the backward pass, None for an op without one.
-        rivals: further providers by name: contexts in which PyTorch's own op runs.
-        checked_against: whose error in the same dtype is the budget; not ``torch`` where it draws
-            random numbers of its own.
+        backends: further providers by name: contexts in which ``plain`` runs.
+        random: whether ``plain`` draws random numbers of its own, so that its output is no gold's.
     """
 
     op: str
     shape: str
     run: Op
+    plain: Op
     inputs: "Draw"
     forward: Cost
     backward: Cost | None = None
-    rivals: Mapping[str, Context] = field(default_factory=dict)
-    checked_against: str = "torch"
+    backends: Mapping[str, Context] = field(default_factory=dict)
+    random: bool = False
 
     @property
     def label(self) -> str:
         """Op and shape."""
         return f"{self.op} {self.shape}"
 
-    def providers(self, compile: Callable[[Op], Op]) -> dict[str, Op]:
-        """Everyone who can do it: triton, eager PyTorch, compiled PyTorch, and the rivals."""
-        eager = partial(self.run, "torch")
-        rivals = {name: _within(context, eager) for name, context in self.rivals.items()}
-        ours = partial(self.run, "triton")
-        return {"triton": ours, "eager": eager, "compile": compile(eager), **rivals}
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """The passes that are timed."""
+        return (FORWARD,) if self.backward is None else (FORWARD, BACKWARD, BOTH)
 
-
-def _within(context: Context, run: Op) -> Op:
-    def inside(**inputs: Tensor) -> Any:
-        with context():
-            return run(**inputs)
-
-    return inside
-
-
-def _sdpa(backend: SDPBackend) -> Context:
-    if not torch.cuda.is_available():
-        # PyTorch has one CPU kernel; the dry run goes through the motions
-        return nullcontext
-    return lambda: sdpa_kernel(backend)
+    def cost(self, mode: str) -> Cost:
+        """Of one pass, or of both."""
+        costs = {FORWARD: self.forward}
+        if self.backward is not None:
+            costs |= {BACKWARD: self.backward, BOTH: self.forward + self.backward}
+        return costs[mode]
 
 
 _SDPA_BACKENDS = {
-    "flash": _sdpa(SDPBackend.FLASH_ATTENTION),
-    "cudnn": _sdpa(SDPBackend.CUDNN_ATTENTION),
-    "efficient": _sdpa(SDPBackend.EFFICIENT_ATTENTION),
+    name: partial(sdpa_kernel, backend)
+    for name, backend in (
+        ("flash", SDPBackend.FLASH_ATTENTION),
+        ("cudnn", SDPBackend.CUDNN_ATTENTION),
+        ("efficient", SDPBackend.EFFICIENT_ATTENTION),
+    )
 }
 
 
@@ -142,21 +144,25 @@ def _with_tokens(draw: Draw, name: str, shape: tuple[int, ...], limit: int) -> D
 
 def _attention(s: Sizes, dropout_p: float) -> OpCase:
     def run(impl: str, qkv: Tensor) -> Tensor:
-        # PyTorch's own dropout is faster than a given mask, and the fairer rival
-        seed = None if impl == "torch" else 1
-        return kernels.attention(qkv, n_head=s.H, dropout_p=dropout_p, seed=seed, impl=impl)
+        return kernels.attention(qkv, n_head=s.H, dropout_p=dropout_p, seed=1, impl=impl)
+
+    def plain(qkv: Tensor) -> Tensor:
+        q, k, v = qkv.view(s.B, s.T, 3, s.H, -1).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
+        return y.transpose(1, 2).reshape(s.B, s.T, s.C)
 
     elements, flops = s.N * s.C, 2.0 * s.N * s.T * s.C
     return OpCase(
         "attention",
         f"{s.name} B{s.B} T{s.T} H{s.H} D{s.C // s.H}{' dropout' if dropout_p else ''}",
         run,
+        plain,
         _draw(qkv=(s.B, s.T, 3 * s.C)),
         # q, k, v in, out out; then q, k, v, out, dout in, dq, dk, dv out; the mask halves the work
         Cost(4.0 * elements * 2, flops),
         Cost(8.0 * elements * 2, 2.5 * flops),
         _SDPA_BACKENDS,
-        checked_against="reference" if dropout_p else "torch",
+        random=dropout_p > 0,
     )
 
 
@@ -164,10 +170,13 @@ def _layer_norm(s: Sizes) -> OpCase:
     def run(impl: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return kernels.layer_norm(x, weight, bias, impl=impl)
 
+    def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.layer_norm(x, (s.C,), weight, bias)
+
     row = 2.0 * s.N * s.C
     inputs = _draw(x=(s.N, s.C), weight=(s.C,), bias=(s.C,))
     return OpCase(
-        "layer_norm", f"{s.name} N{s.N} C{s.C}", run, inputs, Cost(2 * row), Cost(3 * row)
+        "layer_norm", f"{s.name} N{s.N} C{s.C}", run, plain, inputs, Cost(2 * row), Cost(3 * row)
     )
 
 
@@ -175,12 +184,24 @@ def _add_layer_norm(s: Sizes) -> OpCase:
     def run(impl: str, branch_bias: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor]:
         return kernels.add_layer_norm(**inputs, branch_bias=branch_bias, impl=impl)  # type: ignore[arg-type]
 
+    def plain(
+        x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, branch_bias: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        total = x + (branch + branch_bias)
+        return total, F.layer_norm(total, (s.C,), weight, bias)
+
     row = 2.0 * s.N * s.C
     rows, vector = (s.N, s.C), (s.C,)
     inputs = _draw(x=rows, branch=rows, weight=vector, bias=vector, branch_bias=vector)
     # x, branch in, sum, norm out; then sum, dsum, dnorm in, one gradient out for x and branch
     return OpCase(
-        "add_layer_norm", f"{s.name} N{s.N} C{s.C}", run, inputs, Cost(4 * row), Cost(4 * row)
+        "add_layer_norm",
+        f"{s.name} N{s.N} C{s.C}",
+        run,
+        plain,
+        inputs,
+        Cost(4 * row),
+        Cost(4 * row),
     )
 
 
@@ -188,11 +209,14 @@ def _bias_gelu(s: Sizes) -> OpCase:
     def run(impl: str, x: Tensor, bias: Tensor) -> Tensor:
         return kernels.bias_gelu(x, bias, impl=impl)
 
+    def plain(x: Tensor, bias: Tensor) -> Tensor:
+        return F.gelu(x + bias, approximate="tanh")
+
     width = 4 * s.C
     row = 2.0 * s.N * width
     inputs = _draw(x=(s.N, width), bias=(width,))
     return OpCase(
-        "bias_gelu", f"{s.name} N{s.N} F{width}", run, inputs, Cost(2 * row), Cost(3 * row)
+        "bias_gelu", f"{s.name} N{s.N} F{width}", run, plain, inputs, Cost(2 * row), Cost(3 * row)
     )
 
 
@@ -204,6 +228,9 @@ def _linear_gelu(s: Sizes, fused: bool) -> OpCase:
         with patch.object(tuning, "fused", lambda *_args, **_shape: fused):
             return kernels.linear_gelu(x, matrix, bias, impl=impl)
 
+    def plain(x: Tensor, matrix: Tensor, bias: Tensor) -> Tensor:
+        return F.gelu(F.linear(x, matrix, bias), approximate="tanh")
+
     width = 4 * s.C
     narrow, wide, matrix = 2.0 * s.N * s.C, 2.0 * s.N * width, 2.0 * s.C * width
     flops = 2.0 * s.N * s.C * width
@@ -211,6 +238,7 @@ def _linear_gelu(s: Sizes, fused: bool) -> OpCase:
         "linear_gelu",
         f"{s.name} N{s.N} C{s.C} F{width}{' fused' if fused else ''}",
         run,
+        plain,
         _draw(x=(s.N, s.C), matrix=(width, s.C), bias=(width,)),
         # the pre-activation is written for backward
         Cost(narrow + matrix + 2 * wide, flops),
@@ -222,14 +250,22 @@ def _cross_entropy(s: Sizes) -> OpCase:
     def run(impl: str, logits: Tensor, targets: Tensor) -> Tensor:
         return kernels.cross_entropy(logits, targets, impl=impl)
 
+    def plain(logits: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(logits.float(), targets)
+
     row = 2.0 * s.N * s.V
     inputs = _with_tokens(_draw(logits=(s.N, s.V)), "targets", (s.N,), s.V)
-    return OpCase("cross_entropy", f"{s.name} N{s.N} V{s.V}", run, inputs, Cost(row), Cost(row))
+    return OpCase(
+        "cross_entropy", f"{s.name} N{s.N} V{s.V}", run, plain, inputs, Cost(row), Cost(row)
+    )
 
 
 def _linear_cross_entropy(s: Sizes) -> OpCase:
     def run(impl: str, x: Tensor, matrix: Tensor, targets: Tensor) -> Tensor:
         return kernels.linear_cross_entropy(x, matrix, targets, impl=impl)
+
+    def plain(x: Tensor, matrix: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(x, matrix).float(), targets)
 
     inputs = _with_tokens(_draw(x=(s.N, s.C), matrix=(s.V, s.C)), "targets", (s.N,), s.V)
     operands, flops = 2.0 * (s.N + s.V) * s.C, 2.0 * s.N * s.V * s.C
@@ -237,6 +273,7 @@ def _linear_cross_entropy(s: Sizes) -> OpCase:
         "linear_cross_entropy",
         f"{s.name} N{s.N} C{s.C} V{s.V}",
         run,
+        plain,
         inputs,
         Cost(operands, flops),
         Cost(2 * operands, 2 * flops),
@@ -247,16 +284,23 @@ def _embedding(s: Sizes) -> OpCase:
     def run(impl: str, idx: Tensor, wte: Tensor, wpe: Tensor) -> Tensor:
         return kernels.embedding(idx, wte, wpe, impl=impl)
 
+    def plain(idx: Tensor, wte: Tensor, wpe: Tensor) -> Tensor:
+        return F.embedding(idx, wte) + wpe
+
     row, table = 2.0 * s.N * s.C, 2.0 * (s.V + s.T) * s.C
     inputs = _with_tokens(_draw(wte=(s.V, s.C), wpe=(s.T, s.C)), "idx", (s.B, s.T), s.V)
     return OpCase(
-        "embedding", f"{s.name} N{s.N} C{s.C}", run, inputs, Cost(2 * row), Cost(row + table)
+        "embedding", f"{s.name} N{s.N} C{s.C}", run, plain, inputs, Cost(2 * row), Cost(row + table)
     )
 
 
 def _decode_attention(s: Sizes, batch: int) -> OpCase:
     def run(impl: str, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
         return kernels.decode_attention(q, k, v, lengths, impl=impl)
+
+    def plain(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+        # the lengths are those of full caches
+        return F.scaled_dot_product_attention(q[:, :, None], k, v)[:, :, 0]
 
     D = s.C // s.H
     cache = (batch, s.H, s.S, D)
@@ -267,16 +311,18 @@ def _decode_attention(s: Sizes, batch: int) -> OpCase:
 
     elements = 2.0 * batch * s.S * s.C
     cost = Cost(2 * elements, 2 * elements)
-    return OpCase("decode_attention", f"{s.name} B{batch} S{s.S} H{s.H}", run, inputs, cost)
+    return OpCase("decode_attention", f"{s.name} B{batch} S{s.S} H{s.H}", run, plain, inputs, cost)
 
 
-def op_cases(dry: bool = False, sizes: Sequence[Sizes] = SIZES) -> list[OpCase]:
-    """Every op at every size; for a dry run at tiny ones instead."""
+def op_cases(scale: Scale, *ops: str) -> list[OpCase]:
+    """The ops named, or all, at every size of a scale."""
     cases = []
-    for s in DRY_SIZES if dry else sizes:
+    for s in SIZES[scale]:
         cases += [_attention(s, 0.0), _add_layer_norm(s), _layer_norm(s), _bias_gelu(s)]
-        cases += [_linear_gelu(s, fused) for fused in (False, True)]
+        cases += [_linear_gelu(s, fused=False)]
         cases += [_cross_entropy(s), _linear_cross_entropy(s), _embedding(s)]
-        cases += [_decode_attention(s, batch) for batch in ((2,) if dry else (1, 64))]
-        cases += [_attention(s, 0.1)]
-    return cases
+        cases += [_decode_attention(s, batch) for batch in DECODE_BATCHES[scale]]
+        if scale is not Scale.CPU:
+            # forms that only the kernels have
+            cases += [_linear_gelu(s, fused=True), _attention(s, 0.1)]
+    return [case for case in cases if not ops or case.op in ops]

@@ -1,14 +1,10 @@
 """How anything here is timed: alternating, cold caches, medians, ceilings of the same machine."""
 
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from functools import partial
-from importlib import metadata
-from typing import Any
+from dataclasses import dataclass
+from functools import cached_property, partial
 
 import torch
 
@@ -25,21 +21,32 @@ MATMUL_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Timing:
-    """Microseconds: the median and the 20th and 80th percentiles of ``rounds`` samples."""
+    """Samples in seconds, in the order in which they were taken; median, 20th, 80th percentile."""
 
-    median_us: float
-    p20_us: float
-    p80_us: float
-    rounds: int
-    samples_us: tuple[float, ...]
+    samples: tuple[float, ...]
 
-    @classmethod
-    def of(cls, samples: list[float]) -> "Timing":
-        """From single samples in microseconds."""
-        ordered = sorted(samples)
-        last = len(ordered) - 1
-        p20, p80 = ordered[round(0.2 * last)], ordered[round(0.8 * last)]
-        return cls(statistics.median(ordered), p20, p80, len(ordered), tuple(samples))
+    @property
+    def median(self) -> float:
+        """Of the samples, in seconds."""
+        return statistics.median(self.samples)
+
+    @cached_property
+    def _ordered(self) -> list[float]:
+        return sorted(self.samples)
+
+    def percentile(self, share: float) -> float:
+        """The sample that ``share`` (0 to 1) of the others do not exceed."""
+        return self._ordered[round(share * (len(self.samples) - 1))]
+
+    @property
+    def p20(self) -> float:
+        """The 20th percentile, in seconds."""
+        return self.percentile(0.2)
+
+    @property
+    def p80(self) -> float:
+        """The 80th percentile, in seconds."""
+        return self.percentile(0.8)
 
 
 class Clock:
@@ -58,11 +65,10 @@ class Clock:
     def compare(self, work: Mapping[str, Work], *, seconds: float) -> dict[str, Timing]:
         """Time every entry in turn, for at least ``rounds`` rounds and until the time is used up.
 
-        Each is called once before, so that compiling and warming up are not counted.
+        Whatever compiles or allocates on its first call has had it before.
         """
-        for run in work.values():
-            run()
-        self._wait()
+        if self.on_gpu:
+            torch.cuda.synchronize()
         samples: dict[str, list[float]] = {name: [] for name in work}
         end = time.perf_counter() + seconds
         rounds = 0
@@ -70,14 +76,14 @@ class Clock:
             for name, run in work.items():
                 samples[name].append(self._sample(run))
             rounds += 1
-        return {name: Timing.of(values) for name, values in samples.items()}
+        return {name: Timing(tuple(values)) for name, values in samples.items()}
 
     def _sample(self, run: Work) -> float:
         self.flush.zero_()
         if not self.on_gpu:
             start = time.perf_counter()
             run()
-            return (time.perf_counter() - start) * 1e6
+            return time.perf_counter() - start
         before = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         after = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         if self.head_start:
@@ -86,11 +92,7 @@ class Clock:
         run()
         after.record()
         after.synchronize()
-        return float(before.elapsed_time(after)) * 1e3
-
-    def _wait(self) -> None:
-        if self.on_gpu:
-            torch.cuda.synchronize()
+        return float(before.elapsed_time(after)) / 1e3
 
 
 @dataclass(frozen=True)
@@ -103,15 +105,15 @@ class Ceilings:
     bandwidth: float
     flops: Mapping[str, float]
 
-    def roofline_us(self, flops: float, moved_bytes: float, dtype: str = "bf16") -> float:
-        """The least time that work of so many operations and bytes takes here."""
-        return max(flops / self.flops[dtype], moved_bytes / self.bandwidth) * 1e6
+    def roofline(self, flops: float, moved_bytes: float, dtype: str) -> float:
+        """The least seconds that work of so many operations and bytes takes here."""
+        return max(flops / self.flops[dtype], moved_bytes / self.bandwidth)
 
 
 def measure_ceilings(clock: Clock, device: torch.device, *, seconds: float) -> Ceilings:
     """Time a device-to-device copy (read plus write) and square products of random data.
 
-    Of at least ``seconds``; with none, tiny ones: a dry run's.
+    For at least ``seconds``; with none, tiny ones: a dry run's.
     """
     on_gpu, dry = device.type == "cuda", seconds == 0.0
     copied = 2**16 if dry else 2**30 if on_gpu else 2**28
@@ -122,44 +124,10 @@ def measure_ceilings(clock: Clock, device: torch.device, *, seconds: float) -> C
     for name, dtype in MATMUL_DTYPES.items():
         a, b, product = (torch.randn(n, n, device=device).to(dtype) for _ in range(3))
         work[name] = partial(torch.mm, a, b, out=product)
+    for run in work.values():
+        run()
     times = clock.compare(work, seconds=seconds)
     return Ceilings(
-        bandwidth=2.0 * copied / times["copy"].median_us * 1e6,
-        flops={name: 2.0 * n**3 / times[name].median_us * 1e6 for name in MATMUL_DTYPES},
+        bandwidth=2.0 * copied / times["copy"].median,
+        flops={name: 2.0 * n**3 / times[name].median for name in MATMUL_DTYPES},
     )
-
-
-def _output_of(*command: str) -> str | None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
-
-
-def _version_of(package: str) -> str | None:
-    try:
-        return str(metadata.distribution(package).version)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """Everything a reader needs to judge the numbers: device, clocks, driver, versions, commit."""
-    query = "name,driver_version,clocks.sm,clocks.mem,power.limit"
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "nvidia_smi": _output_of("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"),
-        "cpu": platform.processor() or platform.machine(),
-        "python": platform.python_version(),
-        **{name: _version_of(name) for name in ("torch", "triton", "transformers")},
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
-        "commit": _output_of("git", "rev-parse", "--short", "HEAD"),
-        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
-    }
-
-
-def as_json(timing: Timing) -> dict[str, float]:
-    """The timing's fields."""
-    return asdict(timing)

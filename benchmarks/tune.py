@@ -11,7 +11,7 @@ import ast
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.kernels_gpu import works
+from benchmarks.harness import Scale
+from benchmarks.machine import machine
+from benchmarks.op_race import Judge, compute_dtype, works
 from benchmarks.ops import OpCase, op_cases
-from benchmarks.timing import ROUNDS, Clock, Work, machine
+from benchmarks.timing import ROUNDS, Clock, Work
 from fastgpt2 import kernels
 from fastgpt2.files import write_text
 
@@ -76,28 +77,6 @@ def recording() -> Iterator[set[Launch]]:
         yield seen
 
 
-class Judge:
-    """Holds outputs and gradients of a case to the budget; the gold is computed once."""
-
-    def __init__(self, case: OpCase, inputs: Mapping[str, Tensor]) -> None:
-        from tests.kernels import budget
-
-        self.budget, self.case, self.inputs = budget, case, inputs
-        has_backward = case.backward is not None
-        self.upstream = budget.draw_upstream(case.run, inputs) if has_backward else None
-        wide = {n: x.double() if x.is_floating_point() else x for n, x in inputs.items()}
-        self.eager = self._run(case.checked_against, inputs)
-        self.gold = self._run("reference", wide)
-
-    def _run(self, impl: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return self.budget.run_with_gradients(self.case.run, impl, inputs, self.upstream)
-
-    def check(self) -> None:
-        """Raises AssertionError if what the kernels compute now is out of budget."""
-        for name, value in self._run("triton", self.inputs).items():
-            self.budget.assert_within_budget(name, value, self.eager[name], self.gold[name])
-
-
 def rewrite(source: str, kernel: str, rule: int, arch: str, config: str) -> str:
     """``source`` of the tuning table with ``config`` for one kernel, rule and architecture."""
     table = next(
@@ -139,8 +118,9 @@ def _as_source(config: "Config") -> str:
 class Tuner:
     """Tries candidates until the time is used up."""
 
-    def __init__(self, device: torch.device, seconds: float) -> None:
-        self.device = device
+    def __init__(self, scale: Scale, seconds: float) -> None:
+        self.scale = scale
+        device = self.device = torch.device("cuda" if scale is Scale.CUDA else "cpu")
         self.clock = Clock(device, rounds=1 if device.type == "cpu" else ROUNDS)
         self.end = time.perf_counter() + seconds
         self.trials: list[Trial] = []
@@ -157,21 +137,21 @@ class Tuner:
         if self.is_over:
             self.notes.append(f"{case.label}: not tuned, the time was used up")
             return
-        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         try:
-            inputs = case.inputs(self.device, dtype)
+            inputs = case.inputs(self.device, compute_dtype(self.scale))
             judge = Judge(case, inputs)
         except torch.OutOfMemoryError:
             self.notes.append(f"{case.label}: not tuned, too little memory")
             return
-        for mode, work in works(case, partial(case.run, "triton"), inputs):
+        run = partial(case.run, "triton")
+        for mode, work in works(case, run, inputs):
             with recording() as launches:
                 work()
             for launch in sorted(launches, key=lambda launch: launch.kernel):
-                self._tune_kernel(launch, case, mode, work, judge)
+                self._tune_kernel(launch, case, mode, work, partial(judge.check, run))
 
     def _tune_kernel(
-        self, launch: Launch, case: OpCase, mode: str, work: Work, judge: Judge
+        self, launch: Launch, case: OpCase, mode: str, work: Work, check: Work
     ) -> None:
         from fastgpt2.kernels.jit import tuning
 
@@ -189,9 +169,10 @@ class Tuner:
             median, fault = None, ""
             with tuning.overriding(launch.kernel, config):
                 try:
-                    judge.check()
+                    check()
+                    work()
                     seconds = 0.1 if self.device.type == "cuda" else 0.0
-                    median = self.clock.compare({"": work}, seconds=seconds)[""].median_us
+                    median = self.clock.compare({"": work}, seconds=seconds)[""].median * 1e6
                 except Exception as error:
                     # wrong, too large for a block, refused by the compiler: no candidate
                     fault = f"{type(error).__name__}: {str(error).splitlines()[0]}"
@@ -252,10 +233,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=150.0, help="no new kernel after that")
     parser.add_argument("--dry", action="store_true", help="tiny, any machine, no meaning")
     options = parser.parse_args(arguments)
-    device = torch.device("cpu" if options.dry else "cuda")
     torch.manual_seed(0)
-    tuner = Tuner(device, options.seconds)
-    cases = [c for c in op_cases(options.dry) if not options.op or c.op in options.op]
+    scale = Scale.DRY if options.dry else Scale.CUDA
+    tuner = Tuner(scale, options.seconds)
+    cases = op_cases(scale, *(options.op or ()))
     for case in (bar := tqdm(cases, unit="op", file=sys.stderr)):
         bar.set_postfix_str(case.label)
         first = len(tuner.trials)

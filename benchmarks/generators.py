@@ -1,0 +1,117 @@
+"""Who can generate: ours, transformers, CTranslate2; same weights, greedy, with a KV cache."""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.rivals import transformers_gpt2
+from fastgpt2.config import GPTConfig
+from fastgpt2.model import GPT
+
+# (prompt (B, T), number of new tokens) -> (B, T + new)
+Generate = Callable[[Tensor, int], Tensor]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Shape of the model, where it runs, in which dtype."""
+
+    config: GPTConfig
+    device: torch.device
+    dtype: torch.dtype
+
+    def model(self, impl: str) -> GPT:
+        """Ours, with the weights that all share."""
+        torch.manual_seed(0)
+        return GPT(replace(self.config, impl=impl)).to(self.device, self.dtype).eval()
+
+
+def ours(place: Place, impl: str = "auto") -> Generate:
+    """Our ``generate``, on the kernels or on PyTorch's operators."""
+    model = place.model(impl)
+    return lambda prompt, new: model.generate(prompt, new, temperature=0.0)
+
+
+def _transformers_model(place: Place) -> Any:
+    rival: Any = transformers_gpt2(place.model("auto").float())
+    if rival is None:
+        pytest.skip("transformers is not installed: pip install 'fastgpt2[bench]'")
+    return rival.eval()
+
+
+def hugging_face(place: Place) -> Generate:
+    """transformers' ``generate``."""
+    rival = _transformers_model(place).to(place.dtype)
+    # random weights may well choose the token that ends a text: all must write on
+    options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+
+    def generate(prompt: Tensor, new: int) -> Tensor:
+        mask = torch.ones_like(prompt)
+        text: Tensor = rival.generate(prompt, max_new_tokens=new, attention_mask=mask, **options)
+        return text
+
+    return generate
+
+
+class _Vocabulary:
+    """All that CTranslate2's converter asks of a tokenizer: ids as texts."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.bos_token = self.eos_token = self.unk_token = str(size - 1)
+
+    def get_vocab(self) -> dict[str, int]:
+        """Every id under its number."""
+        return {str(token): token for token in range(self.size)}
+
+
+def ctranslate2(place: Place) -> Generate:
+    """CTranslate2's ``generate_batch``, of what its converter makes of transformers' model."""
+    try:
+        import ctranslate2
+        from ctranslate2.converters import TransformersConverter
+    except ImportError:
+        pytest.skip("ctranslate2 is not installed: pip install 'fastgpt2[bench]'")
+    vocabulary = _Vocabulary(place.config.vocab_size)
+
+    class Converter(TransformersConverter):  # type: ignore[misc,unused-ignore]
+        def load_tokenizer(self, *_: object, **__: object) -> _Vocabulary:
+            return vocabulary
+
+    compute_type = "float32" if place.dtype == torch.float32 else "bfloat16"
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder, "transformers"), Path(folder, "ctranslate2")
+        _transformers_model(place).save_pretrained(source)
+        Converter(str(source)).convert(str(target), quantization=compute_type)
+        generator = ctranslate2.Generator(
+            str(target),
+            device=place.device.type,
+            compute_type=compute_type,
+            intra_threads=torch.get_num_threads(),
+        )
+
+    def generate(prompt: Tensor, new: int) -> Tensor:
+        # the end of a text is not allowed before the last token
+        results = generator.generate_batch(
+            [[str(token) for token in row] for row in prompt.tolist()],
+            max_length=new,
+            min_length=new,
+            include_prompt_in_result=True,
+        )
+        return torch.tensor([r.sequences_ids[0] for r in results], device=prompt.device)
+
+    return generate
+
+
+MAKERS: dict[str, Callable[[Place], Generate]] = {
+    "fastgpt2": ours,
+    "fastgpt2 torch": lambda place: ours(place, "torch"),
+    "transformers": hugging_face,
+    "ctranslate2": ctranslate2,
+}
