@@ -14,8 +14,8 @@ from fastgpt2.kernels import checks, reference
 from fastgpt2.kernels.backend import Impl, resolve
 from fastgpt2.kernels.cross_entropy import check_loss_options, kept_count
 
-# logits of one chunk, in the compute dtype: 2 GiB of them, 21 thousand rows of GPT-2's in bf16, keep
-# the matrix products at full speed and leave most of a GPU's memory free; a CPU has less of both
+# logits of one chunk, in the compute dtype: 2 GiB, 21 thousand rows of GPT-2's in bf16, keep the
+# matrix products at full speed and leave most of a GPU's memory free; a CPU has less of both
 TRITON_CHUNK_BYTES = 2**31
 TORCH_CHUNK_BYTES = 2**28
 # PyTorch's operators make fp32 copies, so they take a chunk's rows in tiles: on a CPU such that the

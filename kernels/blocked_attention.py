@@ -1,0 +1,111 @@
+"""Causal attention on a CPU: matrix products and softmax over blocks of queries.
+
+PyTorch's own CPU kernel multiplies tiles too small for the matrix units, above all in backward.
+Here a block of queries meets all keys that it sees in one batched product over the heads, so half
+of the scores are never computed and a block of them stays in cache. Backward computes the
+probabilities again. Shapes: B batch, T tokens, C width, H heads, D head size, C = H D.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# queries of a block: few enough to skip most of what is masked, enough for an efficient product
+_BLOCK = 128
+
+
+def _heads(x: Tensor, n_head: int) -> Tensor:
+    """(B, T, C) -> (B H, T, D), contiguous, as the batched product wants it."""
+    B, T, C = x.shape
+    return x.unflatten(2, (n_head, C // n_head)).transpose(1, 2).reshape(B * n_head, T, C // n_head)
+
+
+def _blocks(T: int) -> Iterator[tuple[slice, slice]]:
+    """Blocks of queries, and the keys that any query of the block sees."""
+    for start in range(0, T, _BLOCK):
+        end = min(start + _BLOCK, T)
+        yield slice(start, end), slice(0, end)
+
+
+def _probabilities(q: Tensor, k: Tensor, queries: slice, scale: float) -> Tensor:
+    """softmax(scale q k^T, visible) of a block, (B H, block, keys)."""
+    q = q[:, queries]
+    k = k[:, : queries.stop]
+    scores = q.new_empty(q.shape[0], q.shape[1], k.shape[1])
+    torch.baddbmm(scores, q, k.transpose(1, 2), beta=0, alpha=scale, out=scores)
+    # only the last square of a block crosses the diagonal
+    diagonal = scores[:, :, queries]
+    later = torch.ones(diagonal.shape[1:], dtype=torch.bool, device=q.device).triu_(1)
+    diagonal.masked_fill_(later, float("-inf"))
+    return torch.softmax(scores, dim=-1)
+
+
+@torch.library.custom_op("fastgpt2::blocked_attention_fwd", mutates_args=())
+def _blocked_attention_fwd(qkv: Tensor, n_head: int, scale: float) -> Tensor:
+    q, k, v = (_heads(x, n_head) for x in qkv.chunk(3, dim=2))
+    B, T, three_C = qkv.shape
+    out = qkv.new_empty(B, T, n_head, q.shape[2])
+    for queries, keys in _blocks(T):
+        block = torch.bmm(_probabilities(q, k, queries, scale), v[:, keys])
+        out[:, queries] = block.view(B, n_head, *block.shape[1:]).transpose(1, 2)
+    return out.view(B, T, three_C // 3)
+
+
+@_blocked_attention_fwd.register_fake
+def _(qkv: Tensor, *_unused: Any) -> Tensor:
+    B, T, three_C = qkv.shape
+    return qkv.new_empty(B, T, three_C // 3)
+
+
+@torch.library.custom_op("fastgpt2::blocked_attention_bwd", mutates_args=())
+def _blocked_attention_bwd(dout: Tensor, qkv: Tensor, n_head: int, scale: float) -> Tensor:
+    """dqkv (B, T, 3C); dk and dv are summed over the blocks in fp32."""
+    q, k, v = (_heads(x, n_head) for x in qkv.chunk(3, dim=2))
+    dout = _heads(dout, n_head)
+    (B, T, three_C), (rows, _, D) = qkv.shape, q.shape
+    dqkv = qkv.new_empty(B, T, 3, n_head, D)
+    # three of (B, H, T, D)
+    dq, dk, dv = dqkv.permute(2, 0, 3, 1, 4)
+    wide = torch.promote_types(qkv.dtype, torch.float32)
+    dk_sum, dv_sum = (q.new_zeros((rows, T, D), dtype=wide) for _ in range(2))
+    for queries, keys in _blocks(T):
+        p = _probabilities(q, k, queries, scale)
+        dp = torch.bmm(dout[:, queries], v[:, keys].transpose(1, 2))
+        dv_sum[:, keys] += torch.bmm(p.mT, dout[:, queries])
+        # p (dp - sum(p dp)), the row's sum in fp32
+        dscores = torch._softmax_backward_data(dp, p, -1, p.dtype)
+        dk_sum[:, keys] += torch.bmm(dscores.mT, q[:, queries])
+        block = torch.bmm(dscores, k[:, keys]).mul_(scale)
+        dq[:, :, queries] = block.view(B, n_head, *block.shape[1:])
+    dk.copy_(dk_sum.mul_(scale).view(dk.shape))
+    dv.copy_(dv_sum.view(dv.shape))
+    return dqkv.view(B, T, three_C)
+
+
+@_blocked_attention_bwd.register_fake
+def _(dout: Tensor, qkv: Tensor, *_unused: Any) -> Tensor:
+    return qkv.new_empty(qkv.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    qkv, *ctx.options = inputs
+    ctx.save_for_backward(qkv)
+
+
+def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    (qkv,) = ctx.saved_tensors
+    return _blocked_attention_bwd(dout, qkv, *ctx.options), None, None
+
+
+_blocked_attention_fwd.register_autograd(_backward, setup_context=_save)
+
+
+def blocked_attention(qkv: Tensor, n_head: int, scale: float) -> Tensor:
+    """Causal attention over packed (B, T, 3C), as ``attention`` has it, to (B, T, C).
+
+    Scores and probabilities are rounded to qkv's dtype, sums are fp32 (fp64 for fp64).
+    """
+    out: Tensor = _blocked_attention_fwd(qkv, n_head, scale)
+    return out

@@ -1,0 +1,88 @@
+"""Attention on a CPU: blocks of queries against fp64, by the measure of PyTorch's own kernel."""
+
+import math
+from importlib import import_module
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgpt2.kernels import attention, reference
+from tests.kernels import budget
+from tests.kernels.graphs import assert_compiles_whole
+
+# the package exports another function under a module's name
+op_module = import_module("fastgpt2.kernels.blocked_attention")
+# (B, T, H, D): a part of a block, a whole one, one more, several; a head that is no power of two
+SHAPES = [(2, 1, 2, 64), (1, 127, 2, 32), (1, 128, 1, 80), (2, 129, 3, 16), (1, 300, 2, 64)]
+
+
+def _qkv(B: int, T: int, H: int, D: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(B, T, 3 * H * D).to(dtype)
+
+
+def _op(n_head: int) -> budget.Op:
+    def op(impl: str, qkv: Tensor) -> Tensor:
+        scale = 1.0 / math.sqrt(qkv.shape[2] // (3 * n_head))
+        if impl == "blocked":
+            return op_module.blocked_attention(qkv, n_head, scale)
+        if impl == "reference":
+            return reference.attention(qkv, n_head, 0.0, None, None, None, scale)
+        q, k, v = reference.split_heads(qkv, n_head)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return out.transpose(1, 2).flatten(2)
+
+    return op
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_within_budget(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    # the scores are rounded, too, which PyTorch's kernel does not do
+    budget.check_op(
+        _op(shape[2]), {"qkv": _qkv(*shape, dtype)}, impl="blocked", eager="sdpa", roundings=4.0
+    )
+
+
+def test_gradient_in_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op_module, "_BLOCK", 3)
+    qkv = _qkv(2, 8, 2, 4, torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: op_module.blocked_attention(x, 2, 0.3), (qkv,))
+
+
+def test_is_what_a_cpu_runs_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    qkv = _qkv(1, 5, 2, 8, torch.bfloat16)
+    called: list[torch.dtype] = []
+
+    def spy(qkv: Tensor, n_head: int, scale: float) -> Tensor:
+        called.append(qkv.dtype)
+        return torch.zeros_like(qkv[..., : qkv.shape[2] // 3])
+
+    contract = import_module("fastgpt2.kernels.attention")
+    monkeypatch.setattr(contract, "blocked_attention", spy)
+    attention(qkv, n_head=2, impl="torch")
+    attention(qkv.float(), n_head=2, impl="torch")
+    attention(qkv, n_head=2, dropout_p=0.1, impl="torch")
+    attention(qkv, n_head=2, key_range=torch.tensor([[0, 4]]), impl="torch")
+    assert called == [torch.bfloat16]
+
+
+def test_a_view_and_an_empty_batch() -> None:
+    wide = torch.randn(2, 9, 100)
+    view = wide[:, :, 2:50]
+    out = op_module.blocked_attention(view, 2, 0.5)
+    assert torch.equal(out, op_module.blocked_attention(view.contiguous(), 2, 0.5))
+    assert op_module.blocked_attention(wide[:0, :, :48], 2, 0.5).shape == (0, 9, 16)
+
+
+def test_opcheck() -> None:
+    qkv = _qkv(1, 5, 2, 8, torch.float32).requires_grad_()
+    torch.library.opcheck(op_module._blocked_attention_fwd, (qkv, 2, 0.3))
+
+
+def test_compiles_whole() -> None:
+    def op(qkv: Tensor) -> Tensor:
+        return attention(qkv, n_head=2, impl="torch")
+
+    assert_compiles_whole(op, [{"qkv": _qkv(1, T, 2, 8, torch.bfloat16)} for T in (9, 140)])
