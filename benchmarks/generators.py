@@ -97,14 +97,16 @@ def ctranslate2(place: Place) -> Generate:
         )
 
     def generate(prompt: Tensor, new: int) -> Tensor:
-        # the end of a text is not allowed before the last token
         results = generator.generate_batch(
             [[str(token) for token in row] for row in prompt.tolist()],
             max_length=new,
+            # the end of a text is not allowed before that
             min_length=new,
-            include_prompt_in_result=True,
+            # or else it would take the prompt token by token
+            include_prompt_in_result=False,
         )
-        return torch.tensor([r.sequences_ids[0] for r in results], device=prompt.device)
+        tokens = torch.tensor([r.sequences_ids[0] for r in results], device=prompt.device)
+        return torch.cat([prompt, tokens], dim=1)
 
     return generate
 

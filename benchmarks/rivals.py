@@ -93,6 +93,11 @@ def _copy(target: nn.Module, source: nn.Module) -> None:
     target.load_state_dict(source.state_dict())
 
 
+def is_conv1d(name: str) -> bool:
+    """Whether transformers stores this weight transposed, as OpenAI does."""
+    return name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+
+
 def transformers_gpt2(model: GPT) -> nn.Module | None:
     """transformers' GPT-2 with the weights of ours; None where transformers is not installed."""
     try:
@@ -114,8 +119,6 @@ def transformers_gpt2(model: GPT) -> nn.Module | None:
     )
     tensors = {}
     for name, x in model.state_dict().items():
-        # transformers stores these four transposed, as OpenAI does
-        is_conv = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-        tensors[name] = x.t().contiguous() if is_conv else x
+        tensors[name] = x.t().contiguous() if is_conv1d(name) else x
     rival.load_state_dict(tensors)
     return rival.to(model.lm_head.weight.device)
