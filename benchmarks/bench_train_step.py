@@ -189,17 +189,21 @@ class Family:
         return nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
+def contenders(scale: Scale) -> tuple[str, ...]:
+    """Everyone, ours first; nobody who writes the plain one runs it uncompiled."""
+    kinds = ("fastgpt2", "nanogpt", "transformers")
+    names = [kind + form for kind in kinds for form in ("", COMPILED)]
+    names += [f"plain{COMPILED}"]
+    names += [f"plain{CUDNN}{COMPILED}"] if scale is Scale.CUDA else []
+    return tuple(names)
+
+
 class TrainStep(Race):
     """Everyone's training step on one workload."""
 
-    def __init__(self, workload: Workload, scale: Scale) -> None:
+    def __init__(self, workload: Workload, contenders: tuple[str, ...]) -> None:
         self.workload, self.group = workload, workload.group
-        # nobody who writes the plain one runs it uncompiled
-        kinds = ("fastgpt2", "nanogpt", "transformers")
-        self.contenders = tuple(kind + form for kind in kinds for form in ("", COMPILED))
-        self.contenders += (f"plain{COMPILED}",)
-        if scale is Scale.CUDA:
-            self.contenders += (f"plain{CUDNN}{COMPILED}",)
+        self.contenders = contenders
         self._families: dict[str, Family] = {}
         self._memory: dict[str, int] = {}
 
@@ -280,7 +284,8 @@ def peak_memory(workload: Workload, name: str, scale: Scale) -> int:
 
 def races(settings: Settings) -> list[Race]:
     """A race for each dtype."""
-    return [TrainStep(workload, settings.scale) for workload in workloads(settings.scale)]
+    scale = settings.scale
+    return [TrainStep(workload, contenders(scale)) for workload in workloads(scale)]
 
 
 def test_train_step(lane: Lane, record: Callable[[Lane], None]) -> None:
@@ -292,7 +297,7 @@ def main(scale: str, group: str, name: str) -> None:
     """Run two steps of a contender on a CPU and print the process's largest resident set."""
     (workload,) = (w for w in workloads(Scale(scale)) if w.group == group)
     settings = Settings(Scale(scale), torch.device("cpu"), rounds=1, seconds=0.0, memory=False)
-    step = TrainStep(workload, settings.scale).step(name, settings)
+    step = TrainStep(workload, (name,)).step(name, settings)
     step()
     step()
     # kilobytes, but on a Mac
