@@ -1,20 +1,23 @@
 """Run transformers' own common model tests on its GPT-2, and on the same classes of ours.
 
-    pip download --no-deps --no-binary :all: transformers==VERSION && tar xzf transformers-*.tar.gz
-    python tests/integrations/run_hf_suite.py transformers-VERSION theirs
-    python tests/integrations/run_hf_suite.py transformers-VERSION ours
-    python tests/integrations/run_hf_suite.py transformers-VERSION attention
+    python tests/integrations/run_hf_suite.py           # fetch, run both, compare: the one command
+    python tests/integrations/run_hf_suite.py --whose ours --source transformers-VERSION [-k NAME]
 
-``attention`` is ``ours``, and the ``sdpa`` that their comparisons with eager attention ask for is
-our attention. One test is expected to fail for ours: it wants the default to be named ``sdpa``.
+The first form fails if any test that passes for theirs does not pass for ours. Their models compare
+``sdpa`` with eager attention in many of these tests; for ours that is our attention.
 
 The source distribution, of the version installed, holds the common tests (``ModelTesterMixin``) but
 not the folders below; what is imported from those is an empty mixin here, and the real one where
-the folder is a full checkout. Needs pytest and ``parameterized``. Exits with pytest's code.
+``--source`` is a full checkout. Needs a package registry, and ``parameterized``.
 """
 
+import argparse
 import importlib
+import json
+import subprocess
 import sys
+import tarfile
+import tempfile
 import types
 import unittest
 from pathlib import Path
@@ -143,10 +146,11 @@ def make_case(source: Path, classes: tuple[Any, ...]) -> type[unittest.TestCase]
 
 
 class Plugin:
-    """Hands pytest the one test case instead of having it look for files."""
+    """Hands pytest the one test case instead of having it look for files; notes what passes."""
 
     def __init__(self, case: type[unittest.TestCase]) -> None:
         self.case = case
+        self.outcomes: dict[str, str] = {}
 
     def pytest_collect_file(self, parent: Any, file_path: Path) -> Any:
         if file_path == Path(__file__).resolve():
@@ -156,15 +160,74 @@ class Plugin:
             return module
         return None
 
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        # a failure counts in every phase, also one of a subtest; a skip reports no call
+        name = report.nodeid.rpartition("::")[2]
+        if report.when == "call" or not report.passed:
+            known = self.outcomes.get(name)
+            self.outcomes[name] = known if known == "failed" else report.outcome
+
+
+def run(source: Path, whose: str, outcomes: Path | None, options: list[str]) -> int:
+    """Run the suite in this process; pytest's code."""
+    classes = tuple(getattr(transformers, name) for name in NAMES)
+    if whose == "ours":
+        classes = tuple(accelerated(base) for base in classes)
+    plugin = Plugin(make_case(source, classes))
+    arguments = [__file__, "-q", "-p", "no:cacheprovider", f"--rootdir={source}", *options]
+    code = int(pytest.main(arguments, plugins=[plugin]))
+    if outcomes is not None:
+        outcomes.write_text(json.dumps(plugin.outcomes), encoding="utf-8")
+    return code
+
+
+def fetch(folder: Path) -> Path:
+    """The source distribution of the installed version, unpacked into ``folder``."""
+    wanted = f"transformers=={transformers.__version__}"
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
+    subprocess.run([*pip, "--dest", folder, wanted], check=True)
+    with tarfile.open(next(folder.glob("transformers-*.tar.gz"))) as archive:
+        archive.extractall(folder, filter="data")
+    return folder / f"transformers-{transformers.__version__}"
+
+
+def compare(folder: Path) -> int:
+    """Run both side by side and compare test by test; 1 where ours fail and theirs pass."""
+    source = fetch(folder)
+    runs = {}
+    for whose in ("theirs", "ours"):
+        command = [sys.executable, __file__, "--source", source, "--whose", whose]
+        with (folder / f"{whose}.log").open("wb") as log:
+            runs[whose] = subprocess.Popen(
+                [*command, "--outcomes", folder / f"{whose}.json"], stdout=log, stderr=log
+            )
+    print(f"the tests of transformers {transformers.__version__}: both run, minutes", flush=True)
+    passed = {}
+    for whose, process in runs.items():
+        process.wait()
+        # the last line of the log is pytest's count
+        print(f"{whose}: {(folder / f'{whose}.log').read_text('utf-8').splitlines()[-1]}")
+        results = json.loads((folder / f"{whose}.json").read_text(encoding="utf-8"))
+        passed[whose] = {name for name, outcome in results.items() if outcome == "passed"}
+    lost = sorted(passed["theirs"] - passed["ours"])
+    if lost:
+        print((folder / "ours.log").read_text(encoding="utf-8"))
+    print(f"pass for theirs: {len(passed['theirs'])}; of these not for ours: {lost or 0}")
+    return int(bool(lost) or not passed["theirs"])
+
 
 def main() -> int:
-    source, whose, *options = Path(sys.argv[1]).resolve(), sys.argv[2], *sys.argv[3:]
-    classes = tuple(getattr(transformers, name) for name in NAMES)
-    if whose != "theirs":
-        classes = tuple(accelerated(base) for base in classes)
-    case = make_case(source, classes)
-    arguments = [__file__, "-q", "-p", "no:cacheprovider", f"--rootdir={source}", *options]
-    return int(pytest.main(arguments, plugins=[Plugin(case)]))
+    parser = argparse.ArgumentParser(description="transformers' own GPT-2 tests, on ours, too")
+    parser.add_argument("--source", type=Path, help="transformers, unpacked (default: fetched)")
+    parser.add_argument("--whose", choices=("theirs", "ours"), help="run one (default: compare)")
+    parser.add_argument("--outcomes", type=Path, help="where to write what passed, as JSON")
+    args, options = parser.parse_known_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if args.whose is None:
+            return compare(folder)
+        source = fetch(folder) if args.source is None else args.source.resolve()
+        return run(source, args.whose, args.outcomes, options)
 
 
 if __name__ == "__main__":
