@@ -34,7 +34,7 @@ _OWN_METAVARS = {"vocab_dir": "DIR", "device": "NAME"}
 _FIXED = (
     "tokenizer",
     "val_fraction",
-    "shift_blocks",
+    "stride",
     "model",
     "block_size",
     "n_layer",

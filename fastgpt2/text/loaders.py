@@ -58,9 +58,11 @@ class BlockLoader:
 
     N tokens hold n = (N - 1) // T blocks of T inputs and T targets (the inputs moved by one). Each
     epoch goes through the n blocks once, in an order of its own, with the borders between blocks
-    moved by a random 0 to T - 1 tokens (the last block is moved back to fit). Epochs follow each
-    other without a gap, a batch may hold the end of one and the beginning of the next, so nothing
-    is dropped and a corpus of fewer blocks than a batch works too.
+    moved by a random 0 to T - 1 tokens (the last block is moved back to fit). With a ``stride`` the
+    blocks are the same in each epoch and begin that many tokens after each other: they overlap
+    where it is less than T. Epochs follow each other without a gap, a batch may hold the end of one
+    and the beginning of the next, so nothing is dropped and a corpus of fewer blocks than a batch
+    works too.
 
     Order and borders come from ``seed`` and the number of the epoch alone. The state is therefore
     one number, the blocks used so far; resuming is exact, and goes on in the same order even with
@@ -72,7 +74,7 @@ class BlockLoader:
         batch_size: B, blocks a batch and process.
         seed: of order and borders.
         rank, world_size: this process and how many there are; each gets other blocks.
-        random_phase: move the borders from epoch to epoch.
+        stride: tokens from one block to the next; None is T, with borders that move.
         vocab_size: V; ids are checked against it, if given.
         name: what error messages call the tokens.
 
@@ -89,25 +91,26 @@ class BlockLoader:
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
-        random_phase: bool = True,
+        stride: int | None = None,
         vocab_size: int | None = None,
         name: str = "training tokens",
     ) -> None:
-        if block_size < 1 or batch_size < 1 or not 0 <= rank < world_size:
+        self._stride = block_size if stride is None else stride
+        if min(block_size, batch_size, self._stride) < 1 or not 0 <= rank < world_size:
             raise ValueError(
-                f"BlockLoader: needs block_size, batch_size >= 1 and 0 <= rank < world_size, got "
-                f"{block_size}, {batch_size}, {rank}, {world_size}"
+                "BlockLoader: needs block_size, batch_size, stride >= 1 and 0 <= rank < "
+                f"world_size, got {block_size}, {batch_size}, {stride}, {rank}, {world_size}"
             )
         self._tokens = as_sequence(
             tokens, at_least=block_size + 1, vocab_size=vocab_size, name=name
         )
         self.block_size = block_size
         self.batch_size = batch_size
-        self.blocks_per_epoch = (len(self._tokens) - 1) // block_size
+        self.blocks_per_epoch = 1 + (len(self._tokens) - 1 - block_size) // self._stride
         self._seed = seed
         self._rank = rank
         self._world_size = world_size
-        self._random_phase = random_phase
+        self._random_phase = stride is None
         self._position = 0
 
     @property
@@ -145,7 +148,7 @@ class BlockLoader:
             order = Permutation(self.blocks_per_epoch, seed=(self._seed, int(epoch)))
             phase = order.extra % self.block_size if self._random_phase else 0
             chosen = epochs == epoch
-            starts[chosen] = order(within[chosen]) * self.block_size + phase
+            starts[chosen] = order(within[chosen]) * self._stride + phase
         return np.minimum(starts, len(self._tokens) - 1 - self.block_size)
 
     def state_dict(self) -> dict[str, int]:

@@ -46,8 +46,8 @@ class TrainConfig:
     )
     vocab_dir: str | None = _option(None, "folder with GPT-2's encoder.json and vocab.bpe")
     val_fraction: float = _option(0.1, "share of the text, at its end, kept for validation")
-    shift_blocks: bool = _option(
-        True, "move the borders between blocks from epoch to epoch; fixed ones are memorised sooner"
+    stride: int | None = _option(
+        None, "tokens from one block to the next [T, with borders that move from epoch to epoch]"
     )
     model: str = _option("gpt2", "shape of the model", choices=tuple(PRESETS))
     block_size: int | None = _option(None, "context length T in tokens [the model's]")
@@ -93,7 +93,7 @@ class TrainConfig:
             _check(self, name, getattr(self, name) >= 0, "0 or more")
         for name in ("beta1", "beta2"):
             _check(self, name, 0 <= getattr(self, name) < 1, "in [0, 1)")
-        for name in ("steps", "epochs", "minutes"):
+        for name in ("stride", "steps", "epochs", "minutes"):
             value = getattr(self, name)
             _check(self, name, value is None or value > 0, "greater than 0")
         _check(self, "val_fraction", 0 < self.val_fraction < 1, "in (0, 1)")

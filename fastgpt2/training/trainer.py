@@ -109,7 +109,7 @@ class Trainer:
             block_size=shape.block_size,
             batch_size=config.batch_size,
             seed=config.seed,
-            random_phase=config.shift_blocks,
+            stride=config.stride,
             vocab_size=shape.vocab_size,
         )
         if self.dataset.val is not None:

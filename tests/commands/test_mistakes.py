@@ -124,7 +124,7 @@ def test_mistakes_about_the_folder(
     assert "has no checkpoint yet; start again with --overwrite" in said
 
 
-@pytest.mark.parametrize("flag", ["--n-layer=7", "--seed=7", "--no-bias", "--no-shift-blocks"])
+@pytest.mark.parametrize("flag", ["--n-layer=7", "--seed=7", "--no-bias", "--stride=7"])
 def test_what_a_resumed_run_cannot_change(
     finished: Path, capsys: pytest.CaptureFixture[str], flag: str
 ) -> None:

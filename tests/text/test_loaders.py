@@ -48,22 +48,24 @@ def test_targets_are_the_inputs_moved_by_one() -> None:
 @given(
     n=st.integers(2, 300),
     block_size=st.integers(1, 20),
+    stride=st.integers(1, 25),
     batch_size=st.integers(1, 9),
     seed=st.integers(0, 9),
 )
-def test_without_phase_an_epoch_is_every_block_once(
-    n: int, block_size: int, batch_size: int, seed: int
+def test_with_a_stride_an_epoch_is_every_block_once(
+    n: int, block_size: int, stride: int, batch_size: int, seed: int
 ) -> None:
     block_size = min(block_size, n - 1)
     loader = BlockLoader(
-        np.arange(n), block_size=block_size, batch_size=batch_size, seed=seed, random_phase=False
+        np.arange(n), block_size=block_size, batch_size=batch_size, seed=seed, stride=stride
     )
-    blocks = (n - 1) // block_size
+    # as the book's sliding window counts them
+    blocks = len(range(0, n - block_size, stride))
     assert loader.blocks_per_epoch == blocks
     assert loader.tokens_per_epoch == blocks * block_size
     rows = take(loader, 3 * blocks)[:, 0].reshape(-1, blocks)
     for epoch in rows[: 3 * batch_size]:
-        assert sorted(epoch.tolist()) == [i * block_size for i in range(blocks)]
+        assert sorted(epoch.tolist()) == [i * stride for i in range(blocks)]
 
 
 @settings(max_examples=40)
