@@ -97,6 +97,10 @@ class LoaderRace(Race):
         tokens = self.B * self.T * self.batches
         return {"tokens": tokens, "tokens_per_s": tokens / seconds, "B": self.B, "T": self.T}
 
+    def is_ours(self, name: str) -> bool:
+        """All but nanoGPT's way."""
+        return "nanoGPT" not in name
+
     def close(self) -> None:
         """The files go."""
         if self._folder is not None:
@@ -111,7 +115,7 @@ class PrepareRace(Race):
         self.repeats = 1 if dry else 30
         self.group = f"prepare python-docs x{self.repeats}"
         tokenizers = ("bytes",) if dry else ("gpt2", "bytes")
-        workers = dict.fromkeys((1, cores))
+        workers = dict.fromkeys((1, 1 if dry else cores))
         self.contenders = tuple(f"{name} {n} processes" for name in tokenizers for n in workers)
         self._tokens: dict[str, int] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
@@ -160,6 +164,10 @@ class PrepareRace(Race):
             "bytes": size,
             "MB_per_s": size / seconds / 1e6,
         }
+
+    def is_ours(self, name: str) -> bool:
+        """Always: nobody else writes these shards."""
+        return True
 
     def close(self) -> None:
         """The corpus goes."""

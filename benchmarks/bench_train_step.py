@@ -21,6 +21,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from math import inf
 from typing import Any
 
 import pytest
@@ -296,7 +297,9 @@ def test_train_step(lane: Lane, record: Callable[[Lane], None]) -> None:
 def main(scale: str, group: str, name: str) -> None:
     """Run two steps of a contender on a CPU and print the process's largest resident set."""
     (workload,) = (w for w in workloads(Scale(scale)) if w.group == group)
-    settings = Settings(Scale(scale), torch.device("cpu"), rounds=1, seconds=0.0, memory=False)
+    settings = Settings(
+        Scale(scale), torch.device("cpu"), rounds=1, seconds=0.0, budget=inf, memory=False
+    )
     step = TrainStep(workload, (name,)).step(name, settings)
     step()
     step()

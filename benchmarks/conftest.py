@@ -1,5 +1,6 @@
 """``pytest benchmarks --benchmark-only``: options, clock, what the JSON says of the machine."""
 
+from math import inf
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--scale", choices=[*Scale], help="sizes (default: the device's)")
     group.addoption("--rounds", type=int, help="samples of each contender, at least")
     group.addoption("--seconds", type=float, default=0.5, help="least duration of a race")
+    group.addoption("--budget", type=float, default=inf, help="seconds; then the rest is skipped")
     group.addoption("--skip-memory", action="store_true", help="no process for peak memory")
 
 
@@ -33,7 +35,9 @@ def settings(config: pytest.Config) -> Settings:
         device=torch.device("cuda" if scale is Scale.CUDA else "cpu"),
         rounds=config.getoption("rounds") or (1 if dry else 5 if on_gpu else 3),
         seconds=0.0 if dry else config.getoption("seconds"),
-        memory=not config.getoption("skip_memory"),
+        budget=config.getoption("budget"),
+        # a dry run's memory says nothing
+        memory=not dry and not config.getoption("skip_memory"),
     )
 
 

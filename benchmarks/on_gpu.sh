@@ -3,9 +3,11 @@
 #
 #   benchmarks/on_gpu.sh FOLDER [correct|kernels|step|decode|tune ...]
 #
-# Needs Python with torch, triton, pytest and tqdm; builds, installs and downloads nothing. Leaves a
-# log and a JSON file of every stage in FOLDER and prints a short table last. Without a stage: all
-# of them, each within a share of the time; with some, they have more. Exit code 1 if one failed.
+# Needs Python with torch, triton, pytest, pytest-benchmark and tqdm; builds, installs and downloads
+# nothing. Leaves a log and a JSON file of every stage in FOLDER (of kernels, step and decode what
+# `python -m benchmarks.report` reads) and prints a short table last. Without a stage: all of them,
+# each within a share of the time; with some, they have more. Exit code 1 if one failed. DRY=1 runs
+# the same tiny and interpreted, on any machine: the times mean nothing.
 set -uo pipefail
 
 stages=(correct kernels step decode tune)
@@ -31,13 +33,28 @@ done
 
 cd "$(dirname "$0")/.." || exit 2
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-unset TRITON_INTERPRET
 python=${PYTHON:-python3}
+scale=() dry=() limit=520
+if [ -n "${DRY:-}" ]; then
+    export TRITON_INTERPRET=1
+    # the interpreter on a busy machine
+    limit=5200
+    scale=(--scale dry) dry=(--dry)
+else
+    unset TRITON_INTERPRET
+fi
+
+bench() {
+    # none of it after the timeout: the JSON is written when pytest ends
+    local stage=$1 seconds=$2
+    shift 2
+    timeout "$seconds" "$python" -m pytest -p no:cacheprovider --benchmark-only -q \
+        "${scale[@]}" --benchmark-json "$out/$stage.json" --budget $((seconds * 6 / 10)) "$@"
+}
 
 run_stage() {
     local stage=$1 seconds=$2
-    # compiling and checking before the first timing take the rest
-    local timing=$((seconds * 6 / 10))
+    local b=benchmarks/bench
     case $stage in
     correct)
         local workers=()
@@ -49,20 +66,25 @@ run_stage() {
             -m gpu tests/kernels --junitxml "$out/correct.xml"
         ;;
     kernels)
-        timeout "$seconds" "$python" -m benchmarks.kernels_gpu --out "$out" \
-            --seconds $((seconds * 3 / 10))
+        bench kernels "$seconds" ${b}_attention.py ${b}_layer_norm.py ${b}_gelu.py \
+            ${b}_cross_entropy.py ${b}_embedding.py ${b}_decode_attention.py --seconds 1
         ;;
-    *)
-        local module=benchmarks.${stage}_gpu
-        [ "$stage" = tune ] && module=benchmarks.tune
-        timeout "$seconds" "$python" -m "$module" --out "$out" --seconds "$timing"
+    step)
+        bench step "$seconds" ${b}_train_step.py --seconds 3
+        ;;
+    decode)
+        bench decode "$seconds" ${b}_generate.py --rounds 3
+        ;;
+    tune)
+        timeout "$seconds" "$python" -m benchmarks.tune --out "$out" \
+            --seconds $((seconds * 6 / 10)) "${dry[@]}"
         ;;
     esac
 }
 
 status=0
 for stage in "${stages[@]}"; do
-    seconds=$((share[$stage] * 520 / total))
+    seconds=$((share[$stage] * limit / total))
     echo "== $stage (at most $seconds s)"
     run_stage "$stage" "$seconds" >"$out/$stage.log" 2>&1
     code=$?

@@ -184,6 +184,10 @@ class OpRace(Race):
             "roofline": ceilings.roofline(cost.flops, cost.bytes, dtype) / seconds,
         }
 
+    def is_ours(self, name: str) -> bool:
+        """The kernels, and our ops on PyTorch's operators."""
+        return name.split()[0] in ("triton", "torch")
+
     def close(self) -> None:
         """Inputs, graphs and gold go with the race."""
         self._judge = None

@@ -1,0 +1,33 @@
+"""Runs of the suite, tiny and interpreted: so that no line of it is new on a GPU."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = os.environ | {"TRITON_INTERPRET": "1", "DRY": "1", "PYTHON": sys.executable}
+
+
+def on_gpu(folder: Path, *stages: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """``benchmarks/on_gpu.sh``, as a dry run."""
+    return subprocess.run(
+        ["bash", str(ROOT / "benchmarks" / "on_gpu.sh"), str(folder), *stages],
+        env=ENVIRONMENT | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def bench(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    """``pytest --benchmark-only --scale dry`` in a process of its own."""
+    command = ["-m", "pytest", "-p", "no:cacheprovider", "-q", "--benchmark-only", "--scale", "dry"]
+    return subprocess.run(
+        [sys.executable, *command, *arguments],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
