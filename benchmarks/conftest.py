@@ -1,5 +1,6 @@
 """``pytest benchmarks --benchmark-only``: options, clock, what the JSON says of the machine."""
 
+import sys
 from math import inf
 from typing import Any
 
@@ -63,8 +64,13 @@ def record(request: pytest.FixtureRequest, benchmark: BenchmarkFixture) -> Any:
         torch.manual_seed(0)
         found = [i.callspec.params.get("lane") for i in session.items if hasattr(i, "callspec")]
         selected = [lane for lane in found if isinstance(lane, Lane)]
-        writer = request.config.get_terminal_writer()
-        stash[STOPWATCH] = Stopwatch(settings(request.config), selected, writer.line)
+        capture = request.config.pluginmanager.getplugin("capturemanager")
+
+        def notify(line: str) -> None:
+            with capture.global_and_fixture_disabled():
+                print(f"  {line}", file=sys.stderr, flush=True)
+
+        stash[STOPWATCH] = Stopwatch(settings(request.config), selected, notify)
     return lambda lane: stash[STOPWATCH].record(lane, benchmark)
 
 
