@@ -1,6 +1,6 @@
 """The ops at GPT-2's shapes: inputs, the work they must do, and PyTorch's own way to do it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -314,15 +314,22 @@ def _decode_attention(s: Sizes, batch: int) -> OpCase:
     return OpCase("decode_attention", f"{s.name} B{batch} S{s.S} H{s.H}", run, plain, inputs, cost)
 
 
+def cases_at(s: Sizes, decode_batches: Sequence[int], *, on_kernels: bool) -> list[OpCase]:
+    """Every op at one size, and with ``on_kernels`` the forms that only the kernels have."""
+    cases = [_attention(s, 0.0), _add_layer_norm(s), _layer_norm(s), _bias_gelu(s)]
+    cases += [_linear_gelu(s, fused=False)]
+    cases += [_cross_entropy(s), _linear_cross_entropy(s), _embedding(s)]
+    cases += [_decode_attention(s, batch) for batch in decode_batches]
+    if on_kernels:
+        cases += [_linear_gelu(s, fused=True), _attention(s, 0.1)]
+    return cases
+
+
 def op_cases(scale: Scale, *ops: str) -> list[OpCase]:
     """The ops named, or all, at every size of a scale."""
-    cases = []
-    for s in SIZES[scale]:
-        cases += [_attention(s, 0.0), _add_layer_norm(s), _layer_norm(s), _bias_gelu(s)]
-        cases += [_linear_gelu(s, fused=False)]
-        cases += [_cross_entropy(s), _linear_cross_entropy(s), _embedding(s)]
-        cases += [_decode_attention(s, batch) for batch in DECODE_BATCHES[scale]]
-        if scale is not Scale.CPU:
-            # forms that only the kernels have
-            cases += [_linear_gelu(s, fused=True), _attention(s, 0.1)]
-    return [case for case in cases if not ops or case.op in ops]
+    return [
+        case
+        for s in SIZES[scale]
+        for case in cases_at(s, DECODE_BATCHES[scale], on_kernels=scale is not Scale.CPU)
+        if not ops or case.op in ops
+    ]
