@@ -184,18 +184,37 @@ def test_the_clock_alternates() -> None:
     assert order == ["a", "b"] * (len(order) // 2)
 
 
-def test_when_the_time_is_used_up() -> None:
-    class Late(Race):
-        group, contenders = "late", ("fastgpt2",)
+class Trouble(Race):
+    """Nobody gets ready."""
 
-        def prepare(self, name: str, settings: Settings) -> Callable[[], object]:
-            raise AssertionError("there was no time for that")
+    group, contenders = "trouble", ("fastgpt2", "rival")
 
-        def facts(self, name: str, seconds: float, ceilings: Ceilings) -> dict[str, Any]:
-            return {}
+    def __init__(self, error: Exception) -> None:
+        self.error = error
 
-    lane = Lane(Late(), "fastgpt2")
-    stopwatch = Stopwatch(replace(SETTINGS, budget=0.0), [lane], lambda line: None)
+    def prepare(self, name: str, settings: Settings) -> Callable[[], object]:
+        raise self.error
+
+    def facts(self, name: str, seconds: float, ceilings: Ceilings) -> dict[str, Any]:
+        return {}
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "budget", "outcome", "message"),
+    [
+        ("fastgpt2", AssertionError("wrong"), 60.0, AssertionError, "wrong"),
+        ("rival", AssertionError("wrong"), 60.0, AssertionError, "wrong"),
+        ("fastgpt2", RuntimeError("no"), 60.0, RuntimeError, "no"),
+        ("rival", RuntimeError("no"), 60.0, pytest.skip.Exception, "rival cannot: RuntimeError"),
+        ("fastgpt2", torch.OutOfMemoryError(), 60.0, pytest.skip.Exception, "too little memory"),
+        ("fastgpt2", AssertionError("never asked"), 0.0, pytest.skip.Exception, "used up"),
+    ],
+)
+def test_who_cannot_take_part(
+    name: str, error: Exception, budget: float, outcome: type[BaseException], message: str
+) -> None:
+    lane = Lane(Trouble(error), name)
+    stopwatch = Stopwatch(replace(SETTINGS, budget=budget), [lane], lambda line: None)
     benchmark: Any = FakeBenchmark()
-    with pytest.raises(pytest.skip.Exception, match="used up"):
+    with pytest.raises(outcome, match=message):
         stopwatch.record(lane, benchmark)
