@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastgpt2.config import GPTConfig
 from fastgpt2.errors import UserError
+from fastgpt2.weights.metadata import shown
 from fastgpt2.weights.tensors import LazyTensor
 
 WTE, HEAD = "transformer.wte.weight", "lm_head.weight"
@@ -47,7 +48,7 @@ def parameter_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
 def listed(names: list[str]) -> str:
     """The first names, and how many more there are."""
     rest = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    return ", ".join(repr(name) for name in names[:8]) + rest
+    return ", ".join(shown(name) for name in names[:8]) + rest
 
 
 @dataclass(frozen=True)
@@ -158,4 +159,4 @@ def drop_tied_head(tensors: dict[str, LazyTensor], source: Path) -> dict[str, La
 
 def _same_bits(a: LazyTensor, b: LazyTensor) -> bool:
     # as integers, because a NaN differs from itself
-    return a is b or torch.equal(*(x.read().contiguous().view(torch.uint8) for x in (a, b)))
+    return a is b or torch.equal(*(x.read().reshape(-1).view(torch.uint8) for x in (a, b)))

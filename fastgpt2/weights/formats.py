@@ -14,6 +14,7 @@ from fastgpt2.errors import UserError
 from fastgpt2.files import sync
 from fastgpt2.weights import huggingface, llmc, nanogpt, openai, run
 from fastgpt2.weights.checkpoint import DTYPES, Checkpoint
+from fastgpt2.weights.metadata import file_size
 
 
 @dataclass(frozen=True)
@@ -47,17 +48,17 @@ def detect(path: Path) -> tuple[str, Path]:
         if not path.is_dir():
             raise UserError(f"{path}: no such file or folder")
         names = {entry.name for entry in path.iterdir()}
+        if run.CONFIG in names or run.CHECKPOINTS in names:
+            return "fastgpt2", path
+        if "hparams.json" in names:
+            return "openai", path
+        if "config.json" in names:
+            return "hf", path
+        for format in FORMATS.values():
+            if format.file in names:
+                return _detect_file(path / format.file)
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    if run.CONFIG in names or run.CHECKPOINTS in names:
-        return "fastgpt2", path
-    if "hparams.json" in names:
-        return "openai", path
-    if "config.json" in names:
-        return "hf", path
-    for format in FORMATS.values():
-        if format.file in names:
-            return _detect_file(path / format.file)
+        raise UserError(f"{error.filename or path}: {error.strerror}") from None
     raise UserError(
         f"{path}: no model found; expected one of {run.CONFIG}, {run.CHECKPOINTS}/, hparams.json, "
         "config.json, ckpt.pt, model.bin"
@@ -65,6 +66,7 @@ def detect(path: Path) -> tuple[str, Path]:
 
 
 def _detect_file(path: Path) -> tuple[str, Path]:
+    file_size(path)
     with path.open("rb") as file:
         magic = file.read(4)
     if magic == llmc.MAGIC.to_bytes(4, "little"):

@@ -14,7 +14,7 @@ from fastgpt2.config import GPTConfig
 from fastgpt2.errors import UserError
 from fastgpt2.files import write_text
 from fastgpt2.weights.checkpoint import HEAD, Checkpoint, drop_tied_head
-from fastgpt2.weights.metadata import inside, make_config, read_json, require
+from fastgpt2.weights.metadata import inside, make_config, read_json, require, shown
 from fastgpt2.weights.safetensors_file import read_safetensors, write_safetensors
 from fastgpt2.weights.tensors import LazyTensor
 from fastgpt2.weights.torch_file import lazy_tensors, read_torch
@@ -61,7 +61,9 @@ def _read_config(path: Path) -> GPTConfig:
     for key, allowed in FIXED.items():
         value = record.get(key, allowed[0])
         if value not in allowed:
-            raise UserError(f"{path}: {key} = {value!r} is not GPT-2's {allowed[0]!r}: unsupported")
+            raise UserError(
+                f"{path}: {key} = {shown(value)} is not GPT-2's {allowed[0]!r}: unsupported"
+            )
     sizes = {ours: require(record, theirs, path) for ours, theirs in SIZES.items()}
     rates = {ours: record.get(theirs, DEFAULT_DROPOUT) for ours, theirs in DROPOUTS.items()}
     # one rate for all three is what `dropout` says
@@ -69,7 +71,9 @@ def _read_config(path: Path) -> GPTConfig:
     dropouts = {"dropout": rates["attn_dropout"]} if common else rates
     config = make_config(path, **sizes, **dropouts)
     if record.get("n_inner") not in (None, 4 * config.n_embd):
-        raise UserError(f"{path}: n_inner = {record['n_inner']!r}, expected {4 * config.n_embd}")
+        raise UserError(
+            f"{path}: n_inner = {shown(record['n_inner'])}, expected {4 * config.n_embd}"
+        )
     return config
 
 
@@ -90,7 +94,7 @@ def _read_shards(path: Path) -> dict[str, LazyTensor]:
         if shard not in shards:
             shards[shard] = _read_file(shard)
         if name not in shards[shard]:
-            raise UserError(f"{shard}: missing {name!r}, which {path.name} places there")
+            raise UserError(f"{shard}: missing {shown(name)}, which {path.name} places there")
         tensors[name] = shards[shard][name]
     return tensors
 
@@ -114,7 +118,7 @@ def read(folder: Path) -> Checkpoint:
     for name, tensor in found.items():
         name = _canonical(name)
         if name in tensors:
-            raise UserError(f"{path}: {name!r} occurs twice")
+            raise UserError(f"{path}: {shown(name)} occurs twice")
         if not MASK.fullmatch(name):
             tensors[name] = tensor.transposed() if CONV1D.fullmatch(name) else tensor
     return Checkpoint(config, drop_tied_head(tensors, path), path)

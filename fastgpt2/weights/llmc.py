@@ -15,7 +15,7 @@ from fastgpt2.config import GPTConfig
 from fastgpt2.errors import UserError
 from fastgpt2.files import atomic_path
 from fastgpt2.weights.checkpoint import WTE, Checkpoint, parameter_shapes
-from fastgpt2.weights.metadata import make_config
+from fastgpt2.weights.metadata import file_size, make_config
 from fastgpt2.weights.tensors import LazyTensor, as_bytes, map_tensor
 
 MAGIC = 20240326
@@ -45,9 +45,9 @@ def _count(config: GPTConfig) -> int:
 def read(path: Path) -> Checkpoint:
     """Open a ``.bin`` of llm.c; the padding of the vocabulary is cut off."""
     try:
+        available = file_size(path)
         with path.open("rb") as file:
             raw = file.read(HEADER_BYTES)
-        available = path.stat().st_size
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     if len(raw) < HEADER_BYTES:

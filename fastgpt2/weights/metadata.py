@@ -1,7 +1,9 @@
 """The small files beside the weights: JSON read with care, shapes checked with the file's name."""
 
 import json
+import stat
 from pathlib import Path
+from reprlib import Repr
 from typing import Any
 
 from fastgpt2.config import GPTConfig
@@ -11,6 +13,32 @@ from fastgpt2.errors import UserError
 MAX_JSON_BYTES = 16 << 20
 
 
+# a forged name or value can be as long as its file, a message cannot
+_BRIEF = Repr()
+_BRIEF.maxstring = 200
+
+# what no size, rate or name of a configuration comes near
+_MAX_NUMBER, _MAX_TEXT = 2**63, 100
+
+
+def shown(value: object) -> str:
+    """``repr`` of what a file says, its middle left out where it is long."""
+    return _BRIEF.repr(value)
+
+
+def file_size(path: Path) -> int:
+    """Bytes of a regular file; a pipe or a device would be read without an end.
+
+    Raises:
+        UserError: it is none.
+        OSError: there is nothing.
+    """
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise UserError(f"{path}: not a regular file")
+    return found.st_size
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in ``path``.
 
@@ -18,7 +46,7 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: the file cannot be read, or holds something else.
     """
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
+        if file_size(path) > MAX_JSON_BYTES:
             raise UserError(f"{path}: more than {MAX_JSON_BYTES} bytes of JSON")
         content = json.loads(path.read_bytes())
     except OSError as error:
@@ -43,6 +71,13 @@ def require(record: dict[str, Any], key: str, path: Path) -> Any:
 
 def make_config(path: Path, **fields: Any) -> GPTConfig:
     """A GPTConfig whose errors name the file it was read from."""
+    for key, value in fields.items():
+        # a pickle's list can hold itself thirty times over: it must not even reach a message
+        if value is not None and not isinstance(value, int | float | str):
+            raise UserError(f"{path}: {key} must be a plain value, got {type(value).__name__}")
+        long = isinstance(value, str) and len(value) > _MAX_TEXT
+        if long or (isinstance(value, int) and abs(value) >= _MAX_NUMBER):
+            raise UserError(f"{path}: {key} is out of all bounds: {shown(value)}")
     try:
         return GPTConfig(**fields)
     except UserError as error:
@@ -52,5 +87,5 @@ def make_config(path: Path, **fields: Any) -> GPTConfig:
 def inside(folder: Path, name: object) -> Path:
     """The file ``name`` of ``folder``; a name that leads out of the folder is refused."""
     if not isinstance(name, str) or name in ("", ".", "..") or any(c in name for c in "/\\:\0"):
-        raise UserError(f"{folder}: {name!r} is not the name of a file in this folder")
+        raise UserError(f"{folder}: {shown(name)} is not the name of a file in this folder")
     return folder / name

@@ -6,6 +6,7 @@ padded to 50304. Format: ``train.py`` of https://github.com/karpathy/nanoGPT
 """
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,20 +34,17 @@ def read(path: Path) -> Checkpoint:
     fields = {"bias": True, "dropout": 0.0} | {key: args[key] for key in FIELDS if key in args}
     for key in FIELDS:
         require(fields, key, path)
+    config = make_config(path, **fields)
     tensors = lazy_tensors(path, {str(k).removeprefix("_orig_mod."): v for k, v in state.items()})
     tensors = {name: tensor for name, tensor in tensors.items() if not MASK.fullmatch(name)}
     tensors = drop_tied_head(tensors, path)
     notes: tuple[str, ...] = ()
     wte = tensors.get(WTE)
-    if (
-        fields["vocab_size"] == PADDED_VOCAB
-        and wte is not None
-        and wte.shape[:1] == (PADDED_VOCAB,)
-    ):
-        fields["vocab_size"] = VOCAB
+    if config.vocab_size == PADDED_VOCAB and wte is not None and wte.shape[:1] == (PADDED_VOCAB,):
+        config = replace(config, vocab_size=VOCAB)
         tensors[WTE] = wte.rows(VOCAB)
         notes = (f"cut the vocabulary from {PADDED_VOCAB} padded rows to GPT-2's {VOCAB}",)
-    return Checkpoint(make_config(path, **fields), tensors, path, notes)
+    return Checkpoint(config, tensors, path, notes)
 
 
 def write(checkpoint: Checkpoint, path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from fastgpt2.errors import UserError
 from fastgpt2.files import write_text
 from fastgpt2.weights.checkpoint import Checkpoint, listed, parameter_shapes
-from fastgpt2.weights.metadata import inside, make_config, read_json, require
+from fastgpt2.weights.metadata import MAX_JSON_BYTES, inside, make_config, read_json, require
 from fastgpt2.weights.tensors import LazyTensor, check_total
 from fastgpt2.weights.tf_bundle import Bundle, write_bundle
 
@@ -60,9 +60,10 @@ def _prefix(folder: Path) -> Path:
     path = folder / "checkpoint"
     if path.is_file():
         try:
-            found = re.search(
-                r'^model_checkpoint_path: "([^"\n]+)"', path.read_text("utf-8"), re.MULTILINE
-            )
+            # the line is the first; the rest lists older checkpoints
+            with path.open(encoding="utf-8") as file:
+                text = file.read(MAX_JSON_BYTES)
+            found = re.search(r'^model_checkpoint_path: "([^"\n]+)"', text, re.MULTILINE)
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: {error}") from None
         if found is None:

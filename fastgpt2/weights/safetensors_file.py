@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fastgpt2.errors import UserError
+from fastgpt2.weights.metadata import file_size, shown
 from fastgpt2.weights.tensors import LazyTensor, as_bytes
 
 DTYPES = {
@@ -41,7 +42,7 @@ def read_safetensors(path: Path) -> dict[str, LazyTensor]:
 
     def lazy(name: str, part: Any) -> LazyTensor:
         if part.get_dtype() not in DTYPES:
-            raise UserError(f"{path}: {name!r} has dtype {part.get_dtype()}, not supported")
+            raise UserError(f"{path}: {shown(name)} has dtype {part.get_dtype()}, not supported")
 
         # opened anew for every tensor: what was read can be unmapped
         def read() -> Tensor:
@@ -56,16 +57,18 @@ def read_safetensors(path: Path) -> dict[str, LazyTensor]:
 
 
 def _open(path: Path) -> Any:
+    _checked(path, file_size, path)
     return _checked(path, safe_open, str(path), "pt")
 
 
-def _checked(path: Path, call: Any, *args: str) -> Any:
+def _checked(path: Path, call: Any, *args: str | Path) -> Any:
     try:
         return call(*args)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
     except SafetensorError as error:
-        raise UserError(f"{path}: not a safetensors file: {error}") from None
+        # the message can hold a whole name of the file, and what a terminal takes for commands
+        raise UserError(f"{path}: not a safetensors file: {shown(str(error))}") from None
 
 
 def write_safetensors(

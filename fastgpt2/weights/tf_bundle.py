@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from fastgpt2.errors import UserError
 from fastgpt2.weights.crc32c import crc32c, mask
+from fastgpt2.weights.metadata import file_size
 from fastgpt2.weights.protobuf import read_fields, write_field
 from fastgpt2.weights.sstable import read_table, write_table
 from fastgpt2.weights.tensors import LazyTensor, as_bytes, map_tensor
@@ -117,7 +118,7 @@ class Bundle:
         self.prefix = prefix
         self.index = prefix.with_name(prefix.name + ".index")
         try:
-            size = self.index.stat().st_size
+            size = file_size(self.index)
             if size > MAX_INDEX_BYTES:
                 raise ValueError(f"{size} bytes are too many for a checkpoint's index")
             table = read_table(self.index.read_bytes())

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastgpt2.errors import UserError
 from fastgpt2.weights.checkpoint import HEAD
+from fastgpt2.weights.metadata import file_size, shown
 from fastgpt2.weights.tensors import LazyTensor, check_total, map_tensor
 
 ZIP_MAGIC = b"PK\x03\x04"
@@ -29,6 +30,7 @@ def read_torch(path: Path) -> dict[str, Any]:
             plain values (which could run code), or no dictionary with text keys.
     """
     try:
+        file_size(path)
         zipped = _check_memory(path)
         # files of torch before 1.6 have no index: they can only be read as a whole
         device = "meta" if zipped else "cpu"
@@ -58,7 +60,7 @@ def _check_memory(path: Path) -> bool:
             for record in archive.infolist():
                 # torch never compresses
                 if record.compress_type != zipfile.ZIP_STORED:
-                    raise UserError(f"{path}: {record.filename!r} is compressed: refused")
+                    raise UserError(f"{path}: {shown(record.filename)} is compressed: refused")
                 if record.filename.endswith("/data.pkl"):
                     with archive.open(record) as pickled:
                         _check_pickle(path, pickled)
@@ -76,7 +78,7 @@ def _reason(error: Exception) -> str:
     if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
         return f"refused: it asks for {found[1]}, and could run code; only tensors are loaded"
     line = next(iter(str(error).splitlines()), "")
-    return f"not a file of torch.save that can be loaded safely ({type(error).__name__}: {line})"
+    return f"not a file of torch.save that can be loaded safely ({type(error).__name__}: {shown(line)})"
 
 
 def lazy_tensors(path: Path, content: dict[str, Any]) -> dict[str, LazyTensor]:
@@ -88,13 +90,19 @@ def lazy_tensors(path: Path, content: dict[str, Any]) -> dict[str, LazyTensor]:
 
 
 def _lazy(path: Path, name: str, value: object) -> LazyTensor:
-    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_quantized:
-        raise UserError(f"{path}: {name!r} is no plain tensor")
+    if (
+        not isinstance(value, Tensor)
+        or value.layout != torch.strided
+        or value.is_quantized
+        or value.is_conj()
+        or value.is_neg()
+    ):
+        raise UserError(f"{path}: {shown(name)} is no plain tensor")
     if value.device.type != "meta":
         return LazyTensor.of(value.detach())
     storage = value.untyped_storage()._checkpoint_offset
     if storage is None:
-        raise UserError(f"{path}: {name!r} has no values in the file")
+        raise UserError(f"{path}: {shown(name)} has no values in the file")
     shape, stride = tuple(value.shape), value.stride()
     offset = storage + int(value.storage_offset()) * value.dtype.itemsize
     if value.is_contiguous():
