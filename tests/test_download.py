@@ -1,6 +1,8 @@
 import hashlib
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -214,6 +216,50 @@ def test_many_at_once_fetch_once(site: Site, tmp_path: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
+    assert len(site.asked) == 1
+    assert (tmp_path / "f").read_bytes() == DATA
+
+
+# run in a process of its own, with the biggest file that it may write
+FETCH = """
+import sys, resource, signal
+from fastgpt2.download import DownloadError, download
+url, path, sha256, limit = sys.argv[1:]
+if int(limit):
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
+try:
+    download(url, path, sha256=sha256, progress=False)
+except DownloadError as error:
+    sys.exit(str(error))
+"""
+
+
+def fetching(url: str, path: Path, limit: int = 0) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", FETCH, url, str(path), SHA256, str(limit)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no limit of file sizes there")
+def test_disk_that_fills_up_is_one_line_and_a_later_call_resumes(
+    site: Site, tmp_path: Path
+) -> None:
+    url = site.add("/f", content(DATA))
+    full = fetching(url, tmp_path / "f", limit=100_000)
+    line = full.communicate(timeout=60)[1]
+    assert full.returncode == 1 and line == f"cannot write {tmp_path / 'f'}: File too large\n"
+    assert not (tmp_path / "f").exists()
+    get(url, tmp_path / "f")
+    assert (tmp_path / "f").read_bytes() == DATA
+    assert site.asked[1][1] == "bytes=100000-"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no file lock there")
+def test_two_processes_at_once_fetch_once(site: Site, tmp_path: Path) -> None:
+    # the first waits for its answer until both have asked for the lock
+    url = site.add("/f", late(1.0, content(DATA)))
+    both = [fetching(url, tmp_path / "f") for _ in range(2)]
+    assert [(p.communicate(timeout=60)[1], p.returncode) for p in both] == [("", 0)] * 2
     assert len(site.asked) == 1
     assert (tmp_path / "f").read_bytes() == DATA
 

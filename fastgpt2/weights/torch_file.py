@@ -77,8 +77,8 @@ def _check_pickle(path: Path, pickled: IO[bytes]) -> None:
 def _reason(error: Exception) -> str:
     if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
         return f"refused: it asks for {found[1]}, and could run code; only tensors are loaded"
-    line = next(iter(str(error).splitlines()), "")
-    return f"not a file of torch.save that can be loaded safely ({type(error).__name__}: {shown(line)})"
+    line = shown(next(iter(str(error).splitlines()), ""))
+    return f"not a file of torch.save that can be loaded safely ({type(error).__name__}: {line})"
 
 
 def lazy_tensors(path: Path, content: dict[str, Any]) -> dict[str, LazyTensor]:

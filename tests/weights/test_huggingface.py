@@ -106,7 +106,7 @@ def test_forms_of_hugging_face_folders(tmp_path: Path, form: str) -> None:
         ({"tie_word_embeddings": False}, "tie_word_embeddings = False"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"n_embd": None}, "n_embd must be a positive integer, got None"),
-        ({"n_layer": 10**30}, "n_layer is 1000000000000000000000000000000"),
+        ({"n_layer": 10**30}, "n_layer is out of all bounds: 1000000000000000000000000000000"),
         (
             {"n_positions": 17},
             r"'transformer.wpe.weight' has shape \(16, 32\), expected \(17, 32\)",
