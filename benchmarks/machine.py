@@ -53,6 +53,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         **{name: _version_of(name) for name in VERSIONS},
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
-        "commit": _output_of("git", "rev-parse", "--short", "HEAD"),
+        # with -dirty where the tree is not what was committed
+        "commit": _output_of("git", "describe", "--always", "--dirty", "--exclude=*"),
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
