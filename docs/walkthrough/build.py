@@ -1,12 +1,14 @@
 """``python -m docs.walkthrough.build``: execute the scripts, write the pages and the notebooks.
 
 Every number, text and picture in them comes from this run. Run it from the top of the repository.
+Given names of pages it makes these alone; ``13-the-verdict``, which trains GPT-2 124M, only then.
+A script that makes ``records``, a list of dictionaries, has them beside its page as JSON Lines.
 """
 
 import argparse
 import base64
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,14 @@ from tqdm import tqdm
 from docs.walkthrough.cells import Cell, execute, read_cells
 from fastgpt2.cli import Parser
 from fastgpt2.cli import run as run_command
+from fastgpt2.errors import UserError
 from fastgpt2.files import atomic_path, write_text
 
 HERE = Path(__file__).parent
 NOTEBOOKS = HERE.parent / "notebooks"
 IMAGES = "images"
+# the page that takes long, made when it is asked for by name
+FULL_SIZE = "13-the-verdict"
 
 INTRODUCTION = """\
 # From a dot product to GPT-2
@@ -47,21 +52,38 @@ def title(cells: list[Cell]) -> str:
     return cells[0].source.splitlines()[0].removeprefix("# ")
 
 
-def build(pages: Path, notebooks: Path, parameters: Mapping[str, object] | None = None) -> None:
-    """Execute all scripts and write their pages and notebooks.
+def build(
+    pages: Path,
+    notebooks: Path,
+    parameters: Mapping[str, object] | None = None,
+    chosen: Collection[str] = (),
+) -> None:
+    """Execute the scripts and write their pages and notebooks.
 
     Args:
         pages: folder for the Markdown pages and, below it, their pictures.
         notebooks: folder for the notebooks.
         parameters: smaller numbers for a quick run, by the names in the ``parameters`` cells.
+        chosen: names of the pages to make; none means all but ``FULL_SIZE``.
+
+    Raises:
+        UserError: there is no such page.
     """
     matplotlib.use("Agg")
     for folder in (pages / IMAGES, notebooks):
         folder.mkdir(parents=True, exist_ok=True)
     all_cells = {page_name(source): read_cells(source) for source in sources()}
     names = list(all_cells)
+    for name in chosen:
+        if name not in names:
+            raise UserError(f"no page {name!r}; there are {', '.join(names)}")
     for i, (name, cells) in enumerate(tqdm(all_cells.items(), desc="pages", disable=None)):
-        execute(cells, parameters)
+        if name not in (chosen or set(names) - {FULL_SIZE}):
+            continue
+        records = execute(cells, parameters).get("records")
+        if records is not None:
+            lines = "".join(json.dumps(record) + "\n" for record in records)
+            write_text(pages / f"{name}.jsonl", lines)
         for cell in cells:
             for picture in cell.pictures:
                 with atomic_path(pages / IMAGES / f"{name}-{picture.name}.png") as path:
@@ -142,11 +164,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--notebooks", type=Path, default=NOTEBOOKS, metavar="DIR", help="[%(default)s]"
     )
+    parser.add_argument(
+        "chosen",
+        nargs="*",
+        metavar="PAGE",
+        help=f"pages to make, such as 10-training [all but {FULL_SIZE}, which trains GPT-2 124M]",
+    )
     return run_command("walkthrough", lambda: _build(parser.parse_args(argv)))
 
 
 def _build(arguments: argparse.Namespace) -> None:
-    build(arguments.pages, arguments.notebooks)
+    build(arguments.pages, arguments.notebooks, chosen=arguments.chosen)
 
 
 if __name__ == "__main__":

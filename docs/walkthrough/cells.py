@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+from cycler import cycler
 
 # what pictures look like; a reader who executes a notebook sees the style of Jupyter instead
 STYLE: Any = {
@@ -28,6 +29,8 @@ STYLE: Any = {
     "grid.color": "#e4e4e4",
     "grid.linewidth": 0.7,
     "axes.axisbelow": True,
+    # Okabe and Ito's colours, which colour-blind people can tell apart
+    "axes.prop_cycle": cycler(color=["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00"]),
     "legend.frameon": False,
     "image.cmap": "viridis",
 }
@@ -66,8 +69,11 @@ def read_cells(path: Path) -> list[Cell]:
     return cells
 
 
-def execute(cells: list[Cell], parameters: Mapping[str, object] | None = None) -> None:
-    """Run the code of ``cells`` in one namespace, as a notebook would, and fill in the results."""
+def execute(cells: list[Cell], parameters: Mapping[str, object] | None = None) -> dict[str, Any]:
+    """Run the code of ``cells`` in one namespace, as a notebook would, and fill in the results.
+
+    Returns the namespace.
+    """
     namespace: dict[str, Any] = {"__name__": "__main__"}
     with plt.rc_context(STYLE):
         for cell in cells:
@@ -76,6 +82,7 @@ def execute(cells: list[Cell], parameters: Mapping[str, object] | None = None) -
             if cell.is_parameters:
                 known = {key: v for key, v in (parameters or {}).items() if key in namespace}
                 namespace.update(known)
+    return namespace
 
 
 def _execute(cell: Cell, namespace: dict[str, Any]) -> None:

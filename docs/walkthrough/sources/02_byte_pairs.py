@@ -70,7 +70,9 @@ for name, sample in (("the text it learned from", text), ("other text", held_out
         rates.append(len(sample.encode("utf-8")) / len(part.encode(sample)))
     axes.plot(sizes, rates, label=name)
     print(f"{name}: {rates[-1]:.2f} bytes a token")
-axes.set(xlabel="vocabulary size", ylabel="bytes a token", title="What merges buy")
+axes.set(
+    xlabel="vocabulary size", ylabel="bytes a token", title="The more merges, the fewer tokens"
+)
 axes.legend()
 
 # %% [markdown]

@@ -26,8 +26,6 @@ print(tuple(simple_attention(x).shape))
 # it the softmax of a wide head is nearly 0 and 1, where gradients vanish.
 
 # %%
-import math
-
 q, k = torch.randn(2, 10_000, 64)
 scores = (q * k).sum(-1)
 print(f"standard deviation of q·k: {scores.std():.2f}, of q·k/√64: {scores.div(8).std():.2f}")
@@ -80,13 +78,14 @@ from fastgpt2.ladder import SelfAttentionV2, attention_weights
 
 torch.manual_seed(5)
 fresh = SelfAttentionV2(8, 8)
+# fresh weights are small: twice as large, they say more
 q, k = 2 * fresh.W_query(x), 2 * fresh.W_key(x)
 maps = {
-    "dot products": torch.softmax(x @ x.T / math.sqrt(8), dim=-1),
+    "dot products": torch.softmax(x @ x.T, dim=-1),
     "queries and keys": attention_weights(q, k),
     "causal": attention_weights(q, k, hidden=causal.mask),
 }
-figure, panels = plt.subplots(1, 3, figsize=(9, 3.2), num="weights", layout="constrained")
+figure, panels = plt.subplots(1, 3, figsize=(9.6, 3.4), num="weights", layout="constrained")
 for axes, (name, weights) in zip(panels, maps.items(), strict=True):
     image = axes.imshow(weights.detach(), vmin=0, vmax=1)
     axes.set(title=name, xticks=range(5), yticks=range(5), xlabel="key")
@@ -97,7 +96,7 @@ for axes, (name, weights) in zip(panels, maps.items(), strict=True):
         for column in range(5):
             weight = weights[row, column].item()
             shade = "black" if weight > 0.6 else "white"
-            axes.text(column, row, f"{weight:.2f}", ha="center", va="center", color=shade, size=7)
+            axes.text(column, row, f"{weight:.2f}", ha="center", va="center", color=shade, size=8)
 panels[0].set_ylabel("query")
 figure.colorbar(image, ax=panels, label="weight", shrink=0.8)
 

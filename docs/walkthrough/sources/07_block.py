@@ -39,12 +39,12 @@ from fastgpt2.ladder import GELU
 z = torch.linspace(-4, 4, 400, requires_grad=True)
 activations = {"ReLU": torch.relu, "GELU (tanh)": GELU()}
 figure, (left, right) = plt.subplots(1, 2, figsize=(7.4, 2.8), num="gelu", layout="constrained")
-for (name, f), color in zip(activations.items(), ("#b0b0b0", "#4c78a8"), strict=True):
+for (name, f), color in zip(activations.items(), ("#b0b0b0", "#0072b2"), strict=True):
     (slope,) = torch.autograd.grad(f(z).sum(), z)
     left.plot(z.detach(), f(z).detach(), label=name, color=color)
     right.plot(z.detach(), slope, label=name, color=color)
-left.set(title="activation", xlabel="x", ylim=(-0.5, 3))
-right.set(title="its derivative", xlabel="x")
+left.set(title="ReLU and GELU", xlabel="x", ylabel="y", ylim=(-0.5, 3))
+right.set(title="Their derivatives", xlabel="x", ylabel="dy/dx")
 left.legend()
 exact = torch.nn.functional.gelu(z)
 print(f"largest distance from the exact GELU: {(GELU()(z) - exact).abs().max().item():.1e}")
@@ -71,8 +71,8 @@ sizes = [64] * (DEPTH + 1)
 x = torch.randn(16, 64)
 figure, axes = plt.subplots(figsize=(6, 3.4), num="gradient-flow", layout="constrained")
 for use_shortcut, color, label in (
-    (False, "#e45756", "without shortcuts"),
-    (True, "#4c78a8", "with shortcuts"),
+    (False, "#d55e00", "without shortcuts"),
+    (True, "#0072b2", "with shortcuts"),
 ):
     runs = torch.tensor(
         [mean_gradients(DeepNetwork(sizes, use_shortcut), x) for _ in range(NETWORKS)]
@@ -83,10 +83,13 @@ for use_shortcut, color, label in (
     axes.fill_between(layers, low, high, color=color, alpha=0.2, lw=0)
     print(f"{label:18} first layer {middle[0]:.1e}, last {middle[-1]:.1e}")
 axes.set(xlabel="layer", ylabel="mean |gradient| of its weights",
-         title=f"{NETWORKS} networks of {DEPTH} layers: median, 10% to 90%")  # fmt: skip
+         title=f"Gradients in {NETWORKS} deep networks: median, 10% to 90%")  # fmt: skip
 axes.legend()
 
 # %% [markdown]
+# What counts is the slope of the lines, not their height: with shortcuts the first layer hears as
+# much as the last, without them next to nothing.
+#
 # **TransformerBlock** is `x + attention(norm1(x))`, then `x + feed_forward(norm2(x))`. What flows
 # along the shortcuts, the residual stream, is only ever added to: a block whose two branches end in
 # zeros leaves it as it is.

@@ -23,7 +23,7 @@ logits = torch.tensor([6.75, 6.28, 4.51, 4.2, 3.9, 3.1, 1.9, 0.4, -1.6])
 import matplotlib.pyplot as plt
 
 temperatures = [0.1, 1.0, 5.0]
-colors = ["#4c78a8", "#72b7b2", "#f58518"]
+colors = ["#0072b2", "#56b4e9", "#e69f00"]
 figure, axes = plt.subplots(figsize=(7.4, 3.2), num="temperature", layout="constrained")
 for i, (temperature, color) in enumerate(zip(temperatures, colors, strict=True)):
     probabilities = next_token_probabilities(logits, temperature)
@@ -34,7 +34,7 @@ for i, (temperature, color) in enumerate(zip(temperatures, colors, strict=True))
     entropy = -torch.special.xlogy(probabilities, probabilities).sum()
     print(f"temperature {temperature}: entropy {entropy:.2f} nats, pizza {probabilities[-1]:.1e}")
 axes.set_xticks(range(9), words)
-axes.set(ylabel="probability", title="What the temperature does to a distribution")
+axes.set(ylabel="probability", title="A high temperature levels the distribution")
 axes.grid(axis="x", visible=False)
 axes.legend()
 
@@ -48,11 +48,12 @@ import math
 figure, axes = plt.subplots(figsize=(5.4, 3.0), num="entropy", layout="constrained")
 grid = torch.logspace(-1.3, 2, 120)
 p = torch.stack([next_token_probabilities(logits, t.item()) for t in grid])
-axes.semilogx(grid, -torch.special.xlogy(p, p).sum(-1), color="#4c78a8")
+axes.semilogx(grid, -torch.special.xlogy(p, p).sum(-1), color="#0072b2")
 axes.axhline(math.log(9), color="#999999", ls="--", lw=1)
 axes.text(grid[0], math.log(9) - 0.05, "log 9: all alike", va="top", size=8, color="#666666")
 axes.axvline(1, color="#cccccc", lw=1)
-axes.set(xlabel="temperature", ylabel="entropy, nats", ylim=(0, 2.4))
+axes.text(1.08, 0.06, "temperature 1: the model's own", size=8, color="#666666")
+axes.set(xlabel="temperature", ylabel="nats", ylim=(0, 2.4), title="Entropy of the distribution")
 
 # %% [markdown]
 # **Top-k** keeps the k largest logits and gives the rest probability 0: no pizza at any

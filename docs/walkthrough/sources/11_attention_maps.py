@@ -35,7 +35,6 @@ def repeat(size, period, start=0):
 
 
 losses = []
-losses = []
 for _ in range(STEPS):
     period = torch.randint(4, T // 2 + 1, (32, 1))
     idx, knowable = repeat(32, period), torch.arange(T - 1) >= period
@@ -55,12 +54,15 @@ import math
 import matplotlib.pyplot as plt
 
 figure, axes = plt.subplots(figsize=(5.6, 2.8), num="loss", layout="constrained")
-axes.plot(losses, color="#cfd8e3", lw=0.8)
-smooth = torch.tensor(losses).unfold(0, min(25, STEPS), 1).mean(-1)
-axes.plot(range(len(losses) - len(smooth), len(losses)), smooth, color="#4c78a8")
+axes.plot(losses, color="#b8cfe0", lw=0.8, label="each step")
+width = min(25, STEPS)
+smooth = torch.tensor(losses).unfold(0, width, 1).mean(-1)
+middle = [step + (width - 1) / 2 for step in range(len(smooth))]
+axes.plot(middle, smooth, color="#0072b2", label=f"mean of {width}")
 axes.axhline(math.log(V), color="#999999", lw=1, ls=":")
 axes.text(STEPS, math.log(V), "guessing", ha="right", va="bottom", size=8, color="#666666")
-axes.set(xlabel="step", ylabel="nats a token", ylim=(0, None))
+axes.set(xlabel="step", ylabel="nats a token", ylim=(0, None), title="Loss on the repetitions")
+axes.legend(loc="center right")
 
 # %% [markdown]
 # All four heads on one sequence of 11 letters, repeated. Rows are queries, columns keys.
@@ -81,14 +83,14 @@ with torch.no_grad():
 for hook in hooks:
     hook.remove()
 names = [letters[i] for i in idx[0].tolist()]
-figure, panels = plt.subplots(2, 2, figsize=(7.6, 7.8), num="maps", layout="constrained")
+figure, panels = plt.subplots(2, 2, figsize=(9, 9), num="maps", layout="constrained")
 for layer in range(2):
     for head in range(2):
         axes, weights = panels[layer, head], maps[layer][head]
         image = axes.imshow(weights, vmin=0, vmax=1, cmap="Blues")
-        axes.set(title=f"layer {layer + 1}, head {head + 1}", xticks=range(T), yticks=range(T))
-        axes.set_xticklabels(names, size=6)
-        axes.set_yticklabels(names, size=6)
+        axes.set(title=f"Layer {layer + 1}, head {head + 1}", xticks=range(T), yticks=range(T))
+        axes.set_xticklabels(names, size=7)
+        axes.set_yticklabels(names, size=7)
         for border in range(PERIOD, T, PERIOD):
             axes.axhline(border - 0.5, color="#999999", lw=0.7, ls=":")
             axes.axvline(border - 0.5, color="#999999", lw=0.7, ls=":")
