@@ -7,7 +7,6 @@ from fastgpt2.errors import UserError
 from fastgpt2.ladder import BytePairEncoder, GPT2Tokenizer
 from fastgpt2.text.bpe import PATTERN
 from tests.ladder.tiny import story
-from tests.text.tiny import BESIDE_THE_REPOSITORY
 
 
 def reference(encoder: BytePairEncoder) -> tiktoken.Encoding:
@@ -75,13 +74,8 @@ def test_gpt2s_files_spell_the_merges_as_gpt2_does() -> None:
     assert sorted(merges[2:]) == sorted(["t he", "Ġ the"])
 
 
-def test_the_plain_encoder_with_gpt2s_merges_is_gpt2s() -> None:
-    cache = BESIDE_THE_REPOSITORY / "tiktoken-cache"
-    if not cache.is_dir():
-        pytest.skip(f"GPT-2's vocabulary is not at {cache}")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
-        gpt2 = GPT2Tokenizer.load()
+def test_the_plain_encoder_with_gpt2s_merges_is_gpt2s(gpt2_tokenizer: GPT2Tokenizer) -> None:
+    gpt2 = gpt2_tokenizer
     ids = [i for i in range(gpt2.vocab_size) if i != gpt2.eot]
     encoder = BytePairEncoder({gpt2.decode_bytes([i]): i for i in ids})
     for text in (story(5), "Akwirw ier; someunknownPlace 12345 — naïve 東京 🙂\n\n   x"):

@@ -5,7 +5,6 @@ from hypothesis import strategies as st
 from fastgpt2.errors import UserError
 from fastgpt2.ladder import SimpleTokenizerV1, SimpleTokenizerV2, build_vocab, split_words
 from tests.ladder import published
-from tests.text.tiny import BESIDE_THE_REPOSITORY
 
 TEXT = "Tea, or coffee? The tea--said she--is cold; it's the painter's."
 SPECIAL = ("<|endoftext|>", "<|unk|>")
@@ -64,13 +63,9 @@ def test_v2_needs_a_token_for_the_unknown() -> None:
         SimpleTokenizerV2(build_vocab(TEXT))
 
 
-def test_the_published_numbers_of_the_verdict() -> None:
-    path = BESIDE_THE_REPOSITORY / "data" / "the-verdict.txt"
-    if not path.is_file():
-        pytest.skip(f"The Verdict is not at {path}")
-    text = path.read_text(encoding="utf-8")
-    vocab = build_vocab(text)
-    assert len(split_words(text)) == published.VERDICT_WORDS
+def test_the_published_numbers_of_the_verdict(verdict: str) -> None:
+    vocab = build_vocab(verdict)
+    assert len(split_words(verdict)) == published.VERDICT_WORDS
     assert len(vocab) == published.VERDICT_VOCABULARY
     tokenizer = SimpleTokenizerV1(vocab)
     assert tokenizer.encode(published.QUOTATION) == published.QUOTATION_IDS
