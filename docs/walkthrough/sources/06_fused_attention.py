@@ -10,9 +10,11 @@
 # - `KernelMultiHeadAttention`: this package's op, which takes q, k and v from where the packed
 #   projection left them; Triton on a GPU, PyTorch's operators elsewhere.
 #
-# All eight attentions of the ladder with the same weights. This table, on any machine:
-# `python -m fastgpt2.ladder`. (The wrapper cuts the weights into heads, which is another function
-# than one wide head; there the comparison starts anew.)
+# All nine attentions of the ladder, those with weights all with the same ones
+# ([`same_weights.py`](../../fastgpt2/ladder/same_weights.py) carries them from rung to rung). This
+# table, on any machine: `python -m fastgpt2.ladder`. Where the last column is empty another
+# function begins, to which the next rungs are compared: with weights, with the mask, with the
+# weights cut into heads.
 
 # %% parameters
 REPEATS = 10
@@ -21,17 +23,19 @@ CONTEXTS = [64, 128, 256, 512, 1024]
 # %%
 import torch
 
-from fastgpt2.ladder import attention_rungs
+from fastgpt2.ladder import attention_rungs, simple_attention
 from fastgpt2.ladder.same_weights import format_timings, time_rungs
 
 torch.manual_seed(0)
 B, T, C, H = 2, 256, 256, 4
-rungs = attention_rungs(C, context_length=T, num_heads=H)
+rungs = [simple_attention, *attention_rungs(C, context_length=T, num_heads=H)]
 print(format_timings(time_rungs(rungs, torch.randn(B, T, C), REPEATS)))
 
 # %% [markdown]
 # The times above are from one CPU, shared with other work when the page was made: read the order,
-# not the digits.
+# not the digits. From `MultiHeadAttention` on each rung has one matrix product more than the
+# wrapper, the output projection. What one large product gains over several small ones shows on a
+# GPU, whose thousands of units small ones leave idle; two cores are busy either way.
 #
 # ## What fusing saves
 #
@@ -47,7 +51,7 @@ from matplotlib.patches import FancyArrowPatch, Patch, Rectangle
 
 TILES = 6
 figure, axes = plt.subplots(figsize=(6.6, 5.0), num="tiling", layout="constrained")
-colors = {"full": "#4c78a8", "diagonal": "#9ecae1", "skipped": "#f0f0f0", "now": "#f58518"}
+colors = {"full": "#0072b2", "diagonal": "#9ecae1", "skipped": "#f0f0f0", "now": "#d55e00"}
 row = 3
 for m in range(TILES):
     for n in range(TILES):
@@ -59,15 +63,15 @@ for m in range(TILES):
             axes.add_patch(plt.Polygon(corner, color=colors["skipped"], lw=0))
 for m in range(TILES):
     axes.add_patch(
-        Rectangle((-1.35, m), 0.8, 0.94, color="#54a24b", alpha=1.0 if m == row else 0.25, lw=0)
+        Rectangle((-1.35, m), 0.8, 0.94, color="#009e73", alpha=1.0 if m == row else 0.25, lw=0)
     )
     axes.add_patch(
         Rectangle(
-            (TILES + 0.45, m), 0.8, 0.94, color="#b279a2", alpha=1.0 if m == row else 0.25, lw=0
+            (TILES + 0.45, m), 0.8, 0.94, color="#cc79a7", alpha=1.0 if m == row else 0.25, lw=0
         )
     )
     axes.add_patch(
-        Rectangle((m, -1.35), 0.94, 0.8, color="#e45756", alpha=1.0 if m == 1 else 0.25, lw=0)
+        Rectangle((m, -1.35), 0.94, 0.8, color="#555555", alpha=1.0 if m == 1 else 0.25, lw=0)
     )
 axes.text(-0.95, row + 0.47, "Q", ha="center", va="center", color="white", weight="bold")
 axes.text(TILES + 0.85, row + 0.47, "O", ha="center", va="center", color="white", weight="bold")
@@ -179,8 +183,8 @@ for name, row_of_sizes in sizes.items():
 # %%
 figure, axes = plt.subplots(figsize=(5.8, 3.6), num="memory", layout="constrained")
 styles = [
-    ("o", "#e45756", "plain"),
-    ("s", "#4c78a8", "fused (SDPA)"),
+    ("o", "#d55e00", "plain"),
+    ("s", "#0072b2", "fused (SDPA)"),
     ("x", "#333333", "fused (our op)"),
 ]
 for row_of_sizes, (marker, color, label) in zip(sizes.values(), styles, strict=True):
@@ -188,12 +192,15 @@ for row_of_sizes, (marker, color, label) in zip(sizes.values(), styles, strict=T
 linear = [4 * 5 * T * C / 2**20 for T in CONTEXTS]
 both = [4 * H * T * T / 2**20 + s for T, s in zip(CONTEXTS, linear, strict=True)]
 for formula, color, label in (
-    (both, "#e45756", "4 H T² + 4 · 5 T C: the weights too"),
-    (linear, "#4c78a8", "4 · 5 T C: x, q, k, v and the result"),
+    (both, "#d55e00", "4 H T² + 4 · 5 T C: the weights too"),
+    (linear, "#0072b2", "4 · 5 T C: x, q, k, v and the result"),
 ):
     axes.loglog(CONTEXTS, formula, "--", color=color, lw=1, label=label, base=2)
 axes.set(
-    xlabel="T, tokens", ylabel="MiB kept for backward", title="One sequence, C = 256, H = 4, fp32"
+    xlabel="T, tokens",
+    ylabel="MiB",
+    title="Memory kept for the backward pass (one sequence, C = 256, H = 4, fp32)",
 )
 axes.set_xticks(CONTEXTS, [str(T) for T in CONTEXTS])
+axes.yaxis.set_major_formatter("{x:g}")
 axes.legend(fontsize=8)
