@@ -5,12 +5,14 @@ activations as autocast has them. Shapes: B batch, T tokens, C width, H heads, D
 vocabulary.
 """
 
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastgpt2.config import GPTConfig
 from fastgpt2.model import GPT
@@ -43,11 +45,19 @@ class PlainGPT(nn.Module):
 
     ``like_nanogpt`` does what nanoGPT does today where that differs from what is fastest and
     GPT-2's: the residual stream stays fp32 under autocast, GELU is the exact one, and the loss is
-    over the padded vocabulary.
+    over the padded vocabulary. ``backend`` is SDPA's, PyTorch's choice if None; it belongs to the
+    module, so that the compiler makes another graph for it.
     """
 
-    def __init__(self, config: GPTConfig, *, like_nanogpt: bool = False) -> None:
+    def __init__(
+        self,
+        config: GPTConfig,
+        *,
+        like_nanogpt: bool = False,
+        backend: SDPBackend | None = None,
+    ) -> None:
         super().__init__()
+        self.backend = backend
         self.like_nanogpt = like_nanogpt
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
@@ -63,8 +73,9 @@ class PlainGPT(nn.Module):
         if not self.like_nanogpt and torch.is_autocast_enabled(idx.device.type):
             # a residual stream in the compute dtype, which autocast alone would keep in fp32
             x = x.to(torch.get_autocast_dtype(idx.device.type))
-        for block in self.blocks:
-            x = block(x)
+        with nullcontext() if self.backend is None else sdpa_kernel(self.backend):
+            for block in self.blocks:
+                x = block(x)
         logits = F.linear(self.ln_f(x), self.wte.weight)
         if not self.like_nanogpt:
             logits = logits[..., : self.vocab_size]

@@ -114,7 +114,9 @@ def import_line(run: Run) -> str | None:
 def readme_lines(run: Run, report: str) -> Iterator[str]:
     """The README's table of one machine: training, generation, ops."""
     m = run.machine
-    yield f"**{m['device']}**, {m['cores']} cores, torch {m['torch']}, {run.date}"
+    busy = m.get("load") is not None and m["load"] > m["cores"]
+    load = f", busy with something else (load average {m['load']:.0f})" if busy else ""
+    yield f"**{m['device']}**, {m['cores']} cores, torch {m['torch']}, {run.date}{load}"
     yield f"([all of it, with plots]({report})):"
     yield ""
     rows = []
