@@ -8,6 +8,7 @@ from fastgpt2.errors import UserError
 
 IMPLS = ("auto", "triton", "torch", "reference")
 
+GPT2_VOCAB = 50257
 # a vocabulary of at least this size is padded in memory; a smaller head gains nothing from it
 PAD_VOCAB_FROM = 4096
 # 50257 -> 50304: rows of the head's matmul divide into 128-wide tiles and 16-byte loads
@@ -25,17 +26,18 @@ def unknown_key(key: str, known: list[str], where: str) -> UserError:
 class GPTConfig:
     """The shape of a GPT-2, frozen and validated.
 
-    The first seven fields are named as nanoGPT names them. ``dropout`` is the rate of all three
-    dropouts of GPT-2; ``attn_dropout``, ``embd_dropout`` and ``resid_dropout`` override it one by
-    one. ``impl`` chooses the kernels (see ``fastgpt2.kernels.use_impl``), ``fp32_residual`` keeps
-    the residual stream in fp32 when the model computes in bf16 or fp16 (default: compute dtype).
+    The first seven fields are nanoGPT's, with its defaults (a vocabulary padded to 50304; GPT-2's
+    own, and that of the presets, is 50257). ``dropout`` is the rate of all three dropouts of GPT-2;
+    ``attn_dropout``, ``embd_dropout`` and ``resid_dropout`` override it one by one. ``impl``
+    chooses the kernels (see ``fastgpt2.kernels.use_impl``), ``fp32_residual`` keeps the residual
+    stream in fp32 when the model computes in bf16 or fp16 (default: compute dtype).
 
     Raises:
         UserError: a field is out of its range, with its name, its value and what was expected.
     """
 
     block_size: int = 1024
-    vocab_size: int = 50257
+    vocab_size: int = 50304
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
@@ -107,7 +109,7 @@ class GPTConfig:
         for key in overrides:
             if key not in known:
                 raise unknown_key(key, known, "GPTConfig")
-        return replace(cls(**PRESETS[name]), **overrides)
+        return replace(cls(vocab_size=GPT2_VOCAB, **PRESETS[name]), **overrides)
 
 
 # sizes of the four releases: OpenAI's hparams.json; the small ones are ours, for CPUs

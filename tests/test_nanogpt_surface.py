@@ -89,6 +89,17 @@ def test_model_and_optimizer_as_train_py_makes_them() -> None:
     assert f"{mfu * 100:.2f}%" == "nan%"
 
 
+def test_the_vocabulary_that_bench_py_leaves_to_the_default() -> None:
+    config = GPTConfig(block_size=16, n_layer=1, n_head=2, n_embd=32, dropout=0, bias=False)
+    assert config.vocab_size == 50304 and GPTConfig.preset("gpt2").vocab_size == 50257
+    # with real_data=False it draws tokens and targets up to there
+    last = torch.full((2, 16), 50303)
+    _logits, loss = GPT(config)(last, last)
+    assert loss is not None
+    loss.backward()
+    assert loss.isfinite()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_training_loop(dtype: torch.dtype) -> None:
     torch.manual_seed(0)

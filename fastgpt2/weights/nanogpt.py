@@ -2,7 +2,8 @@
 
 Keys and layout are ours. Differences of the files: a compiled model's keys start with
 ``_orig_mod.``, old ones hold the causal mask as ``attn.bias``, and GPT-2's vocabulary is often
-padded to 50304. Format: ``train.py`` of https://github.com/karpathy/nanoGPT
+padded to 50304. nanoGPT's own model has the exact GELU where OpenAI's and ours have its tanh form:
+the same weights give logits that differ a little. Format: ``train.py`` of https://github.com/karpathy/nanoGPT
 """
 
 import re
