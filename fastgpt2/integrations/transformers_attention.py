@@ -39,7 +39,7 @@ class _Config:
         return getattr(self._config, name)
 
 
-class GPT2Attention(modeling_gpt2.GPT2Attention):  # type: ignore[no-untyped-call]
+class GPT2Attention(modeling_gpt2.GPT2Attention):
     """transformers' attention module, with our attention in the place of ``sdpa``.
 
     The config itself stays as it is: programs compare the name in it with those they know.

@@ -196,10 +196,10 @@ def compare(folder: Path) -> int:
     source = fetch(folder)
     runs = {}
     for whose in ("theirs", "ours"):
-        command = [sys.executable, __file__, "--source", source, "--whose", whose]
+        command = [sys.executable, __file__, "--source", str(source), "--whose", whose]
         with (folder / f"{whose}.log").open("wb") as log:
             runs[whose] = subprocess.Popen(
-                [*command, "--outcomes", folder / f"{whose}.json"], stdout=log, stderr=log
+                [*command, "--outcomes", str(folder / f"{whose}.json")], stdout=log, stderr=log
             )
     print(f"the tests of transformers {transformers.__version__}: both run, minutes", flush=True)
     passed = {}
