@@ -160,6 +160,9 @@ def _growth(groups: Groups) -> Any:
                 label=contender,
             )
         axes.set(yscale="log", xlabel=name, ylabel="tokens/s")
+        for ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            ticks(lambda rate, _: f"{rate:,.0f}")
+        axes.tick_params(which="both", labelsize=7)
         axes.set_title(f"training step, along {name}", fontsize=10)
         axes.grid(True, which="both", alpha=0.2)
         axes.legend(fontsize=8)

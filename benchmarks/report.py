@@ -54,7 +54,8 @@ def report(measured: Run, pictures: Sequence[Path], changes: Sequence[Change] | 
         "result was checked on the timed inputs before. Ours are bold; *time / ours* is how many",
         "times as long as the first of ours. MFU is (6 N + 12 L C T) FLOPs a token over the",
         "data-sheet peak, *of matmul* the same FLOPs over the large matmul above; roofline is",
-        "max(FLOPs / matmul, bytes / copy) over the time.",
+        "max(FLOPs / matmul, bytes / copy) over the time. A loss that takes its gradient in the",
+        "forward pass (`linear_cross_entropy`) compares in mode *both* only.",
         "",
     ]
     lines += [f"![{picture.stem}]({picture.name})\n" for picture in pictures]

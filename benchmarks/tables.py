@@ -5,6 +5,7 @@ from typing import Any
 
 from benchmarks.results import Entry, Run, baseline
 
+WORDS = ("contender", "what", "who", "op", "pass")
 # columns beside the times, where a race has them: key, heading, how it is shown
 _FACTS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("tokens_per_s", "tokens/s", lambda x: f"{x:,.0f}"),
@@ -27,9 +28,9 @@ def duration(seconds: float) -> str:
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """The lines of a table; all columns but the first are numbers."""
+    """The lines of a table; columns of words stand left, those of numbers right."""
     yield f"| {' | '.join(header)} |"
-    yield f"|---|{'---:|' * (len(header) - 1)}"
+    yield f"|{''.join('---|' if name in WORDS else '---:|' for name in header)}"
     yield from (f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -120,10 +121,10 @@ def readme_lines(run: Run, report: str) -> Iterator[str]:
     yield f"([all of it, with plots]({report})):"
     yield ""
     rows = []
-    for name, group in run.groups().items():
-        # the axes of growth and single ops are for the report
-        if "tokens_per_s" not in group[0].facts or "axis" in group[0].facts:
-            continue
+    # the axes of growth, loaders and the like are for the report; training comes first
+    races = [(n, g) for n, g in run.groups().items() if {"mfu", "phase"} & set(g[0].facts)]
+    races = [(n, g) for n, g in races if "axis" not in g[0].facts]
+    for name, group in sorted(races, key=lambda race: "mfu" not in race[1][0].facts):
         for e in group:
             memory = e.facts.get("peak_bytes")
             rows.append(
