@@ -16,6 +16,7 @@ from fastgpt2.cli import Parser
 from fastgpt2.cli import run as run_command
 from fastgpt2.errors import UserError
 from fastgpt2.training import checkpoint, summary
+from fastgpt2.training.allocator import keep_freed_memory
 from fastgpt2.training.config import TrainConfig, field_types, named_configs, read_config
 from fastgpt2.training.trainer import Outcome, Trainer
 
@@ -122,6 +123,8 @@ def _train(arguments: dict[str, Any]) -> int:
     print(f"run: {folder}")
     print("".join(f"  {line}\n" for line in config.to_toml().splitlines()), end="")
     trainer = Trainer(config, folder, resume=resume)
+    if trainer.device.type == "cpu":
+        keep_freed_memory()
     if overwrite and folder.exists():
         # everything has been checked: only now is the old run given up
         shutil.rmtree(folder)
