@@ -36,9 +36,8 @@ def _probabilities(q: Tensor, k: Tensor, queries: slice, scale: float) -> Tensor
     scores = q.new_empty(q.shape[0], q.shape[1], k.shape[1])
     torch.baddbmm(scores, q, k.transpose(1, 2), beta=0, alpha=scale, out=scores)
     # only the last square of a block crosses the diagonal
-    diagonal = scores[:, :, queries]
-    later = torch.ones(diagonal.shape[1:], dtype=torch.bool, device=q.device).triu_(1)
-    diagonal.masked_fill_(later, float("-inf"))
+    size = queries.stop - queries.start
+    scores[:, :, queries] += q.new_full((size, size), float("-inf")).triu_(1)
     return torch.softmax(scores, dim=-1)
 
 

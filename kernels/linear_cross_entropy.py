@@ -74,11 +74,11 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in fp32 (fp64 for fp64), rounded to no shorter dtype on its way where that is built."""
-    if a.is_cuda and torch.version.hip is None and a.dtype in (torch.float16, torch.bfloat16):
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return (a @ b).to(_wide(a.dtype))
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b in ``dtype``, rounded to no shorter one on its way where that is built."""
+    if dtype != a.dtype and a.is_cuda and torch.version.hip is None:
+        return torch.mm(a, b, out_dtype=dtype)
+    return (a @ b).to(dtype)
 
 
 def _chunk_rows(N: int, V: int, dtype: torch.dtype, triton: bool) -> int:
@@ -87,6 +87,16 @@ def _chunk_rows(N: int, V: int, dtype: torch.dtype, triton: bool) -> int:
     n_chunks = max(1, -(-N * V * dtype.itemsize // chunk_bytes))
     rows = -(-N // n_chunks)
     return max(1, min(N, -(-rows // _TILE_ROWS) * _TILE_ROWS))
+
+
+def _dweight_dtype(x: Tensor, V: int, triton: bool) -> torch.dtype:
+    """That in which the weight's gradient is held: a sum over chunks is fp32.
+
+    A single product on a CPU stays in x's dtype, to which it has been rounded anyway.
+    """
+    N = x.shape[0]
+    summed = x.device.type != "cpu" or _chunk_rows(N, V, x.dtype, triton) < N
+    return _wide(x.dtype) if summed else x.dtype
 
 
 @torch.library.custom_op("fastgpt2::linear_cross_entropy_fwd", mutates_args=())
@@ -102,7 +112,7 @@ def _linear_cross_entropy_fwd(
     dweight_wanted: bool,
     triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, dx * count, dweight * count, count): fp32 but dx, which has x's dtype.
+    """(loss, dx * count, dweight * count, count): fp32, but dx and maybe dweight in x's dtype.
 
     The gradients are those of the summed loss, divided by the count in backward: in fp16 the
     gradient of a mean over thousands of rows would underflow before a loss scale could reach it.
@@ -116,6 +126,7 @@ def _linear_cross_entropy_fwd(
     losses = x.new_empty(N, dtype=wide)
     dx = x.new_empty(N, C) if dx_wanted else x.new_empty(0)
     dweight: Tensor | None = None
+    dweight_dtype = _dweight_dtype(x, V, triton)
     size = _chunk_rows(N, V, x.dtype, triton)
     buffer = x.new_empty(size, V)
     for start in range(0, N, size):
@@ -125,10 +136,10 @@ def _linear_cross_entropy_fwd(
         if dx_wanted:
             torch.mm(logits, head, out=dx[rows])
         if dweight_wanted:
-            product = _wide_product(logits.t(), x[rows])
+            product = _product(logits.t(), x[rows], dweight_dtype)
             dweight = product if dweight is None else dweight.add_(product)
     if dweight is None:
-        dweight = weight.new_zeros((V, C) if dweight_wanted else (0,), dtype=wide)
+        dweight = weight.new_zeros((V, C) if dweight_wanted else (0,), dtype=dweight_dtype)
     count = kept_count(targets, ignore_index, wide)
     return losses.sum() / count, dx, dweight, count
 
@@ -150,7 +161,10 @@ def _(
     return (
         x.new_empty((), dtype=wide),
         x.new_empty(x.shape if dx_wanted else (0,)),
-        weight.new_empty(weight.shape if dweight_wanted else (0,), dtype=wide),
+        weight.new_empty(
+            weight.shape if dweight_wanted else (0,),
+            dtype=_dweight_dtype(x, weight.shape[0], triton),
+        ),
         x.new_empty((), dtype=wide),
     )
 
@@ -168,7 +182,10 @@ def _backward(ctx: Any, dloss: Tensor, *_unused: Tensor) -> tuple[Tensor | None,
     dx_wanted, dweight_wanted = ctx.wanted
     return (
         dx * scale if dx_wanted else None,
-        (dweight * scale).to(ctx.weight_dtype) if dweight_wanted else None,
+        # scaled in fp32: a scalar tensor would leave the product in a short dweight's dtype
+        dweight.to(scale.dtype, copy=True).mul_(scale).to(ctx.weight_dtype)
+        if dweight_wanted
+        else None,
         *(None,) * 8,
     )
 

@@ -19,8 +19,8 @@ MUTANTS = [
     Mutant(
         "weight_s_gradient_summed_in_short",
         _CONTRACT,
-        "return (a @ b).to(_wide(a.dtype))",
-        "return a @ b",
+        "return _wide(x.dtype) if summed else x.dtype",
+        "return x.dtype",
         (f"{_TESTS}::test_weight_gradient_accumulates_in_fp32",),
     ),
     Mutant(
