@@ -19,7 +19,8 @@ _BLOCK = 128
 def _heads(x: Tensor, n_head: int) -> Tensor:
     """(B, T, C) -> (B H, T, D), contiguous, as the batched product wants it."""
     B, T, C = x.shape
-    return x.unflatten(2, (n_head, C // n_head)).transpose(1, 2).reshape(B * n_head, T, C // n_head)
+    D = C // n_head
+    return x.reshape(B, T, n_head, D).transpose(1, 2).reshape(B * n_head, T, D)
 
 
 def _blocks(T: int) -> Iterator[tuple[slice, slice]]:

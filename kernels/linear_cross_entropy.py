@@ -33,7 +33,7 @@ def _torch_losses(logits: Tensor, targets: Tensor, options: Options, with_grad: 
     """Losses of the rows; with grad, the logits become the gradient of their sum."""
     elements = _CPU_TILE_ELEMENTS if logits.device.type == "cpu" else GPU_TILE_ELEMENTS
     size = max(1, elements // logits.shape[1])
-    tiles = zip(logits.split(size), targets.split(size), strict=True)
+    tiles = zip(torch.split(logits, size), torch.split(targets, size), strict=True)
     return torch.cat([_tile_losses(*tile, options, with_grad) for tile in tiles])
 
 

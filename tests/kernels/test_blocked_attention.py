@@ -26,7 +26,8 @@ def _op(n_head: int) -> budget.Op:
     def op(impl: str, qkv: Tensor) -> Tensor:
         scale = 1.0 / math.sqrt(qkv.shape[2] // (3 * n_head))
         if impl == "blocked":
-            return op_module.blocked_attention(qkv, n_head, scale)
+            blocked: Tensor = op_module.blocked_attention(qkv, n_head, scale)
+            return blocked
         if impl == "reference":
             return reference.attention(qkv, n_head, 0.0, None, None, None, scale)
         q, k, v = reference.split_heads(qkv, n_head)

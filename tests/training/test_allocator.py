@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from fastgpt2.training import allocator
+from fastgpt2.training.allocator import keep_freed_memory
 
 _FAULTS = """
 import resource
@@ -39,5 +39,5 @@ def test_a_freed_buffer_is_used_again() -> None:
 
 
 def test_elsewhere_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(allocator.sys, "platform", "darwin")
-    assert allocator.keep_freed_memory() is False
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert keep_freed_memory() is False
