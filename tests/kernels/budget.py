@@ -41,6 +41,13 @@ def grid(small: Iterable[Any], full: Iterable[Any]) -> list[Any]:
     return [*here, *(on_gpu(value) for value in full if value not in here)]
 
 
+# a test at a size that only a GPU can take is given ``full=True`` there, and rehearsed everywhere
+# with few and small tensors: none of its lines runs for the first time on the GPU
+rehearsed = pytest.mark.parametrize("full", [False, on_gpu(True)], ids=["rehearsal", "full"])
+# what tensor cores multiply in such a test, and what the interpreter can
+HALF = torch.float16 if DEVICE.type == "cpu" else torch.bfloat16
+
+
 def dtype_grid() -> list[Any]:
     """fp32 and fp16 everywhere, bf16 on a GPU."""
     return grid(INTERPRETED_DTYPES, DTYPES)

@@ -33,7 +33,15 @@ def assert_compiles_whole(op: Callable[..., Outputs], batches: Sequence[dict[str
 
 
 def assert_graph_replays(step: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) -> None:
-    """``step`` (forward and backward) can be captured, and a replay sees changed inputs."""
+    """``step`` (forward and backward) can be captured, and a replay sees changed inputs.
+
+    Without a GPU there are no graphs: the step is rehearsed, and must see the change.
+    """
+    if DEVICE.type == "cpu":
+        before = step()
+        _change(inputs)
+        assert not all(torch.equal(*pair) for pair in zip(before, step(), strict=True))
+        return
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -43,9 +51,13 @@ def assert_graph_replays(step: Callable[[], Sequence[Tensor]], inputs: Sequence[
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()
-    with torch.no_grad():
-        for x in inputs:
-            x.copy_(x.flip(0))
+    _change(inputs)
     graph.replay()
     for got, expected in zip(captured, step(), strict=True):
         assert torch.equal(got, expected)
+
+
+def _change(inputs: Sequence[Tensor]) -> None:
+    with torch.no_grad():
+        for x in inputs:
+            x.copy_(x.flip(0))

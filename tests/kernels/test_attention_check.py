@@ -14,6 +14,7 @@ from fastgpt2.kernels import attention, backend
 from fastgpt2.kernels.jit import attention_check
 from fastgpt2.kernels.jit.attention import launch_fwd
 from fastgpt2.kernels.jit.attention_bwd import launch_bwd
+from tests.kernels import budget
 from tests.kernels.budget import DEVICE, on_gpu
 
 # the package's attribute of that name is the op
@@ -40,8 +41,10 @@ def test_whom_it_suspects(
     assert attention_check.is_suspect(dtype, capability, ptxas) is suspect
 
 
-@pytest.mark.parametrize("D", [64, 80])
-@pytest.mark.parametrize(("masked", "dropout"), [(False, False), (True, True)])
+@pytest.mark.parametrize("D", budget.grid([64, 80], [32, 128]))
+@pytest.mark.parametrize(
+    ("masked", "dropout"), [(False, False), (True, True), on_gpu(True, False), on_gpu(False, True)]
+)
 @pytest.mark.parametrize("dtype", [torch.float16, on_gpu(torch.bfloat16)], ids=str)
 def test_right_kernels_pass(
     D: int, masked: bool, dropout: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -154,12 +157,3 @@ def test_compiles_whole_with_the_check_inside(hopper: Hopper) -> None:
     outs = [f(x, n_head=1, impl="triton") for f in (compiled, attention)]
     assert torch.equal(*outs)
     assert hopper.checks == 1
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("D", [32, 64, 80, 128])
-@pytest.mark.parametrize("options", [(False, False), (True, False), (False, True), (True, True)])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_this_assembler_is_right(D: int, options: tuple[bool, bool], dtype: torch.dtype) -> None:
-    masked, dropout = options
-    assert attention_check.passes(DEVICE, dtype, D, masked=masked, dropout=dropout)

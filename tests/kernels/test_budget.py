@@ -1,6 +1,7 @@
 """The budget itself: it passes what is right and rejects what is not."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,16 @@ from torch import Tensor
 
 from fastgpt2.kernels.layer_norm import layer_norm
 from tests.kernels import budget
+
+# not written out, so that this file does not find itself
+MARK = ".".join(("@pytest", "mark", "gpu"))
+
+
+def test_no_test_is_for_a_gpu_alone() -> None:
+    """``budget.grid`` and ``budget.rehearsed`` give every test of the full size a small twin."""
+    for path in Path(__file__).parent.glob("test_*.py"):
+        marks = [line for line in path.read_text(encoding="utf-8").splitlines() if MARK in line]
+        assert not marks, f"{path.name} has tests that nothing has run before a GPU does"
 
 
 def _inputs(dtype: torch.dtype) -> dict[str, Tensor]:

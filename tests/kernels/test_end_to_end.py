@@ -130,20 +130,22 @@ def test_cached_decoding_writes_the_reference_text() -> None:
     assert torch.equal(*texts)
 
 
-@pytest.mark.gpu
-def test_two_hundred_steps_of_gpt2_follow_fp32() -> None:
+@budget.rehearsed
+def test_two_hundred_steps_of_gpt2_follow_fp32(full: bool) -> None:
     """GPT-2 124M in bf16 on the kernels: the loss curve of the fp32 reference within its noise."""
-    config = GPTConfig.preset("gpt2", impl="triton")
-    corpus = torch.randint(1000, (64, 257), generator=torch.Generator().manual_seed(3)).cuda()
+    config = GPTConfig.preset("gpt2") if full else SMALLEST
+    V, T, steps, lr = (1000, 256, 200, 6e-4) if full else (SMALLEST.vocab_size, 9, 24, 1e-2)
+    generator = torch.Generator().manual_seed(3)
+    corpus = torch.randint(V, (64, T + 1), generator=generator).to(DEVICE)
     curves = []
-    for impl, dtype in (("triton", torch.bfloat16), ("reference", torch.float32)):
+    for impl, dtype in (("triton", budget.HALF), ("reference", torch.float32)):
         torch.manual_seed(0)
-        model = GPT(replace(config, impl=impl)).cuda()
-        optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), "cuda")
+        model = GPT(replace(config, impl=impl)).to(DEVICE)
+        optimizer = model.configure_optimizers(0.1, lr, (0.9, 0.95), DEVICE.type)
         losses = []
-        for step in range(200):
+        for step in range(steps):
             batch = corpus[step % 8 * 8 : step % 8 * 8 + 8]
-            with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+            with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
                 loss = model(batch[:, :-1], batch[:, 1:])[1]
             optimizer.zero_grad()
             loss.backward()
@@ -152,5 +154,5 @@ def test_two_hundred_steps_of_gpt2_follow_fp32() -> None:
         curves.append(torch.stack(losses))
     # smoothed over one pass of the eight batches
     triton, reference = (curve.view(-1, 8).mean(1) for curve in curves)
-    assert triton[-1] < 0.8 * triton[0]
+    assert triton[-1] < (0.8 if full else 0.95) * triton[0]
     assert ((triton - reference).abs() <= 0.02 * reference + 0.02).all()

@@ -175,16 +175,12 @@ def test_every_config_is_exact_on_integers(dtype: torch.dtype) -> None:
         assert torch.equal(y, (expected + inputs["bias"].double()).to(dtype))
 
 
+@budget.rehearsed
 @pytest.mark.usefixtures("route")
-def test_same_bits_twice() -> None:
-    budget.assert_repeatable(_op, _inputs(37, 48, 80, torch.float32))
-
-
-@pytest.mark.gpu
-@pytest.mark.usefixtures("route")
-@pytest.mark.parametrize("dtype", budget.DTYPES, ids=str)
-def test_same_bits_a_thousand_times(dtype: torch.dtype) -> None:
-    budget.assert_repeatable(_op, _inputs(1023, 768, 3072, dtype), times=1000)
+@pytest.mark.parametrize("dtype", budget.dtype_grid(), ids=str)
+def test_same_bits_a_thousand_times(dtype: torch.dtype, full: bool) -> None:
+    shape = (1023, 768, 3072) if full else (37, 48, 80)
+    budget.assert_repeatable(_op, _inputs(*shape, dtype), times=1000 if full else 2)
 
 
 def test_opcheck() -> None:
@@ -201,10 +197,11 @@ def test_compiles_whole_at_two_lengths() -> None:
     assert_compiles_whole(step, [_inputs(N, 16, 20, torch.float32) for N in (4, 9)])
 
 
-@pytest.mark.gpu
+@budget.rehearsed
 @pytest.mark.usefixtures("route")
-def test_captured_in_a_cuda_graph() -> None:
-    leaves = [t.requires_grad_() for t in _inputs(257, 768, 3072, torch.bfloat16).values()]
+def test_captured_in_a_cuda_graph(full: bool) -> None:
+    shape = (257, 768, 3072) if full else (9, 16, 20)
+    leaves = [t.requires_grad_() for t in _inputs(*shape, budget.HALF).values()]
 
     def step() -> list[Tensor]:
         y = _op("triton", *leaves)
