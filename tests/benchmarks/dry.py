@@ -6,7 +6,12 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-ENVIRONMENT = os.environ | {"TRITON_INTERPRET": "1", "DRY": "1", "PYTHON": sys.executable}
+# without what pytest-xdist tells its workers: in one of them pytest-benchmark would time nothing
+ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {
+    "TRITON_INTERPRET": "1",
+    "DRY": "1",
+    "PYTHON": sys.executable,
+}
 
 
 def on_gpu(folder: Path, *stages: str, **environment: str) -> "subprocess.CompletedProcess[str]":

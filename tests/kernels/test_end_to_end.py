@@ -154,5 +154,5 @@ def test_two_hundred_steps_of_gpt2_follow_fp32(full: bool) -> None:
         curves.append(torch.stack(losses))
     # smoothed over one pass of the eight batches
     triton, reference = (curve.view(-1, 8).mean(1) for curve in curves)
-    assert triton[-1] < (0.8 if full else 0.95) * triton[0]
+    assert triton[-1] < (0.8 if full else 0.99) * triton[0]
     assert ((triton - reference).abs() <= 0.02 * reference + 0.02).all()
