@@ -88,6 +88,8 @@ GRADIENTS_WITH_SHORTCUTS = [
 ]
 # chapter 4: the 124M configuration with a head of its own
 PARAMETERS_124M = 163_009_536
+# chapter 5: the same with 256 of context, seed 123, on the last tenth of The Verdict
+UNTRAINED_LOSS = 10.98110580444336
 # chapter 2: The Verdict has 1,130 distinct words and marks, and this quotation from it
 VERDICT_WORDS, VERDICT_VOCABULARY = 4690, 1130
 QUOTATION = '"It\'s the last he painted, you know," Mrs. Gisburn said with pardonable pride.'

@@ -1,10 +1,16 @@
+import json
 import math
+from typing import Any
 
 import pytest
 import torch
 
+from docs.walkthrough.build import FULL_SIZE, HERE
+from docs.walkthrough.cells import read_cells
 from fastgpt2.ladder import (
+    GPT_CONFIG_124M,
     BytePairEncoder,
+    GPT2Tokenizer,
     GPTModel,
     calc_loss_batch,
     calc_loss_loader,
@@ -14,6 +20,7 @@ from fastgpt2.ladder import (
     token_ids_to_text,
     train_model_simple,
 )
+from tests.ladder import published
 from tests.ladder.tiny import SMALL, model, story, tokens
 
 TOKENIZER = BytePairEncoder.train(story(), 320)
@@ -103,6 +110,28 @@ def test_a_step_is_the_gradients_step() -> None:
     for trained, parameter in zip(gpt.parameters(), other.parameters(), strict=True):
         assert parameter.grad is not None
         torch.testing.assert_close(trained, parameter - 0.1 * parameter.grad)
+
+
+def test_the_untrained_loss_the_book_prints(verdict: str, gpt2_tokenizer: GPT2Tokenizer) -> None:
+    text = verdict[int(0.9 * len(verdict)) :]
+    loader = create_dataloader(text, 2, 256, 256, False, False, tokenizer=gpt2_tokenizer)
+    torch.manual_seed(123)
+    gpt = GPTModel(GPT_CONFIG_124M | {"context_length": 256}).eval()
+    assert calc_loss_loader(loader, gpt, "cpu") == pytest.approx(published.UNTRAINED_LOSS, abs=2e-5)
+
+
+def test_the_record_at_full_size_is_the_books_run() -> None:
+    """What the page holds came from a run whose losses are those the book prints."""
+    cells = read_cells(HERE / "sources" / "13_the_verdict.py")
+    namespace: dict[str, Any] = {}
+    exec(next(cell.source for cell in cells if "BOOK = " in cell.source), namespace)
+    lines = (HERE / f"{FULL_SIZE}.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [record["step"] for record in records] == list(range(0, 90, 5))
+    assert [record["tokens"] for record in records] == [512 * (1 + s) for s in range(0, 90, 5)]
+    for record, losses in zip(records, namespace["BOOK"], strict=True):
+        assert (record["train_loss"], record["val_loss"]) == pytest.approx(losses, abs=0.1)
+    assert records[0]["train_loss"] == pytest.approx(namespace["BOOK"][0][0], abs=6e-4)
 
 
 class AnyText:

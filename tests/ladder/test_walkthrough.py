@@ -7,7 +7,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pytest
 
-from docs.walkthrough.build import HERE, NOTEBOOKS, build, page_name, sources
+from docs.walkthrough.build import FULL_SIZE, HERE, NOTEBOOKS, build, main, page_name, sources
 from docs.walkthrough.cells import execute, read_cells
 from fastgpt2 import ladder
 
@@ -20,6 +20,9 @@ QUICK: dict[str, object] = {
     "EPOCHS": 1,
     "CHARACTERS": 4000,
     "STEPS": 3,
+    "TEXT": "python-docs",
+    "TOKENIZER": "bytes",
+    "SIZE": {"context_length": 64, "emb_dim": 24, "n_heads": 2, "n_layers": 1},
 }
 PAGES = [page_name(source) for source in sources()]
 
@@ -27,7 +30,7 @@ PAGES = [page_name(source) for source in sources()]
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("walkthrough")
-    build(folder, folder / "notebooks", QUICK)
+    build(folder, folder / "notebooks", QUICK, PAGES)
     return folder
 
 
@@ -37,9 +40,23 @@ def notebook(path: Path) -> dict[str, Any]:
 
 
 def test_a_page_and_a_notebook_for_each_script(built: Path) -> None:
-    assert len(PAGES) == 12
+    assert len(PAGES) == 13
     assert sorted(p.stem for p in built.glob("*.md")) == sorted([*PAGES, "README"])
     assert sorted(p.stem for p in (built / "notebooks").glob("*.ipynb")) == PAGES
+    records = (built / f"{FULL_SIZE}.jsonl").read_text(encoding="utf-8").splitlines()
+    assert set(json.loads(records[0])) == {"step", "tokens", "train_loss", "val_loss"}
+
+
+def test_the_long_page_is_made_when_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("docs.walkthrough.build.execute", lambda cells, parameters: {})
+    build(tmp_path / "a", tmp_path / "a")
+    assert {p.stem for p in (tmp_path / "a").glob("*.md")} == {*PAGES, "README"} - {FULL_SIZE}
+    build(tmp_path / "b", tmp_path / "b", chosen=[FULL_SIZE])
+    assert {p.stem for p in (tmp_path / "b").glob("*.md")} == {FULL_SIZE, "README"}
+    assert main(["14-more"]) == 2
+    assert "no page '14-more'; there are 01-words, " in capsys.readouterr().err
 
 
 def test_links_lead_somewhere(built: Path) -> None:

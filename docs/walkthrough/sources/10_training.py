@@ -57,17 +57,17 @@ figure, (left, right) = plt.subplots(
     1, 2, figsize=(8, 3.2), num="loss-and-perplexity", layout="constrained"
 )
 for losses, color, style, label in (
-    (train_losses, "#4c78a8", "-", "training"),
-    (val_losses, "#e45756", "--", "validation"),
+    (train_losses, "#0072b2", "-", "training"),
+    (val_losses, "#d55e00", "--", "validation"),
 ):
     left.plot(seen, losses, style, color=color, label=label)
     right.semilogy(seen, [math.exp(loss) for loss in losses], style, color=color, label=label)
 best = min(range(len(val_losses)), key=val_losses.__getitem__)
-left.plot(seen[best], val_losses[best], "o", color="#e45756", label=f"best: {val_losses[best]:.2f}")
+left.plot(seen[best], val_losses[best], "o", color="#d55e00", label=f"best: {val_losses[best]:.2f}")
 left.axhline(nothing, color="#999999", lw=1, ls=":", label="knows nothing")
 right.axhline(tokenizer.vocab_size, color="#999999", lw=1, ls=":")
-left.set(xlabel="thousand tokens seen", ylabel="nats a token", title="loss")
-right.set(xlabel="thousand tokens seen", ylabel="tokens", title="perplexity")
+left.set(xlabel="thousand tokens seen", ylabel="nats a token", title="Loss")
+right.set(xlabel="thousand tokens seen", ylabel="equally likely tokens", title="Perplexity")
 left.legend()
 print(f"best validation loss {val_losses[best]:.3f}, perplexity {math.exp(val_losses[best]):.1f}, "
       f"in epoch {1 + best * EPOCHS // len(val_losses)} of {EPOCHS}")  # fmt: skip
@@ -75,28 +75,5 @@ print(f"best validation loss {val_losses[best]:.3f}, perplexity {math.exp(val_lo
 # %% [markdown]
 # ## At full size
 #
-# The book's run itself, GPT-2 124M on The Verdict, is the same code with the book's numbers (not
-# executed here: it wants GPT-2's vocabulary, the story, and a GPU or patience):
-#
-# ```text
-# import torch
-# from fastgpt2.ladder import (
-#     GPT2Tokenizer, GPT_CONFIG_124M, GPTModel, create_dataloader, train_model_simple,
-# )
-# from fastgpt2.text import load_corpus
-#
-# text = "".join(load_corpus("the-verdict").pieces())
-# cut, tokenizer = int(0.9 * len(text)), GPT2Tokenizer.load()
-# torch.manual_seed(123)
-# model = GPTModel(GPT_CONFIG_124M | {"context_length": 256}).to("cuda")
-# train_loader = create_dataloader(text[:cut], 2, 256, 256, tokenizer=tokenizer)
-# val_loader = create_dataloader(text[cut:], 2, 256, 256, False, False, tokenizer=tokenizer)
-# optimizer = torch.optim.AdamW(model.parameters(), lr=4e-4, weight_decay=0.1)
-# train_model_simple(
-#     model, train_loader, val_loader, optimizer, "cuda", num_epochs=10, eval_freq=5, eval_iter=5,
-#     start_context="Every effort moves you", tokenizer=tokenizer,
-# )
-# ```
-#
-# `python -m fastgpt2.train --config the-verdict` is the same run through the package's own trainer,
-# with checkpoints, curves and a tied head.
+# The book's run itself, GPT-2 124M on The Verdict, is the same code with other numbers.
+# [The last page](13-the-verdict.md) has it, beside the losses that the book prints.
