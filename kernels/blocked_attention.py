@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgpt2.kernels import reference
+
 # queries of a block: few enough to skip most of what is masked, enough for an efficient product
 _BLOCK = 128
 
 
-def _heads(x: Tensor, n_head: int) -> Tensor:
-    """(B, T, C) -> (B H, T, D), contiguous, as the batched product wants it."""
-    B, T, C = x.shape
-    D = C // n_head
-    return x.reshape(B, T, n_head, D).transpose(1, 2).reshape(B * n_head, T, D)
+def _batched(x: Tensor) -> Tensor:
+    """(B, H, T, D) -> (B H, T, D), contiguous, as the batched product wants it."""
+    return x.flatten(0, 1).contiguous()
 
 
 def _blocks(T: int) -> Iterator[tuple[slice, slice]]:
@@ -44,7 +44,7 @@ def _probabilities(q: Tensor, k: Tensor, queries: slice, scale: float) -> Tensor
 
 @torch.library.custom_op("fastgpt2::blocked_attention_fwd", mutates_args=())
 def _blocked_attention_fwd(qkv: Tensor, n_head: int, scale: float) -> Tensor:
-    q, k, v = (_heads(x, n_head) for x in qkv.chunk(3, dim=2))
+    q, k, v = (_batched(x) for x in reference.split_heads(qkv, n_head))
     B, T, three_C = qkv.shape
     out = qkv.new_empty(B, T, n_head, q.shape[2])
     for queries, keys in _blocks(T):
@@ -62,9 +62,9 @@ def _(qkv: Tensor, *_unused: Any) -> Tensor:
 @torch.library.custom_op("fastgpt2::blocked_attention_bwd", mutates_args=())
 def _blocked_attention_bwd(dout: Tensor, qkv: Tensor, n_head: int, scale: float) -> Tensor:
     """dqkv (B, T, 3C); dk and dv are summed over the blocks in fp32."""
-    q, k, v = (_heads(x, n_head) for x in qkv.chunk(3, dim=2))
-    dout = _heads(dout, n_head)
+    q, k, v = (_batched(x) for x in reference.split_heads(qkv, n_head))
     (B, T, three_C), (rows, _, D) = qkv.shape, q.shape
+    dout = _batched(dout.reshape(B, T, n_head, D).transpose(1, 2))
     dqkv = qkv.new_empty(B, T, 3, n_head, D)
     # three of (B, H, T, D)
     dq, dk, dv = dqkv.permute(2, 0, 3, 1, 4)

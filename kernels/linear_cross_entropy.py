@@ -21,7 +21,7 @@ TORCH_CHUNK_BYTES = 2**28
 # PyTorch's operators make fp32 copies, so they take a chunk's rows in tiles: on a CPU such that the
 # copies stay in its cache, a pass over which costs a third of one over memory
 _CPU_TILE_ELEMENTS = 2**20
-GPU_TILE_ELEMENTS = 2**24
+_GPU_TILE_ELEMENTS = 2**24
 # a matrix product's tile: what a chunk's rows are rounded up to
 _TILE_ROWS = 128
 
@@ -31,7 +31,7 @@ Options = tuple[int, int, float, float]
 
 def _torch_losses(logits: Tensor, targets: Tensor, options: Options, with_grad: bool) -> Tensor:
     """Losses of the rows; with grad, the logits become the gradient of their sum."""
-    elements = _CPU_TILE_ELEMENTS if logits.device.type == "cpu" else GPU_TILE_ELEMENTS
+    elements = _CPU_TILE_ELEMENTS if logits.device.type == "cpu" else _GPU_TILE_ELEMENTS
     size = max(1, elements // logits.shape[1])
     tiles = zip(torch.split(logits, size), torch.split(targets, size), strict=True)
     return torch.cat([_tile_losses(*tile, options, with_grad) for tile in tiles])
