@@ -311,18 +311,26 @@ def test_train_step(lane: Lane, record: Callable[[Lane], None]) -> None:
     record(lane)
 
 
+def lone_step(scale: Scale, workload: Workload, name: str) -> Callable[[], Tensor]:
+    """A contender's step on a CPU, for a process that runs nothing else."""
+    settings = Settings(scale, torch.device("cpu"), rounds=1, seconds=0.0, budget=inf, memory=False)
+    return TrainStep(workload, (name,)).step(name, settings)
+
+
+def peak_resident() -> int:
+    """Bytes of this process's largest resident set, interpreter and libraries included."""
+    # in kilobytes, but on a Mac
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 def main(scale: str, group: str, name: str) -> None:
     """Run two steps of a contender on a CPU and print the process's largest resident set."""
     (workload,) = (w for w in workloads(Scale(scale)) if w.group == group)
-    settings = Settings(
-        Scale(scale), torch.device("cpu"), rounds=1, seconds=0.0, budget=inf, memory=False
-    )
-    step = TrainStep(workload, (name,)).step(name, settings)
+    step = lone_step(Scale(scale), workload, name)
     step()
     step()
-    # kilobytes, but on a Mac
-    unit = 1 if sys.platform == "darwin" else 1024
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+    print(peak_resident())
 
 
 if __name__ == "__main__":

@@ -77,10 +77,17 @@ class Run:
 
     @classmethod
     def parse(cls, text: str, name: str) -> Self:
-        """What ``dump`` wrote; ``name`` is for the error."""
+        """What ``dump`` wrote.
+
+        Raises:
+            UserError: it is something else; says so of ``name``.
+        """
         record = _parse(text, name)
-        entries = tuple(Entry(**entry) for entry in record["entries"])
-        return cls(record["machine"], record["ceilings"], entries)
+        try:
+            entries = tuple(Entry(**entry) for entry in record["entries"])
+            return cls(record["machine"], record["ceilings"], entries)
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{name}: not a result of benchmarks.report: {error!r}") from None
 
     @classmethod
     def of(cls, paths: Sequence[Path]) -> Self:

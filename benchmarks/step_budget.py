@@ -3,7 +3,8 @@
 Each contender of ``bench_train_step`` runs in processes of its own, by turns, so that its memory
 allocator is its own: ours keeps freed memory, as the training command does, and once more does not
 (``plain malloc``). A process times a few steps, then profiles one and adds up the time of each
-operator by what it is for. Prints a table of milliseconds, writes JSON.
+operator by what it is for. Prints a table of milliseconds and of the largest resident sets, writes
+JSON.
 """
 
 import argparse
@@ -21,9 +22,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from benchmarks.bench_train_step import TrainStep, workloads
-from benchmarks.harness import Scale, Settings
+from benchmarks.bench_train_step import Workload, lone_step, peak_resident, workloads
+from benchmarks.harness import Scale
 from benchmarks.machine import machine
+from fastgpt2.cli import Parser
+from fastgpt2.cli import run as run_command
+from fastgpt2.errors import UserError
 from fastgpt2.files import write_text
 from fastgpt2.training.allocator import keep_freed_memory
 from fastgpt2.training.summary import dtype_name
@@ -72,14 +76,24 @@ def milliseconds(events: Any) -> dict[str, float]:
     return dict(total)
 
 
+def chosen_workload(scale: Scale, dtype: str) -> Workload:
+    """What is trained at that scale in that dtype.
+
+    Raises:
+        UserError: nothing is.
+    """
+    found = {dtype_name(w.dtype): w for w in workloads(scale)}
+    if dtype not in found:
+        raise UserError(f"--dtype {dtype}: at scale {scale} there is only {', '.join(found)}")
+    return found[dtype]
+
+
 def measure(name: str, dtype: str, steps: int, scale: Scale) -> dict[str, Any]:
     """One contender, in this process."""
     if name.startswith("fastgpt2") and not name.endswith(PLAIN_MALLOC):
         keep_freed_memory()
-    (workload,) = (w for w in workloads(scale) if dtype_name(w.dtype) == dtype)
-    settings = Settings(scale, torch.device("cpu"), rounds=1, seconds=0.0, budget=0.0, memory=False)
-    contender = name.removesuffix(PLAIN_MALLOC)
-    step = TrainStep(workload, (contender,)).step(contender, settings)
+    workload = chosen_workload(scale, dtype)
+    step = lone_step(scale, workload, name.removesuffix(PLAIN_MALLOC))
     # compiling, and memory that is had for the first time
     step(), step()
     seconds = []
@@ -87,19 +101,22 @@ def measure(name: str, dtype: str, steps: int, scale: Scale) -> dict[str, Any]:
         start = perf_counter()
         step()
         seconds.append(perf_counter() - start)
+    # before the profiler, whose records take memory, too
+    peak_bytes = peak_resident()
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         step()
     return {
         "name": name,
         "tokens": workload.B * workload.T,
         "seconds": seconds,
+        "peak_bytes": peak_bytes,
         "parts_ms": milliseconds(profiler.events()),
     }
 
 
 def table(runs: Sequence[dict[str, Any]]) -> str:
     """Medians over the processes of each contender."""
-    lines = [f"{'':34} {'step':>8} {'tok/s':>7}  " + "  ".join([*PARTS, REST])]
+    lines = [f"{'':34} {'step':>8} {'tok/s':>7} {'peak':>7}  " + "  ".join([*PARTS, REST])]
     for name in dict.fromkeys(run["name"] for run in runs):
         own = [run for run in runs if run["name"] == name]
         seconds = median(second for run in own for second in run["seconds"])
@@ -108,24 +125,43 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
             for part in (*PARTS, REST)
         ]
         rate = own[0]["tokens"] / seconds
-        lines.append(f"{name:34} {seconds * 1e3:5.0f} ms {rate:7.1f}  " + "  ".join(parts))
+        peak = median(run["peak_bytes"] for run in own) / 1e9
+        lines.append(
+            f"{name:34} {seconds * 1e3:5.0f} ms {rate:7.1f} {peak:4.2f} GB  " + "  ".join(parts)
+        )
     return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.step_budget")
+    parser = Parser(prog="python -m benchmarks.step_budget")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the JSON to write")
     parser.add_argument("--dtype", default="bf16", choices=("bf16", "fp32"))
     parser.add_argument("--turns", type=int, default=2, help="processes of each contender")
     parser.add_argument("--steps", type=int, default=4, help="timed steps of each process")
     parser.add_argument("--scale", type=Scale, default=Scale.CPU, choices=list(Scale))
-    parser.add_argument("--contenders", nargs="+", default=CONTENDERS, metavar="NAME")
-    parser.add_argument("--one", metavar="NAME", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--contenders",
+        nargs="+",
+        default=CONTENDERS,
+        choices=CONTENDERS,
+        metavar="NAME",
+        help=f"who takes part [{', '.join(CONTENDERS)}]",
+    )
+    parser.add_argument("--one", choices=CONTENDERS, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    return run_command("step_budget", lambda: _body(options))
+
+
+def _body(options: argparse.Namespace) -> int:
     if options.one:
         print(json.dumps(measure(options.one, options.dtype, options.steps, options.scale)))
         return 0
+    for name in ("turns", "steps"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name}: must be 1 or more, got {getattr(options, name)}")
+    # before the first process, which takes long to say so
+    chosen_workload(options.scale, options.dtype)
     own = ["--dtype", options.dtype, "--steps", str(options.steps), "--scale", options.scale]
     runs: list[dict[str, Any]] = []
     for name in tqdm([name for _ in range(options.turns) for name in options.contenders]):

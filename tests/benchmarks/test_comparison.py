@@ -164,6 +164,12 @@ def test_what_is_no_result(tmp_path: Path, text: str | None, message: str) -> No
         Run.of([path])
 
 
+@pytest.mark.parametrize("text", ["{}", "[]", '{"entries": [{"no": 1}]}'])
+def test_a_file_among_the_results_that_is_none(text: str) -> None:
+    with pytest.raises(UserError, match="some.json: not a result"):
+        Run.parse(text, "some.json")
+
+
 def test_a_readme_without_markers() -> None:
     with pytest.raises(UserError, match="markers"):
         report.with_table("nothing", "table")
