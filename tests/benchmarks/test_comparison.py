@@ -166,7 +166,7 @@ def test_what_is_no_result(tmp_path: Path, text: str | None, message: str) -> No
 
 @pytest.mark.parametrize("text", ["{}", "[]", '{"entries": [{"no": 1}]}'])
 def test_a_file_among_the_results_that_is_none(text: str) -> None:
-    with pytest.raises(UserError, match="some.json: not a result"):
+    with pytest.raises(UserError, match=r"some\.json: not a result"):
         Run.parse(text, "some.json")
 
 
