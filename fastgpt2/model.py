@@ -19,7 +19,7 @@ from fastgpt2.cache import KVCache
 from fastgpt2.config import GPTConfig
 from fastgpt2.devices import peak_flops
 from fastgpt2.errors import UserError
-from fastgpt2.kernels import cross_entropy, embedding, linear_cross_entropy
+from fastgpt2.kernels import cross_entropy, linear_cross_entropy, tied_embedding
 from fastgpt2.layers import Block, LayerNorm, Linear
 from fastgpt2.sampling import next_token
 
@@ -41,10 +41,15 @@ class Transformer(nn.Module):
         self.fp32_residual = config.fp32_residual
         self.impl = config.impl
 
-    def forward(self, idx: Tensor, dtype: torch.dtype, cache: KVCache | None = None) -> Tensor:
-        """(B, T) token ids -> (B, T, C) in ``dtype``; the cache's lengths are the positions."""
+    def forward(
+        self, idx: Tensor, dtype: torch.dtype, cache: KVCache | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(B, T) token ids -> (B, T, C) in ``dtype``; the cache's lengths are the positions.
+
+        Returns the token embedding, too, for a head whose gradient is to be added to in place.
+        """
         has_past = cache is not None and not cache.is_empty
-        x = embedding(
+        x, tied_head = tied_embedding(
             idx,
             self.wte.weight,
             self.wpe.weight,
@@ -57,7 +62,7 @@ class Transformer(nn.Module):
         for i, block in enumerate(self.h):
             x, branch = block(x, branch, dtype, None if cache is None else cache.layers[i])
         normed: Tensor = self.ln_f(x, branch, dtype)[1]
-        return normed
+        return normed, tied_head
 
 
 class GPT(nn.Module):
@@ -112,7 +117,7 @@ class GPT(nn.Module):
         Raises:
             ValueError: the sequence is longer than block_size, or shapes do not match.
         """
-        hidden = self.hidden_states(idx)
+        hidden, tied_head = self._transform(idx)
         if targets is None:
             return self._head(hidden[:, -1:]), None
         targets = targets.masked_fill(targets == _NANOGPT_IGNORE, _IGNORE)
@@ -120,7 +125,7 @@ class GPT(nn.Module):
             with _no_autocast(hidden):
                 loss = linear_cross_entropy(
                     hidden,
-                    self.lm_head.weight,
+                    tied_head if self._is_tied else self.lm_head.weight,
                     targets,
                     vocab_size=self.config.vocab_size,
                     impl=self.config.impl,
@@ -139,6 +144,9 @@ class GPT(nn.Module):
         The compute dtype is autocast's where autocast is on, else that of the parameters. With a
         cache, ``idx`` is a prompt for an empty one, or one new token a row; the caller advances it.
         """
+        return self._transform(idx, cache)[0]
+
+    def _transform(self, idx: Tensor, cache: KVCache | None = None) -> tuple[Tensor, Tensor]:
         if idx.shape[1] > self.config.block_size:
             raise ValueError(
                 f"GPT: {idx.shape[1]} tokens, but block_size is {self.config.block_size}"
@@ -146,8 +154,12 @@ class GPT(nn.Module):
         weight = self.transformer.wte.weight
         dtype = _compute_dtype(weight)
         with _no_autocast(weight):
-            hidden: Tensor = self.transformer(idx, dtype, cache)
-        return hidden
+            hidden, tied_head = self.transformer(idx, dtype, cache)
+        return hidden, tied_head
+
+    @property
+    def _is_tied(self) -> bool:
+        return self.lm_head.weight is self.transformer.wte.weight
 
     def _head(self, hidden: Tensor) -> Tensor:
         with _no_autocast(hidden):

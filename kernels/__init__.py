@@ -8,7 +8,7 @@ from fastgpt2.kernels.attention import attention
 from fastgpt2.kernels.backend import Impl, explain, use_impl
 from fastgpt2.kernels.cross_entropy import cross_entropy
 from fastgpt2.kernels.decode_attention import decode_attention
-from fastgpt2.kernels.embedding import embedding
+from fastgpt2.kernels.embedding import embedding, tied_embedding
 from fastgpt2.kernels.gelu import bias_gelu, gelu
 from fastgpt2.kernels.layer_norm import add_layer_norm, layer_norm
 from fastgpt2.kernels.linear_cross_entropy import linear_cross_entropy
@@ -27,5 +27,6 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "linear_gelu",
+    "tied_embedding",
     "use_impl",
 ]

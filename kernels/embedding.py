@@ -1,5 +1,6 @@
 """Token embedding plus position embedding, with dropout."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,64 +39,84 @@ def _(
     return wte.new_empty((*idx.shape, wte.shape[1]), dtype=dtype)
 
 
-@torch.library.custom_op("fastgpt2::embedding_bwd", mutates_args=())
+@torch.library.custom_op("fastgpt2::embedding_bwd", mutates_args=("dwte", "dwpe"))
 def _embedding_bwd(
     dx: Tensor,
     idx: Tensor,
     positions: Tensor | None,
     seed: Tensor | None,
     dropout_p: float,
-    vocab_size: int,
-    wte_dtype: torch.dtype,
-    block_size: int,
-    wpe_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """(dwte, dwpe), each summed in fp32 and in a fixed order."""
+    dwte: Tensor,
+    dwpe: Tensor,
+) -> None:
+    """Add the gradients of the tables to dwte and dwpe, summed in fp32 and in a fixed order."""
     from fastgpt2.kernels.jit import embedding as jit
 
-    tokens = jit.sorted_segments(idx, vocab_size)
+    jit.launch_bwd(dx, jit.sorted_segments(idx, dwte.shape[0]), seed, dropout_p, dwte)
     if positions is None:
         B, T = idx.shape
-        places = jit.counting_segments(B, T, block_size, idx.device)
+        places = jit.counting_segments(B, T, dwpe.shape[0], idx.device)
     else:
-        places = jit.sorted_segments(positions, block_size)
-    return (
-        jit.launch_bwd(dx, tokens, seed, dropout_p, wte_dtype),
-        jit.launch_bwd(dx, places, seed, dropout_p, wpe_dtype),
-    )
+        places = jit.sorted_segments(positions, dwpe.shape[0])
+    jit.launch_bwd(dx, places, seed, dropout_p, dwpe)
 
 
-@_embedding_bwd.register_fake
-def _(
-    dx: Tensor,
-    idx: Tensor,
-    positions: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-    vocab_size: int,
-    wte_dtype: torch.dtype,
-    block_size: int,
-    wpe_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    C = dx.shape[-1]
-    return (
-        dx.new_empty((vocab_size, C), dtype=wte_dtype),
-        dx.new_empty((block_size, C), dtype=wpe_dtype),
-    )
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     idx, wte, wpe, positions, seed, ctx.dropout_p, _ = inputs
     ctx.save_for_backward(idx, positions, seed)
-    ctx.tables = (wte.shape[0], wte.dtype, wpe.shape[0], wpe.dtype)
+    ctx.tables = (wte.shape, wte.dtype), (wpe.shape, wpe.dtype)
 
 
 def _backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
-    dwte, dwpe = _embedding_bwd(dx, *ctx.saved_tensors, ctx.dropout_p, *ctx.tables)
+    shape, dtype = ctx.tables[0]
+    return _add_gradients(ctx, dx, dx.new_zeros(shape, dtype=dtype))
+
+
+def _add_gradients(ctx: Any, dx: Tensor, dwte: Tensor) -> tuple[Tensor | None, ...]:
+    shape, dtype = ctx.tables[1]
+    dwpe = dx.new_zeros(shape, dtype=dtype)
+    _embedding_bwd(dx, *ctx.saved_tensors, ctx.dropout_p, dwte, dwpe)
     return None, dwte, dwpe, None, None, None, None
 
 
 _embedding_fwd.register_autograd(_backward, setup_context=_save)
+
+
+class _TiedEmbedding(torch.autograd.Function):
+    """``_embedding_fwd``, and wte once more, whose gradient that of the embedding is added to."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+        wte: Tensor = inputs[1]
+        return _embedding_fwd(*inputs), wte.view_as(wte)
+
+    setup_context = staticmethod(_save)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor, dhead: Tensor) -> tuple[Tensor | None, ...]:
+        return _add_gradients(ctx, dx, dhead.contiguous())
+
+
+class _TiedRows(torch.autograd.Function):
+    """The same of PyTorch's operators, without the positions: wte[idx], and wte."""
+
+    @staticmethod
+    def forward(idx: Tensor, wte: Tensor) -> tuple[Tensor, Tensor]:
+        return F.embedding(idx, wte), wte.view_as(wte)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Any) -> None:
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, drows: Tensor, dhead: Tensor) -> tuple[None, Tensor]:
+        (idx,) = ctx.saved_tensors
+        return None, dhead.contiguous().index_put_((idx,), drows, accumulate=True)
+
+
+# apply has no types of its own
+_tied_embedding: Callable[..., tuple[Tensor, Tensor]] = _TiedEmbedding.apply
+_tied_rows: Callable[..., tuple[Tensor, Tensor]] = _TiedRows.apply
 
 
 def embedding(
@@ -129,7 +150,50 @@ def embedding(
         ValueError: a shape does not match; more tokens than positions; dropout_p outside [0, 1).
         TypeError: idx or positions is no integer tensor.
     """
-    op = "embedding"
+    return _embed("embedding", idx, wte, wpe, positions, dropout_p, seed, dtype, impl, False)[0]
+
+
+def tied_embedding(
+    idx: Tensor,
+    wte: Tensor,
+    wpe: Tensor,
+    *,
+    positions: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """``embedding``, and wte once more for the head that is tied to it.
+
+    The gradient of the embedding is added, in place, to those rows of the head's that occur; for
+    two uses of wte, autograd would fill a second table, mostly zeros, and add up both. So the head
+    goes to one op, which keeps no hold of the gradient it returns: ``linear_cross_entropy``.
+
+    Args:
+        idx, wte, wpe, positions, dropout_p, seed, dtype, impl: as ``embedding`` has them.
+
+    Returns:
+        (B, T, C), and wte (V, C).
+
+    Raises:
+        ValueError, TypeError: as ``embedding`` does.
+    """
+    return _embed("tied_embedding", idx, wte, wpe, positions, dropout_p, seed, dtype, impl, True)
+
+
+def _embed(
+    op: str,
+    idx: Tensor,
+    wte: Tensor,
+    wpe: Tensor,
+    positions: Tensor | None,
+    dropout_p: float,
+    seed: int | Tensor | None,
+    dtype: torch.dtype | None,
+    impl: str,
+    tied: bool,
+) -> tuple[Tensor, Tensor]:
     checks.check_integer(op, "idx", idx)
     checks.check_dim(op, "idx", idx, 2, "(B, T)")
     checks.check_floating(op, "wte", wte)
@@ -150,18 +214,21 @@ def embedding(
     match resolve(op, impl, wte):
         case Impl.REFERENCE:
             key = philox.as_seed(seed, wte.device) if dropout_p > 0 else None
-            return reference.embedding(idx, wte, wpe, places, dropout_p, key, dtype)
+            return reference.embedding(idx, wte, wpe, places, dropout_p, key, dtype), wte
         case Impl.TORCH:
+            rows, head = _tied_rows(idx, wte) if tied else (F.embedding(idx, wte), wte)
             wide = torch.promote_types(wte.dtype, dtype)
-            x = F.embedding(idx, wte).to(wide) + F.embedding(places, wpe).to(wide)
+            x = rows.to(wide) + F.embedding(places, wpe).to(wide)
             if dropout_p > 0 and seed is None:
                 x = F.dropout(x, dropout_p)
             elif dropout_p > 0:
                 x = philox.dropout(x, dropout_p, philox.as_seed(seed, wte.device))
-            return x.to(dtype)
+            return x.to(dtype), head
     key = philox.as_seed(seed, wte.device) if dropout_p > 0 else None
     # None, positions that count, needs no sorting in backward
     given = None if positions is None else places.expand(idx.shape).contiguous()
-    wte, wpe = (t if t.stride(1) == 1 else t.contiguous() for t in (wte, wpe))
-    out: Tensor = _embedding_fwd(idx.contiguous(), wte, wpe, given, key, dropout_p, dtype)
-    return out
+    dense = (t if t.stride(1) == 1 else t.contiguous() for t in (wte, wpe))
+    inputs = (idx.contiguous(), *dense, given, key, dropout_p, dtype)
+    if tied:
+        return _tied_embedding(*inputs)
+    return _embedding_fwd(*inputs), wte

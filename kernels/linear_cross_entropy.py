@@ -135,6 +135,9 @@ def _linear_cross_entropy_fwd(
         losses[rows] = row_losses(logits, targets[rows], options, dx_wanted or dweight_wanted)
         if dx_wanted:
             torch.mm(logits, head, out=dx[rows])
+        if rows.stop == N:
+            # a copy of the weight is in the way of its gradient, where memory is at its fullest
+            del head
         if dweight_wanted:
             product = _product(logits.t(), x[rows], dweight_dtype)
             dweight = product if dweight is None else dweight.add_(product)

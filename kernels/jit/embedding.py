@@ -5,10 +5,10 @@ Forward: a program gathers BLOCK_N rows of both tables whole, adds them in fp32,
 Bytes a token of C numbers in bf16: 6C, of which 2C and more come from cache.
 
 Backward is a segment sum, without atomics: the tokens are sorted by id (stably, so that equal ids
-keep their order), and one program sums the rows of one id in one block of columns, in fp32, and
-writes that piece of the table's gradient; ids that do not occur get zeros, so nothing is cleared
-beforehand. Grid (rows of the table * cdiv(C, BLOCK_C),). Where positions just count, no sort is
-needed: position t has the rows t, T + t, 2T + t, ... Bytes: 2 N C, and 2 C a row of the table.
+keep their order), and one program adds the rows of one id in one block of columns, in fp32, to what
+the table's gradient holds there: zeros, or the gradient of a tied head. Programs of ids that do not
+occur end at once. Grid (rows of the table * cdiv(C, BLOCK_C),). Where positions just count, no sort
+is needed: position t has the rows t, T + t, 2T + t, ... Bytes: 2 N C, and 4 C an id that occurs.
 """
 
 import torch
@@ -77,18 +77,20 @@ def _segment_sum_kernel(
     row = pid // column_blocks
     offs_c = pid % column_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
-    end = tl.load(bounds_ptr + row + 1)
-    total = tl.zeros([BLOCK_C], tl.float32)
-    for start in range(tl.load(bounds_ptr + row), end, BLOCK_N):
-        offs = start + tl.arange(0, BLOCK_N)
-        tokens = tl.load(order_ptr + offs, mask=offs < end, other=0)
-        mask = (offs < end)[:, None] & mask_c[None, :]
-        ptrs = dx_ptr + tokens[:, None] * dx_stride + offs_c[None, :]
-        dx = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
-        if dropout is not None:
-            dx = dropout_tile(dx, dropout, tokens[:, None] * C + offs_c[None, :])
-        total += tl.sum(dx, axis=0)
-    tl.store(dtable_ptr + row * C + offs_c, total, mask=mask_c)
+    start, end = tl.load(bounds_ptr + row), tl.load(bounds_ptr + row + 1)
+    if start < end:
+        dtable_ptrs = dtable_ptr + row * C + offs_c
+        total = tl.load(dtable_ptrs, mask=mask_c, other=0.0).to(tl.float32)
+        for first in range(start, end, BLOCK_N):
+            offs = first + tl.arange(0, BLOCK_N)
+            tokens = tl.load(order_ptr + offs, mask=offs < end, other=0)
+            mask = (offs < end)[:, None] & mask_c[None, :]
+            ptrs = dx_ptr + tokens[:, None] * dx_stride + offs_c[None, :]
+            dx = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+            if dropout is not None:
+                dx = dropout_tile(dx, dropout, tokens[:, None] * C + offs_c[None, :])
+            total += tl.sum(dx, axis=0)
+        tl.store(dtable_ptrs, total, mask=mask_c)
 
 
 def launch_fwd(
@@ -139,12 +141,11 @@ def launch_bwd(
     segments: tuple[Tensor, Tensor],
     seed: Tensor | None,
     dropout_p: float,
-    dtype: torch.dtype,
-) -> Tensor:
-    """The gradient (n_rows, C) of a table from that of x; ``segments`` are its ids, sorted."""
+    dtable: Tensor,
+) -> None:
+    """Add the gradient of a table (n_rows, C), from that of x; ``segments`` are its ids, sorted."""
     order, bounds = segments
-    n_rows, C = bounds.numel() - 1, dx.shape[-1]
-    dtable = dx.new_empty(n_rows, C, dtype=dtype)
+    n_rows, C = dtable.shape
     rows = as_rows(dx)
     config = tuning.pick("segment_sum", tuning.arch_of(dx.device))
     grid = (n_rows * triton.cdiv(C, config["BLOCK_C"]),)
@@ -158,7 +159,6 @@ def launch_bwd(
         dropout_argument(seed, dropout_p),
         **config.meta(),
     )
-    return dtable
 
 
 # 64 x 1024 tokens of GPT-2
@@ -196,7 +196,7 @@ def compile_cases(arch: str) -> list[CompileCase]:
         row_bytes = float(_C * SIZES[dtype])
         for op, kernel, arguments, rows in (
             ("embedding_fwd", _embedding_fwd_kernel, fwd, 2 * _TOKENS),
-            ("segment_sum", _segment_sum_kernel, bwd, _TOKENS + _V),
+            ("segment_sum", _segment_sum_kernel, bwd, _TOKENS + 2 * _V),
         ):
             cases += [
                 case(kernel, op, c, variant, arguments, bytes=rows * row_bytes, flops=_TOKENS * _C)

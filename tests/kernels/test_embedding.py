@@ -7,8 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgpt2.kernels import philox
-from fastgpt2.kernels.embedding import _embedding_fwd, embedding
+from fastgpt2.kernels import linear_cross_entropy, philox
+from fastgpt2.kernels.embedding import (
+    _embedding_bwd,
+    _embedding_fwd,
+    embedding,
+    tied_embedding,
+)
 from fastgpt2.kernels.jit import tuning
 from tests.kernels import budget
 from tests.kernels.budget import DEVICE
@@ -186,15 +191,68 @@ def test_empty_batch(shape: tuple[int, int]) -> None:
     assert found["dwte"].shape == (37, 24)
 
 
-def test_tied_head_adds_its_gradient_to_the_same_tensor() -> None:
+def _tied(**options: Any) -> Callable[..., list[Tensor]]:
+    """The embedding, and what a head makes of the table."""
+
+    def op(impl: str, idx: Tensor, wte: Tensor, wpe: Tensor) -> list[Tensor]:
+        given = options
+        if impl == "reference" and wte.dtype == torch.float64:
+            given = options | {"dtype": torch.float64}
+        x, head = tied_embedding(idx, wte, wpe, impl=impl, **given)
+        return [x, head * 0.5]
+
+    return op
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+@pytest.mark.parametrize("dtype", budget.DTYPES, ids=str)
+def test_tied_gradients_are_the_sum_of_both_uses(dtype: torch.dtype, impl: str) -> None:
+    options = {"dropout_p": 0.2, "seed": SEED, "dtype": torch.float32}
+    budget.check_op(_tied(**options), _inputs(2, 17, 70, dtype), impl=impl)
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+def test_tied_gradient_is_added_in_place(impl: str) -> None:
+    inputs = _inputs(2, 5, 24, torch.float32)
+    wte = inputs["wte"].requires_grad_()
+    x, head = tied_embedding(inputs["idx"], wte, inputs["wpe"], impl=impl)
+    assert torch.equal(head, wte) and head.data_ptr() == wte.data_ptr()
+    dhead = torch.randn_like(wte)
+    # every id counts as often as it occurs
+    counts = torch.bincount(inputs["idx"].flatten(), minlength=37)
+    expected = dhead + counts[:, None]
+    (dwte,) = torch.autograd.grad([x, head], wte, [torch.ones_like(x), dhead])
+    assert dwte.data_ptr() == dhead.data_ptr()
+    torch.testing.assert_close(dwte, expected)
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+def test_tied_with_one_use_and_with_two(impl: str) -> None:
+    inputs = _inputs(2, 5, 24, torch.float32)
+    wte = inputs["wte"].requires_grad_()
+    counts = torch.bincount(inputs["idx"].flatten(), minlength=37)[:, None].expand(37, 24)
+    x, head = tied_embedding(inputs["idx"], wte, inputs["wpe"], impl=impl)
+    assert torch.equal(torch.autograd.grad(x.sum(), wte, retain_graph=True)[0], counts.float())
+    assert (torch.autograd.grad(head.sum(), wte, retain_graph=True)[0] == 1.0).all()
+    # the gradient of a sum is one number for all, expanded: not to be written to
+    both = torch.autograd.grad(x.sum() + head.sum(), wte)[0]
+    assert torch.equal(both, counts + 1.0)
+
+
+def test_tied_in_a_compiled_step() -> None:
     inputs = _inputs(2, 5, 24, torch.float32)
     leaves = {n: t.requires_grad_(t.is_floating_point()) for n, t in inputs.items()}
-    gradients = []
-    for impl in ("triton", "reference"):
-        hidden = _op()(impl, **leaves).tanh()
-        loss = (hidden @ leaves["wte"].T).square().sum()
-        gradients.append(torch.autograd.grad(loss, leaves["wte"])[0])
-    torch.testing.assert_close(*gradients)
+    targets = torch.randint(37, (2, 5), device=DEVICE)
+
+    def loss(impl: str) -> Tensor:
+        x, head = tied_embedding(leaves["idx"], leaves["wte"], leaves["wpe"], impl=impl)
+        return linear_cross_entropy(x.tanh(), head, targets, impl=impl)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(loss("reference"), leaves["wte"])[0]
+    for impl in ("triton", "torch"):
+        found = torch.autograd.grad(compiled(impl), leaves["wte"])[0]
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("op", ["embedding_fwd", "segment_sum"])
@@ -224,6 +282,9 @@ def test_opcheck() -> None:
     for extras in ((None, None, 0.0), (positions, seed, 0.2)):
         arguments = (inputs["idx"], wte, wpe, *extras, torch.float16)
         torch.library.opcheck(_embedding_fwd, arguments)
+        tables = [table.detach().clone() for table in (wte, wpe)]
+        dx = torch.randn(2, 5, 24, device=DEVICE)
+        torch.library.opcheck(_embedding_bwd, (dx, inputs["idx"], *extras, *tables))
 
 
 def test_compiles_whole_at_two_lengths() -> None:

@@ -32,8 +32,8 @@ MUTANTS = [
     Mutant(
         "last_token_of_an_id_dropped",
         _KERNEL,
-        "end = tl.load(bounds_ptr + row + 1)",
-        "end = tl.load(bounds_ptr + row + 1) - 1",
+        "tl.load(bounds_ptr + row + 1)\n",
+        "tl.load(bounds_ptr + row + 1) - 1\n",
         (_BUDGET,),
     ),
     Mutant(
@@ -42,6 +42,20 @@ MUTANTS = [
         "total += tl.sum(dx, axis=0)",
         "total = tl.sum(dx, axis=0)",
         (_BUDGET,),
+    ),
+    Mutant(
+        "gradient_of_the_head_overwritten",
+        _KERNEL,
+        "total = tl.load(dtable_ptrs, mask=mask_c, other=0.0).to(tl.float32)",
+        "total = tl.zeros([BLOCK_C], tl.float32)",
+        (f"{_TESTS}::test_tied_gradient_is_added_in_place",),
+    ),
+    Mutant(
+        "expanded_gradient_of_the_head_written_to",
+        _CONTRACT,
+        "dhead.contiguous().index_put_(",
+        "dhead.index_put_(",
+        (f"{_TESTS}::test_tied_with_one_use_and_with_two",),
     ),
     Mutant(
         "summed_in_short",
