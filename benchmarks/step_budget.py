@@ -44,7 +44,7 @@ CONTENDERS = (
 # an operator counts for the first part in this list of which it, or one that called it, has a name
 PARTS = {
     "attention": ("attention",),
-    "matmul": ("aten::mm", "aten::addmm"),
+    "matmul": ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise"),
     "loss": ("linear_cross_entropy", "cross_entropy", "nll_loss", "softmax"),
     "compiled pointwise": ("CompiledFxGraph",),
     "optimizer": ("Optimizer", "adamw", "linalg_vector_norm"),

@@ -8,12 +8,18 @@ D head size.
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgpt2.cache import LayerCache
 from fastgpt2.config import GPTConfig
-from fastgpt2.kernels import add_layer_norm, attention, decode_attention, layer_norm, linear_gelu
+from fastgpt2.kernels import (
+    add_layer_norm,
+    attention,
+    decode_attention,
+    layer_norm,
+    linear,
+    linear_gelu,
+)
 
 
 class Branch(NamedTuple):
@@ -32,14 +38,14 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        return linear(x, self.weight.to(x.dtype), bias)
 
 
 class ResidualProjection(Linear):
     """A linear layer that ends a branch: its bias is added with the branch, not here."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        return linear(x, self.weight.to(x.dtype))
 
 
 class LayerNorm(nn.Module):

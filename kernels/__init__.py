@@ -11,6 +11,7 @@ from fastgpt2.kernels.decode_attention import decode_attention
 from fastgpt2.kernels.embedding import embedding, tied_embedding
 from fastgpt2.kernels.gelu import bias_gelu, gelu
 from fastgpt2.kernels.layer_norm import add_layer_norm, layer_norm
+from fastgpt2.kernels.linear import linear
 from fastgpt2.kernels.linear_cross_entropy import linear_cross_entropy
 from fastgpt2.kernels.linear_gelu import linear_gelu
 
@@ -25,6 +26,7 @@ __all__ = [
     "explain",
     "gelu",
     "layer_norm",
+    "linear",
     "linear_cross_entropy",
     "linear_gelu",
     "tied_embedding",

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastgpt2.kernels import checks, reference
 from fastgpt2.kernels.backend import Impl, resolve
 from fastgpt2.kernels.cross_entropy import check_loss_options, kept_count
+from fastgpt2.kernels.linear import matmul
 
 # logits of one chunk, in the compute dtype: 2 GiB, 21 thousand rows of GPT-2's in bf16, keep the
 # matrix products at full speed and leave most of a GPU's memory free; a CPU has less of both
@@ -78,7 +79,7 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a @ b in ``dtype``, rounded to no shorter one on its way where that is built."""
     if dtype != a.dtype and a.is_cuda and torch.version.hip is None:
         return torch.mm(a, b, out_dtype=dtype)
-    return (a @ b).to(dtype)
+    return matmul(a, b).to(dtype)
 
 
 def _chunk_rows(N: int, V: int, dtype: torch.dtype, triton: bool) -> int:
@@ -131,10 +132,10 @@ def _linear_cross_entropy_fwd(
     buffer = x.new_empty(size, V)
     for start in range(0, N, size):
         rows = slice(start, min(start + size, N))
-        logits = torch.mm(x[rows], head.t(), out=buffer[: rows.stop - start])
+        logits = matmul(x[rows], head.t(), into=buffer[: rows.stop - start])
         losses[rows] = row_losses(logits, targets[rows], options, dx_wanted or dweight_wanted)
         if dx_wanted:
-            torch.mm(logits, head, out=dx[rows])
+            dx[rows] = matmul(logits, head)
         if rows.stop == N:
             # a copy of the weight is in the way of its gradient, where memory is at its fullest
             del head

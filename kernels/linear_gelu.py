@@ -10,6 +10,7 @@ from fastgpt2.kernels import checks, reference
 from fastgpt2.kernels.backend import Impl, resolve
 from fastgpt2.kernels.gelu import bias_gelu, gelu, gelu_bwd
 from fastgpt2.kernels.jit import tuning
+from fastgpt2.kernels.linear import linear
 
 
 @torch.library.custom_op("fastgpt2::linear_gelu_fwd", mutates_args=())
@@ -85,9 +86,9 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, impl: str = "
         case Impl.REFERENCE:
             return reference.linear_gelu(x, weight, bias)
         case Impl.TORCH:
-            return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+            return F.gelu(linear(x, weight, bias), approximate="tanh")
     if not tuning.fused(op, x.device, C=weight.shape[1], F=F_width):
-        z = F.linear(x, weight)
+        z = linear(x, weight)
         return gelu(z, impl=impl) if bias is None else bias_gelu(z, bias, impl=impl)
     inputs = (x, weight) if bias is None else (x, weight, bias)
     with_grad = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)

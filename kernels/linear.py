@@ -1,0 +1,101 @@
+"""Linear layers: a library's product, and which library's.
+
+PyTorch gives a CPU's fp32 products to MKL, which keeps its AVX-512 code to Intel's processors.
+oneDNN, which PyTorch carries as well and gives the bf16 ones to, has no such preference: on an AMD
+processor it makes GPT-2's products in half of MKL's time (``benchmarks/budget``). Everywhere else
+the library is PyTorch's choice. Shapes: N rows, C wide, F features.
+"""
+
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _leaves_wide_registers_idle() -> bool:
+    """Whether MKL does so on this processor: one of AMD's with AVX-512."""
+    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):  # type: ignore[no-untyped-call]
+        return False
+    processor, info = platform.processor(), Path("/proc/cpuinfo")
+    if info.exists():
+        with info.open(encoding="utf-8", errors="replace") as file:
+            # the first core's lines name the vendor, and there may be hundreds of cores
+            processor += file.read(1000)
+    return "AuthenticAMD" in processor and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+# read once: the compiler cannot look into it
+_PREFERS_ONEDNN = _leaves_wide_registers_idle()
+
+
+def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
+    # an empty product is nothing that oneDNN knows
+    full = x.numel() > 0 and weight.numel() > 0
+    return _PREFERS_ONEDNN and full and x.device.type == "cpu" and x.dtype == torch.float32
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return out
+
+
+@torch.library.custom_op("fastgpt2::onednn_linear", mutates_args=())
+def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (N, C) @ weight (F, C)^T + bias (F,), fp32."""
+    return _onednn(x, weight, bias)
+
+
+@_onednn_linear.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    dx_wanted, dweight_wanted, dbias_wanted = ctx.needs_input_grad
+    return (
+        _onednn_linear(dy, weight.t(), None) if dx_wanted else None,
+        _onednn_linear(dy.t(), x.t(), None) if dweight_wanted else None,
+        dy.sum(0) if dbias_wanted else None,
+    )
+
+
+_onednn_linear.register_autograd(_backward, setup_context=_save)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias, as ``torch.nn.functional.linear``, by the faster library.
+
+    Args:
+        x: (..., C).
+        weight: (F, C), in x's dtype.
+        bias: (F,) or None, in x's dtype.
+
+    Returns:
+        (..., F), accumulated in fp32 or wider.
+    """
+    if not _takes_onednn(x, weight):
+        return F.linear(x, weight, bias)
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    trained = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    rows = x.reshape(-1, x.shape[-1])
+    # a call by way of the dispatcher's autograd costs half as much as one token's product
+    out: Tensor = (_onednn_linear if trained else _onednn)(rows, weight, bias)
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def matmul(a: Tensor, b: Tensor, *, into: Tensor | None = None) -> Tensor:
+    """a (M, K) @ b (K, N) by the library that ``linear`` takes, without a gradient.
+
+    ``into``, a tensor of the result's shape, is where the library puts it if it can.
+    """
+    if _takes_onednn(a, b):
+        return _onednn(a, b.t(), None)
+    return torch.mm(a, b, out=into)
