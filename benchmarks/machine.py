@@ -29,11 +29,17 @@ def _version_of(package: str) -> str | None:
         return None
 
 
-def _cpu_name() -> str:
-    if _CPU_INFO.exists():
-        for line in _CPU_INFO.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+def cpu_name(info: Path = _CPU_INFO) -> str:
+    """The processor's name with its family and model: a virtual machine's name alone says little.
+
+    ``info`` is the file in which Linux describes the processors.
+    """
+    if info.exists():
+        first_core = info.read_text(encoding="utf-8").partition("\n\n")[0]
+        parts = (line.partition(":") for line in first_core.splitlines())
+        fields = {key.strip(): value.strip() for key, _, value in parts}
+        if "model name" in fields:
+            return "{model name} (family {cpu family}, model {model})".format_map(fields)
     return platform.processor() or platform.machine()
 
 
@@ -42,9 +48,9 @@ def machine(device: torch.device) -> dict[str, Any]:
     query = "name,driver_version,clocks.sm,clocks.mem,power.limit"
     on_gpu = device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(device) if on_gpu else _cpu_name(),
+        "device": torch.cuda.get_device_name(device) if on_gpu else cpu_name(),
         "nvidia_smi": _output_of("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"),
-        "cpu_model": _cpu_name(),
+        "cpu_model": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         # how busy the machine was with something else

@@ -15,11 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def _leaves_wide_registers_idle() -> bool:
-    """Whether MKL does so on this processor: one of AMD's with AVX-512."""
-    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):  # type: ignore[no-untyped-call]
+def _leaves_wide_registers_idle(info: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether MKL does so on this processor: one of AMD's with AVX-512.
+
+    ``info`` is the file in which Linux describes the processors.
+    """
+    mkl, onednn = torch.backends.mkl, torch.backends.mkldnn
+    if not (mkl.is_available() and onednn.is_available()):  # type: ignore[no-untyped-call]
         return False
-    processor, info = platform.processor(), Path("/proc/cpuinfo")
+    processor = platform.processor()
     if info.exists():
         with info.open(encoding="utf-8", errors="replace") as file:
             # the first core's lines name the vendor, and there may be hundreds of cores
@@ -32,9 +36,10 @@ _PREFERS_ONEDNN = _leaves_wide_registers_idle()
 
 
 def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
-    # an empty product is nothing that oneDNN knows
-    full = x.numel() > 0 and weight.numel() > 0
-    return _PREFERS_ONEDNN and full and x.device.type == "cpu" and x.dtype == torch.float32
+    if not _PREFERS_ONEDNN or x.device.type != "cpu" or x.dtype != torch.float32:
+        return False
+    # an empty product is nothing that oneDNN knows; autocast makes a bf16 one of fp32 operands
+    return x.numel() > 0 and weight.numel() > 0 and not torch.is_autocast_enabled("cpu")
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from benchmarks import report
 from benchmarks.bench_layer_norm import races
 from benchmarks.harness import TAPE, Lane, Race, Scale, Settings, Stopwatch
+from benchmarks.machine import cpu_name
 from benchmarks.op_race import OpRace
 from benchmarks.results import Entry, Run, compare
 from benchmarks.timing import Ceilings, Clock, Timing
@@ -173,6 +174,16 @@ def test_a_file_among_the_results_that_is_none(text: str) -> None:
 def test_a_readme_without_markers() -> None:
     with pytest.raises(UserError, match="markers"):
         report.with_table("nothing", "table")
+
+
+def test_processors_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    info = tmp_path / "cpuinfo"
+    core = "processor: {}\nmodel name\t: AMD EPYC\ncpu family\t: 26\nmodel\t\t: 2\nflags: fpu\n\n"
+    info.write_text(core.format(0) + core.format(1), encoding="utf-8")
+    assert cpu_name(info) == "AMD EPYC (family 26, model 2)"
+    # another system, or an architecture whose file has other words
+    info.write_text("processor: 0\nBogoMIPS: 243.75\n", encoding="utf-8")
+    assert cpu_name(info) == cpu_name(tmp_path / "none") != ""
 
 
 def test_timing_and_roofline() -> None:

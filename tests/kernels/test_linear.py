@@ -1,0 +1,184 @@
+"""A linear layer by either library: the same numbers, and which of them is asked."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgpt2.kernels import linear
+from fastgpt2.kernels.linear import _onednn_linear, matmul
+from tests.kernels import budget
+from tests.kernels.layouts import LAYOUTS, lay_out
+from tests.tiny_gpt import gradients, tiny_batch, tiny_gpt
+
+# the package exports the function under its module's name
+op_module = importlib.import_module("fastgpt2.kernels.linear")
+
+pytestmark = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(),  # type: ignore[no-untyped-call]
+    reason="this build of PyTorch has no oneDNN",
+)
+
+
+@pytest.fixture(params=[True, False], ids=["onednn", "pytorch's choice"])
+def onednn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the processor is one on which fp32 products go to oneDNN."""
+    monkeypatch.setattr(op_module, "_PREFERS_ONEDNN", request.param)
+    return bool(request.param)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Shapes of the products that oneDNN was asked for."""
+    shapes: list[tuple[int, ...]] = []
+    asked = op_module._onednn
+
+    def counted(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        shapes.append((x.shape[0], x.shape[1], weight.shape[0]))
+        out: Tensor = asked(x, weight, bias)
+        return out
+
+    monkeypatch.setattr(op_module, "_onednn", counted)
+    return shapes
+
+
+def _op(impl: str, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return (linear if impl == "linear" else F.linear)(x, weight, bias)
+
+
+def _inputs(*shape: int, C: int = 33, F: int = 20) -> dict[str, Tensor]:
+    return {
+        "x": torch.randn(*shape, C),
+        "weight": torch.randn(F, C) / C**0.5,
+        "bias": torch.randn(F),
+    }
+
+
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("shape", [(), (1,), (37,), (2, 3, 5)], ids=str)
+def test_within_budget(onednn: bool, shape: tuple[int, ...], with_bias: bool) -> None:
+    inputs = _inputs(*shape)
+    if not with_bias:
+        del inputs["bias"]
+    budget.check_op(_op, inputs, impl="linear")
+
+
+@pytest.mark.usefixtures("onednn")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["x", "weight"])
+def test_any_layout(name: str, layout: str) -> None:
+    inputs = _inputs(37)
+    expected = F.linear(**inputs)
+    inputs[name] = lay_out(inputs[name], layout)
+    torch.testing.assert_close(linear(**inputs), expected)
+    leaves = {key: x.requires_grad_() for key, x in inputs.items()}
+    # an upstream gradient whose rows are one and the same memory
+    dy = torch.randn(20).expand(37, 20)
+    got = torch.autograd.grad(linear(**leaves), list(leaves.values()), dy)
+    wanted = torch.autograd.grad(F.linear(**leaves), list(leaves.values()), dy)
+    for pair in zip(got, wanted, strict=True):
+        torch.testing.assert_close(*pair)
+
+
+@pytest.mark.usefixtures("onednn")
+@pytest.mark.parametrize(("rows", "C", "features"), [(0, 33, 20), (5, 0, 20), (5, 33, 0)])
+def test_empty_products(rows: int, C: int, features: int) -> None:
+    inputs = _inputs(rows, C=max(C, 1), F=features)
+    inputs["x"], inputs["weight"] = inputs["x"][:, :C], inputs["weight"][:, :C]
+    assert torch.equal(linear(**inputs), F.linear(**inputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_other_dtypes_are_pytorch_s(
+    dtype: torch.dtype, calls: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(op_module, "_PREFERS_ONEDNN", True)
+    inputs = {name: x.to(dtype) for name, x in _inputs(5).items()}
+    assert torch.equal(linear(**inputs), F.linear(**inputs))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert linear(**_inputs(5)).dtype == torch.bfloat16
+    assert not calls
+
+
+def test_the_processor_decides(onednn: bool, calls: list[tuple[int, ...]]) -> None:
+    inputs = _inputs(2, 5)
+    with torch.no_grad():
+        linear(**inputs)
+        matmul(inputs["x"][0], inputs["weight"].t())
+    leaves = {name: x.requires_grad_() for name, x in inputs.items()}
+    torch.autograd.backward(linear(**leaves).sum())
+    # without a gradient, as a product alone, and forward, dx and dweight
+    expected = [(10, 33, 20), (5, 33, 20), (10, 33, 20), (10, 20, 33), (20, 10, 33)]
+    assert calls == (expected if onednn else [])
+
+
+def test_only_wanted_gradients_are_computed(
+    calls: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(op_module, "_PREFERS_ONEDNN", True)
+    for wanted in ("x", "weight", "bias"):
+        calls.clear()
+        leaves = {name: x.requires_grad_(name == wanted) for name, x in _inputs(5).items()}
+        torch.autograd.backward(linear(**leaves).sum())
+        assert [name for name, x in leaves.items() if x.grad is not None] == [wanted]
+        assert len(calls) == (1 if wanted == "bias" else 2)
+
+
+@pytest.mark.usefixtures("onednn")
+def test_matmul_into_a_buffer() -> None:
+    a, b = torch.randn(7, 33), torch.randn(33, 20)
+    torch.testing.assert_close(matmul(a, b), a @ b)
+    torch.testing.assert_close(matmul(a, b, into=torch.empty(7, 20)), a @ b)
+    torch.testing.assert_close(matmul(a.t(), a), a.t() @ a)
+
+
+def test_processors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = tmp_path / "cpuinfo"
+    read = op_module._leaves_wide_registers_idle
+    monkeypatch.setattr(op_module.platform, "processor", lambda: "")
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    for vendor, capability, expected in (
+        ("AuthenticAMD", "AVX512", True),
+        ("AuthenticAMD", "AVX2", False),
+        ("GenuineIntel", "AVX512", False),
+    ):
+        info.write_text(f"processor: 0\nvendor_id: {vendor}\n", encoding="utf-8")
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)
+        assert read(info) is expected
+    # a system without such a file names the processor itself, or does not
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    assert read(tmp_path / "none") is False
+    monkeypatch.setattr(op_module.platform, "processor", lambda: "x86, AuthenticAMD")
+    assert read(tmp_path / "none") is True
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    assert read(info) is False
+
+
+def test_a_model_trains_and_answers_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[dict[str, Tensor]] = []
+    idx, targets = tiny_batch()
+    for preferred in (True, False):
+        monkeypatch.setattr(op_module, "_PREFERS_ONEDNN", preferred)
+        model = tiny_gpt()
+        found.append(gradients(model, idx, targets) | {"logits": model.logits(idx)})
+    for name, expected in found[1].items():
+        torch.testing.assert_close(found[0][name], expected, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.usefixtures("onednn")
+def test_contract_and_compile() -> None:
+    inputs = _inputs(37)
+    leaves = [x.clone().requires_grad_() for x in inputs.values()]
+    torch.library.opcheck(_onednn_linear, (*leaves[:2], None))
+    torch.library.opcheck(_onednn_linear, tuple(leaves))
+    torch.compiler.reset()
+
+    results = []
+    for function in (linear, torch.compile(linear, fullgraph=True, backend="aot_eager")):
+        y = function(*leaves)
+        results.append((y, *torch.autograd.grad(y, leaves, y)))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected)
