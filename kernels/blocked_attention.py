@@ -1,21 +1,25 @@
 """Causal attention on a CPU: matrix products and softmax over blocks of queries.
 
-PyTorch's own CPU kernel multiplies tiles too small for the matrix units, above all in backward.
-Here a block of queries meets all keys that it sees in one batched product over the heads, so half
-of the scores are never computed and a block of them stays in cache. Backward computes the
-probabilities again. Shapes: B batch, T tokens, C width, H heads, D head size, C = H D.
+PyTorch's own CPU kernel multiplies tiles too small for the matrix units: in backward everywhere, in
+forward on processors without AMX. Here a block of queries meets all keys that it sees in one
+batched product over the heads, so half of the scores are never computed and a block of them stays
+in cache. Backward computes the probabilities again. Shapes: B batch, T tokens, C width, H heads, D
+head size, C = H D.
 """
 
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt2.kernels import reference
 
+# a processor whose matrix units PyTorch's own forward kernel knows how to fill
+_HAS_AMX = torch.cpu._is_amx_tile_supported()
 # queries of a block: few enough to skip most of what is masked, enough for an efficient product
-_BLOCK = 128
+_BLOCK = 256 if _HAS_AMX else 128
 
 
 def _batched(x: Tensor) -> Tensor:
@@ -44,8 +48,12 @@ def _probabilities(q: Tensor, k: Tensor, queries: slice, scale: float) -> Tensor
 
 @torch.library.custom_op("fastgpt2::blocked_attention_fwd", mutates_args=())
 def _blocked_attention_fwd(qkv: Tensor, n_head: int, scale: float) -> Tensor:
-    q, k, v = (_batched(x) for x in reference.split_heads(qkv, n_head))
+    heads = reference.split_heads(qkv, n_head)
     B, T, three_C = qkv.shape
+    if _HAS_AMX:
+        out = F.scaled_dot_product_attention(*heads, is_causal=True, scale=scale)
+        return out.transpose(1, 2).reshape(B, T, three_C // 3)
+    q, k, v = (_batched(x) for x in heads)
     out = qkv.new_empty(B, T, n_head, q.shape[2])
     for queries, keys in _blocks(T):
         block = torch.bmm(_probabilities(q, k, queries, scale), v[:, keys])
@@ -105,7 +113,8 @@ _blocked_attention_fwd.register_autograd(_backward, setup_context=_save)
 def blocked_attention(qkv: Tensor, n_head: int, scale: float) -> Tensor:
     """Causal attention over packed (B, T, 3C), as ``attention`` has it, to (B, T, C).
 
-    Scores and probabilities are rounded to qkv's dtype, sums are fp32 (fp64 for fp64).
+    Scores and probabilities are rounded to qkv's dtype, sums are fp32 (fp64 for fp64). On a
+    processor with AMX the forward pass is PyTorch's kernel, which does not round the scores.
     """
     out: Tensor = _blocked_attention_fwd(qkv, n_head, scale)
     return out

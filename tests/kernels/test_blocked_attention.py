@@ -18,6 +18,13 @@ op_module = import_module("fastgpt2.kernels.blocked_attention")
 SHAPES = [(2, 1, 2, 64), (1, 127, 2, 32), (1, 128, 1, 80), (2, 129, 3, 16), (1, 300, 2, 64)]
 
 
+@pytest.fixture(autouse=True, params=[True, False], ids=["AMX", "no AMX"])
+def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether PyTorch's forward kernel is a match for the blocks."""
+    monkeypatch.setattr(op_module, "_HAS_AMX", request.param)
+    monkeypatch.setattr(op_module, "_BLOCK", 128)
+
+
 def _qkv(B: int, T: int, H: int, D: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(B, T, 3 * H * D).to(dtype)
 
