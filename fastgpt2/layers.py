@@ -18,7 +18,7 @@ from fastgpt2.kernels import (
     decode_attention,
     layer_norm,
     linear,
-    linear_gelu,
+    mlp,
 )
 
 
@@ -118,8 +118,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Branch:
         """(B, T, C) -> the branch (B, T, C)."""
-        hidden = linear_gelu(x, self.c_fc.weight, self.c_fc.bias, impl=self.impl)
-        return Branch(self.c_proj(hidden), self.c_proj.bias)
+        weights = (self.c_fc.weight, self.c_fc.bias, self.c_proj.weight)
+        return Branch(mlp(x, *weights, impl=self.impl), self.c_proj.bias)
 
 
 class Block(nn.Module):

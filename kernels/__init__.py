@@ -14,6 +14,7 @@ from fastgpt2.kernels.layer_norm import add_layer_norm, layer_norm
 from fastgpt2.kernels.linear import linear
 from fastgpt2.kernels.linear_cross_entropy import linear_cross_entropy
 from fastgpt2.kernels.linear_gelu import linear_gelu
+from fastgpt2.kernels.mlp import mlp
 
 __all__ = [
     "Impl",
@@ -29,6 +30,7 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "linear_gelu",
+    "mlp",
     "tied_embedding",
     "use_impl",
 ]

@@ -12,6 +12,15 @@ def check_floating(op: str, name: str, x: Tensor) -> None:
         raise TypeError(f"{op}: {name} must be floating point, got {x.dtype}")
 
 
+def check_vectors(op: str, name: str, x: Tensor) -> None:
+    """``x`` is floating point, (..., C) with C >= 1."""
+    check_floating(op, name, x)
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(
+            f"{op}: {name} must have a last dimension of 1 or more, got shape {tuple(x.shape)}"
+        )
+
+
 def check_integer(op: str, name: str, x: Tensor) -> None:
     """``x`` is an integer tensor (int32 or int64)."""
     if not isinstance(x, Tensor):
@@ -28,10 +37,17 @@ def check_dim(op: str, name: str, x: Tensor, dim: int, meaning: str) -> None:
 
 def check_shape(op: str, name: str, x: Tensor, shape: tuple[int, ...], match: str) -> None:
     """``x`` has exactly this shape, as ``match`` demands."""
-    if tuple(x.shape) != shape:
+    if x.shape != shape:
         raise ValueError(
-            f"{op}: {name} must have shape {shape} to match {match}, got {tuple(x.shape)}"
+            f"{op}: {name} must have shape {tuple(shape)} to match {match}, got {tuple(x.shape)}"
         )
+
+
+def check_operand(op: str, name: str, x: Tensor, shape: tuple[int, ...], beside: Tensor) -> None:
+    """``x`` is floating point, of this shape, on the device of x, ``beside``."""
+    check_floating(op, name, x)
+    check_shape(op, name, x, shape, f"x {tuple(beside.shape)}")
+    check_same_device(op, name, x, beside.device)
 
 
 def check_same_device(op: str, name: str, x: Tensor, device: torch.device) -> None:

@@ -1,5 +1,6 @@
 """Cross-entropy of logits against token ids."""
 
+import math
 from typing import Any
 
 import torch
@@ -88,8 +89,8 @@ def check_loss_options(
         raise ValueError(f"{op}: vocab_size must be in [1, {columns}], got {vocab_size}")
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"{op}: label_smoothing must be in [0, 1), got {label_smoothing}")
-    if z_loss < 0.0:
-        raise ValueError(f"{op}: z_loss must not be negative, got {z_loss}")
+    if not 0.0 <= z_loss < math.inf:
+        raise ValueError(f"{op}: z_loss must be finite and not negative, got {z_loss}")
     return vocab_size
 
 
@@ -125,7 +126,7 @@ def cross_entropy(
         TypeError: logits not floating point, targets not integer.
     """
     op = "cross_entropy"
-    checks.check_floating(op, "logits", logits)
+    checks.check_vectors(op, "logits", logits)
     checks.check_integer(op, "targets", targets)
     checks.check_shape(
         op, "targets", targets, tuple(logits.shape[:-1]), f"logits {tuple(logits.shape)}"

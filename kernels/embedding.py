@@ -198,8 +198,11 @@ def _embed(
     checks.check_dim(op, "idx", idx, 2, "(B, T)")
     checks.check_floating(op, "wte", wte)
     checks.check_dim(op, "wte", wte, 2, "(V, C)")
+    checks.check_floating(op, "wpe", wpe)
+    checks.check_dim(op, "wpe", wpe, 2, "(T_max, C)")
     checks.check_shape(op, "wpe", wpe, (wpe.shape[0], wte.shape[1]), f"wte {tuple(wte.shape)}")
-    checks.check_same_device(op, "idx", idx, wte.device)
+    for name, x in (("idx", idx), ("wpe", wpe)):
+        checks.check_same_device(op, name, x, wte.device)
     checks.check_dropout(op, dropout_p)
     T = idx.shape[1]
     if positions is None:
@@ -209,6 +212,7 @@ def _embed(
         checks.check_integer(op, "positions", positions)
         expected = tuple(idx.shape)[-positions.dim() :]
         checks.check_shape(op, "positions", positions, expected, f"idx {tuple(idx.shape)}")
+        checks.check_same_device(op, "positions", positions, idx.device)
     dtype = wte.dtype if dtype is None else dtype
     places = torch.arange(T, device=idx.device) if positions is None else positions
     match resolve(op, impl, wte):

@@ -11,13 +11,14 @@ from fastgpt2.kernels.backend import Impl, resolve
 
 
 @torch.library.custom_op("fastgpt2::gelu_fwd", mutates_args=())
-def _gelu_fwd(x: Tensor, bias: Tensor | None) -> Tensor:
+def gelu_fwd(x: Tensor, bias: Tensor | None) -> Tensor:
+    """gelu(x + bias)."""
     from fastgpt2.kernels.jit import gelu as jit
 
     return jit.launch_fwd(x, bias)
 
 
-@_gelu_fwd.register_fake
+@gelu_fwd.register_fake
 def _(x: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(x.shape)
 
@@ -45,7 +46,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None]:
     return dx, None if bias is None else dbias
 
 
-_gelu_fwd.register_autograd(_backward, setup_context=_save)
+gelu_fwd.register_autograd(_backward, setup_context=_save)
 
 
 def gelu(x: Tensor, *, impl: str = "auto") -> Tensor:
@@ -67,7 +68,7 @@ def gelu(x: Tensor, *, impl: str = "auto") -> Tensor:
             return reference.gelu(x)
         case Impl.TORCH:
             return F.gelu(x, approximate="tanh")
-    y: Tensor = _gelu_fwd(x, None)
+    y: Tensor = gelu_fwd(x, None)
     return y
 
 
@@ -86,12 +87,11 @@ def bias_gelu(x: Tensor, bias: Tensor, *, impl: str = "auto") -> Tensor:
         ValueError: bias does not match x's last dimension.
     """
     checks.check_floating("bias_gelu", "x", x)
-    checks.check_shape("bias_gelu", "bias", bias, tuple(x.shape[-1:]), f"x {tuple(x.shape)}")
-    checks.check_same_device("bias_gelu", "bias", bias, x.device)
+    checks.check_operand("bias_gelu", "bias", bias, x.shape[-1:], x)
     match resolve("bias_gelu", impl, x):
         case Impl.REFERENCE:
             return reference.bias_gelu(x, bias)
         case Impl.TORCH:
             return F.gelu(x + bias.to(x.dtype), approximate="tanh")
-    y: Tensor = _gelu_fwd(x, bias.contiguous())
+    y: Tensor = gelu_fwd(x, bias.contiguous())
     return y

@@ -125,14 +125,10 @@ def _contiguous(vector: Tensor | None) -> Tensor | None:
 
 
 def _check_affine(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> None:
-    checks.check_floating(op, "x", x)
-    if x.dim() == 0:
-        raise ValueError(f"{op}: x must have at least one dimension")
-    match = f"x {tuple(x.shape)}"
-    checks.check_shape(op, "weight", weight, (x.shape[-1],), match)
-    checks.check_same_device(op, "weight", weight, x.device)
+    checks.check_vectors(op, "x", x)
+    checks.check_operand(op, "weight", weight, x.shape[-1:], x)
     if bias is not None:
-        checks.check_shape(op, "bias", bias, (x.shape[-1],), match)
+        checks.check_operand(op, "bias", bias, x.shape[-1:], x)
     checks.check_positive(op, "eps", eps)
 
 
@@ -213,10 +209,9 @@ def add_layer_norm(
     """
     op = "add_layer_norm"
     _check_affine(op, x, weight, bias, eps)
-    checks.check_floating(op, "branch", branch)
-    checks.check_shape(op, "branch", branch, tuple(x.shape), f"x {tuple(x.shape)}")
+    checks.check_operand(op, "branch", branch, x.shape, x)
     if branch_bias is not None:
-        checks.check_shape(op, "branch_bias", branch_bias, (x.shape[-1],), f"x {tuple(x.shape)}")
+        checks.check_operand(op, "branch_bias", branch_bias, x.shape[-1:], x)
     checks.check_dropout(op, dropout_p)
     match resolve(op, impl, x):
         case Impl.REFERENCE:

@@ -181,6 +181,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _backward(ctx: Any, dloss: Tensor, *_unused: Tensor) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "linear_cross_entropy: its gradient was made in the forward pass and has none of its "
+            "own (create_graph=True)"
+        )
     dx, dweight, count = ctx.saved_tensors
     scale = dloss / count
     dx_wanted, dweight_wanted = ctx.wanted
@@ -229,15 +234,15 @@ def linear_cross_entropy(
 
     Raises:
         ValueError: shapes do not match, or an option is out of its range.
-        TypeError: x not floating point, targets not integer.
+        TypeError: x or weight not floating point, targets not integer.
+        RuntimeError: in backward, a gradient of the gradient is asked for (``create_graph``).
     """
     op = "linear_cross_entropy"
-    checks.check_floating(op, "x", x)
+    checks.check_vectors(op, "x", x)
     checks.check_dim(op, "weight", weight, 2, "(V, C)")
-    checks.check_shape(op, "weight", weight, (weight.shape[0], x.shape[-1]), f"x {tuple(x.shape)}")
+    checks.check_operand(op, "weight", weight, (weight.shape[0], x.shape[-1]), x)
     checks.check_integer(op, "targets", targets)
-    checks.check_shape(op, "targets", targets, tuple(x.shape[:-1]), f"x {tuple(x.shape)}")
-    checks.check_same_device(op, "weight", weight, x.device)
+    checks.check_shape(op, "targets", targets, x.shape[:-1], f"x {tuple(x.shape)}")
     checks.check_same_device(op, "targets", targets, x.device)
     vocab_size = check_loss_options(op, vocab_size, weight.shape[0], label_smoothing, z_loss)
     rows, flat = x.reshape(-1, x.shape[-1]), targets.reshape(-1)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastgpt2.kernels import checks, reference
 from fastgpt2.kernels.backend import Impl, resolve
-from fastgpt2.kernels.gelu import bias_gelu, gelu, gelu_bwd
+from fastgpt2.kernels.gelu import bias_gelu, gelu, gelu_bwd, gelu_fwd
 from fastgpt2.kernels.jit import tuning
 from fastgpt2.kernels.linear import linear
 
@@ -55,6 +55,22 @@ def _backward(ctx: Any, dy: Tensor, _dz: Tensor) -> tuple[Tensor | None, ...]:
 _linear_gelu_fwd.register_autograd(_backward, setup_context=_save)
 
 
+def _is_fused(x: Tensor, weight: Tensor) -> bool:
+    F, C = weight.shape
+    return tuning.fused("linear_gelu", x.device, C=C, F=F)
+
+
+def hidden_and_pre_activation(
+    x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(y, z) of ``linear_gelu``'s Triton route, without a gradient of its own."""
+    if _is_fused(x, weight):
+        y, z = _linear_gelu_fwd(x, weight, bias, True)
+        return y, z
+    z = linear(x, weight)
+    return gelu_fwd(z, bias), z
+
+
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, impl: str = "auto") -> Tensor:
     """gelu(x @ weight.T + bias), tanh form.
 
@@ -73,13 +89,11 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, impl: str = "
         ValueError: weight or bias does not match.
     """
     op = "linear_gelu"
-    checks.check_floating(op, "x", x)
+    checks.check_vectors(op, "x", x)
     checks.check_dim(op, "weight", weight, 2, "(F, C)")
-    F_width = weight.shape[0]
-    checks.check_shape(op, "weight", weight, (F_width, x.shape[-1]), f"x {tuple(x.shape)}")
-    checks.check_same_device(op, "weight", weight, x.device)
+    checks.check_operand(op, "weight", weight, (weight.shape[0], x.shape[-1]), x)
     if bias is not None:
-        checks.check_shape(op, "bias", bias, (F_width,), f"weight {tuple(weight.shape)}")
+        checks.check_operand(op, "bias", bias, weight.shape[:1], x)
     weight = weight.to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
     match resolve(op, impl, x):
@@ -87,7 +101,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, impl: str = "
             return reference.linear_gelu(x, weight, bias)
         case Impl.TORCH:
             return F.gelu(linear(x, weight, bias), approximate="tanh")
-    if not tuning.fused(op, x.device, C=weight.shape[1], F=F_width):
+    if not _is_fused(x, weight):
         z = linear(x, weight)
         return gelu(z, impl=impl) if bias is None else bias_gelu(z, bias, impl=impl)
     inputs = (x, weight) if bias is None else (x, weight, bias)

@@ -68,6 +68,12 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return gelu(z if bias is None else z + up(bias)).to(x.dtype)
 
 
+def mlp(x: Tensor, fc_weight: Tensor, fc_bias: Tensor | None, proj_weight: Tensor) -> Tensor:
+    """gelu(x @ fc_weight.T + fc_bias) @ proj_weight.T, nothing rounded in between."""
+    hidden = linear_gelu(up(x), fc_weight, fc_bias)
+    return (hidden @ up(proj_weight).T).to(x.dtype)
+
+
 def visible_keys(
     T: int, segment_ids: Tensor | None, key_range: Tensor | None, device: torch.device
 ) -> Tensor:

@@ -10,7 +10,7 @@ precision. At the speed of memory a GPU has some 25 instructions an element: con
 
 Saved for backward are x and bias: x exists anyway, as the projection's output, and adding the bias
 again costs nothing beside reading x, while storing z would cost a pass. Bytes an element in bf16:
-4 forward, 6 backward.
+4 forward, 6 backward, 8 where backward makes y again for an op that did not save it (``mlp``).
 
 Forward: one tile [BLOCK_N, BLOCK_F] a program, in the order of memory. Backward: P x cdiv(F,
 BLOCK_F) programs; each walks down its columns and keeps their sum of dz, its share of the bias
@@ -85,6 +85,7 @@ def _gelu_bwd_kernel(
     x_ptr,
     bias_ptr,
     dx_ptr,
+    y_ptr,
     partial_ptr,
     row_strides,
     shape,
@@ -102,9 +103,12 @@ def _gelu_bwd_kernel(
         mask = (offs_n < N)[:, None] & mask_f[None, :]
         x_ptrs = x_ptr + offs_n[:, None] * x_stride + offs_f[None, :]
         dy_ptrs = dy_ptr + offs_n[:, None] * dy_stride + offs_f[None, :]
-        slope = gelu_slope(_load_sum(x_ptrs, bias_ptr, offs_f, mask, mask_f))
-        dz = tl.load(dy_ptrs, mask=mask, other=0.0).to(tl.float32) * slope
-        tl.store(dx_ptr + offs_n[:, None] * F + offs_f[None, :], dz, mask=mask)
+        z = _load_sum(x_ptrs, bias_ptr, offs_f, mask, mask_f)
+        dz = tl.load(dy_ptrs, mask=mask, other=0.0).to(tl.float32) * gelu_slope(z)
+        out_offs = offs_n[:, None] * F + offs_f[None, :]
+        tl.store(dx_ptr + out_offs, dz, mask=mask)
+        if y_ptr is not None:
+            tl.store(y_ptr + out_offs, gelu_tile(z), mask=mask)
         if partial_ptr is not None:
             dbias += tl.sum(dz, axis=0)
     if partial_ptr is not None:
@@ -125,6 +129,18 @@ def launch_fwd(x: Tensor, bias: Tensor | None) -> Tensor:
 
 def launch_bwd(dy: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """(dx, dbias); without a bias, dbias is empty and no sums are made."""
+    return _launch_bwd(dy, x, bias, None)
+
+
+def launch_bwd_with_y(dy: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dbias, gelu(x + bias)): the forward pass once more for a write of its own."""
+    y = x.new_empty(x.shape)
+    return *_launch_bwd(dy, x, bias, y), y
+
+
+def _launch_bwd(
+    dy: Tensor, x: Tensor, bias: Tensor | None, y: Tensor | None
+) -> tuple[Tensor, Tensor]:
     dx = x.new_empty(x.shape)
     dbias = x.new_empty(0) if bias is None else torch.empty_like(bias)
     if x.numel() == 0:
@@ -140,6 +156,7 @@ def launch_bwd(dy: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tens
         rows,
         bias,
         dx,
+        y,
         partial,
         (dy_rows.stride(0), rows.stride(0)),
         (N, F),
@@ -154,16 +171,19 @@ def launch_bwd(dy: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tens
 _TOKENS, _F = 65536, 3072
 
 
-def _case(op: str, config: tuning.Config, dtype: str, bias: bool) -> CompileCase:
+def _case(
+    op: str, config: tuning.Config, dtype: str, bias: bool, with_y: bool = False
+) -> CompileCase:
     arguments = {"x_ptr": f"*{dtype}", "bias_ptr": f"*{dtype}" if bias else None}
     if op == "gelu_fwd":
         kernel, tensors = _gelu_fwd_kernel, 2
         arguments |= {"y_ptr": f"*{dtype}", "x_stride": "i32", "N": "i32", "F": "i32"}
     else:
-        kernel, tensors = _gelu_bwd_kernel, 3
+        kernel, tensors = _gelu_bwd_kernel, 3 + with_y
         arguments |= {
             "dy_ptr": f"*{dtype}",
             "dx_ptr": f"*{dtype}",
+            "y_ptr": f"*{dtype}" if with_y else None,
             "partial_ptr": "*fp32" if bias else None,
             "row_strides": ("i32", "i32"),
             "shape": ("i32", "i32"),
@@ -173,7 +193,7 @@ def _case(op: str, config: tuning.Config, dtype: str, bias: bool) -> CompileCase
         kernel,
         op,
         config,
-        dtype + " bias" * bias,
+        dtype + " bias" * bias + " y" * with_y,
         arguments,
         bytes=tensors * elements * SIZES[dtype],
         flops=15 * elements,
@@ -181,10 +201,12 @@ def _case(op: str, config: tuning.Config, dtype: str, bias: bool) -> CompileCase
 
 
 def compile_cases(arch: str) -> list[CompileCase]:
-    """Both kernels, with and without the bias."""
-    return [
+    """Both kernels, with and without the bias; backward with the output made again, too."""
+    cases = [
         _case(op, config, dtype, bias)
         for op in ("gelu_fwd", "gelu_bwd")
         for _, config in configs(op, arch)
         for dtype, bias in (("bf16", True), ("bf16", False), ("fp32", True))
     ]
+    again = [_case("gelu_bwd", c, "bf16", True, with_y=True) for _, c in configs("gelu_bwd", arch)]
+    return cases + again

@@ -53,6 +53,19 @@ def test_within_budget(shape: tuple[int, int, int, int], dtype: torch.dtype) -> 
     )
 
 
+def test_sums_over_many_blocks_are_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    # 64 terms of one sign, of which a sum in bf16 would lose the small ones
+    monkeypatch.setattr(op_module, "_BLOCK", 4)
+    qkv = _qkv(1, 256, 2, 16, torch.bfloat16)
+    dout = torch.rand(1, 256, 32).bfloat16()
+    found = op_module._blocked_attention_bwd(dout, qkv, 2, 0.25)
+    monkeypatch.setattr(op_module, "_BLOCK", 256)
+    whole = op_module._blocked_attention_bwd(dout.double(), qkv.double(), 2, 0.25)
+    error = (found.double() - whole)[..., 64:]
+    # a rounding of every probability, and one of the sum
+    assert error.norm() < 4e-3 * whole[..., 64:].norm()
+
+
 def test_gradient_in_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(op_module, "_BLOCK", 3)
     qkv = _qkv(2, 8, 2, 4, torch.float64).requires_grad_()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgpt2.kernels.gelu import _gelu_fwd, bias_gelu, gelu
+from fastgpt2.kernels.gelu import bias_gelu, gelu, gelu_fwd
 from fastgpt2.kernels.jit import tuning
 from tests.kernels import budget
 from tests.kernels.budget import DEVICE
@@ -175,8 +175,8 @@ def test_more_elements_than_int32_counts(full: bool) -> None:
 
 def test_opcheck() -> None:
     leaves = [t.requires_grad_() for t in _inputs(5, 24, torch.float32).values()]
-    torch.library.opcheck(_gelu_fwd, tuple(leaves))
-    torch.library.opcheck(_gelu_fwd, (leaves[0], None))
+    torch.library.opcheck(gelu_fwd, tuple(leaves))
+    torch.library.opcheck(gelu_fwd, (leaves[0], None))
 
 
 def test_compiles_whole_at_two_lengths() -> None:
@@ -203,6 +203,7 @@ def test_captured_in_a_cuda_graph(full: bool) -> None:
     [
         ({"x": torch.ones(2, 8).long()}, TypeError, "x must be floating point, got torch.int64"),
         ({"x": [1.0]}, TypeError, "x must be a tensor, got list"),
+        ({"bias": torch.ones(8).long()}, TypeError, "bias must be floating point"),
         ({"bias": torch.ones(7)}, ValueError, r"bias must have shape \(8,\) to match x \(2, 8\)"),
         ({"bias": torch.ones(8, device="meta")}, ValueError, "bias must be on cpu, got meta"),
         ({"impl": "cuda"}, ValueError, "impl must be one of auto, triton, torch, reference"),

@@ -299,6 +299,15 @@ def test_captured_in_a_cuda_graph(full: bool) -> None:
     assert_graph_replays(step, wanted)
 
 
+@pytest.mark.parametrize("impl", FAST)
+def test_a_gradient_of_the_gradient_is_refused(impl: str) -> None:
+    inputs = _inputs(9, 24, 40, 40, torch.float32)
+    leaves = {n: t.clone().requires_grad_(n != "targets") for n, t in inputs.items()}
+    loss = _op()(impl, **leaves)
+    with pytest.raises(RuntimeError, match=r"none of its own \(create_graph=True\)"):
+        torch.autograd.grad(loss, leaves["x"], create_graph=True)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -309,13 +318,18 @@ def test_captured_in_a_cuda_graph(full: bool) -> None:
         ),
         ({"targets": torch.zeros(2)}, TypeError, "targets must be int64 or int32"),
         ({"x": torch.zeros(2, 8).long()}, TypeError, "x must be floating point"),
+        ({"x": torch.tensor(1.0)}, ValueError, "x must have a last dimension of 1 or more"),
+        ({"x": torch.zeros(2, 0)}, ValueError, "x must have a last dimension of 1 or more"),
+        ({"weight": torch.zeros(9, 8).long()}, TypeError, "weight must be floating point"),
         ({"weight": torch.zeros(8)}, ValueError, r"weight must be \(V, C\), got shape \(8,\)"),
         ({"weight": torch.zeros(9, 7)}, ValueError, r"weight must have shape \(9, 8\) to match x"),
         ({"weight": torch.zeros(9, 8, device="meta")}, ValueError, "weight must be on cpu"),
         ({"targets": torch.zeros(2, device="meta").long()}, ValueError, "targets must be on cpu"),
         ({"vocab_size": 10}, ValueError, r"vocab_size must be in \[1, 9\], got 10"),
         ({"label_smoothing": -0.1}, ValueError, r"label_smoothing must be in \[0, 1\), got -0.1"),
-        ({"z_loss": -0.1}, ValueError, r"z_loss must not be negative, got -0.1"),
+        ({"z_loss": -0.1}, ValueError, "z_loss must be finite and not negative, got -0.1"),
+        ({"z_loss": float("nan")}, ValueError, "z_loss must be finite and not negative, got nan"),
+        ({"label_smoothing": float("nan")}, ValueError, r"label_smoothing must be in \[0, 1\)"),
         ({"impl": "cuda"}, ValueError, "impl must be one of auto, triton, torch, reference"),
     ],
 )

@@ -217,7 +217,12 @@ def test_captured_in_a_cuda_graph(full: bool) -> None:
         ({"weight": torch.ones(8)}, ValueError, r"weight must be \(F, C\), got shape \(8,\)"),
         ({"weight": torch.ones(9, 7)}, ValueError, r"weight must have shape \(9, 8\) to match x"),
         ({"weight": torch.ones(9, 8, device="meta")}, ValueError, "weight must be on cpu"),
-        ({"bias": torch.ones(7)}, ValueError, r"bias must have shape \(9,\) to match weight"),
+        ({"x": torch.tensor(1.0)}, ValueError, "x must have a last dimension of 1 or more"),
+        ({"x": torch.ones(2, 0)}, ValueError, "x must have a last dimension of 1 or more"),
+        ({"weight": torch.ones(9, 8).long()}, TypeError, "weight must be floating point"),
+        ({"bias": torch.ones(7)}, ValueError, r"bias must have shape \(9,\) to match x"),
+        ({"bias": torch.ones(9).long()}, TypeError, "bias must be floating point"),
+        ({"bias": torch.ones(9, device="meta")}, ValueError, "bias must be on cpu, got meta"),
         ({"impl": "cuda"}, ValueError, "impl must be one of auto, triton, torch, reference"),
     ],
 )

@@ -92,8 +92,8 @@ MUTANTS = [
     Mutant(
         "routes_swapped",
         _CONTRACT,
-        "not tuning.fused(",
-        "tuning.fused(",
+        "if not _is_fused(x, weight):",
+        "if _is_fused(x, weight):",
         (f"{_TESTS}::test_routes_are_what_they_claim",),
         "our own product where it has not been measured",
     ),

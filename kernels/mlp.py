@@ -1,0 +1,120 @@
+"""The MLP up to its output projection's bias, which saves its pre-activation and not its GELU."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgpt2.kernels import checks, reference
+from fastgpt2.kernels.backend import Impl, resolve
+from fastgpt2.kernels.linear import linear
+from fastgpt2.kernels.linear_gelu import hidden_and_pre_activation, linear_gelu
+
+
+@torch.library.custom_op("fastgpt2::mlp_fwd", mutates_args=())
+def _mlp_fwd(
+    x: Tensor, fc_weight: Tensor, fc_bias: Tensor | None, proj_weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(y, z): z is x @ fc_weight.T without the bias."""
+    hidden, z = hidden_and_pre_activation(x, fc_weight, fc_bias)
+    return hidden @ proj_weight.t(), z
+
+
+@_mlp_fwd.register_fake
+def _(
+    x: Tensor, fc_weight: Tensor, fc_bias: Tensor | None, proj_weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    N = x.shape[0]
+    return x.new_empty(N, proj_weight.shape[0]), x.new_empty(N, fc_weight.shape[0])
+
+
+@torch.library.custom_op("fastgpt2::gelu_again_bwd", mutates_args=())
+def _gelu_again_bwd(
+    dhidden: Tensor, z: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dz, dbias, gelu(z + bias)) in one pass; dbias is empty without a bias."""
+    from fastgpt2.kernels.jit import gelu as jit
+
+    return jit.launch_bwd_with_y(dhidden, z, bias)
+
+
+@_gelu_again_bwd.register_fake
+def _(dhidden: Tensor, z: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    dbias = z.new_empty(0) if bias is None else torch.empty_like(bias)
+    return z.new_empty(z.shape), dbias, z.new_empty(z.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, z = output
+    ctx.mark_non_differentiable(z)
+    ctx.save_for_backward(*inputs, z)
+
+
+def _backward(ctx: Any, dy: Tensor, _dz: Tensor) -> tuple[Tensor | None, ...]:
+    x, fc_weight, fc_bias, proj_weight, z = ctx.saved_tensors
+    dx_wanted, dfc_wanted, _, dproj_wanted = ctx.needs_input_grad
+    dz, dbias, hidden = _gelu_again_bwd(dy @ proj_weight, z, fc_bias)
+    dproj = dy.t() @ hidden if dproj_wanted else None
+    # as large as everything that was saved, and of no use any more
+    del hidden
+    return (
+        dz @ fc_weight if dx_wanted else None,
+        dz.t() @ x if dfc_wanted else None,
+        None if fc_bias is None else dbias,
+        dproj,
+    )
+
+
+_mlp_fwd.register_autograd(_backward, setup_context=_save)
+
+
+def mlp(
+    x: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor | None,
+    proj_weight: Tensor,
+    *,
+    impl: str = "auto",
+) -> Tensor:
+    """gelu(x @ fc_weight.T + fc_bias) @ proj_weight.T, tanh form: GPT-2's MLP but its last bias.
+
+    That bias is added with the branch, by ``add_layer_norm``. Products accumulate in fp32; weights
+    and bias are taken in x's dtype, which is the result's. ``triton`` saves x and the
+    pre-activation for backward and makes the GELU again in the pass that takes its derivative;
+    ``torch`` saves both.
+
+    Args:
+        x: (..., C).
+        fc_weight: (F, C).
+        fc_bias: (F,) or None.
+        proj_weight: (C', F).
+        impl: ``auto``, ``triton``, ``torch`` or ``reference``.
+
+    Returns:
+        (..., C').
+
+    Raises:
+        TypeError: x is no floating-point tensor.
+        ValueError: a weight or the bias does not match.
+    """
+    op = "mlp"
+    checks.check_vectors(op, "x", x)
+    checks.check_dim(op, "fc_weight", fc_weight, 2, "(F, C)")
+    F = fc_weight.shape[0]
+    checks.check_operand(op, "fc_weight", fc_weight, (F, x.shape[-1]), x)
+    checks.check_dim(op, "proj_weight", proj_weight, 2, "(C', F)")
+    checks.check_operand(op, "proj_weight", proj_weight, (proj_weight.shape[0], F), x)
+    if fc_bias is not None:
+        checks.check_operand(op, "fc_bias", fc_bias, (F,), x)
+        fc_bias = fc_bias.to(x.dtype).contiguous()
+    fc_weight, proj_weight = fc_weight.to(x.dtype), proj_weight.to(x.dtype)
+    choice = resolve(op, impl, x)
+    if choice is Impl.REFERENCE:
+        return reference.mlp(x, fc_weight, fc_bias, proj_weight)
+    inputs = [t for t in (x, fc_weight, fc_bias, proj_weight) if t is not None]
+    trained = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    if choice is Impl.TORCH or not trained:
+        return linear(linear_gelu(x, fc_weight, fc_bias, impl=impl), proj_weight)
+    rows = x.reshape(-1, x.shape[-1])
+    y: Tensor = _mlp_fwd(rows, fc_weight, fc_bias, proj_weight)[0]
+    return y.view(*x.shape[:-1], proj_weight.shape[0])

@@ -1,0 +1,66 @@
+"""Wrong edits of the linear layer's two libraries."""
+
+from tests.kernels.mutants import Mutant
+
+_CONTRACT = "kernels/linear.py"
+_TESTS = "tests/kernels/test_linear.py"
+_BUDGET = f"{_TESTS}::test_within_budget[onednn-(37,)-bias]"
+
+MUTANTS = [
+    Mutant(
+        "empty_products_to_onednn",
+        _CONTRACT,
+        "return x.numel() > 0 and weight.numel() > 0 and",
+        "return",
+        (f"{_TESTS}::test_empty_products[onednn-5-0-20]",),
+    ),
+    Mutant(
+        "autocast_ignored",
+        _CONTRACT,
+        ' and not torch.is_autocast_enabled("cpu")',
+        "",
+        (f"{_TESTS}::test_other_dtypes_are_pytorch_s",),
+    ),
+    Mutant(
+        "every_processor",
+        _CONTRACT,
+        '"AuthenticAMD" in processor and torch',
+        "torch",
+        (f"{_TESTS}::test_processors",),
+    ),
+    Mutant(
+        "vector_units_not_asked_for",
+        _CONTRACT,
+        ' and torch.backends.cpu.get_cpu_capability() == "AVX512"',
+        "",
+        (f"{_TESTS}::test_processors",),
+    ),
+    Mutant(
+        "bias_dropped",
+        _CONTRACT,
+        "(_onednn_linear if trained else _onednn)(rows, weight, bias)",
+        "(_onednn_linear if trained else _onednn)(rows, weight, None)",
+        (_BUDGET,),
+    ),
+    Mutant(
+        "bias_s_gradient_of_one_row",
+        _CONTRACT,
+        "dy.sum(0) if",
+        "dy[0] if",
+        (_BUDGET,),
+    ),
+    Mutant(
+        "weight_s_gradient_always",
+        _CONTRACT,
+        "_onednn_linear(dy.t(), x.t(), None) if dweight_wanted else None",
+        "_onednn_linear(dy.t(), x.t(), None)",
+        (f"{_TESTS}::test_only_wanted_gradients_are_computed",),
+    ),
+    Mutant(
+        "no_gradient_at_all",
+        _CONTRACT,
+        "trained = torch.is_grad_enabled() and",
+        "trained = False and",
+        (_BUDGET,),
+    ),
+]

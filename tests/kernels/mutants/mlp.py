@@ -1,0 +1,65 @@
+"""Wrong edits of the MLP as one op."""
+
+from tests.kernels.mutants import Mutant
+
+_KERNEL = "kernels/jit/gelu.py"
+_CONTRACT = "kernels/mlp.py"
+_TESTS = "tests/kernels/test_mlp.py"
+_BUDGET = f"{_TESTS}::test_within_budget[library-(37, 48, 80)-torch.float32]"
+_SAVED = f"{_TESTS}::test_saves_the_pre_activation_and_no_gelu"
+_SAME = f"{_TESTS}::test_backward_makes_the_very_gelu_of_forward"
+
+MUTANTS = [
+    Mutant(
+        "pre_activation_for_its_gelu",
+        _CONTRACT,
+        "dproj = dy.t() @ hidden",
+        "dproj = dy.t() @ z",
+        (_BUDGET,),
+        "the second weight's gradient from the wrong operand",
+    ),
+    Mutant(
+        "slope_of_gelu_forgotten",
+        _CONTRACT,
+        "dz.t() @ x if",
+        "(dy @ proj_weight).t() @ x if",
+        (_BUDGET,),
+    ),
+    Mutant(
+        "slope_of_gelu_forgotten_in_dx",
+        _CONTRACT,
+        "dz @ fc_weight if",
+        "(dy @ proj_weight) @ fc_weight if",
+        (_BUDGET,),
+    ),
+    Mutant(
+        "bias_left_out_of_backward",
+        _CONTRACT,
+        "_gelu_again_bwd(dy @ proj_weight, z, fc_bias)",
+        "_gelu_again_bwd(dy @ proj_weight, z, None if fc_bias is None else fc_bias * 0)",
+        (_BUDGET,),
+        "z is without the bias",
+    ),
+    Mutant(
+        "made_again_without_the_nonlinearity",
+        _KERNEL,
+        "tl.store(y_ptr + out_offs, gelu_tile(z), mask=mask)",
+        "tl.store(y_ptr + out_offs, z, mask=mask)",
+        (_SAME,),
+    ),
+    Mutant(
+        "made_again_from_the_gradient",
+        _KERNEL,
+        "tl.store(y_ptr + out_offs, gelu_tile(z), mask=mask)",
+        "tl.store(y_ptr + out_offs, gelu_tile(dz), mask=mask)",
+        (_SAME,),
+    ),
+    Mutant(
+        "parts_for_the_op",
+        _CONTRACT,
+        "if choice is Impl.TORCH or not trained:",
+        "if True:",
+        (_SAVED,),
+        "the GELU is saved after all",
+    ),
+]

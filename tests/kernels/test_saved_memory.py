@@ -1,0 +1,58 @@
+"""What a block keeps between forward and backward, in bytes a token, counted tensor by tensor."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastgpt2.config import GPTConfig
+from fastgpt2.model import GPT
+from tests.kernels.budget import DEVICE
+
+B, T, C, H = 2, 16, 48, 4
+CONFIG = GPTConfig(n_embd=C, n_head=H, block_size=T, vocab_size=61, n_layer=1)
+
+
+def _saved(config: GPTConfig) -> int:
+    """Bytes of the activations that a training forward pass saves, each storage once."""
+    torch.manual_seed(0)
+    model = GPT(config).to(DEVICE)
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    sizes: dict[int, int] = {}
+    # alive until all are counted, so that no storage is where another was
+    kept: list[Tensor] = []
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            sizes[storage.data_ptr()] = storage.nbytes()
+            kept.append(x)
+        return x
+
+    idx = torch.randint(config.vocab_size, (B, T), device=DEVICE)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        _, loss = model(idx, targets=idx)
+    assert loss.requires_grad
+    return sum(sizes.values())
+
+
+def _bytes_a_token(impl: str, dropout: float) -> float:
+    """What one more layer adds."""
+    config = replace(CONFIG, impl=impl, dropout=dropout)
+    return (_saved(replace(config, n_layer=3)) - _saved(replace(config, n_layer=2))) / (B * T)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_layer_saves_three_quarters_of_what_pytorch_does(dropout: float) -> None:
+    # in fp32: the stream twice, two norms, qkv, attention's output, the pre-activation
+    activations = 12 * C * 4
+    lse, statistics = H * 4, 2 * 2 * 4
+    seeds = 3 * 8 / (B * T) if dropout else 0.0
+    triton = _bytes_a_token("triton", dropout)
+    assert triton == pytest.approx(activations + lse + statistics + seeds)
+    # the GELU's output too, and with dropout masks
+    torch_path = _bytes_a_token("torch", dropout)
+    assert torch_path - lse - statistics >= 16 * C * 4
+    if dropout:
+        assert triton < 0.6 * torch_path
