@@ -72,6 +72,29 @@ def quantize(x: Tensor, dtype: torch.dtype, amax: float | None = None) -> Quanti
     return Quantized(scaled.to(dtype), norm / largest)
 
 
+def _scaled_product(
+    a: Tensor,
+    b: Tensor,
+    a_inverse: Tensor,
+    b_inverse: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    fast: bool,
+) -> Tensor:
+    # which adds a bias to a short output only
+    inside = bias if out_dtype != torch.float32 else None
+    out: Tensor = torch._scaled_mm(
+        a,
+        b.t(),
+        scale_a=a_inverse,
+        scale_b=b_inverse,
+        bias=inside,
+        out_dtype=out_dtype,
+        use_fast_accum=fast,
+    )
+    return out if bias is None or inside is not None else out.add_(bias)
+
+
 @torch.library.custom_op("fastgpt2::fp8_matmul", mutates_args=())
 def _fp8_matmul(
     a: Tensor,
@@ -88,18 +111,7 @@ def _fp8_matmul(
     """
     # a product without operands is none of tensor cores
     if a.is_cuda and a.numel() > 0 and b.numel() > 0:
-        # which adds a bias to a short output only
-        inside = bias if out_dtype != torch.float32 else None
-        out: Tensor = torch._scaled_mm(
-            a,
-            b.t(),
-            scale_a=a_inverse,
-            scale_b=b_inverse,
-            bias=inside,
-            out_dtype=out_dtype,
-            use_fast_accum=fast,
-        )
-        return out if bias is None or inside is not None else out.add_(bias)
+        return _scaled_product(a, b, a_inverse, b_inverse, bias, out_dtype, fast)
     # an FP8 number is one of fp32, and so is the product of two
     sums = a.new_empty(a.shape[0], b.shape[0], dtype=torch.float32)
     sums = matmul(a.float(), b.float().t(), into=sums).mul_(a_inverse).mul_(b_inverse)
@@ -251,13 +263,12 @@ def linear_fp8(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         ValueError: weight or bias does not match, or FP8 cannot run on these (``fp8_obstacle``).
     """
     op = "linear_fp8"
-    checks.check_floating(op, "x", x)
+    checks.check_vectors(op, "x", x)
     checks.check_dim(op, "weight", weight, 2, "(F, C)")
     F_width, C = weight.shape[0], x.shape[-1]
-    checks.check_shape(op, "weight", weight, (F_width, C), f"x {tuple(x.shape)}")
-    checks.check_same_device(op, "weight", weight, x.device)
+    checks.check_operand(op, "weight", weight, (F_width, C), x)
     if bias is not None:
-        checks.check_shape(op, "bias", bias, (F_width,), f"weight {tuple(weight.shape)}")
+        checks.check_operand(op, "bias", bias, (F_width,), x)
     check_fp8(op, x, F_width, C)
     rows = x.reshape(-1, C)
     out: Tensor = _LinearFP8.apply(rows, weight, bias)  # type: ignore[no-untyped-call]
