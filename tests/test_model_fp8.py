@@ -28,7 +28,7 @@ def test_losses_and_gradients_are_near(bias: bool) -> None:
     assert plain.keys() == fp8.keys()
     for name, expected in plain.items():
         error = float((fp8[name] - expected).norm() / expected.norm())
-        assert error < 0.15, f"{name}: {error}"
+        assert error < 0.3, f"{name}: {error}"
         if name.endswith(("attn.weight", "proj.weight", "fc.weight", "wte.weight")):
             assert error > 1e-3, f"{name} was not made in FP8"
 
