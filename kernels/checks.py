@@ -67,6 +67,15 @@ def check_operand(op: str, name: str, x: Tensor, shape: tuple[int, ...], beside:
     check_same_device(op, name, x, beside.device)
 
 
+def check_layer(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> None:
+    """A linear layer's weight (F, C) and bias, (F,) or None, fit x (..., C)."""
+    name = f"{prefix}weight"
+    check_dim(op, name, weight, 2, "(F, C)")
+    check_operand(op, name, weight, (weight.shape[0], x.shape[-1]), x)
+    if bias is not None:
+        check_operand(op, f"{prefix}bias", bias, weight.shape[:1], x)
+
+
 def check_same_device(op: str, name: str, x: Tensor, device: torch.device) -> None:
     """``x`` lies on ``device``."""
     if x.device != device:

@@ -80,10 +80,7 @@ _onednn_linear.register_autograd(_backward, setup_context=_save)
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     op = "linear"
     checks.check_rows(op, "x", x)
-    checks.check_dim(op, "weight", weight, 2, "(F, C)")
-    checks.check_operand(op, "weight", weight, (weight.shape[0], x.shape[-1]), x)
-    if bias is not None:
-        checks.check_operand(op, "bias", bias, weight.shape[:1], x)
+    checks.check_layer(op, x, weight, bias)
     for name, given in (("weight", weight), ("bias", bias)):
         if given is None or given.dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
             continue

@@ -231,7 +231,7 @@ def linear_cross_entropy(
 
     Raises:
         ValueError: shapes do not match, or an option is out of its range.
-        TypeError: x or weight not floating point, targets or vocab_size not integer.
+        TypeError: x or weight not floating point, targets not integer.
         RuntimeError: in backward, a gradient of the gradient is asked for (``create_graph``).
     """
     op = "linear_cross_entropy"
