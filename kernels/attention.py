@@ -141,18 +141,19 @@ def attention(
 
     Raises:
         ValueError: a shape or device does not match; dropout_p outside [0, 1); scale not positive.
-        TypeError: qkv is not floating point; segment_ids or key_range not integer.
+        TypeError: qkv is not floating point; segment_ids, key_range, n_head or seed not integer.
     """
     op = "attention"
     checks.check_floating(op, "qkv", qkv)
     checks.check_dim(op, "qkv", qkv, 3, "(B, T, 3C)")
     B, T, three_C = qkv.shape
+    checks.check_int(op, "n_head", n_head)
     if n_head < 1 or three_C == 0 or three_C % (3 * n_head):
         raise ValueError(
             f"{op}: qkv's last dimension must be 3 * n_head * head size, got {three_C} "
             f"with n_head={n_head}"
         )
-    checks.check_dropout(op, dropout_p)
+    checks.check_dropout(op, dropout_p, seed)
     if segment_ids is not None:
         checks.check_integer(op, "segment_ids", segment_ids)
         checks.check_shape(op, "segment_ids", segment_ids, (B, T), f"qkv {tuple(qkv.shape)}")

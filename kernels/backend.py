@@ -34,12 +34,12 @@ _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _default = Impl.AUTO
 
 
-def parse_impl(impl: str) -> Impl:
-    """The ``Impl`` of that name, or a ValueError that lists the names."""
+def parse_impl(impl: str, op: str = "use_impl") -> Impl:
+    """The ``Impl`` of that name, or a ValueError that lists the names, in the name of ``op``."""
     try:
         return Impl(impl)
     except ValueError:
-        raise ValueError(f"impl must be one of {', '.join(Impl)}, got {impl!r}") from None
+        raise ValueError(f"{op}: impl must be one of {', '.join(Impl)}, got {impl!r}") from None
 
 
 @contextmanager
@@ -96,7 +96,7 @@ def resolve(
         ValueError: ``impl`` is no implementation's name.
         RuntimeError: ``triton`` was asked for by name and cannot run here; says why.
     """
-    choice = parse_impl(impl)
+    choice = parse_impl(impl, op)
     if choice is Impl.AUTO:
         choice = _default
     if choice is Impl.AUTO:

@@ -85,6 +85,7 @@ def check_loss_options(
     """Validate what both losses share; returns the number of true vocabulary columns."""
     if vocab_size is None:
         vocab_size = columns
+    checks.check_int(op, "vocab_size", vocab_size)
     if not 1 <= vocab_size <= columns:
         raise ValueError(f"{op}: vocab_size must be in [1, {columns}], got {vocab_size}")
     if not 0.0 <= label_smoothing < 1.0:
@@ -123,7 +124,7 @@ def cross_entropy(
 
     Raises:
         ValueError: shapes do not match, or an option is out of its range.
-        TypeError: logits not floating point, targets not integer.
+        TypeError: logits not floating point, targets or vocab_size not integer.
     """
     op = "cross_entropy"
     checks.check_vectors(op, "logits", logits)

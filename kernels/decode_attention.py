@@ -73,7 +73,7 @@ def decode_attention(
         TypeError: q is not floating point, a cache not of its dtype, or lengths not integer.
     """
     op = "decode_attention"
-    checks.check_floating(op, "q", q)
+    checks.check_vectors(op, "q", q)
     checks.check_dim(op, "q", q, 3, "(B, H, D)")
     checks.check_dim(op, "k_cache", k_cache, 4, "(B, H, S, D)")
     B, H, D = q.shape

@@ -73,6 +73,8 @@ def _backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _add_gradients(ctx: Any, dx: Tensor, dwte: Tensor) -> tuple[Tensor | None, ...]:
+    # the sums are added in place, which autograd does not see
+    checks.check_first_order("embedding")
     shape, dtype = ctx.tables[1]
     dwpe = dx.new_zeros(shape, dtype=dtype)
     _embedding_bwd(dx, *ctx.saved_tensors, ctx.dropout_p, dwte, dwpe)
@@ -148,7 +150,7 @@ def embedding(
 
     Raises:
         ValueError: a shape does not match; more tokens than positions; dropout_p outside [0, 1).
-        TypeError: idx or positions is no integer tensor.
+        TypeError: idx, positions or seed is no integer tensor; wte, wpe or dtype no floating one.
     """
     return _embed("embedding", idx, wte, wpe, positions, dropout_p, seed, dtype, impl, False)[0]
 
@@ -196,14 +198,16 @@ def _embed(
 ) -> tuple[Tensor, Tensor]:
     checks.check_integer(op, "idx", idx)
     checks.check_dim(op, "idx", idx, 2, "(B, T)")
-    checks.check_floating(op, "wte", wte)
+    checks.check_vectors(op, "wte", wte)
     checks.check_dim(op, "wte", wte, 2, "(V, C)")
+    if wte.shape[0] == 0:
+        raise ValueError(f"{op}: wte must have a row or more, got shape {tuple(wte.shape)}")
     checks.check_floating(op, "wpe", wpe)
     checks.check_dim(op, "wpe", wpe, 2, "(T_max, C)")
     checks.check_shape(op, "wpe", wpe, (wpe.shape[0], wte.shape[1]), f"wte {tuple(wte.shape)}")
     for name, x in (("idx", idx), ("wpe", wpe)):
         checks.check_same_device(op, name, x, wte.device)
-    checks.check_dropout(op, dropout_p)
+    checks.check_dropout(op, dropout_p, seed)
     T = idx.shape[1]
     if positions is None:
         if wpe.shape[0] < T:
@@ -214,6 +218,8 @@ def _embed(
         checks.check_shape(op, "positions", positions, expected, f"idx {tuple(idx.shape)}")
         checks.check_same_device(op, "positions", positions, idx.device)
     dtype = wte.dtype if dtype is None else dtype
+    if not dtype.is_floating_point:
+        raise TypeError(f"{op}: dtype must be floating point, got {dtype}")
     places = torch.arange(T, device=idx.device) if positions is None else positions
     match resolve(op, impl, wte):
         case Impl.REFERENCE:

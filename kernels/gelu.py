@@ -83,10 +83,10 @@ def bias_gelu(x: Tensor, bias: Tensor, *, impl: str = "auto") -> Tensor:
         impl: ``auto``, ``triton``, ``torch`` or ``reference``.
 
     Raises:
-        TypeError: x is no floating-point tensor.
-        ValueError: bias does not match x's last dimension.
+        TypeError: x or bias is no floating-point tensor.
+        ValueError: bias does not match x's last dimension or device.
     """
-    checks.check_floating("bias_gelu", "x", x)
+    checks.check_rows("bias_gelu", "x", x)
     checks.check_operand("bias_gelu", "bias", bias, x.shape[-1:], x)
     match resolve("bias_gelu", impl, x):
         case Impl.REFERENCE:

@@ -158,8 +158,8 @@ def layer_norm(
         impl: ``auto``, ``triton``, ``torch`` or ``reference``.
 
     Raises:
-        ValueError: a shape does not match x's; eps is not positive.
-        TypeError: x is no floating-point tensor.
+        ValueError: a shape or device does not match x's; eps is not positive.
+        TypeError: a tensor is not floating point.
     """
     _check_affine("layer_norm", x, weight, bias, eps)
     match resolve("layer_norm", impl, x):
@@ -204,15 +204,15 @@ def add_layer_norm(
         impl: ``auto``, ``triton``, ``torch`` or ``reference``.
 
     Raises:
-        ValueError: a shape does not match; dropout_p outside [0, 1); eps not positive.
-        TypeError: x or branch is no floating-point tensor.
+        ValueError: a shape or device does not match; dropout_p outside [0, 1); eps not positive.
+        TypeError: a tensor is not floating point; seed is no integer.
     """
     op = "add_layer_norm"
     _check_affine(op, x, weight, bias, eps)
     checks.check_operand(op, "branch", branch, x.shape, x)
     if branch_bias is not None:
         checks.check_operand(op, "branch_bias", branch_bias, x.shape[-1:], x)
-    checks.check_dropout(op, dropout_p)
+    checks.check_dropout(op, dropout_p, seed)
     match resolve(op, impl, x):
         case Impl.REFERENCE:
             key = philox.as_seed(seed, x.device) if dropout_p > 0 else None

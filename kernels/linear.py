@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastgpt2.kernels import checks
+
 
 def _leaves_wide_registers_idle(info: Path = Path("/proc/cpuinfo")) -> bool:
     """Whether MKL does so on this processor: one of AMD's with AVX-512.
@@ -75,6 +77,16 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 _onednn_linear.register_autograd(_backward, setup_context=_save)
 
 
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    op = "linear"
+    checks.check_rows(op, "x", x)
+    checks.check_layer(op, x, weight, bias)
+    for name, given in (("weight", weight), ("bias", bias)):
+        if given is None or given.dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
+            continue
+        raise TypeError(f"{op}: {name} must be {x.dtype} like x, got {given.dtype}")
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias, as ``torch.nn.functional.linear``, by the faster library.
 
@@ -84,8 +96,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         bias: (F,) or None, in x's dtype.
 
     Returns:
-        (..., F), accumulated in fp32 or wider.
+        (..., F), accumulated in fp32 or wider; zeros, or the bias, where C is 0.
+
+    Raises:
+        TypeError: an argument is no floating-point tensor, or not of x's dtype (under autocast,
+            which has a dtype of its own, it may be).
+        ValueError: weight or bias does not match x's shape or device.
     """
+    _check(x, weight, bias)
     if not _takes_onednn(x, weight):
         return F.linear(x, weight, bias)
     tensors = (x, weight) if bias is None else (x, weight, bias)

@@ -211,11 +211,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _backward(ctx: Any, dloss: Tensor, *_unused: Tensor) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "linear_cross_entropy: its gradient was made in the forward pass and has none of its "
-            "own (create_graph=True)"
-        )
+    # made in the forward pass, whose graph is not known here
+    checks.check_first_order("linear_cross_entropy")
     dx, dweight, count = ctx.saved_tensors
     scale = dloss / count
     dx_wanted, dweight_wanted = ctx.wanted

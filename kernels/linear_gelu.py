@@ -90,10 +90,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, impl: str = "
     """
     op = "linear_gelu"
     checks.check_vectors(op, "x", x)
-    checks.check_dim(op, "weight", weight, 2, "(F, C)")
-    checks.check_operand(op, "weight", weight, (weight.shape[0], x.shape[-1]), x)
-    if bias is not None:
-        checks.check_operand(op, "bias", bias, weight.shape[:1], x)
+    checks.check_layer(op, x, weight, bias)
     weight = weight.to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
     match resolve(op, impl, x):

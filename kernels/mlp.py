@@ -99,13 +99,11 @@ def mlp(
     """
     op = "mlp"
     checks.check_vectors(op, "x", x)
-    checks.check_dim(op, "fc_weight", fc_weight, 2, "(F, C)")
-    F = fc_weight.shape[0]
-    checks.check_operand(op, "fc_weight", fc_weight, (F, x.shape[-1]), x)
+    checks.check_layer(op, x, fc_weight, fc_bias, "fc_")
     checks.check_dim(op, "proj_weight", proj_weight, 2, "(C', F)")
-    checks.check_operand(op, "proj_weight", proj_weight, (proj_weight.shape[0], F), x)
+    expected = (proj_weight.shape[0], fc_weight.shape[0])
+    checks.check_operand(op, "proj_weight", proj_weight, expected, x)
     if fc_bias is not None:
-        checks.check_operand(op, "fc_bias", fc_bias, (F,), x)
         fc_bias = fc_bias.to(x.dtype).contiguous()
     fc_weight, proj_weight = fc_weight.to(x.dtype), proj_weight.to(x.dtype)
     choice = resolve(op, impl, x)

@@ -336,7 +336,7 @@ def test_captured_in_a_cuda_graph(full: bool) -> None:
         ({"n_head": 0}, ValueError, "got 48 with n_head=0"),
         ({"qkv": torch.ones(2, 6, 0)}, ValueError, "got 0 with n_head=2"),
         ({"dropout_p": 1.0}, ValueError, r"dropout_p must be in \[0, 1\), got 1.0"),
-        ({"scale": 0.0}, ValueError, "scale must be positive, got 0.0"),
+        ({"scale": 0.0}, ValueError, "scale must be positive and finite, got 0.0"),
         ({"segment_ids": torch.ones(2, 6)}, TypeError, "segment_ids must be int64 or int32"),
         ({"segment_ids": torch.ones(2, 5).int()}, ValueError, r"shape \(2, 6\) to match qkv"),
         ({"key_range": torch.ones(2, 2)}, TypeError, "key_range must be int64 or int32"),

@@ -241,7 +241,7 @@ def test_a_captured_graph_follows_the_lengths(full: bool) -> None:
         ({"k_cache": torch.ones(2, 3, 5, 8, device="meta")}, ValueError, "k_cache must be on cpu"),
         ({"lengths": torch.ones(2)}, TypeError, "lengths must be int64 or int32"),
         ({"lengths": torch.ones(3).int()}, ValueError, r"lengths must have shape \(2,\)"),
-        ({"scale": -1.0}, ValueError, r"scale must be positive, got -1\.0"),
+        ({"scale": -1.0}, ValueError, "scale must be positive and finite, got -1.0"),
         ({"impl": "paged"}, ValueError, "impl must be one of auto, triton, torch, reference"),
     ],
 )

@@ -325,7 +325,7 @@ def test_captured_in_a_cuda_graph(full: bool) -> None:
         ({"branch_bias": torch.ones(8, device="meta")}, ValueError, "branch_bias must be on cpu"),
         ({"branch": torch.ones(2, 8, device="meta")}, ValueError, "branch must be on cpu"),
         ({"weight": torch.ones(8, device="meta")}, ValueError, "weight must be on cpu, got meta"),
-        ({"eps": 0.0}, ValueError, "eps must be positive, got 0.0"),
+        ({"eps": 0.0}, ValueError, "eps must be positive and finite, got 0.0"),
         ({"dropout_p": 1.0}, ValueError, r"dropout_p must be in \[0, 1\), got 1.0"),
         ({"impl": "cuda"}, ValueError, "impl must be one of auto, triton, torch, reference"),
     ],
