@@ -264,11 +264,8 @@ def linear_fp8(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     op = "linear_fp8"
     checks.check_vectors(op, "x", x)
-    checks.check_dim(op, "weight", weight, 2, "(F, C)")
-    F_width, C = weight.shape[0], x.shape[-1]
-    checks.check_operand(op, "weight", weight, (F_width, C), x)
-    if bias is not None:
-        checks.check_operand(op, "bias", bias, (F_width,), x)
+    checks.check_layer(op, x, weight, bias)
+    F_width, C = weight.shape
     check_fp8(op, x, F_width, C)
     rows = x.reshape(-1, C)
     out: Tensor = _LinearFP8.apply(rows, weight, bias)  # type: ignore[no-untyped-call]
