@@ -6,6 +6,8 @@ from typing import Any, Self
 
 from fastgpt2.errors import UserError
 
+# fastgpt2.kernels.linear_fp8 wants widths that are multiples of it
+FP8_MULTIPLE = 16
 IMPLS = ("auto", "triton", "torch", "reference")
 
 GPT2_VOCAB = 50257
@@ -30,7 +32,8 @@ class GPTConfig:
     own, and that of the presets, is 50257). ``dropout`` is the rate of all three dropouts of GPT-2;
     ``attn_dropout``, ``embd_dropout`` and ``resid_dropout`` override it one by one. ``impl``
     chooses the kernels (see ``fastgpt2.kernels.use_impl``), ``fp32_residual`` keeps the residual
-    stream in fp32 when the model computes in bf16 or fp16 (default: compute dtype).
+    stream in fp32 when the model computes in bf16 or fp16 (default: compute dtype), ``fp8`` makes
+    the products of the linear layers and the head in FP8 while the model is in training mode.
 
     Raises:
         UserError: a field is out of its range, with its name, its value and what was expected.
@@ -48,6 +51,7 @@ class GPTConfig:
     resid_dropout: float | None = None
     impl: str = "auto"
     fp32_residual: bool = False
+    fp8: bool = False
 
     def __post_init__(self) -> None:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
@@ -65,13 +69,19 @@ class GPTConfig:
                 continue
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
                 raise UserError(f"GPTConfig: {name} must be in [0, 1), got {value!r}")
-        for name in ("bias", "fp32_residual"):
+        for name in ("bias", "fp32_residual", "fp8"):
             if not isinstance(getattr(self, name), bool):
                 raise UserError(
                     f"GPTConfig: {name} must be True or False, got {getattr(self, name)!r}"
                 )
         if self.impl not in IMPLS:
             raise UserError(f"GPTConfig: impl must be one of {', '.join(IMPLS)}, got {self.impl!r}")
+        if self.fp8 and self.n_embd % FP8_MULTIPLE:
+            raise UserError(
+                f"GPTConfig: fp8 wants n_embd to be a multiple of {FP8_MULTIPLE}, got {self.n_embd}"
+            )
+        if self.fp8 and self.impl == "reference":
+            raise UserError("GPTConfig: fp8 has no reference implementation")
 
     @property
     def head_size(self) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastgpt2.errors import UserError
 from fastgpt2.kernels import explain
 from fastgpt2.kernels.gpus import PEAK_TFLOPS
+from fastgpt2.kernels.linear_fp8 import fp8_obstacle
 
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 DEVICE_TYPES = ("cpu", "cuda", "mps", "xpu")
@@ -45,16 +46,24 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
-def resolve_kernels(device: torch.device, dtype: torch.dtype, impl: str) -> str:
+def resolve_kernels(
+    device: torch.device, dtype: torch.dtype, impl: str, *, fp8: bool = False
+) -> str:
     """One line: which kernels will run, and why.
 
     Raises:
-        UserError: ``impl`` was asked for by name and cannot run there.
+        UserError: ``impl`` was asked for by name and cannot run there, or FP8 cannot.
     """
     try:
-        return explain(device, dtype, impl)
+        line = explain(device, dtype, impl)
     except RuntimeError as error:
         raise UserError(str(error)) from None
+    if not fp8:
+        return line
+    obstacle = fp8_obstacle(device, dtype)
+    if obstacle is not None:
+        raise UserError(f"--fp8: {obstacle}")
+    return f"{line}; FP8{'' if device.type == 'cuda' else ', emulated and slow'}"
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast | nullcontext[None]:

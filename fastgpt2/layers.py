@@ -15,9 +15,12 @@ from fastgpt2.config import GPTConfig
 from fastgpt2.kernels import (
     add_layer_norm,
     attention,
+    bias_gelu,
     decode_attention,
+    gelu,
     layer_norm,
     linear,
+    linear_fp8,
     mlp,
 )
 
@@ -34,18 +37,32 @@ class Branch(NamedTuple):
 
 
 class Linear(nn.Linear):
-    """y = x W^T + b, with W and b taken in x's dtype."""
+    """y = x W^T + b, with W and b taken in x's dtype; in FP8 where training asks for it."""
+
+    def __init__(self, C: int, F: int, *, bias: bool, fp8: bool = False) -> None:
+        super().__init__(C, F, bias=bias)
+        self.fp8 = fp8
+
+    @property
+    def in_fp8(self) -> bool:
+        """Whether the next product is."""
+        return self.fp8 and self.training
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x W^T + ``bias``, which may be left for a later pass."""
+        if self.in_fp8:
+            return linear_fp8(x, self.weight, bias)
+        return linear(x, self.weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return linear(x, self.weight.to(x.dtype), bias)
+        return self.product(x, self.bias)
 
 
 class ResidualProjection(Linear):
     """A linear layer that ends a branch: its bias is added with the branch, not here."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight.to(x.dtype))
+        return self.product(x, None)
 
 
 class LayerNorm(nn.Module):
@@ -83,8 +100,9 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         self.dropout_p = config.attn_p
         self.impl = config.impl
-        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = ResidualProjection(config.n_embd, config.n_embd, bias=config.bias)
+        C, options = config.n_embd, {"bias": config.bias, "fp8": config.fp8}
+        self.c_attn = Linear(C, 3 * C, **options)
+        self.c_proj = ResidualProjection(C, C, **options)
 
     def forward(self, x: Tensor, cache: LayerCache | None = None) -> Branch:
         """(B, T, C) -> the branch (B, T, C); with a cache, T = 1 once it holds a prompt."""
@@ -113,13 +131,20 @@ class MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.impl = config.impl
-        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = ResidualProjection(4 * config.n_embd, config.n_embd, bias=config.bias)
+        C, options = config.n_embd, {"bias": config.bias, "fp8": config.fp8}
+        self.c_fc = Linear(C, 4 * C, **options)
+        self.c_proj = ResidualProjection(4 * C, C, **options)
 
     def forward(self, x: Tensor) -> Branch:
         """(B, T, C) -> the branch (B, T, C)."""
+        if self.c_fc.in_fp8:
+            return Branch(self.c_proj(self._hidden_fp8(x)), self.c_proj.bias)
         weights = (self.c_fc.weight, self.c_fc.bias, self.c_proj.weight)
         return Branch(mlp(x, *weights, impl=self.impl), self.c_proj.bias)
+
+    def _hidden_fp8(self, x: Tensor) -> Tensor:
+        z, bias = self.c_fc.product(x, None), self.c_fc.bias
+        return gelu(z, impl=self.impl) if bias is None else bias_gelu(z, bias, impl=self.impl)
 
 
 class Block(nn.Module):

@@ -128,6 +128,7 @@ class GPT(nn.Module):
                     tied_head if self._is_tied else self.lm_head.weight,
                     targets,
                     vocab_size=self.config.vocab_size,
+                    fp8=self.config.fp8 and self.training,
                     impl=self.config.impl,
                 )
             return None, loss

@@ -13,6 +13,7 @@ from fastgpt2.kernels.gelu import bias_gelu, gelu
 from fastgpt2.kernels.layer_norm import add_layer_norm, layer_norm
 from fastgpt2.kernels.linear import linear
 from fastgpt2.kernels.linear_cross_entropy import linear_cross_entropy
+from fastgpt2.kernels.linear_fp8 import linear_fp8
 from fastgpt2.kernels.linear_gelu import linear_gelu
 from fastgpt2.kernels.mlp import mlp
 
@@ -29,6 +30,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "linear_fp8",
     "linear_gelu",
     "mlp",
     "tied_embedding",

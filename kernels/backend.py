@@ -57,12 +57,13 @@ def use_impl(impl: str) -> Iterator[None]:
         _default = previous
 
 
-def _capability(index: int) -> tuple[int, int]:
+def capability(index: int) -> tuple[int, int]:
+    """Compute capability of the CUDA device ``index``; a constant to the compiler."""
     return torch.cuda.get_device_capability(index)
 
 
 # what torch.compiler.assume_constant_result does, without importing Dynamo, and Triton with it
-_capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
+capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _triton_obstacle(x: Tensor) -> str | None:
@@ -75,7 +76,7 @@ def _triton_obstacle(x: Tensor) -> str | None:
         return None
     if not x.is_cuda:
         return f"the tensor is on {x.device.type} (set TRITON_INTERPRET=1 to interpret the kernels)"
-    if torch.version.hip is None and _capability(x.device.index or 0) < _OLDEST_CAPABILITY:
+    if torch.version.hip is None and capability(x.device.index or 0) < _OLDEST_CAPABILITY:
         return "the GPU is older than compute capability 8.0"
     return None
 

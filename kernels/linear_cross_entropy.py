@@ -14,6 +14,7 @@ from fastgpt2.kernels import checks, reference
 from fastgpt2.kernels.backend import Impl, resolve
 from fastgpt2.kernels.cross_entropy import check_loss_options, kept_count
 from fastgpt2.kernels.linear import matmul
+from fastgpt2.kernels.linear_fp8 import HeadFP8, check_fp8
 
 # logits of one chunk, in the compute dtype: 2 GiB, 21 thousand rows of GPT-2's in bf16, keep the
 # matrix products at full speed and leave most of a GPU's memory free; a CPU has less of both
@@ -100,6 +101,31 @@ def _dweight_dtype(x: Tensor, V: int, triton: bool) -> torch.dtype:
     return _wide(x.dtype) if summed else x.dtype
 
 
+class _Head:
+    """The head's products with x (N, C) in x's dtype, the logits in one buffer of some rows."""
+
+    def __init__(self, x: Tensor, weight: Tensor, size: int) -> None:
+        self.x, self.weight = x, weight.to(x.dtype)
+        self.buffer = x.new_empty(size, weight.shape[0])
+
+    def logits(self, rows: slice) -> Tensor:
+        """(rows, V)."""
+        into = self.buffer[: rows.stop - rows.start]
+        return matmul(self.x[rows], self.weight.t(), into=into)
+
+    def gradient(self, dlogits: Tensor) -> Tensor:
+        """What the two methods below are given."""
+        return dlogits
+
+    def dx(self, dlogits: Tensor) -> Tensor:
+        """(rows, C)."""
+        return matmul(dlogits, self.weight)
+
+    def dweight(self, dlogits: Tensor, rows: slice, dtype: torch.dtype) -> Tensor:
+        """(V, C), the share of these rows."""
+        return _product(dlogits.t(), self.x[rows], dtype)
+
+
 @torch.library.custom_op("fastgpt2::linear_cross_entropy_fwd", mutates_args=())
 def _linear_cross_entropy_fwd(
     x: Tensor,
@@ -112,6 +138,7 @@ def _linear_cross_entropy_fwd(
     dx_wanted: bool,
     dweight_wanted: bool,
     triton: bool,
+    fp8: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, dx * count, dweight * count, count): fp32, but dx and maybe dweight in x's dtype.
 
@@ -123,24 +150,26 @@ def _linear_cross_entropy_fwd(
     wide = _wide(x.dtype)
     row_losses = _triton_losses if triton else _torch_losses
     options = (ignore_index, vocab_size, label_smoothing, z_loss)
-    head = weight.to(x.dtype)
     losses = x.new_empty(N, dtype=wide)
     dx = x.new_empty(N, C) if dx_wanted else x.new_empty(0)
     dweight: Tensor | None = None
     dweight_dtype = _dweight_dtype(x, V, triton)
     size = _chunk_rows(N, V, x.dtype, triton)
-    buffer = x.new_empty(size, V)
+    # without a z-loss, a row's gradient is a difference of two distributions
+    amax = 1.0 if z_loss == 0 else None
+    head = HeadFP8(x, weight, amax) if fp8 else _Head(x, weight, size)
     for start in range(0, N, size):
         rows = slice(start, min(start + size, N))
-        logits = matmul(x[rows], head.t(), into=buffer[: rows.stop - start])
+        logits = head.logits(rows)
         losses[rows] = row_losses(logits, targets[rows], options, dx_wanted or dweight_wanted)
+        dlogits: Any = head.gradient(logits) if dx_wanted or dweight_wanted else None
         if dx_wanted:
-            dx[rows] = matmul(logits, head)
+            dx[rows] = head.dx(dlogits)
         if rows.stop == N:
             # a copy of the weight is in the way of its gradient, where memory is at its fullest
-            del head
+            del head.weight
         if dweight_wanted:
-            product = _product(logits.t(), x[rows], dweight_dtype)
+            product = head.dweight(dlogits, rows, dweight_dtype)
             dweight = product if dweight is None else dweight.add_(product)
     if dweight is None:
         dweight = weight.new_zeros((V, C) if dweight_wanted else (0,), dtype=dweight_dtype)
@@ -160,6 +189,7 @@ def _(
     dx_wanted: bool,
     dweight_wanted: bool,
     triton: bool,
+    fp8: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wide = _wide(x.dtype)
     return (
@@ -192,7 +222,7 @@ def _backward(ctx: Any, dloss: Tensor, *_unused: Tensor) -> tuple[Tensor | None,
         dweight.to(scale.dtype, copy=True).mul_(scale).to(ctx.weight_dtype)
         if dweight_wanted
         else None,
-        *(None,) * 8,
+        *(None,) * 9,
     )
 
 
@@ -208,6 +238,7 @@ def linear_cross_entropy(
     vocab_size: int | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    fp8: bool = False,
     impl: str = "auto",
 ) -> Tensor:
     """cross_entropy(x @ weight.T, targets), never holding the full logits in fp32.
@@ -224,13 +255,14 @@ def linear_cross_entropy(
         vocab_size: V, number of true rows; None is all of them.
         label_smoothing: s in [0, 1).
         z_loss: weight of lse^2, 0 or more.
+        fp8: the three products in FP8, as those of ``linear_fp8``; C a multiple of 16.
         impl: ``auto``, ``triton``, ``torch`` or ``reference``.
 
     Returns:
         The scalar mean in fp32 (fp64 for fp64 inputs).
 
     Raises:
-        ValueError: shapes do not match, or an option is out of its range.
+        ValueError: shapes do not match, an option is out of its range, or FP8 cannot run.
         TypeError: x or weight not floating point, targets not integer.
         RuntimeError: in backward, a gradient of the gradient is asked for (``create_graph``).
     """
@@ -245,10 +277,14 @@ def linear_cross_entropy(
     rows, flat = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
     options = (ignore_index, vocab_size, label_smoothing, z_loss)
     choice = resolve(op, impl, x)
+    if fp8:
+        check_fp8(op, x, x.shape[-1])
     if choice is Impl.REFERENCE:
+        if fp8:
+            raise ValueError(f"{op}: fp8 has no reference implementation")
         return reference.linear_cross_entropy(rows, weight.to(x.dtype), flat, *options)
     wanted = [torch.is_grad_enabled() and t.requires_grad for t in (x, weight)]
     loss: Tensor = _linear_cross_entropy_fwd(
-        rows, weight, flat.contiguous(), *options, *wanted, choice is Impl.TRITON
+        rows, weight, flat.contiguous(), *options, *wanted, choice is Impl.TRITON, fp8
     )[0]
     return loss

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -160,6 +161,13 @@ def expectation(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
     }
 
 
+def other_compiler(recorded: str, current: str) -> str | None:
+    """Why binaries of the current Triton do not compare with the recorded one's, if they do not."""
+    if recorded.split(".")[:2] == current.split(".")[:2]:
+        return None
+    return f"the expectation is of Triton {recorded}, and this is {current}"
+
+
 def violations(rows: Sequence[Row], expected: dict[str, dict[str, Any]]) -> list[str]:
     """One line for each way in which a row is worse than expected or cannot run at all."""
     found = []
@@ -200,8 +208,7 @@ def _format_row(row: Row, gpu: GPU) -> str:
 
 def render(rows: Sequence[Row], gpus: dict[str, GPU]) -> str:
     """The report as Markdown; ``gpus`` names the product whose roofline stands for each arch."""
-    from fastgpt2.kernels.jit.compile import TRITON_VERSION
-
+    compiler = metadata.version("triton")
     used = [gpus[arch] for arch in ARCHITECTURES if any(row.arch == arch for row in rows)]
     products = "; ".join(
         f"{gpu.arch}: {gpu.name}, {gpu.tflops:g} TFLOP/s, {gpu.bandwidth:g} TB/s" for gpu in used
@@ -210,7 +217,7 @@ def render(rows: Sequence[Row], gpus: dict[str, GPU]) -> str:
         "# What the kernels need",
         "",
         "Written by `python -m fastgpt2.kernels.report`. Nothing here was executed: the numbers",
-        f"are read from binaries that Triton {TRITON_VERSION} and its ptxas built without a GPU.",
+        f"are read from binaries that Triton {compiler} and its ptxas built without a GPU.",
         "Registers and spill bytes are per thread, shared memory is bytes per block; occupancy is",
         "estimated from them. The roofline is the least time in microseconds at the shape stated",
         f"with each kernel, by data-sheet peaks ({products}).",
@@ -247,11 +254,14 @@ def _body(options: argparse.Namespace) -> int:
         gpu = GPUS[options.gpu]
         gpus[gpu.arch] = gpu
         archs = options.arch or [gpu.arch]
+    current = metadata.version("triton")
+    recorded = json.loads(EXPECTATION.read_text(encoding="utf-8"))
+    if options.check and (said := other_compiler(recorded["triton"], current)):
+        raise UserError(f"--check: {said}; record it with --update")
     rows = measure(kernel_modules(), archs, options.jobs)
     whole = set(archs) == set(ARCHITECTURES)
     if options.check:
-        expected = json.loads(EXPECTATION.read_text(encoding="utf-8"))
-        found = violations(rows, expected)
+        found = violations(rows, recorded["kernels"])
         print("\n".join([*found, f"{len(rows)} kernels checked, {len(found)} worse than expected"]))
         return 1 if found else 0
     print(render(rows, gpus))
@@ -260,7 +270,8 @@ def _body(options: argparse.Namespace) -> int:
     if options.update:
         if not whole:
             raise UserError("--update records the whole matrix: leave out --arch and --gpu")
-        write_text(EXPECTATION, json.dumps(expectation(rows), indent=1) + "\n")
+        record = {"triton": current, "kernels": expectation(rows)}
+        write_text(EXPECTATION, json.dumps(record, indent=1) + "\n")
     return 1 if any(row.error for row in rows) else 0
 
 

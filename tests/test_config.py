@@ -27,6 +27,12 @@ from fastgpt2.model import GPT
         ({"embd_dropout": float("nan")}, "GPTConfig: embd_dropout must be in [0, 1), got nan"),
         ({"bias": 1}, "GPTConfig: bias must be True or False, got 1"),
         ({"fp32_residual": "no"}, "GPTConfig: fp32_residual must be True or False, got 'no'"),
+        ({"fp8": 1}, "GPTConfig: fp8 must be True or False, got 1"),
+        (
+            {"fp8": True, "n_embd": 40, "n_head": 2},
+            "GPTConfig: fp8 wants n_embd to be a multiple of 16, got 40",
+        ),
+        ({"fp8": True, "impl": "reference"}, "GPTConfig: fp8 has no reference implementation"),
         (
             {"impl": "cuda"},
             "GPTConfig: impl must be one of auto, triton, torch, reference, got 'cuda'",

@@ -78,6 +78,11 @@ class TrainConfig:
     device: str = _option("auto", "auto, cpu, cuda, cuda:1, ...")
     impl: str = _option("auto", "implementation of the kernels", choices=IMPLS)
     fp32_residual: bool = _option(False, "keep the residual stream in fp32")
+    fp8: bool = _option(
+        False,
+        "linear layers and head in FP8 while training: a GPU with FP8 (Ada, Hopper or later), "
+        "bf16, widths that are multiples of 16; a CPU emulates it, slowly",
+    )
     compile: bool = _option(False, "torch.compile the forward and backward pass")
     seed: int = _option(1337, "of initialisation, data order and dropout")
     log_every: int = _option(10, "steps between records in metrics.jsonl")
@@ -126,6 +131,7 @@ class TrainConfig:
             resid_dropout=self.resid_dropout,
             impl=self.impl,
             fp32_residual=self.fp32_residual,
+            fp8=self.fp8,
             **{name: value for name, value in shape.items() if value is not None},
         )
 

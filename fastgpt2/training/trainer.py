@@ -73,7 +73,7 @@ class Trainer:
         self.config, self.run_folder, self.notify = config, run, notify
         self.device = resolve_device(config.device)
         self.dtype = resolve_dtype(config.dtype, self.device)
-        self.kernels = resolve_kernels(self.device, self.dtype, config.impl)
+        self.kernels = resolve_kernels(self.device, self.dtype, config.impl, fp8=config.fp8)
         torch.set_float32_matmul_precision("high")
         folder = checkpoint.latest(run) if resume else None
         self.dataset = build_dataset(

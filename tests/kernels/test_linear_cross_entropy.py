@@ -272,7 +272,7 @@ def test_more_logits_than_int32_counts(full: bool, monkeypatch: pytest.MonkeyPat
 def test_opcheck(impl: str) -> None:
     inputs = _inputs(5, 24, 40, 33, torch.float32)
     x, weight = (inputs[n].requires_grad_() for n in ("x", "weight"))
-    flags = (True, True, impl == "triton")
+    flags = (True, True, impl == "triton", False)
     arguments = (x, weight, inputs["targets"], IGNORE, 33, 0.1, 1e-2, *flags)
     torch.library.opcheck(op_module._linear_cross_entropy_fwd, arguments)
 

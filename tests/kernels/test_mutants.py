@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernels.mutants import Mutant, StaleMutant, mutate
+from tests.kernels.mutants import Mutant, StaleMutant, mutate, run
 from tests.kernels.mutants.run import judge_all, load_mutants, sample
 
 TEST = "tests/test_double.py::test_double"
@@ -35,6 +35,7 @@ def test_killed_survived_and_broken(tree: Path) -> None:
     verdicts = judge_all({"double": mutants}, 2, tree)
     outcomes = {verdict.name: verdict.outcome for verdict in verdicts}
     assert outcomes["wrong"] == "killed"
+    assert f"by {TEST}" in {verdict.detail for verdict in verdicts}
     assert outcomes["harmless"] == "SURVIVED"
     # the unmutated run asks for the missing test, too
     assert outcomes["no_such_test"] == outcomes["(unmutated)"] == "ERROR"
@@ -70,9 +71,30 @@ def test_committed_lists_are_fresh_and_name_tests_that_exist() -> None:
                 assert found, f"{mutant.name}: {test}"
 
 
-def test_unknown_op_is_refused() -> None:
-    with pytest.raises(StaleMutant, match="no mutants for no_such_op"):
-        load_mutants(["no_such_op"])
+def test_unknown_op_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main(["--op", "no_such_op"]) == 2
+    assert capsys.readouterr().err.startswith("error: no mutants for no_such_op; there are ")
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "code"),
+    [
+        (["passes", "killed"], 0),
+        (["passes", "killed", "SURVIVED"], 1),
+        (["passes", "SURVIVED", "ERROR"], 2),
+    ],
+)
+def test_exit_codes(
+    outcomes: list[str],
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    verdicts = [run.Verdict("gelu", outcome, outcome) for outcome in outcomes]
+    monkeypatch.setattr(run, "judge_all", lambda *arguments: verdicts)
+    assert run.main(["--op", "gelu"]) == code
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(outcomes) + 1
 
 
 def test_sample_spreads_over_the_list() -> None:

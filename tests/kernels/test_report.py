@@ -5,10 +5,12 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import metadata
 from typing import Any
 
 import pytest
 
+from fastgpt2.kernels import report
 from fastgpt2.kernels.gpus import GPUS, occupancy
 from fastgpt2.kernels.report import Row, expectation, render, violations
 
@@ -111,7 +113,20 @@ def test_interpreting_is_refused() -> None:
     assert "TRITON_INTERPRET=1" in done.stderr
 
 
+def test_another_compiler_is_no_measure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert report.other_compiler("3.7.1", "3.7.4") is None
+    monkeypatch.setattr(metadata, "version", lambda name: "3.6.0")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert report.main(["--check"]) == 2
+    assert "the expectation is of Triton 3.7.1, and this is 3.6.0" in capsys.readouterr().err
+
+
 def test_committed_kernels_are_as_expected() -> None:
     """Every kernel and configuration on the tuned-for architecture; CI runs the whole matrix."""
+    recorded = json.loads(report.EXPECTATION.read_text(encoding="utf-8"))["triton"]
+    if said := report.other_compiler(recorded, metadata.version("triton")):
+        pytest.skip(said)
     done = _run("-m", "fastgpt2.kernels.report", "--check", "--arch", "sm_90")
     assert done.returncode == 0, done.stdout + done.stderr

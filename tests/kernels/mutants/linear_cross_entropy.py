@@ -41,11 +41,9 @@ MUTANTS = [
     Mutant(
         "gradients_of_the_mean_in_forward",
         _CONTRACT,
-        "        if dx_wanted:\n            dx[rows] = matmul(logits, head)\n",
-        "        logits /= kept_count(targets, ignore_index, x.dtype)\n"
-        "        if dx_wanted:\n"
-        "            dx[rows] = matmul(logits, head)\n"
-        "            dx[rows] *= kept_count(targets, ignore_index, x.dtype)\n",
+        "            dx[rows] = head.dx(dlogits)\n",
+        "            logits /= kept_count(targets, ignore_index, x.dtype)\n"
+        "            dx[rows] = head.dx(dlogits) * kept_count(targets, ignore_index, x.dtype)\n",
         (f"{_TESTS}::test_fp16_gradients_survive_a_loss_scale",),
         "in fp16 the gradient of a mean underflows",
     ),

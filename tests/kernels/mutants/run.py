@@ -73,8 +73,8 @@ def copy_tree(root: Path, target: Path) -> None:
             shutil.copy2(source, target / name)
 
 
-def run_tests(tree: Path, tests: Iterable[str]) -> int:
-    """pytest's exit code on these node ids, run inside ``tree``."""
+def run_tests(tree: Path, tests: Iterable[str]) -> tuple[int, str]:
+    """pytest's exit code on these node ids, run inside ``tree``, and the test that failed."""
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         # a mutated file may have the size and the second of the file it replaces
@@ -83,11 +83,13 @@ def run_tests(tree: Path, tests: Iterable[str]) -> int:
     }
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
     try:
-        return subprocess.run(
-            command, cwd=tree, env=environment, capture_output=True, timeout=_TIMEOUT_S
-        ).returncode
+        done = subprocess.run(
+            command, cwd=tree, env=environment, capture_output=True, text=True, timeout=_TIMEOUT_S
+        )
     except subprocess.TimeoutExpired:
-        return _FAILED
+        return _FAILED, f"no end within {_TIMEOUT_S} s"
+    failed = (line for line in done.stdout.splitlines() if line.startswith("FAILED "))
+    return done.returncode, next(failed, "").removeprefix("FAILED ").partition(" - ")[0]
 
 
 def judge(tree: Path, op: str, mutant: Mutant) -> Verdict:
@@ -96,19 +98,19 @@ def judge(tree: Path, op: str, mutant: Mutant) -> Verdict:
     source = path.read_text(encoding="utf-8")
     path.write_text(mutate(mutant, source), encoding="utf-8")
     try:
-        code = run_tests(tree, mutant.tests)
+        code, failed = run_tests(tree, mutant.tests)
     finally:
         path.write_text(source, encoding="utf-8")
     if code == _PASSED:
         return Verdict(op, mutant.name, "SURVIVED", mutant.why)
     if code != _FAILED:
         return Verdict(op, mutant.name, "ERROR", f"pytest exit code {code}: tests not found?")
-    return Verdict(op, mutant.name, "killed", mutant.why)
+    return Verdict(op, mutant.name, "killed", f"by {failed}")
 
 
 def judge_unmutated(tree: Path, op: str, mutants: Sequence[Mutant]) -> Verdict:
     """The named tests must pass before any edit, or their failing proves nothing."""
-    code = run_tests(tree, dict.fromkeys(test for mutant in mutants for test in mutant.tests))
+    code, _ = run_tests(tree, dict.fromkeys(test for mutant in mutants for test in mutant.tests))
     if code == _PASSED:
         return Verdict(op, "(unmutated)", "passes")
     return Verdict(op, "(unmutated)", "ERROR", f"pytest exit code {code} without any edit")

@@ -1,0 +1,275 @@
+"""Linear layers in FP8: operands of 8 bits, sums in fp32.
+
+Each operand is scaled such that its largest magnitude becomes the format's, and rounded: e4m3 (four
+significant bits, up to 448) for activations and weights, e5m2 (three bits, up to 57344) for
+gradients, which spread wider. The scale is of the whole tensor and of this very step: there is
+nothing to calibrate and nothing to store. Micikevicius et al., "FP8 Formats for Deep Learning",
+2022 (https://arxiv.org/abs/2209.05433).
+
+The quantisation is written in PyTorch's operators and differentiated by an ``autograd.Function``,
+so that ``torch.compile`` sees it and fuses it with its neighbours; an opaque op is the product
+alone. Shapes: N rows, C wide, F features, V vocabulary.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastgpt2.kernels import checks
+from fastgpt2.kernels.backend import capability
+from fastgpt2.kernels.linear import matmul
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+# of which both widths of a weight must be a multiple: tensor cores read 16 bytes at a time
+MULTIPLE = 16
+# tensor cores multiply FP8 from Ada on
+_OLDEST_CAPABILITY = (8, 9)
+# a tensor of zeros has no largest magnitude to scale by, and 1 / this squared is still finite
+_SMALLEST_AMAX = 2.0**-60
+_DTYPES = (torch.bfloat16, torch.float32)
+
+
+class Quantized(NamedTuple):
+    """``values`` (rows, columns) in an FP8 format, row-major; times ``inverse`` is what they mean.
+
+    ``inverse`` is a scalar in fp32, the reciprocal of the scale.
+    """
+
+    values: Tensor
+    inverse: Tensor
+
+    def t(self) -> "Quantized":
+        """The transpose, row-major again, its rows padded with zeros to a multiple of 16.
+
+        A product sums over the rows' length, and the tensor cores want both operands row-major.
+        """
+        rows, columns = self.values.shape
+        # PyTorch fills and copies bytes on every device, and a zero is one in each format
+        turned = self.values.view(torch.uint8).t()
+        missing = -rows % MULTIPLE
+        if missing:
+            turned = torch.cat([turned, turned.new_zeros(columns, missing)], dim=1)
+        return Quantized(turned.contiguous().view(self.values.dtype), self.inverse)
+
+
+def quantize(x: Tensor, dtype: torch.dtype, amax: float | None = None) -> Quantized:
+    """round(x * scale) with scale = largest number of ``dtype`` / max |x|, to the nearest even.
+
+    ``amax``, where it is given, is a bound on |x| that is known without looking. A NaN or an
+    infinity in x makes all of the result's products NaN: nothing hides it.
+    """
+    largest = torch.finfo(dtype).max
+    if x.numel() == 0:
+        amax = 0.0
+    if amax is None:
+        norm = torch.linalg.vector_norm(x, ord=torch.inf, dtype=torch.float32)
+    else:
+        norm = torch.full((), amax, dtype=torch.float32, device=x.device)
+    norm = norm.clamp(min=_SMALLEST_AMAX)
+    # an infinity times its scale, zero, is NaN; a rounded product may be a bit too large
+    scaled = (x.float() * (largest / norm)).clamp(-largest, largest)
+    return Quantized(scaled.to(dtype), norm / largest)
+
+
+def _scaled_product(
+    a: Tensor,
+    b: Tensor,
+    a_inverse: Tensor,
+    b_inverse: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    fast: bool,
+) -> Tensor:
+    # which adds a bias to a short output only
+    inside = bias if out_dtype != torch.float32 else None
+    out: Tensor = torch._scaled_mm(
+        a,
+        b.t(),
+        scale_a=a_inverse,
+        scale_b=b_inverse,
+        bias=inside,
+        out_dtype=out_dtype,
+        use_fast_accum=fast,
+    )
+    return out if bias is None or inside is not None else out.add_(bias)
+
+
+@torch.library.custom_op("fastgpt2::fp8_matmul", mutates_args=())
+def _fp8_matmul(
+    a: Tensor,
+    b: Tensor,
+    a_inverse: Tensor,
+    b_inverse: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    fast: bool,
+) -> Tensor:
+    """a (M, K) @ b (N, K)^T, both FP8 and row-major, * a_inverse * b_inverse + bias (N,).
+
+    fp32 sums; ``fast`` lets Hopper's tensor cores keep fewer of their bits.
+    """
+    # a product without operands is none of tensor cores
+    if a.is_cuda and a.numel() > 0 and b.numel() > 0:
+        return _scaled_product(a, b, a_inverse, b_inverse, bias, out_dtype, fast)
+    # an FP8 number is one of fp32, and so is the product of two
+    sums = a.new_empty(a.shape[0], b.shape[0], dtype=torch.float32)
+    sums = matmul(a.float(), b.float().t(), into=sums).mul_(a_inverse).mul_(b_inverse)
+    return (sums if bias is None else sums.add_(bias)).to(out_dtype)
+
+
+@_fp8_matmul.register_fake
+def _(
+    a: Tensor,
+    b: Tensor,
+    a_inverse: Tensor,
+    b_inverse: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    fast: bool,
+) -> Tensor:
+    return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
+
+
+def fp8_matmul(
+    a: Quantized,
+    b: Quantized,
+    dtype: torch.dtype,
+    *,
+    bias: Tensor | None = None,
+    fast: bool = False,
+) -> Tensor:
+    """a (M, K) @ b (N, K)^T + bias (N,), rounded to ``dtype`` once; N and K multiples of 16."""
+    out: Tensor = _fp8_matmul(a.values, b.values, a.inverse, b.inverse, bias, dtype, fast)
+    return out
+
+
+class _LinearFP8(torch.autograd.Function):
+    """x (N, C), weight (F, C), bias (F,) or None -> (N, F)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        x8, weight8 = quantize(x, E4M3), quantize(weight, E4M3)
+        ctx.save_for_backward(*x8, *weight8)
+        ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
+        short_bias = None if bias is None else bias.to(x.dtype)
+        return fp8_matmul(x8, weight8, x.dtype, bias=short_bias, fast=True)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x8, weight8 = Quantized(*ctx.saved_tensors[:2]), Quantized(*ctx.saved_tensors[2:])
+        x_dtype, weight_dtype, bias_dtype = ctx.dtypes
+        dx_wanted, dweight_wanted, dbias_wanted = ctx.needs_input_grad
+        dy8 = quantize(dy, E5M2)
+        return (
+            fp8_matmul(dy8, weight8.t(), x_dtype) if dx_wanted else None,
+            fp8_matmul(dy8.t(), x8.t(), weight_dtype) if dweight_wanted else None,
+            dy.sum(0, dtype=torch.float32).to(bias_dtype) if dbias_wanted else None,
+        )
+
+
+class HeadFP8:
+    """The products of the head (V, C) with x (N, C), whose weight and x are quantised once.
+
+    Inside, rows of zeros make V a multiple of 16: logits and their gradients have these columns.
+
+    Args:
+        x: (N, C).
+        weight: (V, C).
+        amax: a bound on the magnitude of the logits' gradient, or None: that is then looked up.
+    """
+
+    def __init__(self, x: Tensor, weight: Tensor, amax: float | None) -> None:
+        self.dtype, self.V, self.amax = x.dtype, weight.shape[0], amax
+        self.x = quantize(x, E4M3)
+        # padded as columns of the transpose are
+        self.weight_t = quantize(weight, E4M3).t()
+        self.weight = self.weight_t.t()
+
+    def logits(self, rows: slice) -> Tensor:
+        """(rows, V padded), in x's dtype."""
+        return fp8_matmul(self._rows(rows), self.weight, self.dtype, fast=True)
+
+    def gradient(self, dlogits: Tensor) -> Quantized:
+        """What the two methods below are given: dlogits (rows, V padded) in e5m2."""
+        return quantize(dlogits, E5M2, self.amax)
+
+    def dx(self, dlogits: Quantized) -> Tensor:
+        """(rows, C), in x's dtype."""
+        return fp8_matmul(dlogits, self.weight_t, self.dtype)
+
+    def dweight(self, dlogits: Quantized, rows: slice, dtype: torch.dtype) -> Tensor:
+        """(V, C), the share of these rows."""
+        return fp8_matmul(dlogits.t(), self._rows(rows).t(), dtype)[: self.V]
+
+    def _rows(self, rows: slice) -> Quantized:
+        return Quantized(self.x.values[rows], self.x.inverse)
+
+
+def fp8_obstacle(device: torch.device, dtype: torch.dtype, *widths: int) -> str | None:
+    """Why FP8 cannot run, in a line, or None if it can: on a CPU it is emulated, and slow.
+
+    Args:
+        device: on which.
+        dtype: of the activations.
+        widths: C and F of the weights.
+    """
+    if dtype not in _DTYPES:
+        return f"it wants activations in bf16 or fp32, not {str(dtype).removeprefix('torch.')}"
+    odd = [width for width in widths if width % MULTIPLE]
+    if odd:
+        return f"widths must be multiples of {MULTIPLE}, got {', '.join(map(str, odd))}"
+    if device.type == "cpu":
+        return None
+    if device.type != "cuda":
+        return f"it runs on NVIDIA GPUs and, emulated, on CPUs, not on {device.type}"
+    if torch.version.hip is not None:
+        return "AMD's GPUs have other FP8 formats"
+    major, minor = capability(device.index or 0)
+    if (major, minor) < _OLDEST_CAPABILITY:
+        return f"the GPU has compute capability {major}.{minor}, FP8 begins with 8.9"
+    return None
+
+
+def check_fp8(op: str, x: Tensor, *widths: int) -> None:
+    """FP8 can run on x.
+
+    Raises:
+        ValueError: it cannot; says why.
+    """
+    obstacle = fp8_obstacle(x.device, x.dtype, *widths)
+    if obstacle is not None:
+        raise ValueError(f"{op}: no FP8: {obstacle}")
+
+
+def linear_fp8(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias with all three products of training in FP8.
+
+    y = q4(x) q4(W)^T + b, dx = q5(dy) q4(W), dW = q5(dy)^T q4(x), db = sum dy, where q4 and q5
+    round to e4m3 and e5m2 after scaling by the tensor's largest magnitude. Sums are fp32; each
+    result is rounded once, to x's dtype (dW and db to their parameter's). On a CPU the operands are
+    rounded alike and the product is one of fp32: the same numbers, and no speed.
+
+    Args:
+        x: (..., C) in bf16 or fp32; C a multiple of 16.
+        weight: (F, C), in any floating dtype; F a multiple of 16.
+        bias: (F,) or None.
+
+    Returns:
+        (..., F), in x's dtype.
+
+    Raises:
+        TypeError: x is no floating-point tensor.
+        ValueError: weight or bias does not match, or FP8 cannot run on these (``fp8_obstacle``).
+    """
+    op = "linear_fp8"
+    checks.check_vectors(op, "x", x)
+    checks.check_dim(op, "weight", weight, 2, "(F, C)")
+    F_width, C = weight.shape[0], x.shape[-1]
+    checks.check_operand(op, "weight", weight, (F_width, C), x)
+    if bias is not None:
+        checks.check_operand(op, "bias", bias, (F_width,), x)
+    check_fp8(op, x, F_width, C)
+    rows = x.reshape(-1, C)
+    out: Tensor = _LinearFP8.apply(rows, weight, bias)  # type: ignore[no-untyped-call]
+    return out.view(*x.shape[:-1], F_width)

@@ -1,0 +1,132 @@
+"""Wrong edits of the products in FP8."""
+
+from tests.kernels.mutants import Mutant
+
+_CONTRACT = "kernels/linear_fp8.py"
+_HEAD = "kernels/linear_cross_entropy.py"
+_TESTS = "tests/kernels/test_linear_fp8.py"
+_ROUNDING = f"{_TESTS}::test_rounding_is_the_format_s"
+_SPECIAL = f"{_TESTS}::test_special_values"
+_PRODUCTS = f"{_TESTS}::test_products_of_the_rounded_operands"
+_LOSS = f"{_TESTS}::test_head_and_loss"
+_CALL = f"{_TESTS}::test_the_tensor_cores_call"
+
+MUTANTS = [
+    Mutant(
+        "scaled_to_half_of_the_range",
+        _CONTRACT,
+        "x.float() * (largest / norm)",
+        "x.float() * (largest / (2 * norm))",
+        (_ROUNDING,),
+    ),
+    Mutant(
+        "scale_not_undone",
+        _CONTRACT,
+        "scaled.to(dtype), norm / largest)",
+        "scaled.to(dtype), torch.ones_like(norm))",
+        (_ROUNDING,),
+    ),
+    Mutant(
+        "zeros_divided_by_zero",
+        _CONTRACT,
+        "norm = norm.clamp(min=_SMALLEST_AMAX)\n",
+        "",
+        (_SPECIAL,),
+    ),
+    Mutant(
+        "infinities_hidden",
+        _CONTRACT,
+        "torch.linalg.vector_norm(x, ord=torch.inf, dtype=torch.float32)",
+        "torch.linalg.vector_norm(x.nan_to_num(), ord=torch.inf, dtype=torch.float32)",
+        (_SPECIAL,),
+        "a diverged step would go on training",
+    ),
+    Mutant(
+        "gradients_in_the_narrow_format",
+        _CONTRACT,
+        "dy8 = quantize(dy, E5M2)",
+        "dy8 = quantize(dy, E4M3)",
+        (_PRODUCTS,),
+    ),
+    Mutant(
+        "activations_in_the_wide_format",
+        _CONTRACT,
+        "x8, weight8 = quantize(x, E4M3),",
+        "x8, weight8 = quantize(x, E5M2),",
+        (_PRODUCTS,),
+    ),
+    Mutant(
+        "bias_s_gradient_from_the_rounded_one",
+        _CONTRACT,
+        "dy.sum(0, dtype=torch.float32)",
+        "dy8.values.float().sum(0).mul(dy8.inverse)",
+        (_PRODUCTS,),
+    ),
+    Mutant(
+        "bias_before_the_scale",
+        _CONTRACT,
+        ".mul_(a_inverse).mul_(b_inverse)\n"
+        "    return (sums if bias is None else sums.add_(bias)).to(out_dtype)",
+        "\n    return (sums if bias is None else sums.add_(bias)).mul_(a_inverse).mul_(b_inverse)"
+        ".to(out_dtype)",
+        (_PRODUCTS,),
+    ),
+    Mutant(
+        "one_scale_forgotten",
+        _CONTRACT,
+        ".mul_(a_inverse).mul_(b_inverse)",
+        ".mul_(a_inverse)",
+        (_PRODUCTS,),
+    ),
+    Mutant(
+        "transpose_not_padded",
+        _CONTRACT,
+        "missing = -rows % MULTIPLE",
+        "missing = 0",
+        (f"{_TESTS}::test_transposes_are_padded_with_zeros",),
+        "tensor cores refuse the product",
+    ),
+    Mutant(
+        "transpose_padded_with_something",
+        _CONTRACT,
+        "turned.new_zeros(columns, missing)",
+        "turned.new_full((columns, missing), 60)",
+        (f"{_TESTS}::test_transposes_are_padded_with_zeros",),
+    ),
+    Mutant(
+        "scales_of_the_tensor_cores_swapped",
+        _CONTRACT,
+        "scale_a=a_inverse,",
+        "scale_a=b_inverse,",
+        (_CALL,),
+    ),
+    Mutant(
+        "bias_of_a_wide_output_lost",
+        _CONTRACT,
+        "out if bias is None or inside is not None else out.add_(bias)",
+        "out",
+        (_CALL,),
+    ),
+    Mutant(
+        "bound_of_the_gradient_with_a_z_loss",
+        _HEAD,
+        "amax = 1.0 if z_loss == 0 else None",
+        "amax = 0.01",
+        (_LOSS,),
+        "the gradient is cut off at the bound",
+    ),
+    Mutant(
+        "head_not_in_fp8",
+        _HEAD,
+        "HeadFP8(x, weight, amax) if fp8 else",
+        "HeadFP8(x, weight, amax) if False else",
+        (_LOSS,),
+    ),
+    Mutant(
+        "old_gpus_taken",
+        _CONTRACT,
+        "_OLDEST_CAPABILITY = (8, 9)",
+        "_OLDEST_CAPABILITY = (8, 0)",
+        (f"{_TESTS}::test_who_has_fp8",),
+    ),
+]

@@ -1,0 +1,311 @@
+"""FP8: the rounding against its definition, the products against fp64, and who may run it."""
+
+import importlib
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastgpt2.kernels import linear_cross_entropy, linear_fp8
+from fastgpt2.kernels.linear_fp8 import (
+    E4M3,
+    E5M2,
+    _fp8_matmul,
+    _scaled_product,
+    fp8_matmul,
+    fp8_obstacle,
+    quantize,
+)
+from tests.kernels.budget import DEVICE
+from tests.kernels.graphs import assert_compiles_whole
+
+# the package exports functions under their modules' names
+op_module = importlib.import_module("fastgpt2.kernels.linear_fp8")
+head_module = importlib.import_module("fastgpt2.kernels.linear_cross_entropy")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+# largest number, bits of the significand behind the point, smallest normal number
+FORMATS = {E4M3: (448.0, 3, 2.0**-6), E5M2: (57344.0, 2, 2.0**-14)}
+LOSS: dict[str, Any] = {"vocab_size": 45, "label_smoothing": 0.1}
+
+
+def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """What ``quantize`` keeps of x, by the definition of the format, in fp64."""
+    largest, bits, smallest = FORMATS[dtype]
+    scale = largest / x.double().abs().max()
+    scaled = x.double() * scale
+    exponent = scaled.abs().clamp(min=smallest).log2().floor()
+    step = torch.exp2(exponent - bits)
+    # round: half to even, as the format's own
+    return (scaled / step).round() * step / scale
+
+
+def _inputs(N: int, C: int, F: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    return {
+        "x": torch.randn(N, C, device=DEVICE).to(dtype),
+        "weight": torch.randn(F, C, device=DEVICE) / C**0.5,
+        "bias": torch.randn(F, device=DEVICE),
+    }
+
+
+def _gradients(inputs: dict[str, Tensor], dy: Tensor) -> dict[str, Tensor]:
+    leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
+    y = linear_fp8(**leaves)
+    found = torch.autograd.grad(y, list(leaves.values()), dy)
+    return {"y": y.detach()} | {f"d{name}": g for name, g in zip(leaves, found, strict=True)}
+
+
+@pytest.mark.parametrize("dtype", [E4M3, E5M2], ids=str)
+@pytest.mark.parametrize("spread", [1.0, 1e-3, 1e6])
+def test_rounding_is_the_format_s(dtype: torch.dtype, spread: float) -> None:
+    # over so many magnitudes that some are below the smallest normal number
+    x = torch.randn(64, 48, device=DEVICE) * torch.logspace(-6, 0, 48, device=DEVICE) * spread
+    values, inverse = quantize(x, dtype)
+    assert values.dtype == dtype and values.shape == x.shape
+    assert float(values.float().abs().max()) == FORMATS[dtype][0]
+    kept = values.double() * inverse.double()
+    expected = _rounded(x, dtype)
+    # the scale is rounded to fp32, so a number just between two may fall to the other side
+    close = (kept - expected).abs() <= 1e-6 * expected.abs()
+    assert float(close.double().mean()) > 0.999
+    torch.testing.assert_close(kept[close], expected[close], rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("dtype", [E4M3, E5M2], ids=str)
+def test_special_values(dtype: torch.dtype) -> None:
+    zeros = quantize(torch.zeros(16, 16, device=DEVICE), dtype)
+    assert not zeros.values.float().any() and zeros.inverse.isfinite()
+    tiny = torch.full((16, 16), 1e-42, device=DEVICE)
+    assert quantize(tiny, dtype).values.float().isfinite().all()
+    for bad in (math.nan, math.inf, -math.inf):
+        x = torch.ones(16, 16, device=DEVICE)
+        x[3, 5] = bad
+        a = quantize(x, dtype)
+        weight = quantize(torch.ones(16, 16, device=DEVICE), E4M3)
+        # no number of this row is one to train on
+        assert fp8_matmul(a, weight, torch.float32)[3].isnan().all()
+    bounded = quantize(torch.full((16, 16), 0.5, device=DEVICE), dtype, amax=1.0)
+    assert float(bounded.values.float()[0, 0]) == FORMATS[dtype][0] / 2
+    assert quantize(torch.empty(0, 16, device=DEVICE), dtype).values.shape == (0, 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 16, 16), (37, 48, 80), (50, 160, 32)], ids=str)
+def test_products_of_the_rounded_operands(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    inputs = _inputs(*shape, dtype)
+    dy = torch.randn(shape[0], shape[2], device=DEVICE).to(dtype)
+    found = _gradients(inputs, dy)
+    x, weight = (
+        quantized.values.double() * quantized.inverse.double()
+        for quantized in (quantize(inputs["x"], E4M3), quantize(inputs["weight"], E4M3))
+    )
+    d8 = quantize(dy, E5M2)
+    d = d8.values.double() * d8.inverse.double()
+    bias = inputs["bias"].to(dtype).double()
+    expected = {
+        "y": x @ weight.T + bias,
+        "dx": d @ weight,
+        "dweight": d.T @ x,
+        # of the gradient as it came
+        "dbias": dy.double().sum(0),
+    }
+    for name, value in expected.items():
+        kind = dtype if name in ("y", "dx") else torch.float32
+        assert found[name].dtype == kind
+        # fp32 sums, one rounding
+        rounding = torch.finfo(kind).eps / 2 * value.abs() + 1e-5 * value.abs().max()
+        assert ((found[name].double() - value).abs() <= rounding).all(), name
+
+
+def test_close_to_the_true_products() -> None:
+    inputs = _inputs(64, 128, 96)
+    dy = torch.randn(64, 96, device=DEVICE)
+    found = _gradients(inputs, dy)
+    x, weight, bias = (t.double() for t in inputs.values())
+    expected = {"y": x @ weight.T + bias, "dx": dy.double() @ weight, "dweight": dy.double().T @ x}
+    for name, value in expected.items():
+        error = float((found[name].double() - value).norm() / value.norm())
+        # two significands of 4 bits, or one of 4 and one of 3, rounded to half a unit
+        assert 0.005 < error < (0.05 if name == "y" else 0.1), f"{name}: {error}"
+
+
+@pytest.mark.parametrize("frozen", ["x", "weight", "bias"])
+def test_only_wanted_gradients_are_computed(frozen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    products: list[int] = []
+    product = op_module._fp8_matmul
+
+    def counted(*args: Any) -> Tensor:
+        products.append(1)
+        out: Tensor = product(*args)
+        return out
+
+    monkeypatch.setattr(op_module, "_fp8_matmul", counted)
+    leaves = {n: t.requires_grad_(n != frozen) for n, t in _inputs(5, 16, 32).items()}
+    torch.autograd.backward(linear_fp8(**leaves).sum())
+    found = {n for n, t in leaves.items() if t.grad is not None}
+    assert found == leaves.keys() - {frozen}
+    assert len(products) == (3 if frozen == "bias" else 2)
+
+
+@pytest.mark.parametrize("rows", [16, 37, 0])
+def test_transposes_are_padded_with_zeros(rows: int) -> None:
+    a = quantize(torch.randn(rows, 32, device=DEVICE), E4M3)
+    turned = a.t()
+    padded = -(-rows // 16) * 16
+    assert turned.values.shape == (32, padded) and turned.values.is_contiguous()
+    assert torch.equal(turned.values.float()[:, :rows], a.values.float().t())
+    assert not turned.values.float()[:, rows:].any()
+
+
+def test_any_number_of_dimensions() -> None:
+    inputs = _inputs(6, 16, 32)
+    flat = linear_fp8(**inputs)
+    for shape in ((2, 3, 16), (1, 6, 1, 16)):
+        y = linear_fp8(**inputs | {"x": inputs["x"].view(shape)})
+        assert torch.equal(y, flat.view(*shape[:-1], 32))
+    leaves = {n: t.requires_grad_() for n, t in _inputs(0, 16, 32).items()}
+    y = linear_fp8(**leaves)
+    assert y.shape == (0, 32)
+    for gradient in torch.autograd.grad(y, list(leaves.values()), y):
+        assert not gradient.any()
+
+
+def _head_inputs(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    targets = torch.randint(45, (37,), device=DEVICE)
+    targets[1::4] = -100
+    return {
+        "x": torch.randn(37, 32, device=DEVICE).to(dtype),
+        # no multiple of 16: the head's rows are padded inside
+        "weight": torch.randn(50, 32, device=DEVICE) / 32**0.5,
+        "targets": targets,
+    }
+
+
+def _head(inputs: dict[str, Tensor], **options: Any) -> list[Tensor]:
+    x, weight = (inputs[name].clone().requires_grad_() for name in ("x", "weight"))
+    loss = linear_cross_entropy(x, weight, inputs["targets"], **LOSS, **options)
+    return [loss.detach(), *torch.autograd.grad(loss, (x, weight))]
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+@pytest.mark.parametrize("z_loss", [0.0, 0.01])
+def test_head_and_loss(impl: str, z_loss: float) -> None:
+    inputs = _head_inputs()
+    loss, dx, dweight = _head(inputs, fp8=True, impl=impl, z_loss=z_loss)
+    plain_loss, plain_dx, plain_dweight = _head(inputs, impl=impl, z_loss=z_loss)
+    assert abs(float(loss - plain_loss)) < 0.02 and not torch.equal(loss, plain_loss)
+    for got, plain in ((dx, plain_dx), (dweight, plain_dweight)):
+        assert got.shape == plain.shape and got.dtype == plain.dtype
+        error = float((got - plain).norm() / plain.norm())
+        assert 0.005 < error < 0.1
+    assert not dx[inputs["targets"] == -100].any()
+    assert not dweight[45:].any()
+
+
+def test_head_in_many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = _head_inputs(torch.bfloat16)
+    whole = _head(inputs, fp8=True)
+    monkeypatch.setattr(head_module, "_chunk_rows", lambda *args: 5)
+    loss, dx, dweight = _head(inputs, fp8=True)
+    torch.testing.assert_close(loss, whole[0])
+    # the gradient's bound is known, so a chunk is rounded as the whole is
+    torch.testing.assert_close(dx, whole[1])
+    torch.testing.assert_close(dweight, whole[2], rtol=1e-2, atol=1e-4)
+
+
+def test_contract_and_compile() -> None:
+    a, b = (quantize(torch.randn(32, 48, device=DEVICE), E4M3) for _ in range(2))
+    bias = torch.randn(32, device=DEVICE)
+    for given in (None, bias):
+        arguments = (a.values, b.values, a.inverse, b.inverse, given, torch.float32, False)
+        # to see whether an input was written to, the schema's check would have to add FP8 numbers
+        checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+        torch.library.opcheck(_fp8_matmul, arguments, test_utils=checks)
+    assert_compiles_whole(linear_fp8, [_inputs(N, 16, 32) for N in (5, 9)])
+    targets = torch.randint(45, (9,), device=DEVICE)
+
+    def head(x: Tensor, weight: Tensor) -> Tensor:
+        return linear_cross_entropy(x, weight, targets, vocab_size=45, fp8=True)
+
+    x = torch.randn(9, 32, device=DEVICE)
+    assert_compiles_whole(head, [{"x": x, "weight": torch.randn(48, 32, device=DEVICE)}])
+
+
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no bias"])
+def test_the_tensor_cores_call(out_dtype: torch.dtype, with_bias: bool) -> None:
+    a = quantize(torch.randn(32, 48, device=DEVICE), E5M2)
+    b = quantize(torch.randn(64, 48, device=DEVICE), E4M3)
+    bias = torch.randn(64, device=DEVICE).to(out_dtype) if with_bias else None
+    arguments = (a.values, b.values, a.inverse, b.inverse, bias, out_dtype, False)
+    got = _scaled_product(*arguments)
+    expected = (a.values.double() * a.inverse) @ (b.values.double() * b.inverse).T
+    if bias is not None:
+        expected += bias.double()
+    assert got.dtype == out_dtype
+    limit = torch.finfo(out_dtype).eps * expected.abs() + 1e-5 * expected.abs().max()
+    assert ((got.double() - expected).abs() <= limit).all()
+
+
+@pytest.mark.gpu
+def test_a_gpu_and_a_cpu_give_the_same_numbers() -> None:
+    inputs = _inputs(1023, 768, 3072, torch.bfloat16)
+    dy = torch.randn(1023, 3072, device=DEVICE).bfloat16()
+    found = _gradients(inputs, dy)
+    expected = _gradients({n: t.cpu() for n, t in inputs.items()}, dy.cpu())
+    for name, value in expected.items():
+        error = float((found[name].cpu().double() - value.double()).norm() / value.double().norm())
+        # the forward product may keep 14 bits of its sums
+        assert error < 4e-3, f"{name}: {error}"
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "said"),
+    [
+        ({"x": torch.ones(2, 16).half()}, ValueError, "it wants activations in bf16 or fp32"),
+        ({"x": torch.ones(2, 16).double()}, ValueError, "not float64"),
+        ({"x": torch.ones(2, 16).long()}, TypeError, "x must be floating point"),
+        ({"x": torch.tensor(1.0)}, ValueError, "x must have a last dimension"),
+        (
+            {"weight": torch.ones(33, 16), "bias": torch.ones(33)},
+            ValueError,
+            "multiples of 16, got 33",
+        ),
+        ({"weight": torch.ones(32, 15)}, ValueError, "weight must have shape (32, 16)"),
+        ({"bias": torch.ones(31)}, ValueError, "bias must have shape (32,)"),
+        ({"bias": torch.ones(32).long()}, TypeError, "bias must be floating point"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_bad_arguments(change: dict[str, Tensor], error: type[Exception], said: str) -> None:
+    inputs = {"x": torch.ones(2, 16), "weight": torch.ones(32, 16), "bias": torch.ones(32)}
+    with pytest.raises(error) as raised:
+        linear_fp8(**(inputs | change))
+    assert said in str(raised.value)
+
+
+def test_the_head_says_what_fp8_cannot() -> None:
+    inputs = _head_inputs()
+    with pytest.raises(ValueError, match="fp8 has no reference implementation"):
+        _head(inputs, fp8=True, impl="reference")
+    with pytest.raises(ValueError, match="linear_cross_entropy: no FP8: it wants activations"):
+        _head({n: t.double() if t.is_floating_point() else t for n, t in inputs.items()}, fp8=True)
+    with pytest.raises(ValueError, match="multiples of 16, got 31"):
+        _head(inputs | {"x": inputs["x"][:, :31], "weight": inputs["weight"][:, :31]}, fp8=True)
+
+
+def test_who_has_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", None)
+    for capability, obstacle in (
+        ((8, 0), "the GPU has compute capability 8.0, FP8 begins with 8.9"),
+        ((8, 9), None),
+        ((9, 0), None),
+        ((10, 0), None),
+    ):
+        monkeypatch.setattr(op_module, "capability", lambda index, found=capability: found)
+        assert fp8_obstacle(CUDA, torch.bfloat16, 768) == obstacle
+    assert fp8_obstacle(CPU, torch.bfloat16, 768, 3072) is None
+    assert "on mps" in str(fp8_obstacle(torch.device("mps"), torch.bfloat16))
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    assert "AMD" in str(fp8_obstacle(CUDA, torch.bfloat16))
