@@ -6,17 +6,20 @@ import subprocess
 import sys
 from dataclasses import replace
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fastgpt2.errors import UserError
 from fastgpt2.kernels import report
-from fastgpt2.kernels.gpus import GPUS, occupancy
+from fastgpt2.kernels.gpus import ARCHITECTURES, GPUS, occupancy
 from fastgpt2.kernels.report import Row, expectation, render, violations
 
 # compiling is not possible where triton has been imported for interpreting
 PLANTED = """
 import dataclasses, json
+from fastgpt2.errors import UserError
 from fastgpt2.kernels import report
 if __name__ == "__main__":
     rows = report.measure(["tests.kernels.planted_kernels"], ["sm_80", "sm_90", "gfx942"], 1)
@@ -113,20 +116,78 @@ def test_interpreting_is_refused() -> None:
     assert "TRITON_INTERPRET=1" in done.stderr
 
 
-def test_another_compiler_is_no_measure(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_every_triton_has_an_expectation_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert report.other_compiler("3.7.1", "3.7.4") is None
-    monkeypatch.setattr(metadata, "version", lambda name: "3.6.0")
+    for version in ("3.6.0", "3.6.1", "3.7.1"):
+        report.expectation_file(version, tmp_path).write_text(json.dumps({version: {}}), "utf-8")
+    # its own, or one of the same minor version
+    for version, found in (("3.6.1", "3.6.1"), ("3.6.9", "3.6.0"), ("3.7.4", "3.7.1")):
+        assert list(report.find_expectation(version, tmp_path)) == [found]
+    with pytest.raises(UserError, match=r"no expectation of Triton 3\.60\.0 \(recorded: 3\.6\.0, "):
+        report.find_expectation("3.60.0", tmp_path)
+    monkeypatch.setattr(metadata, "version", lambda name: "2.1.0")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert report.main(["--check"]) == 2
-    assert "the expectation is of Triton 3.7.1, and this is 3.6.0" in capsys.readouterr().err
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert "no expectation of Triton 2.1.0" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("fault", "complaint"),
+    [
+        ({}, ""),
+        ({"spill_bytes": 8}, "spills 8 bytes, not 0"),
+        ({"shared_bytes": 232449}, "232449 bytes of shared memory, limit 232448"),
+        ({"mma": "mma.sync"}, "uses mma.sync, not wgmma"),
+        ({"mma": ""}, "uses no mma, not wgmma"),
+        ({"serialized": True}, "serialises its wgmma"),
+        ({"error": "no"}, "does not compile"),
+    ],
+    ids=str,
+)
+def test_check_fails_on_each_fault(
+    fault: dict[str, Any],
+    complaint: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    good = Row("k", "64 w4", "sm_90", 4, True, 1e9, 1e6, registers=32, mma="wgmma")
+    monkeypatch.setattr(report, "measure", lambda *arguments: [replace(good, **fault)])
+    monkeypatch.setattr(report, "find_expectation", lambda triton: expectation([good]))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert report.main(["--check", "--arch", "sm_90"]) == bool(fault)
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert len(lines) == bool(fault)
+    assert all(complaint in line for line in lines)
+    assert last == f"1 kernels checked, {len(lines)} worse than expected"
+
+
+def test_update_records_what_check_then_finds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [
+        Row(name, "64 w4", arch, 4, True, 1e9, 1e6, mma="mfma", spill_bytes=8)
+        for name in ("a", "b")
+        for arch in ARCHITECTURES
+    ]
+    monkeypatch.setattr(report, "measure", lambda *arguments: rows)
+    monkeypatch.setattr(report, "REPORT", tmp_path / "REPORT.md")
+    monkeypatch.setattr(report, "expectation_file", lambda triton: tmp_path / f"{triton}.json")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert report.main(["--update"]) == 0
+    text = (tmp_path / f"{metadata.version('triton')}.json").read_text(encoding="utf-8")
+    assert json.loads(text) == expectation(rows)
+    # one line a row, and two braces
+    assert len(text.splitlines()) == len(rows) + 2
 
 
 def test_committed_kernels_are_as_expected() -> None:
     """Every kernel and configuration on the tuned-for architecture; CI runs the whole matrix."""
-    recorded = json.loads(report.EXPECTATION.read_text(encoding="utf-8"))["triton"]
-    if said := report.other_compiler(recorded, metadata.version("triton")):
-        pytest.skip(said)
+    try:
+        report.find_expectation(metadata.version("triton"))
+    except UserError as error:
+        pytest.skip(str(error))
     done = _run("-m", "fastgpt2.kernels.report", "--check", "--arch", "sm_90")
     assert done.returncode == 0, done.stdout + done.stderr
