@@ -19,23 +19,6 @@ SHAPES = budget.grid(
     [(1, 33, 20), (37, 48, 80), (70, 16, 17)],
     [(N, C, 4 * C) for N in budget.ROWS for C in budget.WIDTHS if C > 1],
 )
-ROUTES = ("fused", "library")
-
-
-class _Everywhere(dict[tuple[int, int], str]):
-    """A table row of ``tuning.FUSED`` that names every shape."""
-
-    def __contains__(self, shape: object) -> bool:
-        return True
-
-
-@pytest.fixture(params=ROUTES)
-def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The test runs twice: our own matrix product, and the library's with our GELU behind it."""
-    chosen: str = request.param
-    if chosen == "fused":
-        monkeypatch.setitem(tuning.FUSED, ("linear_gelu", tuning.arch_of(DEVICE)), _Everywhere())
-    return chosen
 
 
 def _inputs(N: int, C: int, F: int, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -8,13 +8,11 @@ from torch import Tensor
 
 from fastgpt2.kernels import linear_gelu, mlp
 from fastgpt2.kernels.jit import gelu as jit
-from fastgpt2.kernels.jit import tuning
 from fastgpt2.kernels.mlp import _mlp_fwd
 from tests.kernels import budget
 from tests.kernels.budget import DEVICE
 from tests.kernels.graphs import assert_compiles_whole, assert_graph_replays
 from tests.kernels.layouts import LAYOUTS, lay_out
-from tests.kernels.test_linear_gelu import ROUTES, _Everywhere
 
 # the package exports the function under its module's name
 op_module = importlib.import_module("fastgpt2.kernels.mlp")
@@ -24,15 +22,6 @@ SHAPES = budget.grid(
     [(1, 33, 20), (37, 48, 80), (70, 16, 17)],
     [(N, C, 4 * C) for N in budget.ROWS for C in (768, 1600)],
 )
-
-
-@pytest.fixture(params=ROUTES)
-def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The first half by our own matrix product, and by the library's with our GELU behind it."""
-    chosen: str = request.param
-    if chosen == "fused":
-        monkeypatch.setitem(tuning.FUSED, ("linear_gelu", tuning.arch_of(DEVICE)), _Everywhere())
-    return chosen
 
 
 def _inputs(N: int, C: int, F: int, dtype: torch.dtype) -> dict[str, Tensor]:
