@@ -1,10 +1,12 @@
 """The mutant runner kills what a test notices, reports what survives, refuses stale lists."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.kernels.mutants import Mutant, StaleMutant, mutate, run
+from fastgpt2 import kernels
+from tests.kernels.mutants import Mutant, StaleMutant, gelu, mutate, run
 from tests.kernels.mutants.run import judge_all, load_mutants, sample
 
 TEST = "tests/test_double.py::test_double"
@@ -74,6 +76,24 @@ def test_committed_lists_are_fresh_and_name_tests_that_exist() -> None:
 def test_unknown_op_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert run.main(["--op", "no_such_op"]) == 2
     assert capsys.readouterr().err.startswith("error: no mutants for no_such_op; there are ")
+
+
+def test_a_stale_list_and_a_wrong_call_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gelu, "MUTANTS", [replace(gelu.MUTANTS[0], old="text of long ago")])
+    assert run.main(["--op", "gelu"]) == 2
+    assert "'text of long ago' occurs 0 times in kernels/" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        run.main(["--sample", "some"])
+    assert ended.value.code == 2
+
+
+def test_every_op_has_mutants() -> None:
+    ops = {getattr(kernels, name) for name in kernels.__all__} - {kernels.Impl}
+    homes = {op.__module__.rpartition(".")[2] for op in ops} - {"backend"}
+    # attention has one more implementation than the others
+    assert homes | {"blocked_attention"} == set(load_mutants())
 
 
 @pytest.mark.parametrize(

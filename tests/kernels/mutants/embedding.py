@@ -1,6 +1,6 @@
 """Wrong edits of the embedding."""
 
-from tests.kernels.mutants import Mutant
+from tests.kernels.mutants import SECOND_DERIVATIVES, Mutant
 
 _KERNEL = "kernels/jit/embedding.py"
 _CONTRACT = "kernels/embedding.py"
@@ -99,5 +99,13 @@ MUTANTS = [
         "    if positions is None:\n        B, T",
         "    if True:\n        B, T",
         (f"{_TESTS}::test_positions_of_a_row_and_of_each",),
+    ),
+    Mutant(
+        "second_derivative_lost",
+        _CONTRACT,
+        '    checks.check_first_order("embedding")\n',
+        "",
+        (f"{SECOND_DERIVATIVES}[tied_embedding-triton]",),
+        "autograd does not see what is added in place",
     ),
 ]

@@ -1,6 +1,6 @@
 """Wrong edits of the head fused with the loss."""
 
-from tests.kernels.mutants import Mutant
+from tests.kernels.mutants import SECOND_DERIVATIVES, Mutant
 
 _CONTRACT = "kernels/linear_cross_entropy.py"
 _KERNEL = "kernels/jit/cross_entropy.py"
@@ -9,6 +9,14 @@ _BUDGET = f"{_TESTS}::test_within_budget"
 _CHUNKS = f"{_TESTS}::test_several_chunks_are_within_budget"
 
 MUTANTS = [
+    Mutant(
+        "second_derivative_lost",
+        _CONTRACT,
+        '    checks.check_first_order("linear_cross_entropy")\n',
+        "",
+        (f"{SECOND_DERIVATIVES}[linear_cross_entropy-triton]",),
+        "the gradient of forward is taken for a constant",
+    ),
     Mutant(
         "last_chunk_of_the_weight_s_gradient_wins",
         _CONTRACT,
