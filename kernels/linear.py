@@ -2,11 +2,12 @@
 
 PyTorch gives a CPU's fp32 products to MKL, which keeps its AVX-512 code to Intel's processors.
 oneDNN, which PyTorch carries as well and gives the bf16 ones to, has no such preference: on an AMD
-processor it makes GPT-2's products in half of MKL's time (``benchmarks/budget``). Everywhere else
-the library is PyTorch's choice. Shapes: N rows, C wide, F features.
+processor with AVX-512 it is the faster one. On Intel's it is so for a few rows, as in decoding.
+Everywhere else the library is PyTorch's choice. Shapes: N rows, C wide, F features.
 """
 
 import platform
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +18,35 @@ from torch import Tensor
 from fastgpt2.kernels import checks
 
 
-def _leaves_wide_registers_idle(info: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether MKL does so on this processor: one of AMD's with AVX-512.
+def _rows_for_onednn(info: Path = Path("/proc/cpuinfo")) -> tuple[int, int]:
+    """From how many rows, and below how many, oneDNN is faster on this processor; (0, 0): never.
 
     ``info`` is the file in which Linux describes the processors.
     """
     mkl, onednn = torch.backends.mkl, torch.backends.mkldnn
     if not (mkl.is_available() and onednn.is_available()):  # type: ignore[no-untyped-call]
-        return False
+        return 0, 0
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return 0, 0
     processor = platform.processor()
     if info.exists():
         with info.open(encoding="utf-8", errors="replace") as file:
             # the first core's lines name the vendor, and there may be hundreds of cores
             processor += file.read(1000)
-    return "AuthenticAMD" in processor and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return (1, sys.maxsize) if "AuthenticAMD" in processor else (4, 65)
 
 
 # read once: the compiler cannot look into it
-_PREFERS_ONEDNN = _leaves_wide_registers_idle()
+_ONEDNN_ROWS = _rows_for_onednn()
 
 
 def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
-    if not _PREFERS_ONEDNN or x.device.type != "cpu" or x.dtype != torch.float32:
+    if x.device.type != "cpu" or x.dtype != torch.float32 or x.numel() * weight.numel() == 0:
+        # an empty product is nothing that oneDNN knows
         return False
-    # an empty product is nothing that oneDNN knows; autocast makes a bf16 one of fp32 operands
-    return x.numel() > 0 and weight.numel() > 0 and not torch.is_autocast_enabled("cpu")
+    first, end = _ONEDNN_ROWS
+    # autocast makes a bf16 product of fp32 operands
+    return first <= x.numel() // x.shape[-1] < end and not torch.is_autocast_enabled("cpu")
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,6 +1,7 @@
 """A linear layer by either library: the same numbers, and which of them is asked."""
 
 import importlib
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from tests.tiny_gpt import gradients, tiny_batch, tiny_gpt
 
 # the package exports the function under its module's name
 op_module = importlib.import_module("fastgpt2.kernels.linear")
+ALWAYS, NEVER = (1, 1000), (0, 0)
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(),  # type: ignore[no-untyped-call]
@@ -26,7 +28,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(params=[True, False], ids=["onednn", "pytorch's choice"])
 def onednn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether the processor is one on which fp32 products go to oneDNN."""
-    monkeypatch.setattr(op_module, "_PREFERS_ONEDNN", request.param)
+    monkeypatch.setattr(op_module, "_ONEDNN_ROWS", ALWAYS if request.param else NEVER)
     return bool(request.param)
 
 
@@ -95,7 +97,7 @@ def test_empty_products(rows: int, C: int, features: int) -> None:
 def test_other_dtypes_are_pytorch_s(
     dtype: torch.dtype, calls: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(op_module, "_PREFERS_ONEDNN", True)
+    monkeypatch.setattr(op_module, "_ONEDNN_ROWS", ALWAYS)
     inputs = {name: x.to(dtype) for name, x in _inputs(5).items()}
     assert torch.equal(linear(**inputs), F.linear(**inputs))
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -118,7 +120,7 @@ def test_the_processor_decides(onednn: bool, calls: list[tuple[int, ...]]) -> No
 def test_only_wanted_gradients_are_computed(
     calls: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(op_module, "_PREFERS_ONEDNN", True)
+    monkeypatch.setattr(op_module, "_ONEDNN_ROWS", ALWAYS)
     for wanted in ("x", "weight", "bias"):
         calls.clear()
         leaves = {name: x.requires_grad_(name == wanted) for name, x in _inputs(5).items()}
@@ -137,31 +139,41 @@ def test_matmul_into_a_buffer() -> None:
 
 def test_processors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     info = tmp_path / "cpuinfo"
-    read = op_module._leaves_wide_registers_idle
+    read = op_module._rows_for_onednn
     monkeypatch.setattr(op_module.platform, "processor", lambda: "")
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    always, few, never = (1, sys.maxsize), (4, 65), (0, 0)
     for vendor, capability, expected in (
-        ("AuthenticAMD", "AVX512", True),
-        ("AuthenticAMD", "AVX2", False),
-        ("GenuineIntel", "AVX512", False),
+        ("AuthenticAMD", "AVX512", always),
+        ("AuthenticAMD", "AVX2", never),
+        ("GenuineIntel", "AVX512", few),
+        ("GenuineIntel", "AVX2", never),
     ):
         info.write_text(f"processor: 0\nvendor_id: {vendor}\n", encoding="utf-8")
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)
-        assert read(info) is expected
+        assert read(info) == expected
     # a system without such a file names the processor itself, or does not
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    assert read(tmp_path / "none") is False
+    assert read(tmp_path / "none") == few
     monkeypatch.setattr(op_module.platform, "processor", lambda: "x86, AuthenticAMD")
-    assert read(tmp_path / "none") is True
+    assert read(tmp_path / "none") == always
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
-    assert read(info) is False
+    assert read(info) == never
+
+
+def test_a_few_rows(calls: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op_module, "_ONEDNN_ROWS", (4, 65))
+    with torch.no_grad():
+        for shape in ((3,), (4,), (64,), (65,), (2, 2), (8, 9), ()):
+            linear(**_inputs(*shape))
+    assert [rows for rows, _, _ in calls] == [4, 64, 4]
 
 
 def test_a_model_trains_and_answers_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[dict[str, Tensor]] = []
     idx, targets = tiny_batch()
-    for preferred in (True, False):
-        monkeypatch.setattr(op_module, "_PREFERS_ONEDNN", preferred)
+    for rows in (ALWAYS, NEVER):
+        monkeypatch.setattr(op_module, "_ONEDNN_ROWS", rows)
         model = tiny_gpt()
         found.append(gradients(model, idx, targets) | {"logits": model.logits(idx)})
     for name, expected in found[1].items():
