@@ -28,6 +28,8 @@ _OLDEST_CAPABILITY = (8, 9)
 # a tensor of zeros has no largest magnitude to scale by, and 1 / this squared is still finite
 _SMALLEST_AMAX = 2.0**-60
 _DTYPES = (torch.bfloat16, torch.float32)
+# logits whose gradient is quantised at a time: PyTorch's operators make a copy of them in fp32
+_TILE_ELEMENTS = 2**24
 
 
 class Quantized(NamedTuple):
@@ -53,23 +55,31 @@ class Quantized(NamedTuple):
         return Quantized(turned.contiguous().view(self.values.dtype), self.inverse)
 
 
-def quantize(x: Tensor, dtype: torch.dtype, amax: float | None = None) -> Quantized:
+def quantize(x: Tensor, dtype: torch.dtype, amax: Tensor | None = None) -> Quantized:
     """round(x * scale) with scale = largest number of ``dtype`` / max |x|, to the nearest even.
 
-    ``amax``, where it is given, is a bound on |x| that is known without looking. A NaN or an
+    ``amax``, where it is given, is a scalar in fp32 that is known to bound |x|. A NaN or an
     infinity in x makes all of the result's products NaN: nothing hides it.
     """
-    largest = torch.finfo(dtype).max
+    scaled, inverse = _scale(x, dtype, _largest_of(x) if amax is None else amax)
+    # row-major whatever x is: a GPU's product takes nothing else
+    return Quantized(scaled.to(dtype, memory_format=torch.contiguous_format), inverse)
+
+
+def _scale(x: Tensor, dtype: torch.dtype, amax: Tensor) -> tuple[Tensor, Tensor]:
+    """x * scale in fp32, and 1 / scale."""
+    largest, amax = torch.finfo(dtype).max, amax.clamp(min=_SMALLEST_AMAX)
+    # a tensor of one dimension makes the product fp32 in the pass that computes it; an infinity
+    # times its scale, zero, is NaN; what rounding adds to the largest is no step of the format
+    return x * (largest / amax)[None], amax / largest
+
+
+def _largest_of(x: Tensor) -> Tensor:
+    """max |x| in fp32, NaN if one is; of no numbers 0."""
     if x.numel() == 0:
-        amax = 0.0
-    if amax is None:
-        norm = torch.linalg.vector_norm(x, ord=torch.inf, dtype=torch.float32)
-    else:
-        norm = torch.full((), amax, dtype=torch.float32, device=x.device)
-    norm = norm.clamp(min=_SMALLEST_AMAX)
-    # an infinity times its scale, zero, is NaN; a rounded product may be a bit too large
-    scaled = (x.float() * (largest / norm)).clamp(-largest, largest)
-    return Quantized(scaled.to(dtype), norm / largest)
+        return x.new_zeros((), dtype=torch.float32)
+    amax: Tensor = torch.linalg.vector_norm(x, ord=torch.inf, dtype=torch.float32)
+    return amax
 
 
 def _scaled_product(
@@ -176,7 +186,7 @@ class HeadFP8:
     Args:
         x: (N, C).
         weight: (V, C).
-        amax: a bound on the magnitude of the logits' gradient, or None: that is then looked up.
+        amax: a bound on the magnitude of the logits' gradient, or None: it is then looked up.
     """
 
     def __init__(self, x: Tensor, weight: Tensor, amax: float | None) -> None:
@@ -192,7 +202,16 @@ class HeadFP8:
 
     def gradient(self, dlogits: Tensor) -> Quantized:
         """What the two methods below are given: dlogits (rows, V padded) in e5m2."""
-        return quantize(dlogits, E5M2, self.amax)
+        if self.amax is None:
+            amax = _largest_of(dlogits)
+        else:
+            amax = dlogits.new_full((), self.amax, dtype=torch.float32)
+        values = torch.empty_like(dlogits, dtype=E5M2)
+        size = max(1, _TILE_ELEMENTS // dlogits.shape[1])
+        for tile, into in zip(torch.split(dlogits, size), torch.split(values, size), strict=True):
+            scaled, inverse = _scale(tile, E5M2, amax)
+            into.copy_(scaled)
+        return Quantized(values, inverse)
 
     def dx(self, dlogits: Quantized) -> Tensor:
         """(rows, C), in x's dtype."""

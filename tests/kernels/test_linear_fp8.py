@@ -13,22 +13,24 @@ from fastgpt2.kernels.linear_fp8 import (
     E4M3,
     E5M2,
     _fp8_matmul,
-    _scaled_product,
     fp8_matmul,
     fp8_obstacle,
     quantize,
 )
-from tests.kernels import budget
 from tests.kernels.budget import DEVICE
+from tests.kernels.fp8 import (
+    FORMATS,
+    head_gradients,
+    head_inputs,
+    layer_gradients,
+    layer_inputs,
+)
 from tests.kernels.graphs import assert_compiles_whole
 
 # the package exports functions under their modules' names
 op_module = importlib.import_module("fastgpt2.kernels.linear_fp8")
 head_module = importlib.import_module("fastgpt2.kernels.linear_cross_entropy")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-# largest number, bits of the significand behind the point, smallest normal number
-FORMATS = {E4M3: (448.0, 3, 2.0**-6), E5M2: (57344.0, 2, 2.0**-14)}
-LOSS: dict[str, Any] = {"vocab_size": 45, "label_smoothing": 0.1}
 
 
 def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -40,21 +42,6 @@ def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
     step = torch.exp2(exponent - bits)
     # round: half to even, as the format's own
     return (scaled / step).round() * step / scale
-
-
-def _inputs(N: int, C: int, F: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    return {
-        "x": torch.randn(N, C, device=DEVICE).to(dtype),
-        "weight": torch.randn(F, C, device=DEVICE) / C**0.5,
-        "bias": torch.randn(F, device=DEVICE),
-    }
-
-
-def _gradients(inputs: dict[str, Tensor], dy: Tensor) -> dict[str, Tensor]:
-    leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
-    y = linear_fp8(**leaves)
-    found = torch.autograd.grad(y, list(leaves.values()), dy)
-    return {"y": y.detach()} | {f"d{name}": g for name, g in zip(leaves, found, strict=True)}
 
 
 @pytest.mark.parametrize("dtype", [E4M3, E5M2], ids=str)
@@ -74,6 +61,14 @@ def test_rounding_is_the_format_s(dtype: torch.dtype, spread: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", [E4M3, E5M2], ids=str)
+def test_bf16_is_scaled_in_fp32(dtype: torch.dtype) -> None:
+    x = torch.randn(64, 48, device=DEVICE).bfloat16()
+    short, wide = quantize(x, dtype), quantize(x.float(), dtype)
+    assert torch.equal(short.values.float(), wide.values.float())
+    assert torch.equal(short.inverse, wide.inverse)
+
+
+@pytest.mark.parametrize("dtype", [E4M3, E5M2], ids=str)
 def test_special_values(dtype: torch.dtype) -> None:
     zeros = quantize(torch.zeros(16, 16, device=DEVICE), dtype)
     assert not zeros.values.float().any() and zeros.inverse.isfinite()
@@ -86,7 +81,8 @@ def test_special_values(dtype: torch.dtype) -> None:
         weight = quantize(torch.ones(16, 16, device=DEVICE), E4M3)
         # no number of this row is one to train on
         assert fp8_matmul(a, weight, torch.float32)[3].isnan().all()
-    bounded = quantize(torch.full((16, 16), 0.5, device=DEVICE), dtype, amax=1.0)
+    one = torch.ones((), device=DEVICE)
+    bounded = quantize(torch.full((16, 16), 0.5, device=DEVICE), dtype, amax=one)
     assert float(bounded.values.float()[0, 0]) == FORMATS[dtype][0] / 2
     assert quantize(torch.empty(0, 16, device=DEVICE), dtype).values.shape == (0, 16)
 
@@ -94,9 +90,9 @@ def test_special_values(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(1, 16, 16), (37, 48, 80), (50, 160, 32)], ids=str)
 def test_products_of_the_rounded_operands(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-    inputs = _inputs(*shape, dtype)
+    inputs = layer_inputs(*shape, dtype)
     dy = torch.randn(shape[0], shape[2], device=DEVICE).to(dtype)
-    found = _gradients(inputs, dy)
+    found = layer_gradients(inputs, dy)
     x, weight = (
         quantized.values.double() * quantized.inverse.double()
         for quantized in (quantize(inputs["x"], E4M3), quantize(inputs["weight"], E4M3))
@@ -120,9 +116,9 @@ def test_products_of_the_rounded_operands(shape: tuple[int, int, int], dtype: to
 
 
 def test_close_to_the_true_products() -> None:
-    inputs = _inputs(64, 128, 96)
+    inputs = layer_inputs(64, 128, 96)
     dy = torch.randn(64, 96, device=DEVICE)
-    found = _gradients(inputs, dy)
+    found = layer_gradients(inputs, dy)
     x, weight, bias = (t.double() for t in inputs.values())
     expected = {"y": x @ weight.T + bias, "dx": dy.double() @ weight, "dweight": dy.double().T @ x}
     for name, value in expected.items():
@@ -142,7 +138,7 @@ def test_only_wanted_gradients_are_computed(frozen: str, monkeypatch: pytest.Mon
         return out
 
     monkeypatch.setattr(op_module, "_fp8_matmul", counted)
-    leaves = {n: t.requires_grad_(n != frozen) for n, t in _inputs(5, 16, 32).items()}
+    leaves = {n: t.requires_grad_(n != frozen) for n, t in layer_inputs(5, 16, 32).items()}
     torch.autograd.backward(linear_fp8(**leaves).sum())
     found = {n for n, t in leaves.items() if t.grad is not None}
     assert found == leaves.keys() - {frozen}
@@ -160,41 +156,24 @@ def test_transposes_are_padded_with_zeros(rows: int) -> None:
 
 
 def test_any_number_of_dimensions() -> None:
-    inputs = _inputs(6, 16, 32)
+    inputs = layer_inputs(6, 16, 32)
     flat = linear_fp8(**inputs)
     for shape in ((2, 3, 16), (1, 6, 1, 16)):
         y = linear_fp8(**inputs | {"x": inputs["x"].view(shape)})
         assert torch.equal(y, flat.view(*shape[:-1], 32))
-    leaves = {n: t.requires_grad_() for n, t in _inputs(0, 16, 32).items()}
+    leaves = {n: t.requires_grad_() for n, t in layer_inputs(0, 16, 32).items()}
     y = linear_fp8(**leaves)
     assert y.shape == (0, 32)
     for gradient in torch.autograd.grad(y, list(leaves.values()), y):
         assert not gradient.any()
 
 
-def _head_inputs(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    targets = torch.randint(45, (37,), device=DEVICE)
-    targets[1::4] = -100
-    return {
-        "x": torch.randn(37, 32, device=DEVICE).to(dtype),
-        # no multiple of 16: the head's rows are padded inside
-        "weight": torch.randn(50, 32, device=DEVICE) / 32**0.5,
-        "targets": targets,
-    }
-
-
-def _head(inputs: dict[str, Tensor], **options: Any) -> list[Tensor]:
-    x, weight = (inputs[name].clone().requires_grad_() for name in ("x", "weight"))
-    loss = linear_cross_entropy(x, weight, inputs["targets"], **LOSS, **options)
-    return [loss.detach(), *torch.autograd.grad(loss, (x, weight))]
-
-
 @pytest.mark.parametrize("impl", ["triton", "torch"])
 @pytest.mark.parametrize("z_loss", [0.0, 0.01])
 def test_head_and_loss(impl: str, z_loss: float) -> None:
-    inputs = _head_inputs()
-    loss, dx, dweight = _head(inputs, fp8=True, impl=impl, z_loss=z_loss)
-    plain_loss, plain_dx, plain_dweight = _head(inputs, impl=impl, z_loss=z_loss)
+    inputs = head_inputs()
+    loss, dx, dweight = head_gradients(inputs, fp8=True, impl=impl, z_loss=z_loss)
+    plain_loss, plain_dx, plain_dweight = head_gradients(inputs, impl=impl, z_loss=z_loss)
     assert abs(float(loss - plain_loss)) < 0.02 and not torch.equal(loss, plain_loss)
     for got, plain in ((dx, plain_dx), (dweight, plain_dweight)):
         assert got.shape == plain.shape and got.dtype == plain.dtype
@@ -204,11 +183,21 @@ def test_head_and_loss(impl: str, z_loss: float) -> None:
     assert not dweight[45:].any()
 
 
+@pytest.mark.parametrize("z_loss", [0.0, 0.01])
+def test_head_in_many_tiles(z_loss: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = head_inputs(torch.bfloat16)
+    whole = head_gradients(inputs, fp8=True, z_loss=z_loss)
+    # seven rows of 64 columns: the last tile is short
+    monkeypatch.setattr(op_module, "_TILE_ELEMENTS", 7 * 64)
+    for got, expected in zip(head_gradients(inputs, fp8=True, z_loss=z_loss), whole, strict=True):
+        assert torch.equal(got, expected)
+
+
 def test_head_in_many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = _head_inputs(torch.bfloat16)
-    whole = _head(inputs, fp8=True)
+    inputs = head_inputs(torch.bfloat16)
+    whole = head_gradients(inputs, fp8=True)
     monkeypatch.setattr(head_module, "_chunk_rows", lambda *args: 5)
-    loss, dx, dweight = _head(inputs, fp8=True)
+    loss, dx, dweight = head_gradients(inputs, fp8=True)
     torch.testing.assert_close(loss, whole[0])
     # the gradient's bound is known, so a chunk is rounded as the whole is
     torch.testing.assert_close(dx, whole[1])
@@ -223,7 +212,7 @@ def test_contract_and_compile() -> None:
         # to see whether an input was written to, the schema's check would have to add FP8 numbers
         checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
         torch.library.opcheck(_fp8_matmul, arguments, test_utils=checks)
-    assert_compiles_whole(linear_fp8, [_inputs(N, 16, 32) for N in (5, 9)])
+    assert_compiles_whole(linear_fp8, [layer_inputs(N, 16, 32) for N in (5, 9)])
     targets = torch.randint(45, (9,), device=DEVICE)
 
     def head(x: Tensor, weight: Tensor) -> Tensor:
@@ -231,35 +220,6 @@ def test_contract_and_compile() -> None:
 
     x = torch.randn(9, 32, device=DEVICE)
     assert_compiles_whole(head, [{"x": x, "weight": torch.randn(48, 32, device=DEVICE)}])
-
-
-@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no bias"])
-def test_the_tensor_cores_call(out_dtype: torch.dtype, with_bias: bool) -> None:
-    a = quantize(torch.randn(32, 48, device=DEVICE), E5M2)
-    b = quantize(torch.randn(64, 48, device=DEVICE), E4M3)
-    bias = torch.randn(64, device=DEVICE).to(out_dtype) if with_bias else None
-    arguments = (a.values, b.values, a.inverse, b.inverse, bias, out_dtype, False)
-    got = _scaled_product(*arguments)
-    expected = (a.values.double() * a.inverse) @ (b.values.double() * b.inverse).T
-    if bias is not None:
-        expected += bias.double()
-    assert got.dtype == out_dtype
-    limit = torch.finfo(out_dtype).eps * expected.abs() + 1e-5 * expected.abs().max()
-    assert ((got.double() - expected).abs() <= limit).all()
-
-
-@budget.rehearsed
-def test_a_gpu_and_a_cpu_give_the_same_numbers(full: bool) -> None:
-    N, C, F = (1023, 768, 3072) if full else (37, 48, 80)
-    inputs = _inputs(N, C, F, torch.bfloat16)
-    dy = torch.randn(N, F, device=DEVICE).bfloat16()
-    found = _gradients(inputs, dy)
-    expected = _gradients({n: t.cpu() for n, t in inputs.items()}, dy.cpu())
-    for name, value in expected.items():
-        error = float((found[name].cpu().double() - value.double()).norm() / value.double().norm())
-        # the forward product may keep 14 bits of its sums
-        assert error < 4e-3, f"{name}: {error}"
 
 
 @pytest.mark.parametrize(
@@ -288,13 +248,17 @@ def test_bad_arguments(change: dict[str, Tensor], error: type[Exception], said: 
 
 
 def test_the_head_says_what_fp8_cannot() -> None:
-    inputs = _head_inputs()
+    inputs = head_inputs()
     with pytest.raises(ValueError, match="fp8 has no reference implementation"):
-        _head(inputs, fp8=True, impl="reference")
+        head_gradients(inputs, fp8=True, impl="reference")
     with pytest.raises(ValueError, match="linear_cross_entropy: no FP8: it wants activations"):
-        _head({n: t.double() if t.is_floating_point() else t for n, t in inputs.items()}, fp8=True)
+        head_gradients(
+            {n: t.double() if t.is_floating_point() else t for n, t in inputs.items()}, fp8=True
+        )
     with pytest.raises(ValueError, match="multiples of 16, got 31"):
-        _head(inputs | {"x": inputs["x"][:, :31], "weight": inputs["weight"][:, :31]}, fp8=True)
+        head_gradients(
+            inputs | {"x": inputs["x"][:, :31], "weight": inputs["weight"][:, :31]}, fp8=True
+        )
 
 
 def test_who_has_fp8(monkeypatch: pytest.MonkeyPatch) -> None:

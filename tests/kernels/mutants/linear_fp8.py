@@ -5,33 +5,81 @@ from tests.kernels.mutants import Mutant
 _CONTRACT = "kernels/linear_fp8.py"
 _HEAD = "kernels/linear_cross_entropy.py"
 _TESTS = "tests/kernels/test_linear_fp8.py"
+_CALLS = "tests/kernels/test_linear_fp8_calls.py"
 _ROUNDING = f"{_TESTS}::test_rounding_is_the_format_s"
 _SPECIAL = f"{_TESTS}::test_special_values"
 _PRODUCTS = f"{_TESTS}::test_products_of_the_rounded_operands"
 _LOSS = f"{_TESTS}::test_head_and_loss"
-_CALL = f"{_TESTS}::test_the_tensor_cores_call"
+_CALL = f"{_CALLS}::test_the_tensor_cores_call"
 
 MUTANTS = [
     Mutant(
         "scaled_to_half_of_the_range",
         _CONTRACT,
-        "x.float() * (largest / norm)",
-        "x.float() * (largest / (2 * norm))",
+        "x * (largest / amax)[None]",
+        "x * (largest / (2 * amax))[None]",
         (_ROUNDING,),
     ),
     Mutant(
         "scale_not_undone",
         _CONTRACT,
-        "scaled.to(dtype), norm / largest)",
-        "scaled.to(dtype), torch.ones_like(norm))",
+        "(largest / amax)[None], amax / largest",
+        "(largest / amax)[None], torch.ones_like(amax)",
         (_ROUNDING,),
     ),
     Mutant(
         "zeros_divided_by_zero",
         _CONTRACT,
-        "norm = norm.clamp(min=_SMALLEST_AMAX)\n",
-        "",
+        ".clamp(min=_SMALLEST_AMAX)\n",
+        "\n",
         (_SPECIAL,),
+    ),
+    Mutant(
+        "product_with_the_scale_in_short",
+        _CONTRACT,
+        "return x * (largest / amax)[None], ",
+        "return x * (largest / amax), ",
+        (_PRODUCTS, f"{_TESTS}::test_bf16_is_scaled_in_fp32"),
+        "a scalar leaves the product in bf16: two roundings",
+    ),
+    Mutant(
+        "a_scale_for_each_tile",
+        _CONTRACT,
+        "_scale(tile, E5M2, amax)",
+        "_scale(tile, E5M2, _largest_of(tile))",
+        (f"{_TESTS}::test_head_in_many_tiles",),
+        "each tile has a scale of its own, and one scale is undone",
+    ),
+    Mutant(
+        "layout_kept",
+        _CONTRACT,
+        "scaled.to(dtype, memory_format=torch.contiguous_format)",
+        "scaled.to(dtype)",
+        (f"{_CALLS}::test_a_layer_s_calls",),
+        "a GPU refuses a weight stored the other way round",
+    ),
+    Mutant(
+        "transpose_not_laid_out",
+        _CONTRACT,
+        "Quantized(turned.contiguous().view(self.values.dtype)",
+        "Quantized(turned.view(self.values.dtype)",
+        (f"{_CALLS}::test_a_layer_s_calls",),
+        "a CPU multiplies any layout, a GPU refuses",
+    ),
+    Mutant(
+        "second_operand_row_major",
+        _CONTRACT,
+        "        b.t(),\n",
+        "        b.t().contiguous(),\n",
+        (f"{_CALLS}::test_a_layer_s_calls",),
+        "a GPU refuses",
+    ),
+    Mutant(
+        "gradients_with_short_sums",
+        _CONTRACT,
+        "    fast: bool = False,\n",
+        "    fast: bool = True,\n",
+        (f"{_CALLS}::test_the_head_s_calls",),
     ),
     Mutant(
         "infinities_hidden",
@@ -113,7 +161,7 @@ MUTANTS = [
         "amax = 1.0 if z_loss == 0 else None",
         "amax = 0.01",
         (_LOSS,),
-        "the gradient is cut off at the bound",
+        "numbers beyond the bound become infinite",
     ),
     Mutant(
         "head_not_in_fp8",
