@@ -34,6 +34,14 @@ def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
     )
 
 
+@pytest.fixture
+def compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command runs in here, as if the kernels were compiled, which no test process can do."""
+    # imported without the interpreter, they would be lost to the tests that follow
+    monkeypatch.setattr(report, "kernel_modules", list)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Row]:
     """The planted kernels' rows by configuration and architecture, compiled afresh."""
@@ -116,6 +124,7 @@ def test_interpreting_is_refused() -> None:
     assert "TRITON_INTERPRET=1" in done.stderr
 
 
+@pytest.mark.usefixtures("compiling")
 def test_every_triton_has_an_expectation_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -127,13 +136,13 @@ def test_every_triton_has_an_expectation_of_its_own(
     with pytest.raises(UserError, match=r"no expectation of Triton 3\.60\.0 \(recorded: 3\.6\.0, "):
         report.find_expectation("3.60.0", tmp_path)
     monkeypatch.setattr(metadata, "version", lambda name: "2.1.0")
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert report.main(["--check"]) == 2
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1
     assert "no expectation of Triton 2.1.0" in said[0]
 
 
+@pytest.mark.usefixtures("compiling")
 @pytest.mark.parametrize(
     ("fault", "complaint"),
     [
@@ -156,7 +165,6 @@ def test_check_fails_on_each_fault(
     good = Row("k", "64 w4", "sm_90", 4, True, 1e9, 1e6, registers=32, mma="wgmma")
     monkeypatch.setattr(report, "measure", lambda *arguments: [replace(good, **fault)])
     monkeypatch.setattr(report, "find_expectation", lambda triton: expectation([good]))
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert report.main(["--check", "--arch", "sm_90"]) == bool(fault)
     *lines, last = capsys.readouterr().out.splitlines()
     assert len(lines) == bool(fault)
@@ -164,6 +172,7 @@ def test_check_fails_on_each_fault(
     assert last == f"1 kernels checked, {len(lines)} worse than expected"
 
 
+@pytest.mark.usefixtures("compiling")
 def test_update_records_what_check_then_finds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,7 +184,6 @@ def test_update_records_what_check_then_finds(
     monkeypatch.setattr(report, "measure", lambda *arguments: rows)
     monkeypatch.setattr(report, "REPORT", tmp_path / "REPORT.md")
     monkeypatch.setattr(report, "expectation_file", lambda triton: tmp_path / f"{triton}.json")
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert report.main(["--update"]) == 0
     text = (tmp_path / f"{metadata.version('triton')}.json").read_text(encoding="utf-8")
     assert json.loads(text) == expectation(rows)
