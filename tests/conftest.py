@@ -1,12 +1,17 @@
 """Before anything imports triton: without a CUDA GPU, its kernels are interpreted."""
 
 import os
+import signal
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# what a script starts in the background ignores Ctrl-C, and so would the programs under test
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,7 +1,6 @@
 import os
 import signal
 import time
-from collections.abc import Iterator
 from threading import Thread
 
 import pytest
@@ -25,15 +24,6 @@ def test_the_first_signal_waits_for_a_safe_place(number: signal.Signals) -> None
     assert error.value.exit_code == 128 + number
 
 
-@pytest.fixture
-def foreground() -> Iterator[None]:
-    """SIGINT is not ignored, as it is in what a script starts in the background."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("foreground")
 def test_the_second_ctrl_c_acts_at_once() -> None:
     with pytest.raises(KeyboardInterrupt), Interrupt() as interrupt:
         os.kill(os.getpid(), signal.SIGINT)
