@@ -15,10 +15,9 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.machine import machine
-from fastgpt2.cli import Parser
+from fastgpt2.cli import Parser, check_counts
 from fastgpt2.cli import run as run_command
 from fastgpt2.devices import resolve_device
-from fastgpt2.errors import UserError
 from fastgpt2.files import write_text
 from fastgpt2.training.config import TrainConfig, named_configs, read_config
 from fastgpt2.training.metrics import read_metrics
@@ -87,9 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _body(options: argparse.Namespace) -> int:
-    for name in ("steps", "seeds"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name}: must be 1 or more, got {getattr(options, name)}")
+    check_counts(options, "steps", "seeds")
     base = read_config(options.config) | {
         "steps": options.steps,
         "eval_every": options.steps,

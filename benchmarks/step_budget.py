@@ -9,7 +9,6 @@ JSON.
 
 import argparse
 import json
-import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -18,17 +17,15 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
-import torch
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from benchmarks.bench_train_step import Workload, lone_step, peak_resident, workloads
 from benchmarks.harness import Scale
-from benchmarks.machine import machine
-from fastgpt2.cli import Parser
+from benchmarks.processes import ask, write_runs
+from fastgpt2.cli import Parser, check_counts
 from fastgpt2.cli import run as run_command
 from fastgpt2.errors import UserError
-from fastgpt2.files import write_text
 from fastgpt2.training.allocator import keep_freed_memory
 from fastgpt2.training.summary import dtype_name
 
@@ -157,22 +154,18 @@ def _body(options: argparse.Namespace) -> int:
     if options.one:
         print(json.dumps(measure(options.one, options.dtype, options.steps, options.scale)))
         return 0
-    for name in ("turns", "steps"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name}: must be 1 or more, got {getattr(options, name)}")
+    check_counts(options, "turns", "steps")
     # before the first process, which takes long to say so
     chosen_workload(options.scale, options.dtype)
     own = ["--dtype", options.dtype, "--steps", str(options.steps), "--scale", options.scale]
     runs: list[dict[str, Any]] = []
     for name in tqdm([name for _ in range(options.turns) for name in options.contenders]):
         command = [sys.executable, "-m", "benchmarks.step_budget", "--out", "-", "--one", name]
-        done = subprocess.run([*command, *own], capture_output=True, text=True, check=False)
-        if done.returncode:
-            print(f"{name}: {done.stderr}", file=sys.stderr)
+        run = ask(name, [*command, *own])
+        if run is None:
             return 1
-        runs.append(json.loads(done.stdout.splitlines()[-1]))
-        report = {"machine": machine(torch.device("cpu")), "dtype": options.dtype, "runs": runs}
-        write_text(options.out, json.dumps(report, indent=1) + "\n")
+        runs.append(run)
+        write_runs(options.out, options.dtype, runs)
     print(table(runs))
     return 0
 

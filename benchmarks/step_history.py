@@ -5,8 +5,6 @@ their own and by turns. Prints a table of milliseconds, writes JSON.
 """
 
 import argparse
-import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -15,15 +13,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
-from benchmarks.machine import machine
+from benchmarks.processes import ask, write_runs
 from benchmarks.step_of_commit import DTYPES, SCALES
-from fastgpt2.cli import Parser
+from fastgpt2.cli import Parser, check_counts
 from fastgpt2.cli import run as run_command
 from fastgpt2.errors import UserError
-from fastgpt2.files import write_text
 
 _ROOT = Path(__file__).resolve().parents[1]
 _PROGRAM = _ROOT / "benchmarks" / "step_of_commit.py"
@@ -76,9 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _body(options: argparse.Namespace) -> int:
-    for name in ("turns", "steps"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name}: must be 1 or more, got {getattr(options, name)}")
+    check_counts(options, "turns", "steps")
     own = [options.dtype, str(options.steps), options.scale]
     runs: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
@@ -91,17 +85,11 @@ def _body(options: argparse.Namespace) -> int:
         for form, folder, name, subject in tqdm(plan):
             # -P: what lies beside the program is not of that commit
             command = [sys.executable, "-P", str(_PROGRAM), form, *own]
-            environment = os.environ | {"PYTHONPATH": str(folder)}
-            done = subprocess.run(
-                command, env=environment, capture_output=True, text=True, check=False
-            )
-            if done.returncode:
-                print(f"{name}, {form}: {done.stderr}", file=sys.stderr)
+            seconds = ask(f"{name}, {form}", command, PYTHONPATH=str(folder))
+            if seconds is None:
                 return 1
-            seconds = json.loads(done.stdout.splitlines()[-1])
             runs.append({"commit": name, "subject": subject, "form": form, "seconds": seconds})
-            report = {"machine": machine(torch.device("cpu")), "dtype": options.dtype, "runs": runs}
-            write_text(options.out, json.dumps(report, indent=1) + "\n")
+            write_runs(options.out, options.dtype, runs)
     print(table(runs))
     return 0
 

@@ -18,6 +18,17 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (--help shows all flags)\n")
 
 
+def check_counts(options: argparse.Namespace, *names: str) -> None:
+    """These options are 1 or more.
+
+    Raises:
+        UserError: one is not; names its flag.
+    """
+    for name in names:
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name}: must be 1 or more, got {getattr(options, name)}")
+
+
 def run(name: str, body: Callable[[], int | None]) -> int:
     """Call ``body`` and turn how it ended into an exit code.
 

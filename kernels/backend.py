@@ -66,6 +66,11 @@ def capability(index: int) -> tuple[int, int]:
 capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd will ask for a gradient by one of these."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
 def _triton_obstacle(x: Tensor) -> str | None:
     """Why Triton cannot run on this tensor, or None if it can."""
     if not _TRITON_INSTALLED:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt2.kernels import checks
+from fastgpt2.kernels.backend import wants_gradient
 
 
 def _rows_for_onednn(info: Path = Path("/proc/cpuinfo")) -> tuple[int, int]:
@@ -109,13 +110,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         ValueError: weight or bias does not match x's shape or device.
     """
     _check(x, weight, bias)
+    return unchecked_linear(x, weight, bias)
+
+
+def unchecked_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``linear`` for an op that has checked these arguments as its own."""
     if not _takes_onednn(x, weight):
         return F.linear(x, weight, bias)
-    tensors = (x, weight) if bias is None else (x, weight, bias)
-    trained = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     rows = x.reshape(-1, x.shape[-1])
     # a call by way of the dispatcher's autograd costs half as much as one token's product
-    out: Tensor = (_onednn_linear if trained else _onednn)(rows, weight, bias)
+    product = _onednn_linear if wants_gradient(x, weight, bias) else _onednn
+    out: Tensor = product(rows, weight, bias)
     return out.view(*x.shape[:-1], weight.shape[0])
 
 

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt2.kernels import checks, reference
-from fastgpt2.kernels.backend import Impl, resolve
+from fastgpt2.kernels.backend import Impl, resolve, wants_gradient
 from fastgpt2.kernels.gelu import bias_gelu, gelu, gelu_bwd, gelu_fwd
 from fastgpt2.kernels.jit import tuning
-from fastgpt2.kernels.linear import linear
+from fastgpt2.kernels.linear import unchecked_linear
 
 
 @torch.library.custom_op("fastgpt2::linear_gelu_fwd", mutates_args=())
@@ -67,7 +67,7 @@ def hidden_and_pre_activation(
     if _is_fused(x, weight):
         y, z = _linear_gelu_fwd(x, weight, bias, True)
         return y, z
-    z = linear(x, weight)
+    z = unchecked_linear(x, weight)
     return gelu_fwd(z, bias), z
 
 
@@ -97,12 +97,11 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, impl: str = "
         case Impl.REFERENCE:
             return reference.linear_gelu(x, weight, bias)
         case Impl.TORCH:
-            return F.gelu(linear(x, weight, bias), approximate="tanh")
+            return F.gelu(unchecked_linear(x, weight, bias), approximate="tanh")
     if not _is_fused(x, weight):
-        z = linear(x, weight)
+        z = unchecked_linear(x, weight)
         return gelu(z, impl=impl) if bias is None else bias_gelu(z, bias, impl=impl)
-    inputs = (x, weight) if bias is None else (x, weight, bias)
-    with_grad = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    with_grad = wants_gradient(x, weight, bias)
     bias = None if bias is None else bias.contiguous()
     y: Tensor = _linear_gelu_fwd(x, weight, bias, with_grad)[0]
     return y

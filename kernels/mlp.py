@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fastgpt2.kernels import checks, reference
-from fastgpt2.kernels.backend import Impl, resolve
-from fastgpt2.kernels.linear import linear
+from fastgpt2.kernels.backend import Impl, resolve, wants_gradient
+from fastgpt2.kernels.linear import unchecked_linear
 from fastgpt2.kernels.linear_gelu import hidden_and_pre_activation, linear_gelu
 
 
@@ -109,10 +109,8 @@ def mlp(
     choice = resolve(op, impl, x)
     if choice is Impl.REFERENCE:
         return reference.mlp(x, fc_weight, fc_bias, proj_weight)
-    inputs = [t for t in (x, fc_weight, fc_bias, proj_weight) if t is not None]
-    trained = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-    if choice is Impl.TORCH or not trained:
-        return linear(linear_gelu(x, fc_weight, fc_bias, impl=impl), proj_weight)
+    if choice is Impl.TORCH or not wants_gradient(x, fc_weight, fc_bias, proj_weight):
+        return unchecked_linear(linear_gelu(x, fc_weight, fc_bias, impl=impl), proj_weight)
     rows = x.reshape(-1, x.shape[-1])
     y: Tensor = _mlp_fwd(rows, fc_weight, fc_bias, proj_weight)[0]
     return y.view(*x.shape[:-1], proj_weight.shape[0])

@@ -4,8 +4,9 @@ from typing import Any
 import pytest
 import torch
 
-from fastgpt2.config import PRESETS, GPTConfig
+from fastgpt2.config import FP8_MULTIPLE, PRESETS, GPTConfig
 from fastgpt2.errors import UserError
+from fastgpt2.kernels.linear_fp8 import MULTIPLE
 from fastgpt2.model import GPT
 
 
@@ -43,6 +44,11 @@ def test_a_bad_field_is_named(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as error:
         GPTConfig(**fields)
     assert str(error.value) == message
+
+
+def test_fp8_wants_the_kernels_multiple() -> None:
+    # written twice, because a configuration is read without PyTorch
+    assert FP8_MULTIPLE == MULTIPLE
 
 
 def test_config_is_frozen() -> None:

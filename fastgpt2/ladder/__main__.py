@@ -4,10 +4,9 @@ import argparse
 
 import torch
 
-from fastgpt2.cli import Parser
+from fastgpt2.cli import Parser, check_counts
 from fastgpt2.cli import run as run_command
 from fastgpt2.devices import resolve_device
-from fastgpt2.errors import UserError
 from fastgpt2.ladder.same_weights import attention_rungs, format_timings, time_rungs
 from fastgpt2.ladder.self_attention import simple_attention
 
@@ -38,9 +37,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(argv: list[str] | None) -> None:
     args = build_parser().parse_args(argv)
-    for name in ("batch", "context", "width", "heads", "repeats"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name}: must be 1 or more, got {getattr(args, name)}")
+    check_counts(args, "batch", "context", "width", "heads", "repeats")
     device = resolve_device(args.device)
     torch.manual_seed(0)
     modules = [r.to(device) for r in attention_rungs(args.width, args.context, args.heads)]

@@ -38,8 +38,8 @@ MUTANTS = [
     Mutant(
         "bias_dropped",
         _CONTRACT,
-        "(_onednn_linear if trained else _onednn)(rows, weight, bias)",
-        "(_onednn_linear if trained else _onednn)(rows, weight, None)",
+        "product(rows, weight, bias)",
+        "product(rows, weight, None)",
         (_BUDGET,),
     ),
     Mutant(
@@ -59,8 +59,8 @@ MUTANTS = [
     Mutant(
         "no_gradient_at_all",
         _CONTRACT,
-        "trained = torch.is_grad_enabled() and",
-        "trained = False and",
+        "if wants_gradient(x, weight, bias) else",
+        "if False else",
         (_BUDGET,),
     ),
 ]

@@ -57,7 +57,7 @@ MUTANTS = [
     Mutant(
         "parts_for_the_op",
         _CONTRACT,
-        "if choice is Impl.TORCH or not trained:",
+        "if choice is Impl.TORCH or not wants_gradient(x, fc_weight, fc_bias, proj_weight):",
         "if True:",
         (_SAVED,),
         "the GELU is saved after all",
