@@ -76,11 +76,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command."""
     parser = Parser(prog="python -m benchmarks.loss_match")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the JSON to write")
-    parser.add_argument("--config", default="shakespeare-char", help=", ".join(named_configs()))
+    configs = f"a TOML file or one of {', '.join(named_configs())} [%(default)s]"
+    parser.add_argument("--config", default="shakespeare-char", metavar="NAME", help=configs)
     parser.add_argument("--data", nargs="+", metavar="WHAT", help="instead of the configuration's")
-    parser.add_argument("--steps", type=int, default=200, metavar="N")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N")
-    parser.add_argument("--device", default="auto", metavar="NAME")
+    parser.add_argument("--steps", type=int, default=200, metavar="N", help="of each run [200]")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="pairs of runs [3]")
+    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, ...")
     options = parser.parse_args(arguments)
     return run_command("loss_match", lambda: _body(options))
 

@@ -108,7 +108,7 @@ class Run:
         return cls(machine, ceilings, tuple(entries.values()))
 
 
-def _parse(text: str, name: str) -> Any:
+def _parse(text: str | bytes, name: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
@@ -117,7 +117,7 @@ def _parse(text: str, name: str) -> Any:
 
 def _read(path: Path) -> Any:
     try:
-        return _parse(path.read_text(encoding="utf-8"), str(path))
+        return _parse(path.read_bytes(), str(path))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
 

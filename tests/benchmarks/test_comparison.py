@@ -154,13 +154,18 @@ def test_the_report_ends_with_1_and_a_line(
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
-    [("{}", "not a result"), ("nothing", "no JSON"), (None, "No such file")],
+    ("content", "message"),
+    [
+        (b"{}", "not a result"),
+        (b"nothing", "no JSON"),
+        (b"\xb4\x00\xff", "no JSON"),
+        (None, "No such file"),
+    ],
 )
-def test_what_is_no_result(tmp_path: Path, text: str | None, message: str) -> None:
+def test_what_is_no_result(tmp_path: Path, content: bytes | None, message: str) -> None:
     path = tmp_path / "run.json"
-    if text is not None:
-        path.write_text(text, encoding="utf-8")
+    if content is not None:
+        path.write_bytes(content)
     with pytest.raises(UserError, match=message):
         Run.of([path])
 
