@@ -1,12 +1,14 @@
 """Fixtures of the kernel tests."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from fastgpt2.kernels.jit import tuning
 from tests.kernels.budget import DEVICE
+from tests.kernels.processors import PROCESSORS, Processor
 
 
 @pytest.fixture
@@ -39,6 +41,16 @@ def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     chosen: str = request.param
     if chosen == "fused":
         monkeypatch.setitem(tuning.FUSED, ("linear_gelu", tuning.arch_of(DEVICE)), _Everywhere())
+    return chosen
+
+
+@pytest.fixture(params=PROCESSORS, ids=lambda processor: processor.name)
+def processor(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Processor:
+    """The test runs as on each of these processors, whatever the machine is."""
+    chosen: Processor = request.param
+    chosen.install(monkeypatch, tmp_path)
     return chosen
 
 

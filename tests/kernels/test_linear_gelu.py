@@ -1,5 +1,7 @@
 """Projection, bias and GELU as one op: both Triton routes and the others against fp64."""
 
+import importlib
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,6 +15,11 @@ from tests.kernels import budget
 from tests.kernels.budget import DEVICE
 from tests.kernels.graphs import assert_compiles_whole, assert_graph_replays
 from tests.kernels.layouts import LAYOUTS, lay_out
+from tests.kernels.processors import Processor
+
+# the package exports functions under the names of these modules
+op_module = importlib.import_module("fastgpt2.kernels.linear_gelu")
+linear_module = importlib.import_module("fastgpt2.kernels.linear")
 
 # (rows, width, MLP width)
 SHAPES = budget.grid(
@@ -60,17 +67,29 @@ def test_the_table_of_fused_shapes_holds_measurements() -> None:
         assert all(measurement for measurement in shapes.values())
 
 
-def test_routes_are_what_they_claim(route: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    products = []
-    linear = torch.nn.functional.linear
+def test_routes_are_what_they_claim(
+    route: str, processor: Processor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library's route asks ``linear`` once, which asks the processor's library."""
+    asked: dict[str, int] = {"linear": 0, "oneDNN": 0}
 
-    def counted(*args: Any) -> Tensor:
-        products.append(1)
-        return linear(*args)
+    def counted(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*args: Any) -> Tensor:
+            asked[name] += 1
+            return function(*args)
 
-    monkeypatch.setattr(torch.nn.functional, "linear", counted)
-    _op("triton", **_inputs(3, 16, 20, torch.float32))
-    assert len(products) == (route == "library")
+        return call
+
+    monkeypatch.setattr(
+        op_module, "unchecked_linear", counted("linear", linear_module.unchecked_linear)
+    )
+    monkeypatch.setattr(linear_module, "_onednn", counted("oneDNN", linear_module._onednn))
+    _op("triton", **_inputs(5, 16, 20, torch.float32))
+    by_library = route == "library"
+    # 5 rows are oneDNN's wherever any are, but on a GPU none is
+    built = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    onednn = by_library and built and processor.onednn_rows[1] > 0 and DEVICE.type == "cpu"
+    assert asked == {"linear": int(by_library), "oneDNN": int(onednn)}
 
 
 @pytest.mark.usefixtures("route")
