@@ -1,11 +1,13 @@
 """Fixtures of the kernel tests."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.kernels.budget import DEVICE
+from tests.kernels.processors import PROCESSORS, Processor
 
 
 @pytest.fixture
@@ -23,6 +25,16 @@ def nan_filled_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=PROCESSORS, ids=lambda processor: processor.name)
+def processor(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Processor:
+    """The test runs as on each of these processors, whatever the machine is."""
+    chosen: Processor = request.param
+    chosen.install(monkeypatch, tmp_path)
+    return chosen
 
 
 @pytest.fixture(autouse=True)

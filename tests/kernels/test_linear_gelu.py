@@ -1,5 +1,6 @@
 """Projection, bias and GELU as one op: both Triton routes and the others against fp64."""
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,11 @@ from tests.kernels import budget
 from tests.kernels.budget import DEVICE
 from tests.kernels.graphs import assert_compiles_whole, assert_graph_replays
 from tests.kernels.layouts import LAYOUTS, lay_out
+from tests.kernels.processors import Processor
+
+# the package exports functions under the names of these modules
+op_module = importlib.import_module("fastgpt2.kernels.linear_gelu")
+linear_module = importlib.import_module("fastgpt2.kernels.linear")
 
 # (rows, width, MLP width)
 SHAPES = budget.grid(
@@ -62,17 +68,29 @@ def test_other_implementations_are_within_budget(op: Route, impl: str) -> None:
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_routes_are_what_they_claim(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    products = []
-    linear = torch.nn.functional.linear
+def test_routes_are_what_they_claim(
+    fused: bool, processor: Processor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library's route asks ``linear`` once, which asks the processor's library."""
+    asked: dict[str, int] = {"linear": 0, "oneDNN": 0}
 
-    def counted(*args: Any) -> Tensor:
-        products.append(1)
-        return linear(*args)
+    def counted(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*args: Any) -> Tensor:
+            asked[name] += 1
+            return function(*args)
 
-    monkeypatch.setattr(torch.nn.functional, "linear", counted)
-    linear_gelu(**_inputs(3, 16, 20, torch.float32), fused=fused, impl="triton")
-    assert len(products) == (not fused)
+        return call
+
+    monkeypatch.setattr(
+        op_module, "unchecked_linear", counted("linear", linear_module.unchecked_linear)
+    )
+    monkeypatch.setattr(linear_module, "_onednn", counted("oneDNN", linear_module._onednn))
+    linear_gelu(**_inputs(5, 16, 20, torch.float32), fused=fused, impl="triton")
+    by_library = not fused
+    # 5 rows are oneDNN's wherever any are, but on a GPU none is
+    built = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    onednn = by_library and built and processor.onednn_rows[1] > 0 and DEVICE.type == "cpu"
+    assert asked == {"linear": int(by_library), "oneDNN": int(onednn)}
 
 
 def test_parameters_in_fp32_keep_their_gradients_dtype(op: Route) -> None:
