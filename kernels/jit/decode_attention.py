@@ -19,10 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt2.kernels.jit import tuning
-from fastgpt2.kernels.jit.attention_parts import tuned_configs
-from fastgpt2.kernels.jit.cases import SIZES, case
-from fastgpt2.kernels.jit.compile import CompileCase
+from fastgpt2.kernels import tuning
+from fastgpt2.kernels.cases import SIZES, CompileCase, case, configs
+from fastgpt2.kernels.jit.launch import launch_kernel
 from fastgpt2.kernels.jit.primitives import HIDDEN, LOG2E, LOWEST, load_tile, store_tile
 
 # fewer keys are read sooner than a second kernel is launched
@@ -122,7 +121,9 @@ def launch(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale: 
     part = out if whole else q.new_empty(shares, B, H, D, dtype=torch.float32)
     stats = None if whole else q.new_empty(shares, B, H, 2, dtype=torch.float32)
     config = tuning.pick("decode_attention", tuning.arch_of(q.device), D=D)
-    _decode_attention_kernel[(H, shares, B)](
+    launch_kernel(
+        _decode_attention_kernel,
+        (H, shares, B),
         q,
         k_cache,
         v_cache,
@@ -139,8 +140,16 @@ def launch(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale: 
     )
     if not whole:
         config = tuning.pick("decode_attention_merge", tuning.arch_of(q.device))
-        _decode_attention_merge_kernel[(B * H,)](
-            part, stats, out, shares, D=D, BLOCK_S=triton.next_power_of_2(shares), **config.meta()
+        launch_kernel(
+            _decode_attention_merge_kernel,
+            (B * H,),
+            part,
+            stats,
+            out,
+            shares,
+            D=D,
+            BLOCK_S=triton.next_power_of_2(shares),
+            **config.meta(),
         )
     return out
 
@@ -199,8 +208,8 @@ def compile_cases(arch: str) -> list[CompileCase]:
     return [
         *(
             _case(config, dtype, limits.get("D", 128), split=split)
-            for limits, config in tuned_configs("decode_attention", arch)
+            for limits, config in configs("decode_attention", arch)
             for dtype, split in (("bf16", False), ("bf16", True), ("fp32", False))
         ),
-        *(_merge_case(config) for _, config in tuned_configs("decode_attention_merge", arch)),
+        *(_merge_case(config) for _, config in configs("decode_attention_merge", arch)),
     ]

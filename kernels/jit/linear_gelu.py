@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt2.kernels.jit import tuning
-from fastgpt2.kernels.jit.cases import SIZES, case, configs
-from fastgpt2.kernels.jit.compile import CompileCase
+from fastgpt2.kernels import tuning
+from fastgpt2.kernels.cases import SIZES, CompileCase, case, configs
 from fastgpt2.kernels.jit.gelu import gelu_tile
+from fastgpt2.kernels.jit.launch import launch_kernel
 from fastgpt2.kernels.jit.primitives import allows_tf32
 from fastgpt2.kernels.jit.rows import as_rows
 
@@ -105,7 +105,9 @@ def launch_fwd(
         arch = tuning.arch_of(x.device)
         config = tuning.pick("linear_gelu_fwd", arch, bytes=x.element_size())
         grid = (triton.cdiv(N, config["BLOCK_M"]) * triton.cdiv(F, config["BLOCK_N"]),)
-        _linear_gelu_fwd_kernel[grid](
+        launch_kernel(
+            _linear_gelu_fwd_kernel,
+            grid,
             rows,
             weight,
             bias,

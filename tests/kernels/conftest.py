@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgpt2.kernels.jit import tuning
 from tests.kernels.budget import DEVICE
 from tests.kernels.processors import PROCESSORS, Processor
 
@@ -26,22 +25,6 @@ def nan_filled_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
-
-
-class _Everywhere(dict[tuple[int, int], str]):
-    """A table row of ``tuning.FUSED`` that names every shape."""
-
-    def __contains__(self, shape: object) -> bool:
-        return True
-
-
-@pytest.fixture(params=["fused", "library"])
-def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The test runs twice: our own matrix product, and the library's with our GELU behind it."""
-    chosen: str = request.param
-    if chosen == "fused":
-        monkeypatch.setitem(tuning.FUSED, ("linear_gelu", tuning.arch_of(DEVICE)), _Everywhere())
-    return chosen
 
 
 @pytest.fixture(params=PROCESSORS, ids=lambda processor: processor.name)
