@@ -38,7 +38,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         UserError: ``path`` exists and is not an empty folder.
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path}: exists already and is not an empty folder")
+        raise UserError(f"{path}: exists already and is not empty")
     temporary = _beside(path)
     temporary.mkdir()
     try:

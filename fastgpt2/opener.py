@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from fastgpt2 import runs
-from fastgpt2.config import GPT2_VOCAB, GPTConfig
+from fastgpt2.config import GPT2_VOCAB, GPTConfig, padded
 from fastgpt2.errors import UserError
 from fastgpt2.model import GPT
 from fastgpt2.text.bpe import GPT2Tokenizer
@@ -82,8 +82,7 @@ def open_model(
         found = GPT2Tokenizer.load()
     if found is None:
         raise UserError(f"{name}: no tokenizer beside it; give --tokenizer or --vocab-dir")
-    # a file may hold the padding of a vocabulary, so only a smaller one is a mistake
-    if found.vocab_size > vocab_size:
+    if not found.vocab_size <= vocab_size <= padded(found.vocab_size):
         raise UserError(
             f"{name}: the tokenizer {found.name} has {found.vocab_size} ids, the model {vocab_size}"
         )

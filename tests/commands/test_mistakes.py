@@ -172,7 +172,7 @@ def test_a_tokenizer_of_another_model(
     save_tokenizer(CharTokenizer(sorted(set(TEXT))), run)
     count = len(set(TEXT))
     said = complaint(generate, ["--run", str(run)], capsys)
-    assert f"the tokenizer has {count} ids, the model 257" in said
+    assert f"the tokenizer char has {count} ids, the model 257" in said
     said = complaint(train, ["--out", str(run), "--resume"], capsys)
     assert "saved with tokenizer bytes " in said
     assert "the run's is char " in said
@@ -181,7 +181,7 @@ def test_a_tokenizer_of_another_model(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--run", "nowhere"], "nowhere: no checkpoint in it"),
+        (["--run", "nowhere"], "nowhere: no such file or folder, and not one of gpt2"),
         (["--top-k", "0"], "--top-k must be a number from 1 to 2^62, got 0"),
         (["--temperature", "-1"], "--temperature must be a number from 0 to 2^62, got -1.0"),
         (["--temperature", "nan"], "--temperature must be a number from 0 to 2^62, got nan"),

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from fastgpt2 import runs
+from fastgpt2.opener import OpenedModel
 from fastgpt2.__main__ import COMMANDS
 from fastgpt2.__main__ import main as console
 from fastgpt2.errors import UserError
 from fastgpt2.generate.__main__ import main as generate
-from fastgpt2.train import checkpoint
+
 from fastgpt2.train.__main__ import main as train
 from fastgpt2.train.metrics import read_metrics
 from tests.commands.tiny_command import TINY, complaint
@@ -92,11 +93,11 @@ def test_generate_takes_the_checkpoint_asked_for(
     path.write_text(json.dumps(state), encoding="utf-8")
     taken = []
 
-    def load_model(folder: Path, **_: object) -> None:
-        taken.append(folder.name)
+    def load(opened: OpenedModel, *_: object) -> None:
+        taken.append(opened.path.name)
         raise UserError("enough")
 
-    monkeypatch.setattr(checkpoint, "load_model", load_model)
+    monkeypatch.setattr(OpenedModel, "load", load)
     for flags in ([], ["--checkpoint", "latest"]):
         assert complaint(generate, ["--run", str(run), *flags], capsys) == "enough"
     assert taken == ["step_00000003", "step_00000004"]

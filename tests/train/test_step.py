@@ -69,7 +69,8 @@ def test_clipping_equals_pytorchs(grad_clip: float, dtype: torch.dtype) -> None:
         norm = torch.nn.utils.clip_grad_norm_(twin.parameters(), grad_clip)
         scaler.step(optimizer)
         scaler.update()
-        torch.testing.assert_close(result.grad_norm, norm)
+        # after a step the weights differ by roundings, and with them the next gradient
+        torch.testing.assert_close(result.grad_norm, norm, rtol=1e-4, atol=0.0)
     for (name, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
         # AdamW is nearly blind to the gradient's scale: its first moment is not
         ours_moment = step.optimizer.state[ours]["exp_avg"]
