@@ -258,6 +258,26 @@ TABLE: dict[str, tuple[Rule, ...]] = {
             (config(8, 1, BLOCK_V=8192),),
         ),
     ),
+    "add_branch_fwd": (
+        Rule(
+            {},
+            {
+                "sm_80": config(4, 1, BLOCK_N=4, BLOCK_C=1024),
+                INTERPRET: config(4, 1, BLOCK_N=16, BLOCK_C=32),
+            },
+            (config(4, 1, BLOCK_N=2, BLOCK_C=1024), config(4, 1, BLOCK_N=8, BLOCK_C=256)),
+        ),
+    ),
+    "add_branch_bwd": (
+        Rule(
+            {},
+            {
+                "sm_80": config(4, 1, BLOCK_N=4, BLOCK_C=256),
+                INTERPRET: config(4, 1, BLOCK_N=4, BLOCK_C=32),
+            },
+            (config(4, 1, BLOCK_N=8, BLOCK_C=256), config(4, 1, BLOCK_N=4, BLOCK_C=1024)),
+        ),
+    ),
     "gelu_fwd": (
         Rule(
             {},
