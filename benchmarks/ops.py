@@ -5,7 +5,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +13,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.harness import Scale
 from fastgpt2 import kernels
-from fastgpt2.kernels.jit import tuning
 
 # an op as the tests know it, too: implementation's name and named inputs in, outputs out
 Op = Callable[..., Any]
@@ -239,11 +237,7 @@ def _bias_gelu(s: Sizes) -> OpCase:
 
 def _linear_gelu(s: Sizes, fused: bool) -> OpCase:
     def run(impl: str, x: Tensor, matrix: Tensor, bias: Tensor) -> Tensor:
-        if impl != "triton":
-            return kernels.linear_gelu(x, matrix, bias, impl=impl)
-        # by default the table of measurements decides, which these measurements fill
-        with patch.object(tuning, "fused", lambda *_args, **_shape: fused):
-            return kernels.linear_gelu(x, matrix, bias, impl=impl)
+        return kernels.linear_gelu(x, matrix, bias, fused=fused, impl=impl)
 
     def plain(x: Tensor, matrix: Tensor, bias: Tensor) -> Tensor:
         return F.gelu(F.linear(x, matrix, bias), approximate="tanh")

@@ -3,11 +3,10 @@
 Every kernel that an op launches is timed with each of its candidates, all else unchanged, after
 outputs and gradients with that candidate have passed the tests' error budget; one that is wrong,
 does not fit or does not compile is named and left out. Prints the times, writes ``tune.json`` and
-``tuning.py``: a copy of ``kernels/jit/tuning.py`` with the winners in this architecture's column.
+``tuning.json``: a copy of the table with the winners in this architecture's column.
 """
 
 import argparse
-import ast
 import json
 import sys
 import time
@@ -16,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 from unittest.mock import patch
 
 import torch
@@ -27,15 +25,11 @@ from benchmarks.machine import machine
 from benchmarks.op_race import Judge, compute_dtype, works
 from benchmarks.ops import OpCase, op_cases
 from benchmarks.timing import ROUNDS, Clock, Work
-from fastgpt2 import kernels
 from fastgpt2.files import write_text
+from fastgpt2.kernels import tuning
 
-if TYPE_CHECKING:
-    from fastgpt2.kernels.jit.tuning import Config
-
-# a candidate replaces the table's only if it is faster by more than the clock's own unrest
+# a candidate replaces the table's only if it is faster by more than the clock's own noise
 GAIN = 0.02
-TABLE_SOURCE = Path(kernels.__file__).parent / "jit" / "tuning.py"
 
 
 @dataclass(frozen=True)
@@ -55,7 +49,7 @@ class Trial:
     case: str
     mode: str
     config: str
-    source: str
+    meta: dict[str, int]
     current: bool
     median_us: float | None
     fault: str = ""
@@ -64,8 +58,6 @@ class Trial:
 @contextmanager
 def recording() -> Iterator[set[Launch]]:
     """The launches made within the block."""
-    from fastgpt2.kernels.jit import tuning
-
     seen: set[Launch] = set()
     pick = tuning.pick
 
@@ -77,42 +69,11 @@ def recording() -> Iterator[set[Launch]]:
         yield seen
 
 
-def rewrite(source: str, kernel: str, rule: int, arch: str, config: str) -> str:
+def rewrite(source: str, kernel: str, rule: int, arch: str, config: dict[str, int]) -> str:
     """``source`` of the tuning table with ``config`` for one kernel, rule and architecture."""
-    table = next(
-        node.value
-        for node in ast.parse(source).body
-        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "TABLE"
-    )
-    assert isinstance(table, ast.Dict)
-    rules = next(v for k, v in zip(table.keys, table.values, strict=True) if _is_text(k, kernel))
-    assert isinstance(rules, ast.Tuple)
-    call = rules.elts[rule]
-    assert isinstance(call, ast.Call)
-    configs = call.args[1]
-    assert isinstance(configs, ast.Dict)
-    lines = source.encode().splitlines(keepends=True)
-    starts = [sum(map(len, lines[:i])) for i in range(len(lines))]
-    for key, value in zip(configs.keys, configs.values, strict=True):
-        if _is_text(key, arch):
-            begin = starts[value.lineno - 1] + value.col_offset
-            end = starts[(value.end_lineno or 0) - 1] + (value.end_col_offset or 0)
-            text = config
-            break
-    else:
-        begin = end = starts[configs.lineno - 1] + configs.col_offset + 1
-        text = f'"{arch}": {config}, '
-    data = source.encode()
-    return (data[:begin] + text.encode() + data[end:]).decode()
-
-
-def _is_text(node: ast.expr | None, text: str) -> bool:
-    return isinstance(node, ast.Constant) and node.value == text
-
-
-def _as_source(config: "Config") -> str:
-    blocks = "".join(f", {name}={size}" for name, size in config.blocks)
-    return f"config({config.num_warps}, {config.num_stages}{blocks})"
+    table = json.loads(source)
+    table[kernel][rule]["configs"][arch] = config
+    return tuning.as_json(table)
 
 
 class Tuner:
@@ -153,8 +114,6 @@ class Tuner:
     def _tune_kernel(
         self, launch: Launch, case: OpCase, mode: str, work: Work, check: Work
     ) -> None:
-        from fastgpt2.kernels.jit import tuning
-
         shape_class = dict(launch.shape_class)
         rules = tuning.TABLE[launch.kernel]
         rule = next(i for i, r in enumerate(rules) if r.applies(shape_class))
@@ -183,7 +142,7 @@ class Tuner:
                     case.label,
                     mode,
                     config.label,
-                    _as_source(config),
+                    config.meta(),
                     config == current,
                     median,
                     fault,
@@ -204,13 +163,11 @@ class Tuner:
         return found
 
     def write(self, folder: Path) -> None:
-        """``tune.json`` and the rewritten ``tuning.py``, of everything so far."""
-        from fastgpt2.kernels.jit import tuning
-
-        source = TABLE_SOURCE.read_text(encoding="utf-8")
+        """``tune.json`` and the rewritten ``tuning.json``, of everything so far."""
+        source = tuning.TABLE_FILE.read_text(encoding="utf-8")
         for (kernel, rule), trial in self.winners().items():
-            source = rewrite(source, kernel, rule, tuning.arch_of(self.device), trial.source)
-        write_text(folder / "tuning.py", source)
+            source = rewrite(source, kernel, rule, tuning.arch_of(self.device), trial.meta)
+        write_text(folder / "tuning.json", source)
         trials = [asdict(trial) for trial in self.trials]
         report = {"machine": machine(self.device), "trials": trials, "notes": self.notes}
         write_text(folder / "tune.json", json.dumps(report, indent=1) + "\n")
@@ -228,7 +185,7 @@ def _row(trial: Trial, won: bool) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; exit code 1 if a config of the table itself is at fault."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune")
-    parser.add_argument("--out", type=Path, required=True, help="folder for tune.json, tuning.py")
+    parser.add_argument("--out", type=Path, required=True, help="folder for tune.json, tuning.json")
     parser.add_argument("--op", action="append", help="only this op; repeatable")
     parser.add_argument("--seconds", type=float, default=150.0, help="no new kernel after that")
     parser.add_argument("--dry", action="store_true", help="tiny, any machine, no meaning")

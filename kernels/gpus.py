@@ -49,6 +49,7 @@ class Architecture:
         schedulers: warp schedulers, SIMD units on AMD.
         scheduler_warps: most warps (wavefronts) of one scheduler.
         blocks: most blocks.
+        warp: threads of a warp (wavefront).
     """
 
     block_shared: int
@@ -59,15 +60,17 @@ class Architecture:
     schedulers: int
     scheduler_warps: int
     blocks: int
+    warp: int = 32
 
 
 # CUDA C++ programming guide, "Compute capabilities"; CDNA 3 instruction set and MI300X data sheet.
+# The one list of architectures that the kernels are compiled for.
 # A block of sm_80 may have 163 KB, but its tiles also serve sm_86, sm_89 and sm_120: 99 KB.
 ARCHITECTURES = {
     "sm_80": Architecture(99 * 1024, 164 * 1024, 1024, 512, 8, 4, 16, 32),
     "sm_90": Architecture(227 * 1024, 228 * 1024, 1024, 512, 8, 4, 16, 32),
     "sm_100": Architecture(227 * 1024, 228 * 1024, 1024, 512, 8, 4, 16, 32),
-    "gfx942": Architecture(64 * 1024, 64 * 1024, 0, 512, 8, 4, 8, 16),
+    "gfx942": Architecture(64 * 1024, 64 * 1024, 0, 512, 8, 4, 8, 16, 64),
 }
 
 

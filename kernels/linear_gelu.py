@@ -8,8 +8,7 @@ from torch import Tensor
 
 from fastgpt2.kernels import checks, reference
 from fastgpt2.kernels.backend import Impl, resolve, wants_gradient
-from fastgpt2.kernels.gelu import bias_gelu, gelu, gelu_bwd, gelu_fwd
-from fastgpt2.kernels.jit import tuning
+from fastgpt2.kernels.gelu import bias_gelu, gelu, gelu_bwd
 from fastgpt2.kernels.linear import unchecked_linear
 
 
@@ -55,37 +54,29 @@ def _backward(ctx: Any, dy: Tensor, _dz: Tensor) -> tuple[Tensor | None, ...]:
 _linear_gelu_fwd.register_autograd(_backward, setup_context=_save)
 
 
-def _is_fused(x: Tensor, weight: Tensor) -> bool:
-    F, C = weight.shape
-    return tuning.fused("linear_gelu", x.device, C=C, F=F)
-
-
-def hidden_and_pre_activation(
-    x: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """(y, z) of ``linear_gelu``'s Triton route, without a gradient of its own."""
-    if _is_fused(x, weight):
-        y, z = _linear_gelu_fwd(x, weight, bias, True)
-        return y, z
-    z = unchecked_linear(x, weight)
-    return gelu_fwd(z, bias), z
-
-
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, impl: str = "auto") -> Tensor:
+def linear_gelu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    fused: bool = False,
+    impl: str = "auto",
+) -> Tensor:
     """gelu(x @ weight.T + bias), tanh form.
 
     Products accumulate in fp32; weight and bias are taken in x's dtype, which is y's. ``triton``
-    is the library's product with ``bias_gelu`` behind it, or one kernel of our own at the shapes
-    for which ``tuning.FUSED`` holds a measurement that it is faster.
+    is the library's product followed by ``bias_gelu``, or with ``fused`` one kernel of our own.
 
     Args:
         x: (..., C).
         weight: (F, C).
         bias: (F,) or None.
+        fused: whether ``triton`` computes product, bias and GELU in one kernel. The benchmarks time
+            both ways. The other implementations have one way and ignore this.
         impl: ``auto``, ``triton``, ``torch`` or ``reference``.
 
     Raises:
-        TypeError: x is no floating-point tensor.
+        TypeError: x is not a floating-point tensor.
         ValueError: weight or bias does not match.
     """
     op = "linear_gelu"
@@ -98,7 +89,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, impl: str = "
             return reference.linear_gelu(x, weight, bias)
         case Impl.TORCH:
             return F.gelu(unchecked_linear(x, weight, bias), approximate="tanh")
-    if not _is_fused(x, weight):
+    if not fused:
         z = unchecked_linear(x, weight)
         return gelu(z, impl=impl) if bias is None else bias_gelu(z, bias, impl=impl)
     with_grad = wants_gradient(x, weight, bias)

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from fastgpt2.kernels import checks, reference
 from fastgpt2.kernels.backend import Impl, resolve, wants_gradient
+from fastgpt2.kernels.gelu import gelu_fwd
 from fastgpt2.kernels.linear import unchecked_linear
-from fastgpt2.kernels.linear_gelu import hidden_and_pre_activation, linear_gelu
+from fastgpt2.kernels.linear_gelu import linear_gelu
 
 
 @torch.library.custom_op("fastgpt2::mlp_fwd", mutates_args=())
@@ -16,8 +17,8 @@ def _mlp_fwd(
     x: Tensor, fc_weight: Tensor, fc_bias: Tensor | None, proj_weight: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(y, z): z is x @ fc_weight.T without the bias."""
-    hidden, z = hidden_and_pre_activation(x, fc_weight, fc_bias)
-    return hidden @ proj_weight.t(), z
+    z = unchecked_linear(x, fc_weight)
+    return gelu_fwd(z, fc_bias) @ proj_weight.t(), z
 
 
 @_mlp_fwd.register_fake
@@ -55,7 +56,7 @@ def _backward(ctx: Any, dy: Tensor, _dz: Tensor) -> tuple[Tensor | None, ...]:
     dx_wanted, dfc_wanted, _, dproj_wanted = ctx.needs_input_grad
     dz, dbias, hidden = _gelu_again_bwd(dy @ proj_weight, z, fc_bias)
     dproj = dy.t() @ hidden if dproj_wanted else None
-    # as large as everything that was saved, and of no use any more
+    # free it: as large as everything that was saved
     del hidden
     return (
         dz @ fc_weight if dx_wanted else None,

@@ -33,7 +33,8 @@ from fastgpt2.files import write_text
 from fastgpt2.kernels.gpus import ARCHITECTURES, GPU, GPUS, occupancy
 
 if TYPE_CHECKING:
-    from fastgpt2.kernels.jit.compile import CompileCase, Resources
+    from fastgpt2.kernels.cases import CompileCase
+    from fastgpt2.kernels.jit.compile import Resources
 
 _HERE = Path(__file__).resolve().parent
 REPORT = _HERE / "REPORT.md"

@@ -20,6 +20,8 @@ FLOORS = {
     "fastgpt2.kernels.backend": 0,
     "fastgpt2.kernels.philox": 0,
     "fastgpt2.kernels.gpus": 0,
+    "fastgpt2.kernels.tuning": 0,
+    "fastgpt2.kernels.cases": 0,
     "fastgpt2.kernels.jit": 1,
     "fastgpt2.kernels": 2,
     "fastgpt2.config": 3,

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgpt2.kernels.cases import CompileCase
 from fastgpt2.kernels.jit.attention_parts import (
     attention_cases,
     hide,
@@ -24,7 +25,6 @@ from fastgpt2.kernels.jit.attention_parts import (
     load_key_range,
     my_block,
 )
-from fastgpt2.kernels.jit.compile import CompileCase
 from fastgpt2.kernels.jit.primitives import (
     HIDDEN,
     LOG2E,

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgpt2.kernels.cases import CompileCase
 from fastgpt2.kernels.jit.attention_parts import (
     attention_cases,
     hide,
@@ -31,7 +32,6 @@ from fastgpt2.kernels.jit.attention_parts import (
     load_key_range,
     my_block,
 )
-from fastgpt2.kernels.jit.compile import CompileCase
 from fastgpt2.kernels.jit.primitives import LOG2E, keep_mask, load_tile, store_tile
 
 

@@ -15,13 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt2.kernels.jit import tuning
-from fastgpt2.kernels.jit.cases import SIZES, case
-from fastgpt2.kernels.jit.compile import CompileCase
+from fastgpt2.kernels import tuning
+from fastgpt2.kernels.cases import SIZES, CompileCase, case, configs
 from fastgpt2.kernels.jit.primitives import allows_tf32
-
-# large tiles that only the tuner tries are for the registers of this GPU
-TUNED_ARCH = "sm_90"
 
 
 @triton.jit
@@ -137,15 +133,6 @@ def _variants(limits: Mapping[str, int]) -> list[Variant]:
     return [Variant("bf16", 128, False, True), wide, odd]
 
 
-def tuned_configs(op: str, arch: str) -> list[tuple[Mapping[str, int], tuning.Config]]:
-    """(limits, config) of every rule: the candidates only for the GPU that the tuner runs on."""
-    return [
-        (rule.limits, config)
-        for rule in tuning.TABLE[op]
-        for config in (rule.on(arch), *(rule.candidates if arch == TUNED_ARCH else ()))
-    ]
-
-
 def attention_cases(
     kernel: Any, op: str, arch: str, tensors: dict[str, Any], products: int, passes: int
 ) -> list[CompileCase]:
@@ -161,7 +148,7 @@ def attention_cases(
     """
     return [
         _case(kernel, op, config, variant, tensors, products, passes)
-        for limits, config in tuned_configs(op, arch)
+        for limits, config in configs(op, arch)
         for variant in _variants(limits)
     ]
 

@@ -19,13 +19,16 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fastgpt2.kernels.cases import CompileCase
+from fastgpt2.kernels.gpus import ARCHITECTURES
+
 TRITON_VERSION: str = triton.__version__
 
 TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
+    name: GPUTarget("hip", name, chip.warp)
+    if name.startswith("gfx")
+    else GPUTarget("cuda", int(name.removeprefix("sm_")), chip.warp)
+    for name, chip in ARCHITECTURES.items()
 }
 
 # tensor-core opcodes as the disassembler spells them; "-rs" is a wgmma with its first operand in
@@ -37,40 +40,6 @@ _NVIDIA_MMA = (
     ("mma.sync", re.compile(r"\b[HQI]MMA\b")),
 )
 _NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-
-
-@dataclass(frozen=True)
-class CompileCase:
-    """One kernel with one set of tiles and types, as ``compile_case`` builds it.
-
-    Attributes:
-        kernel: the ``@triton.jit`` function.
-        name: of the kernel in the report, such as ``attention_fwd``.
-        config: a label for tiles and types, such as ``128x64 w8 s3 D64 bf16``; unique within name.
-        signature: type of every argument by name: ``"*bf16"``, ``"i32"``, ``"fp32"``,
-            ``"constexpr"``, or a tuple of those for a tuple argument. A ``"constexpr"`` inside a
-            tuple is a stride of 1, which Triton always specialises on.
-        constexprs: value of every ``"constexpr"`` argument.
-        num_warps: of a block.
-        num_stages: of the software pipeline.
-        divisible_by_16: pointers and integers that Triton would see as multiples of 16 at GPT-2's
-            shapes; a tuple's name means each of its elements, ``"x_strides.0"`` only that one.
-        wants_mma: the kernel is meant to use the tensor cores.
-        flops: floating-point operations of the launch at the stated GPT-2 shape.
-        bytes: bytes it must move through device memory there.
-    """
-
-    kernel: Any
-    name: str
-    config: str
-    signature: dict[str, Any]
-    constexprs: dict[str, Any]
-    num_warps: int
-    num_stages: int
-    divisible_by_16: tuple[str, ...]
-    wants_mma: bool
-    flops: float
-    bytes: float
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt2.kernels.jit import tuning
-from fastgpt2.kernels.jit.attention_parts import tuned_configs
-from fastgpt2.kernels.jit.cases import SIZES, case
-from fastgpt2.kernels.jit.compile import CompileCase
+from fastgpt2.kernels import tuning
+from fastgpt2.kernels.cases import SIZES, CompileCase, case, configs
 from fastgpt2.kernels.jit.primitives import HIDDEN, LOG2E, LOWEST, load_tile, store_tile
 
 # fewer keys are read sooner than a second kernel is launched
@@ -199,8 +197,8 @@ def compile_cases(arch: str) -> list[CompileCase]:
     return [
         *(
             _case(config, dtype, limits.get("D", 128), split=split)
-            for limits, config in tuned_configs("decode_attention", arch)
+            for limits, config in configs("decode_attention", arch)
             for dtype, split in (("bf16", False), ("bf16", True), ("fp32", False))
         ),
-        *(_merge_case(config) for _, config in tuned_configs("decode_attention_merge", arch)),
+        *(_merge_case(config) for _, config in configs("decode_attention_merge", arch)),
     ]

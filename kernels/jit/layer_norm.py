@@ -20,9 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt2.kernels.jit import tuning
-from fastgpt2.kernels.jit.cases import SIZES, case, configs
-from fastgpt2.kernels.jit.compile import CompileCase
+from fastgpt2.kernels import tuning
+from fastgpt2.kernels.cases import SIZES, CompileCase, case, configs
 from fastgpt2.kernels.jit.rows import (
     as_rows,
     dropout_argument,

@@ -13,9 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt2.kernels.jit import tuning
-from fastgpt2.kernels.jit.cases import case, configs
-from fastgpt2.kernels.jit.compile import CompileCase
+from fastgpt2.kernels import tuning
+from fastgpt2.kernels.cases import CompileCase, case, configs
 from fastgpt2.kernels.jit.primitives import keep_mask
 
 # of a backward kernel that sums over rows: enough to hide memory latency, as in flash-attention's

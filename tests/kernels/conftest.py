@@ -1,12 +1,13 @@
 """Fixtures of the kernel tests."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
-from fastgpt2.kernels.jit import tuning
 from tests.kernels.budget import DEVICE
+from tests.kernels.processors import PROCESSORS, Processor
 
 
 @pytest.fixture
@@ -26,19 +27,13 @@ def nan_filled_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-class _Everywhere(dict[tuple[int, int], str]):
-    """A table row of ``tuning.FUSED`` that names every shape."""
-
-    def __contains__(self, shape: object) -> bool:
-        return True
-
-
-@pytest.fixture(params=["fused", "library"])
-def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The test runs twice: our own matrix product, and the library's with our GELU behind it."""
-    chosen: str = request.param
-    if chosen == "fused":
-        monkeypatch.setitem(tuning.FUSED, ("linear_gelu", tuning.arch_of(DEVICE)), _Everywhere())
+@pytest.fixture(params=PROCESSORS, ids=lambda processor: processor.name)
+def processor(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Processor:
+    """The test runs as on each of these processors, whatever the machine is."""
+    chosen: Processor = request.param
+    chosen.install(monkeypatch, tmp_path)
     return chosen
 
 

@@ -18,8 +18,7 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks.op_race import works
 from benchmarks.ops import Sizes, cases_at
-from fastgpt2.kernels import backend
-from fastgpt2.kernels.jit import tuning
+from fastgpt2.kernels import backend, tuning
 from fastgpt2.kernels.jit.compile import TARGETS
 
 # GPT-2's widths, which decide what is compiled, and few tokens

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fastgpt2.kernels.jit.compile import CompileCase
+from fastgpt2.kernels.cases import CompileCase
 
 
 @triton.jit

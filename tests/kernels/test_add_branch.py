@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgpt2.kernels import philox
+from fastgpt2.kernels import philox, tuning
 from fastgpt2.kernels.add_branch import _add_branch_bwd, _add_branch_fwd, add_branch
-from fastgpt2.kernels.jit import tuning
 from tests.kernels import budget
 from tests.kernels.budget import DEVICE
 from tests.kernels.graphs import assert_compiles_whole, assert_graph_replays

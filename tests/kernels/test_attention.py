@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgpt2.kernels import philox
+from fastgpt2.kernels import philox, tuning
 from fastgpt2.kernels.attention import _attention_bwd, _attention_fwd, attention
-from fastgpt2.kernels.jit import attention_check, tuning
+from fastgpt2.kernels.jit import attention_check
 from tests.kernels import budget
 from tests.kernels.budget import DEVICE
 from tests.kernels.graphs import assert_compiles_whole, assert_graph_replays

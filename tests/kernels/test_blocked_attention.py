@@ -19,7 +19,7 @@ SHAPES = [(2, 1, 2, 64), (1, 127, 2, 32), (1, 128, 1, 80), (2, 129, 3, 16), (1, 
 
 
 @pytest.fixture(autouse=True, params=[True, False], ids=["AMX", "no AMX"])
-def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether PyTorch's forward kernel is a match for the blocks."""
     monkeypatch.setattr(op_module, "_HAS_AMX", request.param)
     monkeypatch.setattr(op_module, "_BLOCK", 128)
@@ -93,7 +93,8 @@ def test_a_view_and_an_empty_batch() -> None:
     wide = torch.randn(2, 9, 100)
     view = wide[:, :, 2:50]
     out = op_module.blocked_attention(view, 2, 0.5)
-    assert torch.equal(out, op_module.blocked_attention(view.contiguous(), 2, 0.5))
+    # two libraries may multiply a view and a copy: equal within roundings, not bit for bit
+    torch.testing.assert_close(out, op_module.blocked_attention(view.contiguous(), 2, 0.5))
     assert op_module.blocked_attention(wide[:0, :, :48], 2, 0.5).shape == (0, 9, 16)
 
 

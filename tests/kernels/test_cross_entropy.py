@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastgpt2.kernels import tuning
 from fastgpt2.kernels.cross_entropy import _cross_entropy_fwd, cross_entropy
 from fastgpt2.kernels.jit import cross_entropy as jit
-from fastgpt2.kernels.jit import tuning
 from tests.kernels import budget
 from tests.kernels.budget import DEVICE
 from tests.kernels.graphs import assert_compiles_whole, assert_graph_replays

@@ -7,10 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgpt2.kernels import decode_attention
+from fastgpt2.kernels import decode_attention, tuning
 from fastgpt2.kernels.decode_attention import _decode_attention
 from fastgpt2.kernels.jit import decode_attention as jit
-from fastgpt2.kernels.jit import tuning
 from tests.kernels import budget
 from tests.kernels.budget import DEVICE
 from tests.kernels.graphs import assert_graph_replays

@@ -7,14 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgpt2.kernels import linear_cross_entropy, philox
+from fastgpt2.kernels import linear_cross_entropy, philox, tuning
 from fastgpt2.kernels.embedding import (
     _embedding_bwd,
     _embedding_fwd,
     embedding,
     tied_embedding,
 )
-from fastgpt2.kernels.jit import tuning
 from tests.kernels import budget
 from tests.kernels.budget import DEVICE
 from tests.kernels.graphs import assert_compiles_whole, assert_graph_replays

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastgpt2.kernels import tuning
 from fastgpt2.kernels.gelu import bias_gelu, gelu, gelu_fwd
-from fastgpt2.kernels.jit import tuning
 from tests.kernels import budget
 from tests.kernels.budget import DEVICE
 from tests.kernels.graphs import assert_compiles_whole, assert_graph_replays

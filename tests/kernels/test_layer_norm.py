@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgpt2.kernels import philox
-from fastgpt2.kernels.jit import tuning
+from fastgpt2.kernels import philox, tuning
 from fastgpt2.kernels.layer_norm import _layer_norm_fwd, add_layer_norm, layer_norm
 from tests.kernels import budget
 from tests.kernels.budget import DEVICE

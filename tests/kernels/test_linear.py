@@ -1,7 +1,6 @@
 """A linear layer by either library: the same numbers, and which of them is asked."""
 
 import importlib
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,11 +12,11 @@ from fastgpt2.kernels import linear
 from fastgpt2.kernels.linear import _onednn_linear, matmul
 from tests.kernels import budget
 from tests.kernels.layouts import LAYOUTS, lay_out
+from tests.kernels.processors import ALWAYS, FEW, NEVER, Processor
 from tests.tiny_gpt import gradients, tiny_batch, tiny_gpt
 
 # the package exports the function under its module's name
 op_module = importlib.import_module("fastgpt2.kernels.linear")
-ALWAYS, NEVER = (1, 1000), (0, 0)
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(),  # type: ignore[no-untyped-call]
@@ -137,32 +136,21 @@ def test_matmul_into_a_buffer() -> None:
     torch.testing.assert_close(matmul(a.t(), a), a.t() @ a)
 
 
-def test_processors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    info = tmp_path / "cpuinfo"
-    read = op_module._rows_for_onednn
-    monkeypatch.setattr(op_module.platform, "processor", lambda: "")
+def test_rows_of_each_processor(processor: Processor) -> None:
+    assert processor.onednn_rows == op_module._ONEDNN_ROWS
+
+
+def test_processors_that_no_file_describes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, none = op_module._rows_for_onednn, tmp_path / "none"
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    always, few, never = (1, sys.maxsize), (4, 65), (0, 0)
-    for vendor, capability, expected in (
-        ("AuthenticAMD", "AVX512", always),
-        ("AuthenticAMD", "AVX2", never),
-        ("GenuineIntel", "AVX512", few),
-        ("GenuineIntel", "AVX2", never),
-    ):
-        info.write_text(f"processor: 0\nvendor_id: {vendor}\n", encoding="utf-8")
-        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)
-        assert read(info) == expected
-    # a system without such a file names the processor itself, or does not
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    assert read(tmp_path / "none") == few
-    monkeypatch.setattr(op_module.platform, "processor", lambda: "x86, AuthenticAMD")
-    assert read(tmp_path / "none") == always
-    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
-    assert read(info) == never
+    for name, expected in (("", FEW), ("x86, AuthenticAMD", ALWAYS)):
+        monkeypatch.setattr(op_module.platform, "processor", lambda name=name: name)
+        assert read(none) == expected
 
 
 def test_a_few_rows(calls: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(op_module, "_ONEDNN_ROWS", (4, 65))
+    monkeypatch.setattr(op_module, "_ONEDNN_ROWS", FEW)
     with torch.no_grad():
         for shape in ((3,), (4,), (64,), (65,), (2, 2), (8, 9), ()):
             linear(**_inputs(*shape))

@@ -1,18 +1,24 @@
 """Projection, bias and GELU as one op: both Triton routes and the others against fp64."""
 
+import importlib
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastgpt2.kernels import linear_gelu
-from fastgpt2.kernels.jit import tuning
+from fastgpt2.kernels import linear_gelu, tuning
 from fastgpt2.kernels.linear_gelu import _linear_gelu_fwd
 from tests.kernels import budget
 from tests.kernels.budget import DEVICE
 from tests.kernels.graphs import assert_compiles_whole, assert_graph_replays
 from tests.kernels.layouts import LAYOUTS, lay_out
+from tests.kernels.processors import Processor
+
+# the package exports functions under the names of these modules
+op_module = importlib.import_module("fastgpt2.kernels.linear_gelu")
+linear_module = importlib.import_module("fastgpt2.kernels.linear")
 
 # (rows, width, MLP width)
 SHAPES = budget.grid(
@@ -29,76 +35,87 @@ def _inputs(N: int, C: int, F: int, dtype: torch.dtype) -> dict[str, Tensor]:
     }
 
 
-def _op(impl: str, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return linear_gelu(x, weight, bias, impl=impl)
+Route = Callable[..., Tensor]
 
 
-@pytest.mark.usefixtures("route")
+@pytest.fixture(params=["fused", "library"])
+def op(request: pytest.FixtureRequest) -> Route:
+    """The test runs twice: one kernel of ours, and the library's product and then our GELU."""
+
+    def run(impl: str, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return linear_gelu(x, weight, bias, fused=request.param == "fused", impl=impl)
+
+    return run
+
+
 @pytest.mark.parametrize("dtype", budget.dtype_grid(), ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_within_budget(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-    budget.check_op(_op, _inputs(*shape, dtype))
+def test_within_budget(op: Route, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    budget.check_op(op, _inputs(*shape, dtype))
 
 
-@pytest.mark.usefixtures("route")
-def test_bias_is_optional() -> None:
+def test_bias_is_optional(op: Route) -> None:
     inputs = _inputs(37, 48, 80, torch.float32)
     del inputs["bias"]
-    budget.check_op(_op, inputs)
+    budget.check_op(op, inputs)
 
 
 @pytest.mark.parametrize("impl", ["torch", "reference"])
-def test_other_implementations_are_within_budget(impl: str) -> None:
+def test_other_implementations_are_within_budget(op: Route, impl: str) -> None:
     # each is the other's measure
     eager = "reference" if impl == "torch" else "torch"
-    budget.check_op(_op, _inputs(37, 48, 80, torch.float32), impl=impl, eager=eager)
+    budget.check_op(op, _inputs(37, 48, 80, torch.float32), impl=impl, eager=eager)
 
 
-def test_the_table_of_fused_shapes_holds_measurements() -> None:
-    for (op, arch), shapes in tuning.FUSED.items():
-        assert op == "linear_gelu" and arch in tuning.ARCHITECTURES
-        assert all(measurement for measurement in shapes.values())
+@pytest.mark.parametrize("fused", [True, False])
+def test_routes_are_what_they_claim(
+    fused: bool, processor: Processor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library's route asks ``linear`` once, which asks the processor's library."""
+    asked: dict[str, int] = {"linear": 0, "oneDNN": 0}
+
+    def counted(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*args: Any) -> Tensor:
+            asked[name] += 1
+            return function(*args)
+
+        return call
+
+    monkeypatch.setattr(
+        op_module, "unchecked_linear", counted("linear", linear_module.unchecked_linear)
+    )
+    monkeypatch.setattr(linear_module, "_onednn", counted("oneDNN", linear_module._onednn))
+    linear_gelu(**_inputs(5, 16, 20, torch.float32), fused=fused, impl="triton")
+    by_library = not fused
+    # 5 rows are oneDNN's wherever any are, but on a GPU none is
+    built = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    onednn = by_library and built and processor.onednn_rows[1] > 0 and DEVICE.type == "cpu"
+    assert asked == {"linear": int(by_library), "oneDNN": int(onednn)}
 
 
-def test_routes_are_what_they_claim(route: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    products = []
-    linear = torch.nn.functional.linear
-
-    def counted(*args: Any) -> Tensor:
-        products.append(1)
-        return linear(*args)
-
-    monkeypatch.setattr(torch.nn.functional, "linear", counted)
-    _op("triton", **_inputs(3, 16, 20, torch.float32))
-    assert len(products) == (route == "library")
-
-
-@pytest.mark.usefixtures("route")
-def test_parameters_in_fp32_keep_their_gradients_dtype() -> None:
+def test_parameters_in_fp32_keep_their_gradients_dtype(op: Route) -> None:
     inputs = _inputs(7, 16, 20, torch.float16)
     inputs |= {n: inputs[n].float() for n in ("weight", "bias")}
-    budget.check_op(_op, inputs)
+    budget.check_op(op, inputs)
 
 
-@pytest.mark.usefixtures("route")
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_strided_inputs(layout: str) -> None:
+def test_strided_inputs(op: Route, layout: str) -> None:
     inputs = _inputs(6, 16, 20, torch.float32)
 
     x, dy = inputs["x"].view(2, 3, 16), torch.randn(2, 3, 20, device=DEVICE)
     results = []
     for given, upstream in ((lambda t: t, dy), (lambda t: lay_out(t, layout), lay_out(dy, layout))):
         leaves = [given(t).detach().requires_grad_() for t in (x, inputs["weight"])]
-        y = _op("triton", *leaves)
+        y = op("triton", *leaves)
         results.append([y, *torch.autograd.grad(y, leaves, upstream)])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.usefixtures("route")
-def test_no_grad_stores_no_pre_activation() -> None:
+def test_no_grad_stores_no_pre_activation(op: Route) -> None:
     inputs = _inputs(7, 16, 20, torch.float32)
-    expected = _op("triton", **inputs)
+    expected = op("triton", **inputs)
     assert not expected.requires_grad
     y, z = _linear_gelu_fwd(*inputs.values(), False)
     assert z.numel() == 0
@@ -107,38 +124,35 @@ def test_no_grad_stores_no_pre_activation() -> None:
     torch.testing.assert_close(z, inputs["x"] @ inputs["weight"].T)
 
 
-@pytest.mark.usefixtures("route")
 @pytest.mark.parametrize("frozen", ["x", "weight", "bias"])
-def test_frozen_inputs(frozen: str) -> None:
+def test_frozen_inputs(op: Route, frozen: str) -> None:
     inputs = _inputs(7, 16, 20, torch.float32)
     gradients = []
     for impl in ("triton", "reference"):
         leaves = {n: t.clone().requires_grad_(n != frozen) for n, t in inputs.items()}
         wanted = [t for t in leaves.values() if t.requires_grad]
-        gradients.append(torch.autograd.grad(_op(impl, **leaves).sum(), wanted))
+        gradients.append(torch.autograd.grad(op(impl, **leaves).sum(), wanted))
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.usefixtures("route")
-def test_any_number_of_dimensions() -> None:
+def test_any_number_of_dimensions(op: Route) -> None:
     inputs = _inputs(6, 16, 20, torch.float32)
     weight, bias = inputs["weight"].requires_grad_(), inputs["bias"].requires_grad_()
     for shape in ((16,), (2, 3, 16), (1, 2, 1, 16)):
         x = inputs["x"].flatten()[: torch.Size(shape).numel()].view(shape)
         gradients = []
         for impl in ("triton", "reference"):
-            y = _op(impl, x, weight, bias)
+            y = op(impl, x, weight, bias)
             assert y.shape == (*shape[:-1], 20)
             gradients.append(torch.autograd.grad(y.square().sum(), (weight, bias)))
         for a, b in zip(*gradients, strict=True):
             torch.testing.assert_close(a, b)
 
 
-@pytest.mark.usefixtures("route")
-def test_empty_batch() -> None:
+def test_empty_batch(op: Route) -> None:
     leaves = {n: t.requires_grad_() for n, t in _inputs(0, 16, 20, torch.float32).items()}
-    y = _op("triton", **leaves)
+    y = op("triton", **leaves)
     assert y.shape == (0, 20)
     for t, g in zip(leaves.values(), torch.autograd.grad(y, list(leaves.values()), y), strict=True):
         assert g.shape == t.shape and not g.any()
@@ -159,11 +173,10 @@ def test_every_config_is_exact_on_integers(dtype: torch.dtype) -> None:
 
 
 @budget.rehearsed
-@pytest.mark.usefixtures("route")
 @pytest.mark.parametrize("dtype", budget.dtype_grid(), ids=str)
-def test_same_bits_a_thousand_times(dtype: torch.dtype, full: bool) -> None:
+def test_same_bits_a_thousand_times(op: Route, dtype: torch.dtype, full: bool) -> None:
     shape = (1023, 768, 3072) if full else (37, 48, 80)
-    budget.assert_repeatable(_op, _inputs(*shape, dtype), times=1000 if full else 2)
+    budget.assert_repeatable(op, _inputs(*shape, dtype), times=1000 if full else 2)
 
 
 def test_opcheck() -> None:
@@ -172,22 +185,20 @@ def test_opcheck() -> None:
     torch.library.opcheck(_linear_gelu_fwd, (leaves[0], leaves[1], None, True))
 
 
-@pytest.mark.usefixtures("route")
-def test_compiles_whole_at_two_lengths() -> None:
+def test_compiles_whole_at_two_lengths(op: Route) -> None:
     def step(**inputs: Tensor) -> Tensor:
-        return _op("triton", **inputs)
+        return op("triton", **inputs)
 
     assert_compiles_whole(step, [_inputs(N, 16, 20, torch.float32) for N in (4, 9)])
 
 
 @budget.rehearsed
-@pytest.mark.usefixtures("route")
-def test_captured_in_a_cuda_graph(full: bool) -> None:
+def test_captured_in_a_cuda_graph(op: Route, full: bool) -> None:
     shape = (257, 768, 3072) if full else (9, 16, 20)
     leaves = [t.requires_grad_() for t in _inputs(*shape, budget.HALF).values()]
 
     def step() -> list[Tensor]:
-        y = _op("triton", *leaves)
+        y = op("triton", *leaves)
         return [y, *torch.autograd.grad(y, leaves, y)]
 
     assert_graph_replays(step, leaves)

@@ -1,4 +1,4 @@
-"""The MLP as one op: against fp64, by both routes of its first half, and what it saves."""
+"""The MLP as one op: against fp64, and what it saves."""
 
 import importlib
 
@@ -40,14 +40,12 @@ def _op(
     return mlp(x, fc_weight, fc_bias, proj_weight, impl=impl)
 
 
-@pytest.mark.usefixtures("route")
 @pytest.mark.parametrize("dtype", budget.dtype_grid(), ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_within_budget(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     budget.check_op(_op, _inputs(*shape, dtype))
 
 
-@pytest.mark.usefixtures("route")
 def test_bias_is_optional() -> None:
     inputs = _inputs(37, 48, 80, torch.float32)
     del inputs["fc_bias"]
@@ -93,10 +91,10 @@ def test_saves_the_pre_activation_and_no_gelu() -> None:
 def test_without_a_gradient_it_is_its_parts() -> None:
     inputs = _inputs(7, 16, 20, torch.float32)
     hidden = linear_gelu(*(inputs[n] for n in ("x", "fc_weight", "fc_bias")), impl="triton")
-    assert torch.equal(_op("triton", **inputs), hidden @ inputs["proj_weight"].T)
+    # the library that multiplies here need not be the one that ``linear`` takes
+    torch.testing.assert_close(_op("triton", **inputs), hidden @ inputs["proj_weight"].T)
 
 
-@pytest.mark.usefixtures("route")
 def test_parameters_in_fp32_keep_their_gradients_dtype() -> None:
     inputs = _inputs(7, 16, 20, torch.float16)
     inputs |= {n: inputs[n].float() for n in ("fc_weight", "fc_bias", "proj_weight")}
@@ -143,7 +141,6 @@ def test_any_number_of_dimensions(shape: tuple[int, ...]) -> None:
 
 
 @budget.rehearsed
-@pytest.mark.usefixtures("route")
 @pytest.mark.parametrize("dtype", budget.dtype_grid(), ids=str)
 def test_same_bits_a_thousand_times(dtype: torch.dtype, full: bool) -> None:
     shape = (1023, 768, 3072) if full else (37, 48, 80)
@@ -159,7 +156,6 @@ def test_opcheck() -> None:
         torch.library.opcheck(op_module._gelu_again_bwd, (dy, z, bias))
 
 
-@pytest.mark.usefixtures("route")
 def test_compiles_whole_at_two_lengths() -> None:
     def step(**inputs: Tensor) -> Tensor:
         return _op("triton", **inputs)

@@ -34,7 +34,7 @@ def test_within_budget(shape: tuple[int, int], dtype: torch.dtype) -> None:
 def test_the_stream_is_x_without_a_copy() -> None:
     inputs = _inputs(3, 16, torch.float32)
     for impl in ("triton", "torch", "reference"):
-        stream, _ = stream_layer_norm(**inputs, impl=impl)
+        stream, _ = stream_layer_norm(*inputs.values(), impl=impl)
         assert stream.data_ptr() == inputs["x"].data_ptr()
 
 

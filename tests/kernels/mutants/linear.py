@@ -26,14 +26,14 @@ MUTANTS = [
         _CONTRACT,
         'if "AuthenticAMD" in processor else',
         "if processor else",
-        (f"{_TESTS}::test_processors",),
+        (f"{_TESTS}::test_rows_of_each_processor",),
     ),
     Mutant(
         "vector_units_not_asked_for",
         _CONTRACT,
         'if torch.backends.cpu.get_cpu_capability() != "AVX512":',
         "if False:",
-        (f"{_TESTS}::test_processors",),
+        (f"{_TESTS}::test_rows_of_each_processor",),
     ),
     Mutant(
         "bias_dropped",

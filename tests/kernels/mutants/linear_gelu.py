@@ -92,9 +92,9 @@ MUTANTS = [
     Mutant(
         "routes_swapped",
         _CONTRACT,
-        "if not _is_fused(x, weight):",
-        "if _is_fused(x, weight):",
+        "    if not fused:\n",
+        "    if fused:\n",
         (f"{_TESTS}::test_routes_are_what_they_claim",),
-        "our own product where it has not been measured",
+        "our own product where the library's was asked for",
     ),
 ]

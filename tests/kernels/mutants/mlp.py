@@ -5,7 +5,7 @@ from tests.kernels.mutants import Mutant
 _KERNEL = "kernels/jit/gelu.py"
 _CONTRACT = "kernels/mlp.py"
 _TESTS = "tests/kernels/test_mlp.py"
-_BUDGET = f"{_TESTS}::test_within_budget[library-(37, 48, 80)-torch.float32]"
+_BUDGET = f"{_TESTS}::test_within_budget[(37, 48, 80)-torch.float32]"
 _SAVED = f"{_TESTS}::test_saves_the_pre_activation_and_no_gelu"
 _SAME = f"{_TESTS}::test_backward_makes_the_very_gelu_of_forward"
 

@@ -1,11 +1,45 @@
-"""Compile cases written briefly: a kernel, a config, and a type or a value for each argument."""
+"""What the compile matrix compiles: a kernel, a config, and a type or a value for each argument."""
 
+from dataclasses import dataclass
 from typing import Any
 
-from fastgpt2.kernels.jit.compile import CompileCase
-from fastgpt2.kernels.jit.tuning import TABLE, Config
+from fastgpt2.kernels.tuning import TABLE, Config
 
 SIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+@dataclass(frozen=True)
+class CompileCase:
+    """One kernel with one set of tiles and types, as ``compile_case`` builds it.
+
+    Attributes:
+        kernel: the ``@triton.jit`` function.
+        name: of the kernel in the report, such as ``attention_fwd``.
+        config: a label for tiles and types, such as ``128x64 w8 s3 D64 bf16``; unique within name.
+        signature: type of every argument by name: ``"*bf16"``, ``"i32"``, ``"fp32"``,
+            ``"constexpr"``, or a tuple of those for a tuple argument. A ``"constexpr"`` inside a
+            tuple is a stride of 1, which Triton always specialises on.
+        constexprs: value of every ``"constexpr"`` argument.
+        num_warps: of a block.
+        num_stages: of the software pipeline.
+        divisible_by_16: pointers and integers that Triton would see as multiples of 16 at GPT-2's
+            shapes; a tuple's name means each of its elements, ``"x_strides.0"`` only that one.
+        wants_mma: the kernel is meant to use the tensor cores.
+        flops: floating-point operations of the launch at the stated GPT-2 shape.
+        bytes: bytes it must move through device memory there.
+    """
+
+    kernel: Any
+    name: str
+    config: str
+    signature: dict[str, Any]
+    constexprs: dict[str, Any]
+    num_warps: int
+    num_stages: int
+    divisible_by_16: tuple[str, ...]
+    wants_mma: bool
+    flops: float
+    bytes: float
 
 
 def configs(op: str, arch: str) -> list[tuple[dict[str, int], Config]]:
@@ -33,12 +67,12 @@ def case(
         config: tiles, warps and stages; its blocks are constants of the kernel.
         variant: what else tells the case apart, such as ``C768 bf16``.
         arguments: by name, a type (``"*bf16"``, ``"i32"``, a tuple of types, where a stride of 1
-            is ``"constexpr"``) or, where it is no string, the value of a constant: None for a
-            tensor that is not there.
+            is ``"constexpr"``) or the value of a constant, which is anything but a string: None for
+            a tensor that is not there.
         bytes: that the launch must move through device memory.
         flops: of the launch.
         wants_mma: the kernel is meant to use the tensor cores.
-        odd: integers that are no multiples of 16, elements of tuples as ``columns.0``.
+        odd: integers that are not multiples of 16, elements of tuples as ``columns.0``.
     """
     values = {**arguments, **dict(config.blocks)}
     typed = {n: v for n, v in values.items() if isinstance(v, str | tuple)}

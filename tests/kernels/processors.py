@@ -1,0 +1,49 @@
+"""Processors that a test can pretend to run on: which library multiplies is asked of each."""
+
+import importlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+# the package exports functions under the names of these modules
+_linear = importlib.import_module("fastgpt2.kernels.linear")
+_blocked_attention = importlib.import_module("fastgpt2.kernels.blocked_attention")
+
+ALWAYS, FEW, NEVER = (1, sys.maxsize), (4, 65), (0, 0)
+
+
+@dataclass(frozen=True)
+class Processor:
+    """What PyTorch and Linux say of a processor, and the rows that are oneDNN's on it."""
+
+    name: str
+    info: str | None
+    capability: str
+    has_mkl: bool
+    has_amx: bool
+    onednn_rows: tuple[int, int]
+
+    def install(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+        """Make the kernels believe that this is the machine; ``folder`` holds its description."""
+        path = folder / "cpuinfo"
+        if self.info is not None:
+            path.write_text(f"processor: 0\nvendor_id: {self.info}\n", encoding="utf-8")
+        monkeypatch.setattr(_linear.platform, "processor", lambda: "")
+        monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: self.has_mkl)
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: self.capability)
+        monkeypatch.setattr(_linear, "_ONEDNN_ROWS", _linear._rows_for_onednn(path))
+        monkeypatch.setattr(_blocked_attention, "_HAS_AMX", self.has_amx)
+
+
+PROCESSORS = (
+    Processor("AMD with AVX-512", "AuthenticAMD", "AVX512", True, False, ALWAYS),
+    Processor("AMD with AVX2", "AuthenticAMD", "AVX2", True, False, NEVER),
+    Processor("Intel with AMX", "GenuineIntel", "AVX512", True, True, FEW),
+    Processor("Intel with AVX-512", "GenuineIntel", "AVX512", True, False, FEW),
+    Processor("Intel with AVX2", "GenuineIntel", "AVX2", True, False, NEVER),
+    Processor("ARM", "", "DEFAULT", False, False, NEVER),
+    Processor("not described", None, "DEFAULT", True, False, NEVER),
+)
