@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastgpt2.kernels import tuning
 from fastgpt2.kernels.cases import SIZES, CompileCase, case, configs
+from fastgpt2.kernels.jit.launch import launch_kernel
 from fastgpt2.kernels.jit.primitives import HIDDEN, LOG2E, LOWEST, load_tile, store_tile
 
 # fewer keys are read sooner than a second kernel is launched
@@ -120,7 +121,9 @@ def launch(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale: 
     part = out if whole else q.new_empty(shares, B, H, D, dtype=torch.float32)
     stats = None if whole else q.new_empty(shares, B, H, 2, dtype=torch.float32)
     config = tuning.pick("decode_attention", tuning.arch_of(q.device), D=D)
-    _decode_attention_kernel[(H, shares, B)](
+    launch_kernel(
+        _decode_attention_kernel,
+        (H, shares, B),
         q,
         k_cache,
         v_cache,
@@ -137,8 +140,16 @@ def launch(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale: 
     )
     if not whole:
         config = tuning.pick("decode_attention_merge", tuning.arch_of(q.device))
-        _decode_attention_merge_kernel[(B * H,)](
-            part, stats, out, shares, D=D, BLOCK_S=triton.next_power_of_2(shares), **config.meta()
+        launch_kernel(
+            _decode_attention_merge_kernel,
+            (B * H,),
+            part,
+            stats,
+            out,
+            shares,
+            D=D,
+            BLOCK_S=triton.next_power_of_2(shares),
+            **config.meta(),
         )
     return out
 
