@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastgpt2.kernels import tuning
 from fastgpt2.kernels.cases import SIZES, CompileCase, case, configs
+from fastgpt2.kernels.jit.launch import launch_kernel
 from fastgpt2.kernels.jit.rows import (
     as_rows,
     dropout_argument,
@@ -99,7 +100,9 @@ def launch_fwd(
     N, C = rows.shape
     config = tuning.pick("add_branch_fwd", tuning.arch_of(x.device))
     grid = (triton.cdiv(N, config["BLOCK_N"]) * triton.cdiv(C, config["BLOCK_C"]),)
-    _add_branch_fwd_kernel[grid](
+    launch_kernel(
+        _add_branch_fwd_kernel,
+        grid,
         rows,
         branch_rows,
         bias,
@@ -133,7 +136,9 @@ def launch_bwd(
     column_blocks = triton.cdiv(C, config["BLOCK_C"])
     P = row_programs(triton.cdiv(N, config["BLOCK_N"]), dy.device, columns=column_blocks)
     partial = None if bias is None else dy.new_empty(1, P, C, dtype=torch.float32)
-    _add_branch_bwd_kernel[(column_blocks, P)](
+    launch_kernel(
+        _add_branch_bwd_kernel,
+        (column_blocks, P),
         rows,
         dbranch if own_dbranch else None,
         partial,
