@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 
 from fastgpt2 import runs
-from fastgpt2.opener import OpenedModel
 from fastgpt2.__main__ import COMMANDS
 from fastgpt2.__main__ import main as console
 from fastgpt2.errors import UserError
 from fastgpt2.generate.__main__ import main as generate
-
+from fastgpt2.opener import OpenedModel
 from fastgpt2.train.__main__ import main as train
 from fastgpt2.train.metrics import read_metrics
 from tests.commands.tiny_command import TINY, complaint
