@@ -7,7 +7,7 @@ kernels, and the module named after the op is its contract: what callers import 
 from fastgpt2.kernels.attention import attention
 from fastgpt2.kernels.backend import Impl, explain, use_impl
 from fastgpt2.kernels.cross_entropy import cross_entropy
-from fastgpt2.kernels.decode_attention import decode_attention
+from fastgpt2.kernels.decode_attention import append_kv, decode_attention
 from fastgpt2.kernels.embedding import embedding, tied_embedding
 from fastgpt2.kernels.gelu import bias_gelu, gelu
 from fastgpt2.kernels.layer_norm import add_layer_norm, layer_norm
@@ -20,6 +20,7 @@ from fastgpt2.kernels.mlp import mlp
 __all__ = [
     "Impl",
     "add_layer_norm",
+    "append_kv",
     "attention",
     "bias_gelu",
     "cross_entropy",
