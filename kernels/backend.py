@@ -57,8 +57,8 @@ def use_impl(impl: str) -> Iterator[None]:
         _default = previous
 
 
-def capability(index: int) -> tuple[int, int]:
-    """Compute capability of the CUDA device ``index``; a constant to the compiler."""
+def capability(index: int | None) -> tuple[int, int]:
+    """Compute capability of a CUDA device, None the current one; a constant to the compiler."""
     return torch.cuda.get_device_capability(index)
 
 
@@ -81,7 +81,7 @@ def _triton_obstacle(x: Tensor) -> str | None:
         return None
     if not x.is_cuda:
         return f"the tensor is on {x.device.type} (set TRITON_INTERPRET=1 to interpret the kernels)"
-    if torch.version.hip is None and capability(x.device.index or 0) < _OLDEST_CAPABILITY:
+    if torch.version.hip is None and capability(x.device.index) < _OLDEST_CAPABILITY:
         return "the GPU is older than compute capability 8.0"
     return None
 

@@ -244,7 +244,7 @@ def fp8_obstacle(device: torch.device, dtype: torch.dtype, *widths: int) -> str 
         return f"it runs on NVIDIA GPUs and, emulated, on CPUs, not on {device.type}"
     if torch.version.hip is not None:
         return "AMD's GPUs have other FP8 formats"
-    major, minor = capability(device.index or 0)
+    major, minor = capability(device.index)
     if (major, minor) < _OLDEST_CAPABILITY:
         return f"the GPU has compute capability {major}.{minor}, FP8 begins with 8.9"
     return None

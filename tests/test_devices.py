@@ -11,6 +11,7 @@ from fastgpt2.devices import (
     set_rng_states,
 )
 from fastgpt2.errors import UserError
+from tests.played_gpus import PlayedGPUs
 
 CPU = torch.device("cpu")
 
@@ -70,9 +71,16 @@ def test_a_device_that_is_not_here_is_one_line(name: str) -> None:
 def test_dtype_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_dtype("auto", CPU) == torch.float32
     assert resolve_dtype("bf16", CPU) == torch.bfloat16
-    for supported, expected in ((True, torch.bfloat16), (False, torch.float16)):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda s=supported: s)
-        assert resolve_dtype("auto", torch.device("cuda")) == expected
+    # of two GPUs only the second has bf16 instructions; PyTorch asks the current one
+    gpus = PlayedGPUs(monkeypatch)
+
+    def is_bf16_supported(including_emulation: bool = True) -> bool:
+        return including_emulation or gpus.current == 1
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
+    assert resolve_dtype("auto", torch.device("cuda:0")) == torch.float16
+    assert resolve_dtype("auto", torch.device("cuda:1")) == torch.bfloat16
+    assert gpus.current == 0
 
 
 def test_autocast_only_where_it_is_needed() -> None:

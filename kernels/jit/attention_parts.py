@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastgpt2.kernels import tuning
 from fastgpt2.kernels.cases import SIZES, CompileCase, case, configs
+from fastgpt2.kernels.jit.launch import launch_kernel
 from fastgpt2.kernels.jit.primitives import allows_tf32
 
 
@@ -88,7 +89,9 @@ def launch(
         dropout=int(seed is not None),
         masked=int(segment_ids is not None or key_range is not None),
     )
-    kernel[(n_head, triton.cdiv(T, config[block]), B)](
+    launch_kernel(
+        kernel,
+        (n_head, triton.cdiv(T, config[block]), B),
         *tensors,
         None if segment_ids is None else segment_ids.contiguous(),
         None if key_range is None else key_range.contiguous(),

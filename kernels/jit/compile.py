@@ -21,6 +21,7 @@ from triton.compiler import ASTSource
 
 from fastgpt2.kernels.cases import CompileCase
 from fastgpt2.kernels.gpus import ARCHITECTURES
+from fastgpt2.kernels.jit.launch import COMPILER_OPTIONS
 
 TRITON_VERSION: str = triton.__version__
 
@@ -155,7 +156,8 @@ def compile_case(case: CompileCase, arch: str) -> Resources:
     """
     if not isinstance(case.kernel, triton.JITFunction):
         raise RuntimeError("kernels cannot be compiled under TRITON_INTERPRET=1: unset it")
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    shape = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    options = shape | COMPILER_OPTIONS
     log = io.StringIO()
     # a cached binary would come without the assembler's log, which Triton prints
     with (

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fastgpt2.kernels import tuning
 from fastgpt2.kernels.cases import SIZES, CompileCase, case, configs
+from fastgpt2.kernels.jit.launch import launch_kernel
 
 # ignore_index, vocab_size, label_smoothing, z_loss
 Options = tuple[int, int, float, float]
@@ -167,7 +168,9 @@ def _launch_fwd(
     losses = logits.new_empty(N, dtype=torch.float32)
     if N > 0:
         config = tuning.pick("cross_entropy_fwd", tuning.arch_of(logits.device))
-        _cross_entropy_fwd_kernel[(N,)](
+        launch_kernel(
+            _cross_entropy_fwd_kernel,
+            (N,),
             logits,
             targets,
             losses,
@@ -205,7 +208,9 @@ def launch_bwd(
     dlogits = logits.new_empty(logits.shape)
     if N > 0:
         config = tuning.pick("cross_entropy_bwd", tuning.arch_of(logits.device))
-        _cross_entropy_bwd_kernel[(N,)](
+        launch_kernel(
+            _cross_entropy_bwd_kernel,
+            (N,),
             logits,
             targets,
             stats,

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fastgpt2.kernels import tuning
 from fastgpt2.kernels.cases import SIZES, CompileCase, case, configs
+from fastgpt2.kernels.jit.launch import launch_kernel
 from fastgpt2.kernels.jit.primitives import HIDDEN, LOG2E, LOWEST, load_tile, store_tile
 
 # fewer keys are read sooner than a second kernel is launched
@@ -161,7 +162,9 @@ def launch_append(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, length
     if k.numel() == 0:
         return
     config = tuning.pick("append_kv", tuning.arch_of(k.device))
-    _append_kv_kernel[(B * T, triton.cdiv(H, config["BLOCK_H"]))](
+    launch_kernel(
+        _append_kv_kernel,
+        (B * T, triton.cdiv(H, config["BLOCK_H"])),
         k,
         v,
         lengths,
@@ -189,7 +192,9 @@ def launch(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale: 
     part = out if whole else q.new_empty(shares, B, T, H, D, dtype=torch.float32)
     stats = None if whole else q.new_empty(shares, B, T, H, 2, dtype=torch.float32)
     config = tuning.pick("decode_attention", tuning.arch_of(q.device), D=D)
-    _decode_attention_kernel[(H, shares, B * T)](
+    launch_kernel(
+        _decode_attention_kernel,
+        (H, shares, B * T),
         q,
         k_cache,
         v_cache,
@@ -206,8 +211,16 @@ def launch(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale: 
     )
     if not whole:
         config = tuning.pick("decode_attention_merge", tuning.arch_of(q.device))
-        _decode_attention_merge_kernel[(B * T * H,)](
-            part, stats, out, shares, D=D, BLOCK_S=triton.next_power_of_2(shares), **config.meta()
+        launch_kernel(
+            _decode_attention_merge_kernel,
+            (B * T * H,),
+            part,
+            stats,
+            out,
+            shares,
+            D=D,
+            BLOCK_S=triton.next_power_of_2(shares),
+            **config.meta(),
         )
     return out
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastgpt2.kernels import tuning
 from fastgpt2.kernels.cases import SIZES, CompileCase, case, configs
+from fastgpt2.kernels.jit.launch import launch_kernel
 from fastgpt2.kernels.jit.rows import as_rows, dropout_argument, dropout_tile
 
 
@@ -106,7 +107,9 @@ def launch_fwd(
     x = wte.new_empty(B, T, C, dtype=dtype)
     if x.numel() > 0:
         config = tuning.pick("embedding_fwd", tuning.arch_of(wte.device))
-        _embedding_fwd_kernel[(triton.cdiv(B * T, config["BLOCK_N"]),)](
+        launch_kernel(
+            _embedding_fwd_kernel,
+            (triton.cdiv(B * T, config["BLOCK_N"]),),
             idx,
             positions,
             wte,
@@ -148,7 +151,9 @@ def launch_bwd(
     rows = as_rows(dx)
     config = tuning.pick("segment_sum", tuning.arch_of(dx.device))
     grid = (n_rows * triton.cdiv(C, config["BLOCK_C"]),)
-    _segment_sum_kernel[grid](
+    launch_kernel(
+        _segment_sum_kernel,
+        grid,
         rows,
         order,
         bounds,

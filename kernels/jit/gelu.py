@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fastgpt2.kernels import tuning
 from fastgpt2.kernels.cases import SIZES, CompileCase, case, configs
+from fastgpt2.kernels.jit.launch import launch_kernel
 from fastgpt2.kernels.jit.primitives import LOG2E
 from fastgpt2.kernels.jit.rows import as_rows, launch_column_sum, row_programs
 
@@ -122,7 +123,8 @@ def launch_fwd(x: Tensor, bias: Tensor | None) -> Tensor:
         N, F = rows.shape
         config = tuning.pick("gelu_fwd", tuning.arch_of(x.device))
         grid = (triton.cdiv(N, config["BLOCK_N"]) * triton.cdiv(F, config["BLOCK_F"]),)
-        _gelu_fwd_kernel[grid](rows, bias, y, rows.stride(0), N, F, **config.meta())
+        arguments = (rows, bias, y, rows.stride(0), N, F)
+        launch_kernel(_gelu_fwd_kernel, grid, *arguments, **config.meta())
     return y
 
 
@@ -150,7 +152,9 @@ def _launch_bwd(
     column_blocks = triton.cdiv(F, config["BLOCK_F"])
     P = row_programs(triton.cdiv(N, config["BLOCK_N"]), x.device, columns=column_blocks)
     partial = None if bias is None else x.new_empty(1, P, F, dtype=torch.float32)
-    _gelu_bwd_kernel[(column_blocks, P)](
+    launch_kernel(
+        _gelu_bwd_kernel,
+        (column_blocks, P),
         dy_rows,
         rows,
         bias,

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fastgpt2.kernels import tuning
 from fastgpt2.kernels.cases import SIZES, CompileCase, case, configs
+from fastgpt2.kernels.jit.launch import launch_kernel
 from fastgpt2.kernels.jit.rows import (
     as_rows,
     dropout_argument,
@@ -162,7 +163,9 @@ def launch_fwd(
     strides = (rows.stride(0), 0 if branch_rows is None else branch_rows.stride(0))
     shape_class = {"C": C, "dropout": int(seed is not None)}
     config = tuning.pick("layer_norm_fwd", tuning.arch_of(x.device), **shape_class)
-    _layer_norm_fwd_kernel[(triton.cdiv(N, config["BLOCK_N"]),)](
+    launch_kernel(
+        _layer_norm_fwd_kernel,
+        (triton.cdiv(N, config["BLOCK_N"]),),
         rows,
         branch_rows,
         branch_bias,
@@ -208,7 +211,9 @@ def launch_bwd(
     partial = stream.new_empty(len(sums), P, C, dtype=torch.float32)
     if P > 0:
         dstream_stride = 0 if dstream_rows is None else dstream_rows.stride(0)
-        _layer_norm_bwd_kernel[(P,)](
+        launch_kernel(
+            _layer_norm_bwd_kernel,
+            (P,),
             dy_rows,
             dstream_rows,
             rows,

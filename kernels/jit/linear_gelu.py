@@ -15,6 +15,7 @@ from torch import Tensor
 from fastgpt2.kernels import tuning
 from fastgpt2.kernels.cases import SIZES, CompileCase, case, configs
 from fastgpt2.kernels.jit.gelu import gelu_tile
+from fastgpt2.kernels.jit.launch import launch_kernel
 from fastgpt2.kernels.jit.primitives import allows_tf32
 from fastgpt2.kernels.jit.rows import as_rows
 
@@ -104,7 +105,9 @@ def launch_fwd(
         arch = tuning.arch_of(x.device)
         config = tuning.pick("linear_gelu_fwd", arch, bytes=x.element_size())
         grid = (triton.cdiv(N, config["BLOCK_M"]) * triton.cdiv(F, config["BLOCK_N"]),)
-        _linear_gelu_fwd_kernel[grid](
+        launch_kernel(
+            _linear_gelu_fwd_kernel,
+            grid,
             rows,
             weight,
             bias,

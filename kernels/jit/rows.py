@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastgpt2.kernels import tuning
 from fastgpt2.kernels.cases import CompileCase, case, configs
+from fastgpt2.kernels.jit.launch import launch_kernel
 from fastgpt2.kernels.jit.primitives import keep_mask
 
 # of a backward kernel that sums over rows: enough to hide memory latency, as in flash-attention's
@@ -68,7 +69,7 @@ def launch_column_sum(partial: Tensor, outs: Sequence[Tensor]) -> None:
     K, P, C = partial.shape
     config = tuning.pick("column_sum", tuning.arch_of(partial.device))
     grid = (triton.cdiv(C, config["BLOCK_C"]), K)
-    _column_sum_kernel[grid](partial, tuple(outs), P, C, **config.meta())
+    launch_kernel(_column_sum_kernel, grid, partial, tuple(outs), P, C, **config.meta())
 
 
 def compile_cases(arch: str) -> list[CompileCase]:

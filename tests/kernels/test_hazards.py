@@ -129,6 +129,22 @@ def reserved_parameters(tree: ast.AST) -> Iterator[ast.AST]:
         yield from (a for a in function.args.args if a.arg in reserved)
 
 
+def unguarded_launches(tree: ast.AST) -> Iterator[ast.AST]:
+    """Triton launches on the current GPU: only ``launch_kernel`` selects that of the tensors."""
+    guarded = {
+        part
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef) and function.name == "launch_kernel"
+        for part in ast.walk(function)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and node not in guarded:
+            subscribed = isinstance(node.func, ast.Subscript)
+            method = isinstance(node.func, ast.Attribute) and node.func.attr in ("run", "warmup")
+            if subscribed or (method and "kernel" in ast.unparse(node.func)):
+                yield node
+
+
 RULES: dict[Callable[[ast.AST], Iterator[ast.AST]], str] = {
     forbidden_names: "tl.atomic_add(x_ptr + offs, x)",
     transposed_accumulators: "@triton.jit\ndef f(s, v):\n    p = tl.trans(s)\n    tl.dot(p, v)",
@@ -137,6 +153,7 @@ RULES: dict[Callable[[ast.AST], Iterator[ast.AST]], str] = {
     loads_without_other: "x = tl.load(x_ptr + offs, mask=offs < n)",
     constant_strides: "@triton.jit\ndef f(x_strides: tl.constexpr):\n    pass",
     reserved_parameters: "@triton.jit\ndef f(x_ptr, options):\n    pass",
+    unguarded_launches: "_gelu_fwd_kernel[grid](x, y)",
     oversized_kernels: "@triton.jit\ndef f(a,b,c,d,e,f,g,h,i,j,k,l,m,n,o):\n    pass",
 }
 
@@ -163,6 +180,7 @@ def test_rules_find_what_they_forbid(
         "row = tl.program_id(0).to(tl.int64) * BLOCK",
         "x = tl.load(x_ptr + offs, mask=mask, other=0.0)",
         "x = tl.load(x_ptr)",
+        "launch_kernel(_gelu_fwd_kernel, grid, x, y)",
         "s = tl.where(visible, s, MASKED)",
         "@triton.jit\ndef f(x_strides, BLOCK: tl.constexpr):\n    pass",
     ],
