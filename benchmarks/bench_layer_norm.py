@@ -8,7 +8,7 @@ from benchmarks.op_race import op_races
 
 def races(settings: Settings) -> list[Race]:
     """A race for each op and size."""
-    return op_races(settings, "layer_norm", "add_layer_norm")
+    return op_races(settings, "layer_norm", "add_layer_norm", "add_branch")
 
 
 def test_layer_norm(lane: Lane, record: Callable[[Lane], None]) -> None:

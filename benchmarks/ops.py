@@ -205,6 +205,21 @@ def _add_layer_norm(s: Sizes) -> OpCase:
     )
 
 
+def _add_branch(s: Sizes) -> OpCase:
+    def run(impl: str, x: Tensor, branch: Tensor, branch_bias: Tensor) -> Tensor:
+        return kernels.add_branch(x, branch, branch_bias, impl=impl)
+
+    def plain(x: Tensor, branch: Tensor, branch_bias: Tensor) -> Tensor:
+        return x + (branch + branch_bias)
+
+    row = 2.0 * s.N * s.C
+    inputs = _draw(x=(s.N, s.C), branch=(s.N, s.C), branch_bias=(s.C,))
+    # x and branch in, sum out; then the sum's gradient is everyone's, read once for the bias
+    return OpCase(
+        "add_branch", f"{s.name} N{s.N} C{s.C}", run, plain, inputs, Cost(3 * row), Cost(row)
+    )
+
+
 def _bias_gelu(s: Sizes) -> OpCase:
     def run(impl: str, x: Tensor, bias: Tensor) -> Tensor:
         return kernels.bias_gelu(x, bias, impl=impl)
@@ -315,8 +330,8 @@ def _decode_attention(s: Sizes, batch: int) -> OpCase:
 
 def cases_at(s: Sizes, decode_batches: Sequence[int], *, on_kernels: bool) -> list[OpCase]:
     """Every op at one size, and with ``on_kernels`` the forms that only the kernels have."""
-    cases = [_attention(s, 0.0), _add_layer_norm(s), _layer_norm(s), _bias_gelu(s)]
-    cases += [_linear_gelu(s, fused=False)]
+    cases = [_attention(s, 0.0), _add_layer_norm(s), _add_branch(s), _layer_norm(s)]
+    cases += [_bias_gelu(s), _linear_gelu(s, fused=False)]
     cases += [_cross_entropy(s), _linear_cross_entropy(s), _embedding(s)]
     cases += [_decode_attention(s, batch) for batch in decode_batches]
     if on_kernels:

@@ -1,11 +1,11 @@
-"""The parts of a GPT-2 block: linear layers, LayerNorm, causal self-attention, MLP.
+"""The parts of a GPT-2 block: causal self-attention, the MLP, and the block itself.
 
-Parameters may be kept in fp32 while activations flow in bf16 or fp16: every layer takes its
-weights in the dtype of the activation it is given. Shapes: B batch, T tokens, C width, H heads,
-D head size.
+Linear layers and LayerNorms are PyTorch's own modules, which its tools know. A plain one is not
+called: a fused kernel takes its weights. One that somebody has hooked, wrapped, parametrized or
+replaced is called (``plain.py`` tells them apart). Parameters may be kept in fp32 while activations
+flow in bf16 or fp16: weights are taken in the dtype of the activation. Shapes: B batch, T tokens,
+C width, H heads, D head size.
 """
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastgpt2.cache import LayerCache
 from fastgpt2.config import GPTConfig
 from fastgpt2.kernels import (
+    add_branch,
     add_layer_norm,
     append_kv,
     attention,
@@ -23,74 +24,50 @@ from fastgpt2.kernels import (
     linear,
     linear_fp8,
     mlp,
+    stream_layer_norm,
 )
+from fastgpt2.plain import call, is_plain
+
+# what attention or MLP computes, (B, T, C), and a bias (C,) that is still to be added to it
+Branch = tuple[Tensor, Tensor | None]
 
 
-class Branch(NamedTuple):
-    """What attention or MLP adds to the residual stream, before it is added.
+def project(layer: nn.Module, x: Tensor, *, fp8: bool = False) -> Tensor:
+    """(..., C) -> (..., F): x W^T + b by a linear layer, the product in FP8 if asked for."""
+    if not is_plain(layer, nn.Linear):
+        return call(layer, x)
+    assert isinstance(layer, nn.Linear)
+    return _product(x, layer.weight, layer.bias, fp8)
 
-    The addition, its dropout and the LayerNorm after it are one pass over memory
-    (``kernels.add_layer_norm``), so a block hands its last branch on to whatever normalises next.
+
+def project_without_bias(layer: nn.Module, x: Tensor, *, fp8: bool = False) -> Branch:
+    """(..., C) -> (..., F): x W^T, and b, which is left for a later pass over memory.
+
+    b is None if there is no bias or ``layer`` has added it itself.
     """
-
-    out: Tensor
-    bias: Tensor | None
-
-
-class Linear(nn.Linear):
-    """y = x W^T + b, with W and b taken in x's dtype; in FP8 where training asks for it."""
-
-    def __init__(self, C: int, F: int, *, bias: bool, fp8: bool = False) -> None:
-        super().__init__(C, F, bias=bias)
-        self.fp8 = fp8
-
-    @property
-    def in_fp8(self) -> bool:
-        """Whether the next product is."""
-        return self.fp8 and self.training
-
-    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x W^T + ``bias``, which may be left for a later pass."""
-        if self.in_fp8:
-            return linear_fp8(x, self.weight, bias)
-        return linear(x, self.weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.product(x, self.bias)
+    if not is_plain(layer, nn.Linear):
+        return call(layer, x), None
+    assert isinstance(layer, nn.Linear)
+    return _product(x, layer.weight, None, fp8), layer.bias
 
 
-class ResidualProjection(Linear):
-    """A linear layer that ends a branch: its bias is added with the branch, not here."""
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, fp8: bool) -> Tensor:
+    if fp8:
+        return linear_fp8(x, weight, bias)
+    return linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.product(x, None)
+
+def normalize(norm: nn.Module, x: Tensor, dtype: torch.dtype, *, impl: str = "auto") -> Tensor:
+    """(..., C) -> (..., C): the LayerNorm ``norm`` of x, in ``dtype``."""
+    if not is_plain(norm, nn.LayerNorm):
+        return call(norm, x).to(dtype)
+    assert isinstance(norm, nn.LayerNorm)
+    return layer_norm(x, norm.weight, norm.bias, eps=norm.eps, impl=impl).to(dtype)
 
 
-class LayerNorm(nn.Module):
-    """LayerNorm with an optional bias, fused with the residual addition before it."""
-
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(config.n_embd))
-        self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
-        self.dropout_p = config.resid_p
-        self.impl = config.impl
-
-    def forward(
-        self, x: Tensor, branch: Branch | None, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        """Returns (x + branch, its norm in ``dtype``), both (B, T, C)."""
-        if branch is None:
-            return x, layer_norm(x, self.weight, self.bias, impl=self.impl).to(dtype)
-        return add_layer_norm(
-            x,
-            branch.out,
-            self.weight,
-            self.bias,
-            branch_bias=branch.bias,
-            dropout_p=self.dropout_p if self.training else 0.0,
-            impl=self.impl,
-        )
+def _with_bias(branch: Branch) -> Tensor:
+    out, bias = branch
+    return out if bias is None else out + bias.to(out.dtype)
 
 
 class CausalSelfAttention(nn.Module):
@@ -101,13 +78,22 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         self.dropout_p = config.attn_p
         self.impl = config.impl
-        C, options = config.n_embd, {"bias": config.bias, "fp8": config.fp8}
-        self.c_attn = Linear(C, 3 * C, **options)
-        self.c_proj = ResidualProjection(C, C, **options)
+        self.fp8 = config.fp8
+        C = config.n_embd
+        self.c_attn = nn.Linear(C, 3 * C, bias=config.bias)
+        self.c_proj = nn.Linear(C, C, bias=config.bias)
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Branch:
-        """(B, T, C) -> the branch (B, T, C); with a cache, T = 1 once it holds a prompt."""
-        qkv = self.c_attn(x)
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+        """(B, T, C) -> (B, T, C); with a cache, T = 1 once it holds a prompt.
+
+        The block applies the dropout of the result, when it adds it to the residual stream.
+        """
+        return _with_bias(self.branch(x, cache))
+
+    def branch(self, x: Tensor, cache: LayerCache | None = None) -> Branch:
+        """``forward`` without the last bias, and that bias."""
+        fp8 = self.fp8 and self.training
+        qkv = project(self.c_attn, x, fp8=fp8)
         if cache is not None and not cache.is_empty:
             out = self._decode(qkv, cache)
         else:
@@ -115,7 +101,7 @@ class CausalSelfAttention(nn.Module):
                 cache.fill(qkv, self.n_head)
             dropout_p = self.dropout_p if self.training else 0.0
             out = attention(qkv, n_head=self.n_head, dropout_p=dropout_p, impl=self.impl)
-        return Branch(self.c_proj(out), self.c_proj.bias)
+        return project_without_bias(self.c_proj, out, fp8=fp8)
 
     def _decode(self, qkv: Tensor, cache: LayerCache) -> Tensor:
         B, T, three_C = qkv.shape
@@ -132,20 +118,26 @@ class MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.impl = config.impl
-        C, options = config.n_embd, {"bias": config.bias, "fp8": config.fp8}
-        self.c_fc = Linear(C, 4 * C, **options)
-        self.c_proj = ResidualProjection(4 * C, C, **options)
+        self.fp8 = config.fp8
+        C = config.n_embd
+        self.c_fc = nn.Linear(C, 4 * C, bias=config.bias)
+        self.c_proj = nn.Linear(4 * C, C, bias=config.bias)
 
-    def forward(self, x: Tensor) -> Branch:
-        """(B, T, C) -> the branch (B, T, C)."""
-        if self.c_fc.in_fp8:
-            return Branch(self.c_proj(self._hidden_fp8(x)), self.c_proj.bias)
-        weights = (self.c_fc.weight, self.c_fc.bias, self.c_proj.weight)
-        return Branch(mlp(x, *weights, impl=self.impl), self.c_proj.bias)
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C).
 
-    def _hidden_fp8(self, x: Tensor) -> Tensor:
-        z, bias = self.c_fc.product(x, None), self.c_fc.bias
-        return gelu(z, impl=self.impl) if bias is None else bias_gelu(z, bias, impl=self.impl)
+        The block applies the dropout of the result, when it adds it to the residual stream.
+        """
+        return _with_bias(self.branch(x))
+
+    def branch(self, x: Tensor) -> Branch:
+        """``forward`` without the last bias, and that bias."""
+        fc, proj, fp8 = self.c_fc, self.c_proj, self.fp8 and self.training
+        if not fp8 and is_plain(fc, nn.Linear) and is_plain(proj, nn.Linear):
+            return mlp(x, fc.weight, fc.bias, proj.weight, impl=self.impl), proj.bias
+        z, bias = project_without_bias(fc, x, fp8=fp8)
+        hidden = gelu(z, impl=self.impl) if bias is None else bias_gelu(z, bias, impl=self.impl)
+        return project_without_bias(proj, hidden, fp8=fp8)
 
 
 class Block(nn.Module):
@@ -153,19 +145,65 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.ln_1 = LayerNorm(config)
+        self.dropout_p = config.resid_p
+        self.impl = config.impl
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = LayerNorm(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
     def forward(
-        self,
-        x: Tensor,
-        branch: Branch | None,
-        dtype: torch.dtype,
-        cache: LayerCache | None = None,
-    ) -> tuple[Tensor, Branch]:
-        """Adds the branch of the block before; returns the stream and this block's last branch."""
-        x, normed = self.ln_1(x, branch, dtype)
-        x, normed = self.ln_2(x, self.attn(normed, cache), dtype)
-        return x, self.mlp(normed)
+        self, x: Tensor, dtype: torch.dtype | None = None, cache: LayerCache | None = None
+    ) -> Tensor:
+        """The residual stream after the block.
+
+        Args:
+            x: (B, T, C), the residual stream before it.
+            dtype: what attention and MLP compute in; None is x's.
+            cache: keys and values of this layer, for generation; with a cache that holds a prompt,
+                T is 1.
+
+        Returns:
+            (B, T, C), in x's dtype.
+        """
+        dtype = x.dtype if dtype is None else dtype
+        x, normed = self._norm_1(x, dtype)
+        if is_plain(self.attn, CausalSelfAttention):
+            branch = self.attn.branch(normed, cache)
+        else:
+            branch = call(self.attn, normed, *(() if cache is None else (cache,))), None
+        x, normed = self._add_and_norm_2(x, branch, dtype)
+        if is_plain(self.mlp, MLP):
+            branch = self.mlp.branch(normed)
+        else:
+            branch = call(self.mlp, normed), None
+        return self._add(x, branch)
+
+    def _norm_1(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        norm = self.ln_1
+        if not is_plain(norm, nn.LayerNorm):
+            return x, normalize(norm, x, dtype)
+        x, normed = stream_layer_norm(x, norm.weight, norm.bias, eps=norm.eps, impl=self.impl)
+        return x, normed.to(dtype)
+
+    def _add_and_norm_2(
+        self, x: Tensor, branch: Branch, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        norm, (out, bias) = self.ln_2, branch
+        if not is_plain(norm, nn.LayerNorm):
+            x = self._add(x, branch)
+            return x, normalize(norm, x, dtype)
+        return add_layer_norm(
+            x,
+            out,
+            norm.weight,
+            norm.bias,
+            branch_bias=bias,
+            dropout_p=self.dropout_p if self.training else 0.0,
+            eps=norm.eps,
+            impl=self.impl,
+        )
+
+    def _add(self, x: Tensor, branch: Branch) -> Tensor:
+        dropout_p = self.dropout_p if self.training else 0.0
+        return add_branch(x, *branch, dropout_p=dropout_p, impl=self.impl)

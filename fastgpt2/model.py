@@ -9,7 +9,7 @@ of nanoGPT and Hugging Face. Shapes: B batch, T tokens, C width, V vocabulary.
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +20,26 @@ from fastgpt2.config import GPTConfig
 from fastgpt2.devices import peak_flops
 from fastgpt2.errors import UserError
 from fastgpt2.kernels import cross_entropy, linear_cross_entropy, tied_embedding
-from fastgpt2.layers import Block, LayerNorm, Linear
+from fastgpt2.layers import Block, normalize, project
+from fastgpt2.plain import is_plain
 from fastgpt2.sampling import next_token
 
 # nanoGPT ignores targets of -1, Hugging Face those of -100
 _NANOGPT_IGNORE, _IGNORE = -1, -100
 _TIED_KEYS = ("transformer.wte.weight", "lm_head.weight")
+
+
+class Embedded(NamedTuple):
+    """The embeddings of some tokens.
+
+    Attributes:
+        x: (B, T, C), the residual stream before the first block.
+        head: (V, C), the token embedding for the head that is tied to it: the gradient of the
+            embedding is added in place to the one that the head computes.
+    """
+
+    x: Tensor
+    head: Tensor
 
 
 class Transformer(nn.Module):
@@ -36,33 +50,52 @@ class Transformer(nn.Module):
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
-        self.ln_f = LayerNorm(config)
+        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.dropout_p = config.embd_p
         self.fp32_residual = config.fp32_residual
         self.impl = config.impl
 
     def forward(
-        self, idx: Tensor, dtype: torch.dtype, cache: KVCache | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """(B, T) token ids -> (B, T, C) in ``dtype``; the cache's lengths are the positions.
+        self, idx: Tensor, dtype: torch.dtype | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """(B, T) token ids -> (B, T, C) in ``dtype``, what the head reads.
 
-        Returns the token embedding, too, for a head whose gradient is to be added to in place.
+        Args:
+            idx: (B, T), token ids.
+            dtype: what the blocks compute in; None is the token embedding's.
+            cache: for generation; its lengths are the positions.
         """
+        dtype = self.wte.weight.dtype if dtype is None else dtype
+        return self.run_blocks(self.embed(idx, dtype, cache).x, dtype, cache)
+
+    def embed(self, idx: Tensor, dtype: torch.dtype, cache: KVCache | None = None) -> Embedded:
+        """(B, T) token ids -> the sum of their two embeddings, after its dropout."""
         has_past = cache is not None and not cache.is_empty
-        x, tied_head = tied_embedding(
-            idx,
-            self.wte.weight,
-            self.wpe.weight,
-            positions=cache.lengths[:, None] if cache is not None and has_past else None,
-            dropout_p=self.dropout_p if self.training else 0.0,
-            dtype=torch.float32 if self.fp32_residual else dtype,
-            impl=self.impl,
-        )
-        branch = None
+        positions = cache.lengths[:, None] if cache is not None and has_past else None
+        dropout_p = self.dropout_p if self.training else 0.0
+        stream_dtype = torch.float32 if self.fp32_residual else dtype
+        if is_plain(self.wte, nn.Embedding) and is_plain(self.wpe, nn.Embedding):
+            return Embedded(
+                *tied_embedding(
+                    idx,
+                    self.wte.weight,
+                    self.wpe.weight,
+                    positions=positions,
+                    dropout_p=dropout_p,
+                    dtype=stream_dtype,
+                    impl=self.impl,
+                )
+            )
+        if positions is None:
+            positions = torch.arange(idx.shape[1], device=idx.device)
+        x = F.dropout(self.wte(idx) + self.wpe(positions), dropout_p)
+        return Embedded(x.to(stream_dtype), self.wte.weight)
+
+    def run_blocks(self, x: Tensor, dtype: torch.dtype, cache: KVCache | None = None) -> Tensor:
+        """(B, T, C), the residual stream -> (B, T, C) in ``dtype``, after the final LayerNorm."""
         for i, block in enumerate(self.h):
-            x, branch = block(x, branch, dtype, None if cache is None else cache.layers[i])
-        normed: Tensor = self.ln_f(x, branch, dtype)[1]
-        return normed, tied_head
+            x = block(x, dtype, None if cache is None else cache.layers[i])
+        return normalize(self.ln_f, x, dtype, impl=self.impl)
 
 
 class GPT(nn.Module):
@@ -77,7 +110,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.transformer = Transformer(config)
-        self.lm_head = Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         self.tie_weights()
         self._init_weights()
         self.register_state_dict_post_hook(_cut_padding)  # type: ignore[no-untyped-call]
@@ -117,23 +150,34 @@ class GPT(nn.Module):
         Raises:
             ValueError: the sequence is longer than block_size, or shapes do not match.
         """
-        hidden, tied_head = self._transform(idx)
+        fused = self.training if fused_loss is None else fused_loss
         if targets is None:
-            return self._head(hidden[:, -1:]), None
+            return self._head(self.hidden_states(idx)[:, -1:]), None
         targets = targets.masked_fill(targets == _NANOGPT_IGNORE, _IGNORE)
-        if self.training if fused_loss is None else fused_loss:
-            with _no_autocast(hidden):
-                loss = linear_cross_entropy(
-                    hidden,
-                    tied_head if self._is_tied else self.lm_head.weight,
-                    targets,
-                    vocab_size=self.config.vocab_size,
-                    fp8=self.config.fp8 and self.training,
-                    impl=self.config.impl,
-                )
-            return None, loss
-        logits = self._head(hidden)
-        return logits, cross_entropy(logits, targets, impl=self.config.impl)
+        if fused and is_plain(self.lm_head, nn.Linear) and not _has_bias(self.lm_head):
+            return None, self._fused_loss(idx, targets)
+        logits = self.logits(idx)
+        loss = cross_entropy(logits, targets, impl=self.config.impl)
+        return None if fused else logits, loss
+
+    def _fused_loss(self, idx: Tensor, targets: Tensor) -> Tensor:
+        transformer, head = self.transformer, self.lm_head.weight
+        if head is transformer.wte.weight and is_plain(transformer, Transformer):
+            dtype = self._check_tokens(idx)
+            with _no_autocast(idx):
+                x, head = transformer.embed(idx, dtype)
+                hidden = transformer.run_blocks(x, dtype)
+        else:
+            hidden = self.hidden_states(idx)
+        with _no_autocast(hidden):
+            return linear_cross_entropy(
+                hidden,
+                head,
+                targets,
+                vocab_size=self.config.vocab_size,
+                fp8=self.config.fp8 and self.training,
+                impl=self.config.impl,
+            )
 
     def logits(self, idx: Tensor) -> Tensor:
         """(B, T) token ids -> the logits of every position, (B, T, V)."""
@@ -145,26 +189,22 @@ class GPT(nn.Module):
         The compute dtype is autocast's where autocast is on, else that of the parameters. With a
         cache, ``idx`` is a prompt for an empty one, or one new token a row; the caller advances it.
         """
-        return self._transform(idx, cache)[0]
+        dtype = self._check_tokens(idx)
+        with _no_autocast(idx):
+            hidden: Tensor = self.transformer(idx, dtype, cache)
+        return hidden
 
-    def _transform(self, idx: Tensor, cache: KVCache | None = None) -> tuple[Tensor, Tensor]:
+    def _check_tokens(self, idx: Tensor) -> torch.dtype:
+        """The compute dtype for these tokens."""
         if idx.shape[1] > self.config.block_size:
             raise ValueError(
                 f"GPT: {idx.shape[1]} tokens, but block_size is {self.config.block_size}"
             )
-        weight = self.transformer.wte.weight
-        dtype = _compute_dtype(weight)
-        with _no_autocast(weight):
-            hidden, tied_head = self.transformer(idx, dtype, cache)
-        return hidden, tied_head
-
-    @property
-    def _is_tied(self) -> bool:
-        return self.lm_head.weight is self.transformer.wte.weight
+        return _compute_dtype(self.transformer.wte.weight)
 
     def _head(self, hidden: Tensor) -> Tensor:
         with _no_autocast(hidden):
-            logits: Tensor = self.lm_head(hidden)
+            logits = project(self.lm_head, hidden)
         return logits[..., : self.config.vocab_size]
 
     @torch.no_grad()
@@ -300,6 +340,10 @@ def _compute_dtype(weight: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return weight.dtype
+
+
+def _has_bias(layer: nn.Module) -> bool:
+    return layer._parameters["bias"] is not None
 
 
 def _no_autocast(x: Tensor) -> torch.autocast:

@@ -4,13 +4,14 @@ One op, one name, three places: ``reference.py`` says what it means, ``jit/`` ho
 kernels, and the module named after the op is its contract: what callers import from here.
 """
 
+from fastgpt2.kernels.add_branch import add_branch
 from fastgpt2.kernels.attention import attention
 from fastgpt2.kernels.backend import Impl, explain, use_impl
 from fastgpt2.kernels.cross_entropy import cross_entropy
 from fastgpt2.kernels.decode_attention import append_kv, decode_attention
 from fastgpt2.kernels.embedding import embedding, tied_embedding
 from fastgpt2.kernels.gelu import bias_gelu, gelu
-from fastgpt2.kernels.layer_norm import add_layer_norm, layer_norm
+from fastgpt2.kernels.layer_norm import add_layer_norm, layer_norm, stream_layer_norm
 from fastgpt2.kernels.linear import linear
 from fastgpt2.kernels.linear_cross_entropy import linear_cross_entropy
 from fastgpt2.kernels.linear_fp8 import linear_fp8
@@ -19,6 +20,7 @@ from fastgpt2.kernels.mlp import mlp
 
 __all__ = [
     "Impl",
+    "add_branch",
     "add_layer_norm",
     "append_kv",
     "attention",
@@ -34,6 +36,7 @@ __all__ = [
     "linear_fp8",
     "linear_gelu",
     "mlp",
+    "stream_layer_norm",
     "tied_embedding",
     "use_impl",
 ]

@@ -1,5 +1,6 @@
 """LayerNorm, alone and fused with the residual addition before it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt2.kernels import checks, philox, reference
+from fastgpt2.kernels.add_branch import check_branch, torch_update
 from fastgpt2.kernels.backend import Impl, resolve
 
 
@@ -120,6 +122,42 @@ def _backward(
 _layer_norm_fwd.register_autograd(_backward, setup_context=_save)
 
 
+class _StreamLayerNorm(torch.autograd.Function):
+    """x once more, and its norm; their two gradients meet in the pass that computes the norm's."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        _, y, stats = _layer_norm_fwd(x, None, weight, bias, None, None, 0.0, eps)
+        return x.view_as(x), y, stats
+
+    @staticmethod
+    def setup_context(
+        ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
+    ) -> None:
+        x, weight, bias, _ = inputs
+        ctx.mark_non_differentiable(output[2])
+        ctx.save_for_backward(x, weight, bias, output[2])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(
+        ctx: Any, dstream: Tensor | None, dy: Tensor | None, _dstats: None
+    ) -> tuple[Tensor | None, ...]:
+        x, weight, bias, stats = ctx.saved_tensors
+        if dy is None:
+            return dstream, None, None, None
+        dx, _, dweight, dbias, _ = _layer_norm_bwd(
+            dy, dstream, x, weight, bias, None, stats, None, 0.0
+        )
+        return dx, dweight, None if bias is None else dbias, None
+
+
+# apply has no types of its own
+_stream_layer_norm: Callable[..., tuple[Tensor, Tensor, Tensor]] = _StreamLayerNorm.apply
+
+
 def _contiguous(vector: Tensor | None) -> Tensor | None:
     return None if vector is None else vector.contiguous()
 
@@ -172,6 +210,43 @@ def layer_norm(
     return y
 
 
+def stream_layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    eps: float = 1e-5,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """``layer_norm``, and x once more for the residual stream that goes past it.
+
+    For two uses of x, autograd would add their gradients in a pass of its own. Here ``triton`` adds
+    the stream's gradient in the backward pass of the norm.
+
+    Args:
+        x: (..., C), the residual stream.
+        weight: (C,), gamma.
+        bias: (C,), beta, or None.
+        eps: added to the biased variance.
+        impl: ``auto``, ``triton``, ``torch`` or ``reference``.
+
+    Returns:
+        x and its norm, (..., C) each, in x's dtype.
+
+    Raises:
+        ValueError, TypeError: as ``layer_norm`` does.
+    """
+    op = "stream_layer_norm"
+    _check_affine(op, x, weight, bias, eps)
+    match resolve(op, impl, x):
+        case Impl.REFERENCE:
+            return x, reference.layer_norm(x, weight, bias, eps)
+        case Impl.TORCH:
+            return x, _torch_layer_norm(x, weight, bias, eps)
+    stream, y, _ = _stream_layer_norm(x, weight.contiguous(), _contiguous(bias), eps)
+    return stream, y
+
+
 def add_layer_norm(
     x: Tensor,
     branch: Tensor,
@@ -209,9 +284,7 @@ def add_layer_norm(
     """
     op = "add_layer_norm"
     _check_affine(op, x, weight, bias, eps)
-    checks.check_operand(op, "branch", branch, x.shape, x)
-    if branch_bias is not None:
-        checks.check_operand(op, "branch_bias", branch_bias, x.shape[-1:], x)
+    check_branch(op, x, branch, branch_bias)
     checks.check_dropout(op, dropout_p, seed)
     match resolve(op, impl, x):
         case Impl.REFERENCE:
@@ -220,12 +293,7 @@ def add_layer_norm(
                 x, branch, weight, bias, branch_bias, dropout_p, key, eps
             )
         case Impl.TORCH:
-            update = branch if branch_bias is None else branch + branch_bias.to(branch.dtype)
-            if dropout_p > 0 and seed is None:
-                update = F.dropout(update, dropout_p)
-            elif dropout_p > 0:
-                update = philox.dropout(update, dropout_p, philox.as_seed(seed, x.device))
-            stream = x + update.to(x.dtype)
+            stream = x + torch_update(branch, branch_bias, dropout_p, seed).to(x.dtype)
             return stream, _torch_layer_norm(stream, weight, bias, eps).to(branch.dtype)
     key = philox.as_seed(seed, x.device) if dropout_p > 0 else None
     vectors = weight.contiguous(), _contiguous(bias), _contiguous(branch_bias)

@@ -27,6 +27,22 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
     return (y if bias is None else y + up(bias)).to(x.dtype)
 
 
+def add_branch(
+    x: Tensor,
+    branch: Tensor,
+    branch_bias: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """x + dropout(branch + branch_bias), in x's dtype."""
+    update = up(branch)
+    if branch_bias is not None:
+        update = update + up(branch_bias)
+    if seed is not None:
+        update = philox.dropout(update, dropout_p, seed)
+    return (up(x) + update).to(x.dtype)
+
+
 def add_layer_norm(
     x: Tensor,
     branch: Tensor,
@@ -41,12 +57,7 @@ def add_layer_norm(
 
     s has x's dtype, and it is this rounded s that is normalised; the norm has branch's dtype.
     """
-    update = up(branch)
-    if branch_bias is not None:
-        update = update + up(branch_bias)
-    if seed is not None:
-        update = philox.dropout(update, dropout_p, seed)
-    stream = (up(x) + update).to(x.dtype)
+    stream = add_branch(x, branch, branch_bias, dropout_p, seed)
     return stream, layer_norm(up(stream), weight, bias, eps).to(branch.dtype)
 
 

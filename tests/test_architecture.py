@@ -26,6 +26,7 @@ FLOORS = {
     "fastgpt2.kernels": 2,
     "fastgpt2.config": 3,
     "fastgpt2.layers": 3,
+    "fastgpt2.plain": 3,
     "fastgpt2.cache": 3,
     "fastgpt2.errors": 3,
     "fastgpt2.devices": 3,

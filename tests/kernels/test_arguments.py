@@ -63,6 +63,7 @@ _EMBEDDING = Contract(
     ("dtype", *_DROPOUT),
 )
 CONTRACTS: dict[str, Contract] = {
+    "add_branch": Contract({"x": (2, 8), "branch": (2, 8), "branch_bias": (8,)}, options=_DROPOUT),
     "add_layer_norm": Contract(
         {**_AFFINE, "branch": (2, 8), "branch_bias": (8,)}, options=("eps", *_DROPOUT)
     ),
@@ -91,6 +92,7 @@ CONTRACTS: dict[str, Contract] = {
     "linear_fp8": Contract({"x": (2, 16), "weight": (32, 16), "bias": (32,)}, options=()),
     "linear_gelu": Contract({"x": (2, 8), "weight": (9, 8), "bias": (9,)}),
     "mlp": Contract({"x": (2, 8), "fc_weight": (9, 8), "fc_bias": (9,), "proj_weight": (7, 9)}),
+    "stream_layer_norm": Contract(_AFFINE, options=("eps", "impl")),
     "tied_embedding": _EMBEDDING,
 }
 

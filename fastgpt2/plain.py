@@ -1,0 +1,72 @@
+"""Which modules are just what they were built as, so that a kernel may take their weights.
+
+A forward hook, LoRA, weight norm, quantisation, offloading and many other tools work by changing
+what the call of a module does. Whoever reads ``layer.weight`` and never calls ``layer`` would pass
+all of them by. So the model asks here first, and calls the module itself where anything is unusual.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+def obstacle(module: nn.Module, kind: type[nn.Module]) -> str | None:
+    """Why ``module`` must be called, or None if it is a plain ``kind``."""
+    if type(module) is not kind:
+        return f"it is a {type(module).__name__}"
+    own = vars(module)
+    if (
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "_hf_hook" in own
+    ):
+        return "it has hooks"
+    if "forward" in own or own.get("_compiled_call_impl") is not None:
+        return "its forward has been replaced"
+    if (
+        torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    ):
+        return "every module has hooks"
+    if (kind is nn.Embedding and _has_options(own)) or (kind is nn.LayerNorm and _is_unusual(own)):
+        return "it has options of its own"
+    return None
+
+
+def _has_options(embedding: dict[str, Any]) -> bool:
+    switches = ("scale_grad_by_freq", "sparse")
+    values = ("padding_idx", "max_norm")
+    return any(embedding[name] for name in switches) or any(
+        embedding[name] is not None for name in values
+    )
+
+
+def _is_unusual(norm: dict[str, Any]) -> bool:
+    affine = norm["_parameters"]["weight"] is not None
+    return not affine or len(norm["normalized_shape"]) != 1 or norm["eps"] <= 0
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a kernel may do what the call of ``module`` would do."""
+    return obstacle(module, kind) is None
+
+
+def call(module: nn.Module, x: Tensor, *others: Any) -> Tensor:
+    """The module's own call; its parameters may have another dtype than x, which the result has."""
+    dtypes = {p.dtype for p in module.parameters() if p.is_floating_point()}
+    if dtypes <= {x.dtype}:
+        out: Tensor = module(x, *others)
+    elif x.dtype in _HALVES:
+        with torch.autocast(x.device.type, dtype=x.dtype):
+            out = module(x, *others)
+    else:
+        out = module(x.to(dtypes.pop()), *others)
+    return out.to(x.dtype)
