@@ -65,8 +65,8 @@ def linear_gelu(
     """gelu(x @ weight.T + bias), tanh form.
 
     Products accumulate in fp32; weight and bias are taken in x's dtype (under autocast, in
-    autocast's), which is y's. ``triton`` is the library's product followed by ``bias_gelu``, or with
-    ``fused`` one kernel of our own.
+    autocast's), which is y's. ``triton`` is the library's product followed by ``bias_gelu``, or
+    with ``fused`` one kernel of our own.
 
     Args:
         x: (..., C).
