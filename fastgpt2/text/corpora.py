@@ -12,6 +12,7 @@ from typing import Literal
 
 from fastgpt2.download import DownloadError, cache_dir, download
 from fastgpt2.errors import UserError
+from fastgpt2.text.own_files import without_runs
 
 # part of the text that is kept for validation, as in nanoGPT
 VAL_FRACTION = 0.1
@@ -119,7 +120,7 @@ def load_corpus(data: str | Sequence[str]) -> Corpus:
     """The documents that ``data`` names: corpus names, files, folders, glob patterns.
 
     Folders are searched to the bottom, hidden files left out; files come in the order of their
-    names. One file is one document.
+    names. What training runs have written is left out. One file is one document.
 
     Raises:
         UserError: something is not there, is empty, or cannot be downloaded.
@@ -151,9 +152,27 @@ def _resolve(item: str) -> list[Document]:
         if not paths:
             raise _not_there(item)
     files = sorted(p for p in paths if p.is_file())
+    if not path.is_file():
+        # a file that is named is taken as it is
+        files = without_runs(files)
     if not files:
-        raise UserError(f"data: {item} has no files")
+        raise UserError(f"data: {item} has no files (those of runs are left out)")
     return [Document(str(p), p) for p in files]
+
+
+def corpus_paths(item: str) -> list[Path]:
+    """The files and folders that ``item`` needs; those of a corpus known by name are not listed.
+
+    Args:
+        item: what ``load_corpus`` takes.
+    """
+    if item in CORPUS_NAMES:
+        return []
+    path = Path(item)
+    if not path.exists():
+        return [Path(match) for match in glob.glob(item, recursive=True)]
+    links = (p for p in path.rglob("*") if p.is_symlink()) if path.is_dir() else ()
+    return [path, *links]
 
 
 def _is_hidden(path: Path) -> bool:
