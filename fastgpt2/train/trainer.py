@@ -91,11 +91,7 @@ class Trainer:
             encode_prompt(self.tokenizer, config.sample_prompt, name="sample_prompt")
         self.tokenizer_id = f"{self.tokenizer.name} {self.tokenizer.fingerprint}"
         if folder is not None:
-            saved = runs.read_state(folder).get("tokenizer")
-            if saved != self.tokenizer_id:
-                raise UserError(
-                    f"{folder}: saved with tokenizer {saved}, the run's is {self.tokenizer_id}"
-                )
+            checkpoint.check_data(folder, self.tokenizer_id, self.dataset.digest)
         torch.manual_seed(config.seed)
         shape = config.gpt_config(self.tokenizer.vocab_size)
         self.model = (
@@ -340,6 +336,7 @@ class Trainer:
             "validation": None if validation is None else asdict(validation),
             "pending": [[_finite_or_none(x.item()) for x in result] for result in self.pending],
             "tokenizer": self.tokenizer_id,
+            "data": self.dataset.digest,
             "config": self.config.to_toml(),
         }
         checkpoint.save(self.run_folder, self.step, self.model, self.optimizer, state)
