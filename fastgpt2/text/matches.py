@@ -37,7 +37,7 @@ def files_below(folder: Path) -> list[Path]:
 
 def _distinct(paths: Iterator[Path]) -> list[Path]:
     """Regular files, sorted; of several names for one file the first."""
-    files = {}
+    files: dict[str, Path] = {}
     for path in sorted(path for path in paths if path.is_file()):
         files.setdefault(os.path.realpath(path), path)
     return list(files.values())

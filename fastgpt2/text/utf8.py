@@ -52,7 +52,7 @@ class Utf8Decoder:
             final: whether the file ends here.
 
         Raises:
-            UserError: a NUL, or bytes that are not UTF-8, with file, offset, and what it looks like.
+            UserError: a NUL, or bytes that are not UTF-8: file, offset, and what it looks like.
         """
         if len(self._head) < _HEAD_BYTES:
             self._head += chunk[: _HEAD_BYTES - len(self._head)]
