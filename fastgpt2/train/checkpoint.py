@@ -94,29 +94,6 @@ def load_model(folder: Path, **overrides: Any) -> GPT:
     return model
 
 
-def check_data(folder: Path, tokenizer: str, data: str) -> None:
-    """A run goes on with the tokens it began with.
-
-    Args:
-        folder: the checkpoint to go on from.
-        tokenizer: name and fingerprint of the run's tokenizer.
-        data: digest of the tokens; checkpoints of older versions have none.
-
-    Raises:
-        UserError: the checkpoint was saved with others.
-    """
-    state = runs.read_state(folder)
-    saved = state.get("tokenizer")
-    if saved != tokenizer:
-        raise UserError(f"{folder}: saved with tokenizer {saved}, the run's is {tokenizer}")
-    saved = state.get("data", data)
-    if saved != data:
-        raise UserError(
-            f"resume: the data has changed since {folder} was saved (digest {saved}, now {data}); "
-            "give the same text with --data, or start a new run"
-        )
-
-
 def load_training_state(folder: Path, model: GPT, optimizer: torch.optim.Optimizer) -> None:
     """Put AdamW's moments and the random-number states back as they were.
 
