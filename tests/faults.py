@@ -13,8 +13,11 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 from unittest.mock import patch
+
+import safetensors.torch
 
 from fastgpt2.train import checkpoint
 
@@ -65,7 +68,7 @@ def failing_disk(n: int, folder: Path, *, lasts: bool = False) -> Iterator[Fault
         return call
 
     def save_file(tensors: Any, path: Path, **options: Any) -> None:
-        whole(tensors, path, **options)
+        safetensors.torch.save_file(tensors, path, **options)
         try:
             check(path)
         except OSError:
@@ -76,7 +79,7 @@ def failing_disk(n: int, folder: Path, *, lasts: bool = False) -> Iterator[Fault
         check(os.readlink(f"/proc/self/fd/{handle}"))
         sync(handle)
 
-    whole, sync = checkpoint.save_file, os.fsync
+    sync = os.fsync
     with ExitStack() as stack:
         for target, name, function in (
             (checkpoint, "save_file", save_file),
@@ -111,7 +114,7 @@ def signal_at(point: str, n: int, number: int) -> Iterator[Fault]:
     """Send this process a signal before the n-th call of ``point``, a dotted name."""
     fault = Fault(n)
     module, _, name = point.rpartition(".")
-    owner: Any = _resolve(module)
+    owner: Any = resolve_name(module)
     function = getattr(owner, name)
 
     def call(*arguments: Any, **options: Any) -> Any:
@@ -121,12 +124,6 @@ def signal_at(point: str, n: int, number: int) -> Iterator[Fault]:
 
     with patch.object(owner, name, call):
         yield fault
-
-
-def _resolve(dotted: str) -> Any:
-    from pkgutil import resolve_name
-
-    return resolve_name(dotted)
 
 
 SIGNALS = [number for number in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, number)]

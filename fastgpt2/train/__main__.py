@@ -4,6 +4,7 @@ import argparse
 import math
 import os
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from fastgpt2 import runs
 from fastgpt2.cli import Parser
 from fastgpt2.cli import run as run_command
 from fastgpt2.errors import UserError
-from fastgpt2.text.corpora import corpus_paths
+from fastgpt2.text.corpora import absolute, corpus_paths
 from fastgpt2.train import summary
 from fastgpt2.train.allocator import keep_freed_memory
 from fastgpt2.train.claim import check_outside, claimed, empty, is_empty, new_folder
@@ -154,7 +155,13 @@ def _default_config() -> str:
 
 
 def _configuration(base: dict[str, Any], arguments: dict[str, Any]) -> TrainConfig:
-    return TrainConfig.from_layers(base, _length(arguments), _share(base, arguments), arguments)
+    config = TrainConfig.from_layers(base, _length(arguments), _share(base, arguments), arguments)
+    # a resume may be given from another folder
+    return replace(
+        config,
+        data=tuple(absolute(item) for item in config.data),
+        vocab_dir=None if config.vocab_dir is None else str(Path(config.vocab_dir).absolute()),
+    )
 
 
 def _share(base: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:

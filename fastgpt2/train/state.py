@@ -127,11 +127,27 @@ class RunState:
         self.mark()
 
 
-def check_tokenizer(folder: Path, tokenizer_id: str) -> None:
-    """Raise ``UserError`` unless the checkpoint was saved with this tokenizer."""
-    saved = runs.read_state(folder).get("tokenizer")
-    if saved != tokenizer_id:
-        raise UserError(f"{folder}: saved with tokenizer {saved}, the run's is {tokenizer_id}")
+def check_data(folder: Path, tokenizer: str, data: str) -> None:
+    """A run goes on with the tokens it began with.
+
+    Args:
+        folder: the checkpoint to go on from.
+        tokenizer: name and fingerprint of the run's tokenizer.
+        data: digest of the tokens; checkpoints of older versions have none.
+
+    Raises:
+        UserError: the checkpoint was saved with others.
+    """
+    state = runs.read_state(folder)
+    saved = state.get("tokenizer")
+    if saved != tokenizer:
+        raise UserError(f"{folder}: saved with tokenizer {saved}, the run's is {tokenizer}")
+    saved = state.get("data", data)
+    if saved != data:
+        raise UserError(
+            f"resume: the data has changed since {folder} was saved (digest {saved}, now {data}); "
+            "give the same text with --data, or start a new run"
+        )
 
 
 def _finite_or_none(x: float) -> float | None:

@@ -29,7 +29,7 @@ from fastgpt2.train.console import Console
 from fastgpt2.train.interrupt import Interrupt, Interrupted
 from fastgpt2.train.metrics import MetricsLog, plot
 from fastgpt2.train.schedules import learning_rate, progress
-from fastgpt2.train.state import RunState, check_tokenizer
+from fastgpt2.train.state import RunState, check_data
 from fastgpt2.train.step import Batch, TrainingStep
 from fastgpt2.train.validation import Validation, validate
 
@@ -90,7 +90,7 @@ class Trainer:
         if config.sample_tokens:
             check_prompt(self.tokenizer, config.sample_prompt, name="sample_prompt")
         if folder is not None:
-            check_tokenizer(folder, self.tokenizer_id)
+            check_data(folder, self.tokenizer_id, self.dataset.digest)
         torch.manual_seed(config.seed)
         shape = config.gpt_config(self.tokenizer.vocab_size)
         self.model = (
@@ -125,7 +125,11 @@ class Trainer:
             optimizer,
             self.loader,
             self.training_step.scaler,
-            fixed={"tokenizer": self.tokenizer_id, "config": config.to_toml()},
+            fixed={
+                "tokenizer": self.tokenizer_id,
+                "data": self.dataset.digest,
+                "config": config.to_toml(),
+            },
         )
         if folder is not None:
             self.state.restore(folder)

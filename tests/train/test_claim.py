@@ -83,6 +83,6 @@ def test_what_a_run_is_made_from_is_not_deleted(tmp_path: Path) -> None:
     (run / "text.txt").touch()
     (tmp_path / "alias").symlink_to(run / "text.txt")
     for path in (run, run / "text.txt", tmp_path / "alias", run / "no" / "such"):
-        with pytest.raises(UserError, match="--overwrite: data .* would be emptied"):
+        with pytest.raises(UserError, match=r"--overwrite: data .* would be emptied"):
             check_outside(run, [path], "data")
     check_outside(run, [tmp_path, tmp_path / "run2"], "data")

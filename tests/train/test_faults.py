@@ -1,4 +1,4 @@
-"""A small run under every fault at every place: nothing is lost, and one line says what happened."""
+"""A small run under every fault at every place: nothing is lost, and one line says why."""
 
 import signal
 import sys
