@@ -19,7 +19,7 @@ from pathlib import Path
 from fastgpt2 import cli
 from fastgpt2.errors import UserError
 from fastgpt2.files import write_text
-from fastgpt2.kernels.report import expectation_file
+from fastgpt2.kernels.report import REPORT, expectation_file
 
 ROOT = Path(__file__).resolve().parents[1]
 # each PyTorch with the Triton it was released for, and the tested PyTorch with every Triton
@@ -33,8 +33,19 @@ PAIRS = (
     ("2.14.1", "3.8.0"),
 )
 # what the tests of the kernels import
-PACKAGES = ("numpy", "pytest", "pytest-benchmark", "pytest-xdist", "regex", "safetensors")
-PACKAGES += ("tiktoken", "tqdm", "matplotlib", "setuptools")
+PACKAGES = (
+    "hypothesis",
+    "matplotlib",
+    "numpy",
+    "pytest",
+    "pytest-benchmark",
+    "pytest-xdist",
+    "regex",
+    "safetensors",
+    "setuptools",
+    "tiktoken",
+    "tqdm",
+)
 
 
 @dataclass(frozen=True)
@@ -126,7 +137,12 @@ def _body(options: argparse.Namespace) -> int:
     pairs = [parse_pair(text) for text in options.pair or ()] or [Pair(*pair) for pair in PAIRS]
     folder = options.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    faults = {pair: run_pair(pair, folder, options.jobs) for pair in pairs}
+    # the report is that of the tested pair
+    report = REPORT.read_bytes()
+    try:
+        faults = {pair: run_pair(pair, folder, options.jobs) for pair in pairs}
+    finally:
+        REPORT.write_bytes(report)
     for pair, fault in faults.items():
         print(f"{pair.name}: {fault or 'passes'}")
     return 1 if any(faults.values()) else 0
