@@ -109,6 +109,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hopper]:
     monkeypatch.setattr(attention_check, "passes", gpu.passes)
     monkeypatch.setattr(attention_check, "knobs", tool)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=0: (9, 0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(contract, "INTERPRETED", False)
     attention_check.obstacle.cache_clear()
     yield gpu
