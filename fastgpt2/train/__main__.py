@@ -105,6 +105,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _train(arguments: dict[str, Any]) -> int:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # as it is, each process would train a run of its own
+        raise UserError("training runs in one process; start it without torchrun")
     arguments = dict(arguments)
     name, out = arguments.pop("config", None), arguments.pop("out", None)
     resume, overwrite = arguments.pop("resume", False), arguments.pop("overwrite", False)

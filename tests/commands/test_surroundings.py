@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fastgpt2 import cli, runs
+from fastgpt2.text import build_dataset
 from fastgpt2.train.__main__ import main as train
 from fastgpt2.train.config import TrainConfig, read_config
 from fastgpt2.train.metrics import read_metrics
@@ -116,14 +117,20 @@ def test_a_folder_in_use_is_refused(
         # in the middle of the first run's start, a second one comes
         monkeypatch.undo()
         said.append(complaint(train, argv, capsys))
-        return whole(*arguments, **options)
+        return build_dataset(*arguments, **options)
 
-    from fastgpt2.train import trainer
-
-    whole = trainer.build_dataset
-    monkeypatch.setattr(trainer, "build_dataset", build)
+    monkeypatch.setattr("fastgpt2.train.trainer.build_dataset", build)
     assert train(argv) == 0
     assert said == [f"{tmp_path / 'run'}: another process is training into it"]
+
+
+def test_several_processes_are_refused(
+    data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    argv = ["--data", data, "--out", str(tmp_path / "run"), *TINY]
+    assert "training runs in one process" in complaint(train, argv, capsys)
+    assert not (tmp_path / "run").exists()
 
 
 def test_overwriting_keeps_what_the_run_is_made_from(
