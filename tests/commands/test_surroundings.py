@@ -53,7 +53,7 @@ def test_what_the_surroundings_cause_is_one_line_and_2(
     assert said.count("\n") == 1
 
 
-@pytest.mark.parametrize("closed", ["", "1>&-", "2>&-", "0<&- 1>&- 2>&-", ">/dev/full 2>/dev/full"])
+@pytest.mark.parametrize("closed", ["2>&-", "0<&- 1>&- 2>&-", ">/dev/full 2>/dev/full"])
 def test_training_without_streams_and_without_a_home(
     data: str, tmp_path: Path, closed: str
 ) -> None:
