@@ -313,15 +313,15 @@ def _decode_attention(s: Sizes, batch: int) -> OpCase:
         return kernels.decode_attention(q, k, v, lengths, impl=impl)
 
     def plain(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
-        # the lengths are those of full caches
-        return F.scaled_dot_product_attention(q[:, :, None], k, v)[:, :, 0]
+        # the caches are full
+        return F.scaled_dot_product_attention(q.transpose(1, 2), k, v).transpose(1, 2)
 
     D = s.C // s.H
     cache = (batch, s.H, s.S, D)
 
     def inputs(device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-        drawn = _draw(q=(batch, s.H, D), k=cache, v=cache)(device, dtype)
-        return {**drawn, "lengths": torch.full((batch,), s.S, device=device)}
+        drawn = _draw(q=(batch, 1, s.H, D), k=cache, v=cache)(device, dtype)
+        return {**drawn, "lengths": torch.full((batch,), s.S - 1, device=device)}
 
     elements = 2.0 * batch * s.S * s.C
     cost = Cost(2 * elements, 2 * elements)

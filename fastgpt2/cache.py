@@ -24,12 +24,6 @@ class LayerCache:
         self.v[:, :, :T] = heads[2].detach()
         self.is_empty = False
 
-    def append(self, k: Tensor, v: Tensor) -> None:
-        """Store one token's key and value, (B, H, D) each, at each row's own length."""
-        rows = torch.arange(k.shape[0], device=k.device)
-        self.k[rows, :, self.lengths] = k.detach()
-        self.v[rows, :, self.lengths] = v.detach()
-
 
 class KVCache:
     """The caches of all layers, sized once: (L, B, H, S, D) twice.

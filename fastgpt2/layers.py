@@ -15,6 +15,7 @@ from fastgpt2.config import GPTConfig
 from fastgpt2.kernels import (
     add_branch,
     add_layer_norm,
+    append_kv,
     attention,
     bias_gelu,
     decode_attention,
@@ -103,12 +104,12 @@ class CausalSelfAttention(nn.Module):
         return project_without_bias(self.c_proj, out, fp8=fp8)
 
     def _decode(self, qkv: Tensor, cache: LayerCache) -> Tensor:
-        B, _, three_C = qkv.shape
-        # (B, 1, 3C) -> three of (B, H, D)
-        q, k, v = qkv.view(B, 3, self.n_head, three_C // (3 * self.n_head)).unbind(1)
-        cache.append(k, v)
-        out = decode_attention(q, cache.k, cache.v, cache.lengths + 1, impl=self.impl)
-        return out.reshape(B, 1, three_C // 3)
+        B, T, three_C = qkv.shape
+        # (B, T, 3C) -> three of (B, T, H, D)
+        q, k, v = qkv.view(B, T, 3, self.n_head, three_C // (3 * self.n_head)).unbind(2)
+        append_kv(cache.k, cache.v, k, v, cache.lengths, impl=self.impl)
+        out = decode_attention(q, cache.k, cache.v, cache.lengths, impl=self.impl)
+        return out.reshape(B, T, three_C // 3)
 
 
 class MLP(nn.Module):

@@ -1,4 +1,4 @@
-"""Attention of one new query a row against its key/value cache."""
+"""Attention of new tokens to a key/value cache, and the write of their keys and values to it."""
 
 import math
 
@@ -9,15 +9,27 @@ from torch import Tensor
 from fastgpt2.kernels import checks, reference
 from fastgpt2.kernels.backend import Impl, resolve
 
-# the widest head that the kernels' tiles are made for, the most rows that a grid holds
-_MAX_HEAD_SIZE, _MAX_ROWS = 128, 65535
+# the widest head that the kernels' tiles are made for, and the most queries that a grid holds
+_MAX_HEAD_SIZE, _MAX_QUERIES = 128, 65535
+
+
+@torch.library.custom_op("fastgpt2::append_kv", mutates_args=("k_cache", "v_cache"))
+def _append_kv(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> None:
+    from fastgpt2.kernels.jit import decode_attention as jit
+
+    jit.launch_append(k_cache, v_cache, k, v, lengths)
+
+
+@_append_kv.register_fake
+def _(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> None:
+    return None
 
 
 @torch.library.custom_op("fastgpt2::decode_attention", mutates_args=())
 def _decode_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale: float
 ) -> Tensor:
-    """out (B, H, D)."""
+    """out (B, T, H, D)."""
     from fastgpt2.kernels.jit import decode_attention as jit
 
     return jit.launch(q, k_cache, v_cache, lengths, scale)
@@ -33,13 +45,86 @@ def _adjacent(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _obstacle(q: Tensor) -> str | None:
-    """Why the kernels cannot run on these queries, or None if they can."""
-    if q.shape[2] > _MAX_HEAD_SIZE:
-        return f"the kernels take heads up to {_MAX_HEAD_SIZE}, not {q.shape[2]}"
-    if q.shape[0] > _MAX_ROWS:
-        return f"the kernels take up to {_MAX_ROWS} rows, not {q.shape[0]}"
+def _obstacle(x: Tensor) -> str | None:
+    """Why the kernels cannot run on these new tokens (B, T, H, D), or None if they can."""
+    B, T, _, D = x.shape
+    if D > _MAX_HEAD_SIZE:
+        return f"the kernels take heads up to {_MAX_HEAD_SIZE}, not {D}"
+    if B * T > _MAX_QUERIES:
+        return f"the kernels take up to {_MAX_QUERIES} new tokens, not {B * T}"
     return None
+
+
+def _check_caches(
+    op: str, name: str, x: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor
+) -> None:
+    """The caches and lengths match ``x`` (B, T, H, D), the argument called ``name``."""
+    checks.check_vectors(op, name, x)
+    checks.check_dim(op, name, x, 4, "(B, T, H, D)")
+    checks.check_dim(op, "k_cache", k_cache, 4, "(B, H, S, D)")
+    B, _, H, D = x.shape
+    expected = (B, H, k_cache.shape[2], D)
+    for cache_name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        checks.check_shape(op, cache_name, cache, expected, f"{name} {tuple(x.shape)}")
+        checks.check_same_device(op, cache_name, cache, x.device)
+        if cache.dtype != x.dtype:
+            raise TypeError(f"{op}: {cache_name} must be {x.dtype} like {name}, got {cache.dtype}")
+    checks.check_integer(op, "lengths", lengths)
+    checks.check_shape(op, "lengths", lengths, (B,), f"{name} {tuple(x.shape)}")
+    checks.check_same_device(op, "lengths", lengths, x.device)
+
+
+def append_kv(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    *,
+    impl: str = "auto",
+) -> None:
+    """Write new keys and values into the caches, in place: k_cache[b, :, lengths[b] + t] = k[b, t].
+
+    Nothing is rounded and no gradient flows. ``lengths`` stays as it is: it counts the keys before
+    these, for this call, for ``decode_attention`` and for all layers of a step alike.
+
+    Args:
+        k_cache: (B, H, S, D), its last dimension contiguous.
+        v_cache: (B, H, S, D), its last dimension contiguous.
+        k: (B, T, H, D), in the caches' dtype.
+        v: (B, T, H, D), in the caches' dtype.
+        lengths: (B,) integers, tokens already in each row: 0 <= lengths[b] <= S - T.
+        impl: ``auto``, ``triton``, ``torch`` or ``reference``.
+
+    Raises:
+        ValueError: a shape, device or stride does not match.
+        TypeError: k is not floating point, a tensor not of its dtype, or lengths not integer.
+    """
+    op = "append_kv"
+    _check_caches(op, "k", k, k_cache, v_cache, lengths)
+    checks.check_floating(op, "v", v)
+    checks.check_shape(op, "v", v, tuple(k.shape), f"k {tuple(k.shape)}")
+    checks.check_same_device(op, "v", v, k.device)
+    if v.dtype != k.dtype:
+        raise TypeError(f"{op}: v must be {k.dtype} like k, got {v.dtype}")
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if cache.stride(-1) != 1:
+            raise ValueError(
+                f"{op}: {name} must have a contiguous last dimension, got stride {cache.stride(-1)}"
+            )
+    k, v = k.detach(), v.detach()
+    match resolve(op, impl, k, lambda: _obstacle(k)):
+        case Impl.REFERENCE:
+            new_k, new_v = reference.append_kv(k_cache, v_cache, k, v, lengths)
+            k_cache.copy_(new_k)
+            v_cache.copy_(new_v)
+        case Impl.TORCH:
+            rows = torch.arange(k.shape[0], device=k.device)[:, None]
+            slots = lengths[:, None] + torch.arange(k.shape[1], device=k.device)
+            k_cache[rows, :, slots] = k
+            v_cache[rows, :, slots] = v
+        case _:
+            _append_kv(k_cache, v_cache, _adjacent(k), _adjacent(v), lengths.contiguous())
 
 
 def decode_attention(
@@ -51,55 +136,42 @@ def decode_attention(
     scale: float | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """out_bh = softmax(scale q_bh K_bh^T) V_bh over the first ``lengths[b]`` keys of the cache.
+    """out_bth = softmax(scale q_bth K_bh^T) V_bh over the keys 0 ... lengths[b] + t of the cache.
 
-    Softmax in fp32, out in q's dtype; no gradient. What the cache holds behind ``lengths[b]`` does
-    not matter (``torch`` wants it finite); a row of length 0 gives zeros. The keys of long rows are
-    shared among programs: Dao et al., "Flash-Decoding for long-context inference", 2023.
+    The T new tokens of a row stand at ``lengths[b] ... lengths[b] + T - 1``, where ``append_kv``
+    has written their keys and values, and each sees itself and what is before it. Softmax in fp32,
+    out in q's dtype; no gradient. What the cache holds after a row's last new token does not
+    matter (``torch`` wants it finite). The keys of long rows are shared among programs: Dao et
+    al., "Flash-Decoding for long-context inference", 2023.
 
     Args:
-        q: (B, H, D), this step's queries.
-        k_cache: (B, H, S, D).
-        v_cache: (B, H, S, D).
-        lengths: (B,) integers, 0 <= lengths[b] <= S.
+        q: (B, T, H, D), the queries of this step's new tokens; T = 1 in plain decoding.
+        k_cache: (B, H, S, D), the new tokens' keys included.
+        v_cache: (B, H, S, D), the new tokens' values included.
+        lengths: (B,) integers, tokens of each row BEFORE the new ones: 0 <= lengths[b] <= S - T.
         scale: of the scores, positive; None is 1 / sqrt(D).
         impl: ``auto``, ``triton``, ``torch`` or ``reference``.
 
     Returns:
-        (B, H, D).
+        (B, T, H, D).
 
     Raises:
         ValueError: a shape or device does not match; scale not positive.
         TypeError: q is not floating point, a cache not of its dtype, or lengths not integer.
     """
     op = "decode_attention"
-    checks.check_vectors(op, "q", q)
-    checks.check_dim(op, "q", q, 3, "(B, H, D)")
-    checks.check_dim(op, "k_cache", k_cache, 4, "(B, H, S, D)")
-    B, H, D = q.shape
-    expected = (B, H, k_cache.shape[2], D)
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        checks.check_shape(op, name, cache, expected, f"q {tuple(q.shape)}")
-        checks.check_same_device(op, name, cache, q.device)
-        if cache.dtype != q.dtype:
-            raise TypeError(f"{op}: {name} must be {q.dtype} like q, got {cache.dtype}")
-    checks.check_integer(op, "lengths", lengths)
-    checks.check_shape(op, "lengths", lengths, (B,), f"q {tuple(q.shape)}")
-    checks.check_same_device(op, "lengths", lengths, q.device)
+    _check_caches(op, "q", q, k_cache, v_cache, lengths)
     if scale is None:
-        scale = 1.0 / math.sqrt(D)
+        scale = 1.0 / math.sqrt(q.shape[3])
     checks.check_positive(op, "scale", scale)
     match resolve(op, impl, q, lambda: _obstacle(q)):
         case Impl.REFERENCE:
             return reference.decode_attention(q, k_cache, v_cache, lengths, scale)
         case Impl.TORCH:
-            S = k_cache.shape[2]
-            visible = (torch.arange(S, device=q.device) < lengths[:, None])[:, None, None]
-            # a row without keys looks at the first one, then is zeroed
-            empty = (lengths == 0)[:, None, None, None]
-            mask = visible | (empty & (torch.arange(S, device=q.device) == 0))
-            out = F.scaled_dot_product_attention(q[:, :, None], k_cache, v_cache, mask, scale=scale)
-            return out.masked_fill(empty, 0.0)[:, :, 0]
+            mask = reference.visible_in_cache(q.shape[1], k_cache.shape[2], lengths)
+            heads = q.transpose(1, 2)
+            out = F.scaled_dot_product_attention(heads, k_cache, v_cache, mask, scale=scale)
+            return out.transpose(1, 2)
     caches = _adjacent(k_cache), _adjacent(v_cache)
     result: Tensor = _decode_attention(_adjacent(q), *caches, lengths.contiguous(), scale)
     return result

@@ -134,13 +134,32 @@ def attention(
     return out.transpose(1, 2).reshape(B, T, three_C // 3).to(qkv.dtype)
 
 
+def append_kv(
+    k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lengths: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Copies of the caches (B, H, S, D) with k and v (B, T, H, D) at ``lengths[b] + t``."""
+    new_k, new_v = k_cache.clone(), v_cache.clone()
+    for b, length in enumerate(lengths.tolist()):
+        for t in range(k.shape[1]):
+            new_k[b, :, length + t] = k[b, t]
+            new_v[b, :, length + t] = v[b, t]
+    return new_k, new_v
+
+
+def visible_in_cache(T: int, S: int, lengths: Tensor) -> Tensor:
+    """(B, 1, T, S) bool: query t of row b sees the keys up to its own, at ``lengths[b] + t``."""
+    own = lengths[:, None] + torch.arange(T, device=lengths.device)
+    return (torch.arange(S, device=lengths.device) <= own[:, :, None])[:, None]
+
+
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float) -> Tensor:
-    """One query a row, (B, H, D), over the first ``lengths[b]`` keys of a (B, H, S, D) cache."""
-    scores = (up(q)[:, :, None] @ up(k).transpose(-2, -1)) * scale
-    visible = (torch.arange(k.shape[2], device=q.device) < lengths[:, None])[:, None, None]
-    # what lies behind a row's length is garbage, perhaps NaN: zero times it must stay zero
-    values = up(v).masked_fill(~visible.transpose(-2, -1), 0.0)
-    return (masked_softmax(scores, visible) @ values)[:, :, 0].to(q.dtype)
+    """T queries a row, (B, T, H, D), over the keys of a (B, H, S, D) cache up to their own."""
+    scores = (up(q).transpose(1, 2) @ up(k).transpose(-2, -1)) * scale
+    visible = visible_in_cache(q.shape[1], k.shape[2], lengths)
+    # what no query of a row sees is garbage, perhaps NaN: zero times it must stay zero
+    values = up(v).masked_fill(~visible.any(2)[..., None], 0.0)
+    out = masked_softmax(scores, visible) @ values
+    return out.transpose(1, 2).to(q.dtype)
 
 
 def embedding(

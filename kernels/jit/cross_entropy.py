@@ -38,8 +38,9 @@ _LOWEST = tl.constexpr(-3.4028234663852886e38)
 @triton.jit
 def _load_tile(row_ptr, offs, kept, V_padded):
     # the mask is that of the row in memory, a multiple of 16 columns, and not the vocabulary's
-    # odd number: only so is the load a vector
-    return tl.load(row_ptr + offs, mask=(offs < V_padded) & kept, other=0.0).to(tl.float32)
+    # odd number: only so is the load a vector. Nothing is read of an ignored row.
+    end = tl.where(kept, V_padded, 0)
+    return tl.load(row_ptr + offs, mask=offs < end, other=0.0).to(tl.float32)
 
 
 @triton.jit

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import exercise, report, summary
+from benchmarks import report, summary
 from benchmarks.bench_train_step import peak_memory, workloads
 from benchmarks.harness import Scale
 from benchmarks.ops import op_cases
 from benchmarks.results import Entry, Run
 from tests.benchmarks.dry import ROOT, bench, on_gpu
+from tools import exercise
 
 # in no stage of on_gpu.sh
 NOT_ON_GPU = ("bench_growth.py", "bench_load.py", "bench_data.py")

@@ -2,10 +2,13 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from triton.runtime import interpreter
 
+from fastgpt2.kernels.backend import INTERPRETED
 from tests.kernels.budget import DEVICE
 from tests.kernels.processors import PROCESSORS, Processor
 
@@ -35,6 +38,27 @@ def processor(
     chosen: Processor = request.param
     chosen.install(monkeypatch, tmp_path)
     return chosen
+
+
+@pytest.fixture(autouse=True)
+def boolean_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mask made of a scalar condition is a fault, as it is to the interpreter of Triton 3.9.
+
+    There, a scalar that is broadcast to a tile is no longer boolean.
+    """
+    if not INTERPRETED:
+        return
+    for name, position in (("create_masked_load", 1), ("create_masked_store", 2)):
+        method = getattr(interpreter.InterpreterBuilder, name)
+
+        def checked(
+            builder: Any, *arguments: Any, _method: Any = method, _position: int = position
+        ) -> Any:
+            kind = arguments[_position].data.dtype.kind
+            assert kind == "b", f"a mask is of kind {kind}: a scalar condition is broadcast in it"
+            return _method(builder, *arguments)
+
+        monkeypatch.setattr(interpreter.InterpreterBuilder, name, checked)
 
 
 @pytest.fixture(autouse=True)

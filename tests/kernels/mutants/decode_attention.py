@@ -5,14 +5,16 @@ from tests.kernels.mutants import Mutant
 _KERNEL = "kernels/jit/decode_attention.py"
 _TESTS = "tests/kernels/test_decode_attention.py"
 _BUDGET = f"{_TESTS}::test_within_budget"
-_BEHIND = f"{_TESTS}::test_what_lies_behind_the_length_is_never_read"
-_EMPTY = f"{_TESTS}::test_a_row_without_keys_gives_zeros"
+_BEHIND = f"{_TESTS}::test_what_lies_after_the_new_tokens_is_never_read"
+_EMPTY = f"{_TESTS}::test_nothing_to_do"
+_APPEND = "tests/kernels/test_append_kv.py"
+_WRITTEN = f"{_APPEND}::test_the_caches_hold_the_new_tokens_and_nothing_else_moves"
 
 MUTANTS = [
     Mutant(
         "lengths_ignored",
         _KERNEL,
-        "tl.minimum(tl.load(lengths_ptr + b), S)",
+        "tl.minimum(tl.load(lengths_ptr + b) + t + 1, S)",
         "(tl.load(lengths_ptr + b) * 0 + S)",
         (_BEHIND,),
     ),
@@ -67,8 +69,8 @@ MUTANTS = [
     Mutant(
         "parts_of_rows_and_shares_mixed_up",
         _KERNEL,
-        "(share * tl.num_programs(2) + b)",
-        "(b * tl.num_programs(1) + share)",
+        "(share * tl.num_programs(2) + token)",
+        "(token * tl.num_programs(1) + share)",
         (_BUDGET,),
     ),
     Mutant(
@@ -84,5 +86,40 @@ MUTANTS = [
         "triton.cdiv(S, SHARE_KEYS)",
         "1 + S // SHARE_KEYS",
         (f"{_TESTS}::test_shares_are_not_counted_from_lengths_and_are_limited",),
+    ),
+    Mutant(
+        "new_tokens_see_each_other",
+        _KERNEL,
+        "tl.load(lengths_ptr + b) + t + 1",
+        "tl.load(lengths_ptr + b) + T",
+        (f"{_TESTS}::test_new_tokens_are_causal_among_themselves",),
+    ),
+    Mutant(
+        "a_token_does_not_see_itself",
+        _KERNEL,
+        "tl.load(lengths_ptr + b) + t + 1",
+        "tl.load(lengths_ptr + b) + t",
+        (f"{_TESTS}::test_the_first_token_of_a_row_sees_itself_alone",),
+    ),
+    Mutant(
+        "written_without_its_place_among_the_new",
+        _KERNEL,
+        "slot = tl.load(lengths_ptr + b).to(tl.int64) + t",
+        "slot = tl.load(lengths_ptr + b).to(tl.int64)",
+        (_WRITTEN,),
+    ),
+    Mutant(
+        "written_past_the_cache",
+        _KERNEL,
+        "(slot >= 0) & (slot < S)",
+        "slot >= 0",
+        (f"{_APPEND}::test_nothing_is_written_outside_the_cache",),
+    ),
+    Mutant(
+        "keys_for_values",
+        _KERNEL,
+        "store_tile(v_cache_ptr, v, heads",
+        "store_tile(v_cache_ptr, k, heads",
+        (_WRITTEN,),
     ),
 ]
