@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastgpt2.kernels import checks
 from fastgpt2.kernels.backend import wants_gradient
-from fastgpt2.kernels.modes import is_ordinary, transformed
+from fastgpt2.kernels.modes import autocasts, is_ordinary, transformed
 
 
 def _rows_for_onednn(info: Path = Path("/proc/cpuinfo")) -> tuple[int, int]:
@@ -95,9 +95,8 @@ def in_autocast_dtype(x: Tensor) -> Tensor:
     An op whose body holds several products asks once: what it computes then has one dtype, the one
     that its fake implementation says. As in PyTorch's own products, fp64 stays fp64.
     """
-    device_type = x.device.type
-    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(device_type))
+    if autocasts(x.device) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(x.device.type))
     return x
 
 
@@ -106,7 +105,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     checks.check_rows(op, "x", x)
     checks.check_layer(op, x, weight, bias)
     for name, given in (("weight", weight), ("bias", bias)):
-        if given is None or given.dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
+        if given is None or given.dtype == x.dtype or autocasts(x.device):
             continue
         raise TypeError(f"{op}: {name} must be {x.dtype} like x, got {given.dtype}")
 

@@ -21,6 +21,11 @@ def transformed() -> bool:
     return functions or forward_ad._current_level >= 0
 
 
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for this device; the meta device has none to ask for."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def recorded() -> bool:
     """While ``torch.export`` or ``torch.jit.trace`` records a program for other machines."""
     return torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
