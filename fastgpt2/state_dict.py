@@ -30,9 +30,9 @@ def _cut_padding(
     model: Any, state_dict: dict[str, Any], prefix: str, _metadata: dict[str, Any]
 ) -> None:
     """Cut the padded rows off: by a copy, since safetensors refuses a part of a larger storage."""
-    V, padded = model.config.vocab_size, model.config.padded_vocab_size
+    V = model.config.vocab_size
     keys = [prefix + key for key in _KEYS if prefix + key in state_dict]
-    keys = [key for key in keys if V < padded == state_dict[key].shape[0]]
+    keys = [key for key in keys if state_dict[key].shape[0] > V]
     if not keys:
         return
     cut = {key: state_dict[key][:V].clone() for key in keys[: 1 if head_is_tied(model) else 2]}
