@@ -29,6 +29,7 @@ FLOORS = {
     "fastgpt2.plain": 3,
     "fastgpt2.cache": 3,
     "fastgpt2.errors": 3,
+    "fastgpt2.units": 3,
     "fastgpt2.cli": 3,
     "fastgpt2.devices": 3,
     "fastgpt2.generate.sampling": 3,

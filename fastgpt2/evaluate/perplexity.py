@@ -54,7 +54,7 @@ class TextScore:
     @property
     def perplexity(self) -> float:
         """exp(loss)."""
-        return _exp(self.loss)
+        return perplexity(self.loss)
 
     @property
     def bits_per_byte(self) -> float:
@@ -66,17 +66,13 @@ class TextScore:
     @property
     def word_perplexity(self) -> float | None:
         """exp(loss * tokens / words): perplexity a word of the text as it was given."""
-        return _exp(self.loss * self.tokens / self.words) if self.words else None
+        return perplexity(self.loss * self.tokens / self.words) if self.words else None
 
     @property
     def calibration_error(self) -> float:
         """Expected calibration error of the likeliest token (Guo et al., 2017), 0 to 1."""
         count, confidence, correct = self.calibration
         return float(np.abs(confidence - correct).sum() / count.sum())
-
-
-def _exp(x: float) -> float:
-    return math.inf if x > 700 else math.exp(x)
 
 
 class _Tally:

@@ -10,7 +10,7 @@ from fastgpt2 import runs
 from fastgpt2.errors import UserError
 from fastgpt2.files import atomic_folder
 from fastgpt2.weights import huggingface, llmc, nanogpt, openai, run
-from fastgpt2.weights.checkpoint import DTYPES, Checkpoint
+from fastgpt2.weights.checkpoint import STORED_DTYPES, Checkpoint
 from fastgpt2.weights.metadata import file_size
 
 
@@ -20,7 +20,7 @@ class Format:
 
     read: Callable[[Path], Checkpoint]
     write: Callable[[Checkpoint, Path], None]
-    dtypes: tuple[torch.dtype, ...] = DTYPES
+    dtypes: tuple[torch.dtype, ...] = STORED_DTYPES
     file: str | None = None
 
 
