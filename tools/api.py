@@ -5,6 +5,7 @@ Written into ``docs/api/``, which is not committed. A warning of pdoc's is an er
 
 import sys
 import warnings
+from importlib import import_module
 from pathlib import Path
 
 import pdoc
@@ -31,6 +32,10 @@ def build(folder: Path, modules: tuple[str, ...] = MODULES) -> None:
     Raises:
         Warning: pdoc found something that it could not describe.
     """
+    for module in map(import_module, modules):
+        # pdoc sees only what has been imported; our public names are imported on first use
+        for name in module.__all__ if hasattr(module, "__all__") else ():
+            vars(module)[name] = getattr(module, name)
     pdoc.render.configure(docformat="google", show_source=False, math=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
