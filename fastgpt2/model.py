@@ -140,7 +140,7 @@ class GPT(nn.Module):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """``state_dict``, ``strict``, ``assign`` as every module's; a tied head may be stored once."""
+        """As any module's ``state_dict``, ``strict``, ``assign``; a tied head may come once."""
         # PyTorch's hooks are not told of it
         self._loads_strictly = strict
         try:
