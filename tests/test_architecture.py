@@ -22,6 +22,7 @@ FLOORS = {
     "fastgpt2.kernels.gpus": 0,
     "fastgpt2.kernels.tuning": 0,
     "fastgpt2.kernels.cases": 0,
+    "fastgpt2.kernels.machine_code": 0,
     "fastgpt2.kernels.jit": 1,
     "fastgpt2.kernels": 2,
     "fastgpt2.config": 3,

@@ -124,4 +124,4 @@ def launch_fwd(
 def compile_cases(arch: str) -> list[CompileCase]:
     """The forward kernel with every config of the table."""
     tensors = {"qkv_ptr": "*{}", "out_ptr": "*{}", "lse_ptr": "*fp32"}
-    return attention_cases(_attention_fwd_kernel, "attention_fwd", arch, tensors, 2, 4)
+    return attention_cases(_attention_fwd_kernel, "attention_fwd", arch, tensors, 2, 4, "BLOCK_M")

@@ -187,6 +187,6 @@ def compile_cases(arch: str) -> list[CompileCase]:
     tensors = {"qkv_ptrs": pair, "out_ptrs": pair, "stats_ptrs": ("*fp32", "*fp32")}
     dq, dkv = _attention_bwd_dq_kernel, _attention_bwd_dkv_kernel
     return [
-        *attention_cases(dq, "attention_bwd_dq", arch, tensors, 3, 6),
-        *attention_cases(dkv, "attention_bwd_dkv", arch, tensors, 4, 6),
+        *attention_cases(dq, "attention_bwd_dq", arch, tensors, 3, 6, "BLOCK_M"),
+        *attention_cases(dkv, "attention_bwd_dkv", arch, tensors, 4, 6, "BLOCK_N"),
     ]

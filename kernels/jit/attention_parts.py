@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt2.kernels import tuning
-from fastgpt2.kernels.cases import SIZES, CompileCase, case, configs
+from fastgpt2.kernels.cases import SIZES, CompileCase, Work, case, configs
 from fastgpt2.kernels.jit.launch import launch_kernel
 from fastgpt2.kernels.jit.primitives import allows_tf32
 
@@ -137,7 +137,13 @@ def _variants(limits: Mapping[str, int]) -> list[Variant]:
 
 
 def attention_cases(
-    kernel: Any, op: str, arch: str, tensors: dict[str, Any], products: int, passes: int
+    kernel: Any,
+    op: str,
+    arch: str,
+    tensors: dict[str, Any],
+    products: int,
+    passes: int,
+    block: str,
 ) -> list[CompileCase]:
     """Compile cases of one kernel: every config with every variant that its rule stands for.
 
@@ -148,9 +154,10 @@ def attention_cases(
         tensors: types of its own arguments, ``{}`` where the dtype of qkv goes.
         products: matrix products in its walk.
         passes: tensors (B, T, C) that it reads or writes.
+        block: which of its blocks the grid divides the tokens by.
     """
     return [
-        _case(kernel, op, config, variant, tensors, products, passes)
+        _case(kernel, op, config, variant, tensors, products, passes, block)
         for limits, config in configs(op, arch)
         for variant in _variants(limits)
     ]
@@ -170,8 +177,14 @@ def _case(
     tensors: dict[str, Any],
     products: int,
     passes: int,
+    block: str,
 ) -> CompileCase:
     B, T, C = 16, 1024, 768
+    heads = B * C // variant.D
+    block_m, block_n = config["BLOCK_M"], config["BLOCK_N"]
+    # causal: half of all tiles, and those that the diagonal crosses in full
+    crossing = heads * T / min(block_m, block_n)
+    tiles = heads * (T * T / (block_m * block_n) - T / max(block_m, block_n)) / 2 + crossing
     own = {name: _typed(kind, variant.dtype) for name, kind in tensors.items()}
     shared = {
         "segment_ptr": "*i64" if variant.full else None,
@@ -194,5 +207,6 @@ def _case(
         bytes=float(passes * B * T * C * SIZES[variant.dtype]),
         # the FMA units do fp32 unless tf32 is allowed
         wants_mma=variant.dtype != "fp32" or variant.tf32,
+        work=Work(tiles, grid=int(heads * T / config[block]), unit="tile", crossing=crossing),
         odd=("shape.0",) if variant.even else ("shape.0", "shape.1"),
     )

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt2.kernels import tuning
-from fastgpt2.kernels.cases import SIZES, CompileCase, case, configs
+from fastgpt2.kernels.cases import SIZES, CompileCase, Work, case, configs
 from fastgpt2.kernels.jit.launch import launch_kernel
 
 # ignore_index, vocab_size, label_smoothing, z_loss
@@ -257,6 +257,7 @@ def _case(op: str, config: tuning.Config, dtype: str, variant: str) -> CompileCa
         shared | own,
         bytes=elements * SIZES[dtype] * (1 if variant == "loss" else 2),
         flops=8 * elements,
+        work=Work(elements, config["BLOCK_V"], _TOKENS),
         odd=("columns.0", "terms.0"),
     )
 

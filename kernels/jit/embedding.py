@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt2.kernels import tuning
-from fastgpt2.kernels.cases import SIZES, CompileCase, case, configs
+from fastgpt2.kernels.cases import SIZES, CompileCase, Work, case, configs
 from fastgpt2.kernels.jit.launch import launch_kernel
 from fastgpt2.kernels.jit.rows import as_rows, dropout_argument, dropout_tile
 
@@ -202,8 +202,20 @@ def compile_cases(arch: str) -> list[CompileCase]:
             ("embedding_fwd", _embedding_fwd_kernel, fwd, 2 * _TOKENS),
             ("segment_sum", _segment_sum_kernel, bwd, _TOKENS + 2 * _V),
         ):
-            cases += [
-                case(kernel, op, c, variant, arguments, bytes=rows * row_bytes, flops=_TOKENS * _C)
-                for _, c in configs(op, arch)
-            ]
+            for _, config in configs(op, arch):
+                width, grid = (_C, _TOKENS // config["BLOCK_N"])
+                if op == "segment_sum":
+                    width, grid = config["BLOCK_C"], _V * triton.cdiv(_C, config["BLOCK_C"])
+                cases.append(
+                    case(
+                        kernel,
+                        op,
+                        config,
+                        variant,
+                        arguments,
+                        bytes=rows * row_bytes,
+                        flops=_TOKENS * _C,
+                        work=Work(_TOKENS * _C, config["BLOCK_N"] * width, grid),
+                    )
+                )
     return cases

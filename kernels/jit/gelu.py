@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt2.kernels import tuning
-from fastgpt2.kernels.cases import SIZES, CompileCase, case, configs
+from fastgpt2.kernels.cases import SIZES, CompileCase, Work, case, configs
 from fastgpt2.kernels.jit.launch import launch_kernel
 from fastgpt2.kernels.jit.primitives import LOG2E
 from fastgpt2.kernels.jit.rows import as_rows, launch_column_sum, row_programs
@@ -150,7 +150,7 @@ def _launch_bwd(
     N, F = rows.shape
     config = tuning.pick("gelu_bwd", tuning.arch_of(x.device))
     column_blocks = triton.cdiv(F, config["BLOCK_F"])
-    P = row_programs(triton.cdiv(N, config["BLOCK_N"]), x.device, columns=column_blocks)
+    P = row_programs(config, N, x.device, columns=column_blocks)
     partial = None if bias is None else x.new_empty(1, P, F, dtype=torch.float32)
     launch_kernel(
         _gelu_bwd_kernel,
@@ -192,6 +192,7 @@ def _case(
             "shape": ("i32", "i32"),
         }
     elements = float(_TOKENS * _F)
+    turn = config["BLOCK_N"] * config["BLOCK_F"]
     return case(
         kernel,
         op,
@@ -200,6 +201,7 @@ def _case(
         arguments,
         bytes=tensors * elements * SIZES[dtype],
         flops=15 * elements,
+        work=Work(elements, turn, int(elements) // turn if op == "gelu_fwd" else None),
     )
 
 

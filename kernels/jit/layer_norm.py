@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt2.kernels import tuning
-from fastgpt2.kernels.cases import SIZES, CompileCase, case, configs
+from fastgpt2.kernels.cases import SIZES, CompileCase, Work, case, configs
 from fastgpt2.kernels.jit.launch import launch_kernel
 from fastgpt2.kernels.jit.rows import (
     as_rows,
@@ -207,7 +207,7 @@ def launch_bwd(
         sums.append(torch.empty_like(branch_bias))
     shape_class = {"C": C, "dropout": int(seed is not None)}
     config = tuning.pick("layer_norm_bwd", tuning.arch_of(stream.device), **shape_class)
-    P = row_programs(triton.cdiv(N, config["BLOCK_N"]), stream.device)
+    P = row_programs(config, N, stream.device)
     partial = stream.new_empty(len(sums), P, C, dtype=torch.float32)
     if P > 0:
         dstream_stride = 0 if dstream_rows is None else dstream_rows.stride(0)
@@ -283,7 +283,17 @@ def _case(
         kernel = _layer_norm_bwd_kernel
         moved = (2 + fused) * SIZES[stream] + (1 + own_dbranch) * SIZES[y]
     elements = float(_TOKENS * C)
-    return case(kernel, op, config, name, arguments, bytes=elements * moved, flops=10 * elements)
+    grid = _TOKENS // config["BLOCK_N"] if op == "layer_norm_fwd" else None
+    return case(
+        kernel,
+        op,
+        config,
+        name,
+        arguments,
+        bytes=elements * moved,
+        flops=10 * elements,
+        work=Work(elements, config["BLOCK_N"] * C, grid),
+    )
 
 
 def compile_cases(arch: str) -> list[CompileCase]:

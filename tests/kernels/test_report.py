@@ -14,7 +14,7 @@ import pytest
 from fastgpt2.errors import UserError
 from fastgpt2.kernels import report
 from fastgpt2.kernels.gpus import ARCHITECTURES, GPUS, occupancy
-from fastgpt2.kernels.report import Row, expectation, render, violations
+from fastgpt2.kernels.report_rows import Row, expectation, render, violations
 
 # compiling is not possible where triton has been imported for interpreting
 PLANTED = """
