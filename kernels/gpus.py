@@ -118,7 +118,7 @@ class GPU:
         return max(flops / (self.tflops * 1e6), moved_bytes / (self.bandwidth * 1e6))
 
     def issue_us(self, warp_instructions: float) -> float:
-        """Microseconds to issue these: one instruction per clock and scheduler, all of them busy."""
+        """Microseconds to issue these: one instruction per clock and scheduler, all at work."""
         schedulers = ARCHITECTURES[self.arch].schedulers * self.multiprocessors
         return warp_instructions / (schedulers * self.clock * 1e3)
 

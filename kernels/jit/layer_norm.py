@@ -51,33 +51,36 @@ def _layer_norm_fwd_kernel(
 ):
     N, C = shape
     x_stride, branch_stride = row_strides
-    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_c = tl.arange(0, BLOCK_C)
-    mask_n, mask_c = offs_n < N, offs_c < C
+    first = tl.program_id(0).to(tl.int64) * BLOCK_N
+    # within a block, offsets are int32: fewer instructions per element
+    offs_n, offs_c = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_C)
+    mask_n, mask_c = offs_n < N - first, offs_c < C
     mask = mask_n[:, None] & mask_c[None, :]
-    offs_out = offs_n[:, None] * C + offs_c[None, :]
-    x_ptrs = x_ptr + offs_n[:, None] * x_stride + offs_c[None, :]
+    offs = offs_n[:, None] * C + offs_c[None, :]
+    x_ptrs = x_ptr + first * x_stride + (offs_n[:, None] * x_stride + offs_c[None, :])
     s = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
     if branch_ptr is not None:
-        branch_ptrs = branch_ptr + offs_n[:, None] * branch_stride + offs_c[None, :]
+        branch_ptr += first * branch_stride
+        branch_ptrs = branch_ptr + (offs_n[:, None] * branch_stride + offs_c[None, :])
         update = tl.load(branch_ptrs, mask=mask, other=0.0).to(tl.float32)
         if branch_bias_ptr is not None:
             update += tl.load(branch_bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
         if dropout is not None:
-            update = dropout_tile(update, dropout, offs_out)
+            update = dropout_tile(update, dropout, first * C + offs)
         stream = (s + update).to(stream_ptr.dtype.element_ty)
-        tl.store(stream_ptr + offs_out, stream, mask=mask)
+        tl.store(stream_ptr + first * C + offs, stream, mask=mask)
         # backward will see the stream as it was stored: normalise just that
         s = stream.to(tl.float32)
     mean = tl.sum(s, axis=1) / C
     centred = tl.where(mask_c[None, :], s - mean[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / C + eps)
+    stats_ptr += first
     tl.store(stats_ptr + offs_n, mean, mask=mask_n)
     tl.store(stats_ptr + N + offs_n, rstd, mask=mask_n)
     y = centred * rstd[:, None] * tl.load(weight_ptr + offs_c, mask=mask_c, other=0.0)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0)
-    tl.store(y_ptr + offs_out, y, mask=mask)
+    tl.store(y_ptr + first * C + offs, y, mask=mask)
 
 
 @triton.jit

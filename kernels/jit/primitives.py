@@ -6,6 +6,7 @@ import triton.language as tl
 
 # softmax in base 2: exp2 is one instruction, and log2(e) goes into a factor that is there anyway
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 # the score of a hidden key, and where a running maximum starts: below any score but so far above
 # HIDDEN that a tile of hidden keys alone gives exp2(HIDDEN - LOWEST) = 0, not exp2(0) = 1
 HIDDEN = tl.constexpr(-3.0e38)
