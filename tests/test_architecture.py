@@ -19,6 +19,7 @@ FLOORS = {
     "fastgpt2.kernels.checks": 0,
     "fastgpt2.kernels.backend": 0,
     "fastgpt2.kernels.philox": 0,
+    "fastgpt2.kernels.dropout_bits": 0,
     "fastgpt2.kernels.gpus": 0,
     "fastgpt2.kernels.tuning": 0,
     "fastgpt2.kernels.cases": 0,

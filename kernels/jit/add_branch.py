@@ -51,7 +51,7 @@ def _add_branch_fwd_kernel(
         update += tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
     offs_out = offs_n[:, None] * C + offs_c[None, :]
     if dropout is not None:
-        update = dropout_tile(update, dropout, offs_out)
+        update = dropout_tile(update, dropout, offs_n, C, pid % column_blocks * BLOCK_C)
     x_ptrs = x_ptr + offs_n[:, None] * x_stride + offs_c[None, :]
     x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
     tl.store(y_ptr + offs_out, x + update, mask=mask)
@@ -80,7 +80,7 @@ def _add_branch_bwd_kernel(
         dbranch = tl.load(dy_ptrs, mask=mask, other=0.0).to(tl.float32)
         offs_out = offs_n[:, None] * C + offs_c[None, :]
         if dropout is not None:
-            dbranch = dropout_tile(dbranch, dropout, offs_out)
+            dbranch = dropout_tile(dbranch, dropout, offs_n, C, tl.program_id(0) * BLOCK_C)
         if dbranch_ptr is not None:
             tl.store(dbranch_ptr + offs_out, dbranch, mask=mask)
         if partial_ptr is not None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from triton import knobs
 
 from fastgpt2.kernels import reference
+from fastgpt2.kernels.dropout_bits import bits_size
 from fastgpt2.kernels.jit.attention import launch_fwd
 from fastgpt2.kernels.jit.attention_bwd import launch_bwd
 
@@ -56,9 +57,11 @@ def passes(
         qkv[:, :, 0].masked_fill_(torch.arange(D, device=device) % math.ceil(D / 4) != 0, 0)
         qkv = qkv.view(B, T, 3 * H * D).to(dtype)
         dout = _integers((B, T, H * D), 3, device).to(dtype)
-        seed = torch.zeros((), dtype=torch.int64, device=device) if dropout else None
+        size = bits_size(B, H, T)
+        # every bit set: nothing is dropped
+        bits = torch.full((size,), -1, dtype=torch.int32, device=device) if dropout else None
         segments = torch.zeros(B, T, dtype=torch.int32, device=device) if masked else None
-        options = (seed, segments, None, H, 1e-12, math.log(2.0))
+        options = (bits, segments, None, H, 1e-12, math.log(2.0))
         out, lse = launch_fwd(qkv, *options)
         dqkv = launch_bwd(dout, qkv, out, lse, *options)
         with torch.inference_mode(False), torch.enable_grad():

@@ -29,6 +29,7 @@ from fastgpt2.kernels.jit.rows import (
     dropout_tile,
     launch_column_sum,
     row_programs,
+    row_width,
 )
 
 
@@ -66,7 +67,7 @@ def _layer_norm_fwd_kernel(
         if branch_bias_ptr is not None:
             update += tl.load(branch_bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
         if dropout is not None:
-            update = dropout_tile(update, dropout, first * C + offs)
+            update = dropout_tile(update, dropout, first + offs_n, C, 0)
         stream = (s + update).to(stream_ptr.dtype.element_ty)
         tl.store(stream_ptr + first * C + offs, stream, mask=mask)
         # backward will see the stream as it was stored: normalise just that
@@ -132,7 +133,7 @@ def _layer_norm_bwd_kernel(
         offs_out = offs_n[:, None] * C + offs_c[None, :]
         tl.store(dx_ptr + offs_out, ds, mask=mask)
         if dropout is not None:
-            ds = dropout_tile(ds, dropout, offs_out)
+            ds = dropout_tile(ds, dropout, offs_n, C, 0)
         if dbranch_ptr is not None:
             tl.store(dbranch_ptr + offs_out, ds, mask=mask)
         if HAS_BRANCH_BIAS:
@@ -181,7 +182,7 @@ def launch_fwd(
         dropout_argument(seed, dropout_p),
         (N, C),
         eps,
-        BLOCK_C=triton.next_power_of_2(C),
+        BLOCK_C=row_width(C),
         **config.meta(),
     )
     return stream, y, stats
@@ -229,7 +230,7 @@ def launch_bwd(
             dropout_argument(seed, dropout_p),
             (N, C),
             HAS_BRANCH_BIAS=branch_bias is not None,
-            BLOCK_C=triton.next_power_of_2(C),
+            BLOCK_C=row_width(C),
             **config.meta(),
         )
     launch_column_sum(partial, sums)

@@ -20,10 +20,17 @@ def allows_tf32(dtype: torch.dtype) -> bool:
 
 
 @triton.jit
-def keep_mask(dropout, offsets):
-    """Where dropout keeps an element; ``dropout`` is (seed_ptr, p), offsets global and int64."""
+def keep_words(dropout, rows, width, groups):
+    """Where dropout keeps each fourth of a tile: four [rows, groups] for columns 4 group + 0 ... 3.
+
+    ``dropout`` is (seed_ptr, p); rows are int64 and global, ``width`` is that of a whole row.
+    One Philox counter gives four words, and none is thrown away.
+    """
     seed_ptr, p = dropout
-    return tl.rand(tl.load(seed_ptr), offsets) >= p
+    counters = rows[:, None] * tl.cdiv(width, 4) + groups[None, :]
+    a, b, c, d = tl.randint4x(tl.load(seed_ptr), counters)
+    threshold = tl.minimum((p * 4294967296.0).to(tl.int64), 4294967295).to(tl.uint32)
+    return a >= threshold, b >= threshold, c >= threshold, d >= threshold
 
 
 @triton.jit

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastgpt2.kernels import tuning
 from fastgpt2.kernels.cases import CompileCase, Work, case, configs
 from fastgpt2.kernels.jit.launch import launch_kernel
-from fastgpt2.kernels.jit.primitives import keep_mask
+from fastgpt2.kernels.jit.primitives import keep_words
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -34,15 +34,28 @@ def row_programs(config: tuning.Config, N: int, device: torch.device, *, columns
     return min(triton.cdiv(N, config["BLOCK_N"]), max(1, resident // columns))
 
 
+def row_width(C: int) -> int:
+    """BLOCK_C of a kernel that holds rows whole: a power of two, and whole Philox groups."""
+    return max(4, triton.next_power_of_2(C))
+
+
 def dropout_argument(seed: Tensor | None, p: float) -> tuple[Tensor, float] | None:
     """What ``dropout_tile`` takes; without a seed, a kernel of its own has no random numbers."""
     return None if seed is None else (seed, p)
 
 
 @triton.jit
-def dropout_tile(x, dropout, offsets):
-    """Philox dropout of a tile; ``dropout`` is (seed_ptr, p), offsets are global, int64."""
-    return tl.where(keep_mask(dropout, offsets), x / (1.0 - dropout[1]), 0.0)
+def dropout_tile(x, dropout, rows, width, first_column):
+    """Philox dropout of a tile of rows of ``width`` elements, from ``first_column`` on.
+
+    ``dropout`` is (seed_ptr, p); rows are global and int64, the first column a multiple of 4.
+    """
+    groups = first_column // 4 + tl.arange(0, x.shape[1] // 4)
+    a, b, c, d = keep_words(dropout, rows, width, groups)
+    # columns 0 ... 3 of each group side by side: join adds a last dimension
+    keep = tl.join(tl.join(a.to(tl.int8), c.to(tl.int8)), tl.join(b.to(tl.int8), d.to(tl.int8)))
+    keep = tl.reshape(keep, x.shape)
+    return tl.where(keep != 0, x * (1.0 / (1.0 - dropout[1])), 0.0)
 
 
 @triton.jit
