@@ -16,7 +16,7 @@ from benchmarks.generators import MAKERS, Generate, Place, ours
 from benchmarks.harness import Lane, Race, Scale, Settings
 from benchmarks.timing import Ceilings, Work
 from fastgpt2.config import GPTConfig
-from fastgpt2.training.summary import dtype_name
+from fastgpt2.train.summary import dtype_name
 
 CHECKED_TOKENS = 6
 

@@ -66,8 +66,7 @@ run_stage() {
             -m gpu tests/kernels --junitxml "$out/correct.xml"
         ;;
     kernels)
-        bench kernels "$seconds" ${b}_attention.py ${b}_layer_norm.py ${b}_gelu.py \
-            ${b}_cross_entropy.py ${b}_embedding.py ${b}_decode_attention.py --seconds 1
+        bench kernels "$seconds" ${b}_ops.py --seconds 1
         ;;
     step)
         bench step "$seconds" ${b}_train_step.py --seconds 3
@@ -76,7 +75,7 @@ run_stage() {
         bench decode "$seconds" ${b}_generate.py --rounds 3
         ;;
     tune)
-        timeout "$seconds" "$python" -m benchmarks.tune --out "$out" \
+        timeout "$seconds" "$python" -m tools.tune --out "$out" \
             --seconds $((seconds * 6 / 10)) "${dry[@]}"
         ;;
     esac

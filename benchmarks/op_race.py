@@ -18,7 +18,7 @@ from benchmarks.harness import Race, Scale, Settings
 from benchmarks.ops import BACKWARD, BOTH, FORWARD, OpCase, op_cases
 from benchmarks.timing import Ceilings, Work
 from fastgpt2.kernels import backend
-from fastgpt2.training.summary import compiler_obstacle, dtype_name
+from fastgpt2.train.summary import compiler_obstacle, dtype_name
 
 Run = Callable[..., Any]
 
@@ -194,6 +194,6 @@ class OpRace(Race):
         self._works.clear()
 
 
-def op_races(settings: Settings, *ops: str) -> list[Race]:
-    """A race for every size of the ops."""
-    return [OpRace(case, settings.scale) for case in op_cases(settings.scale, *ops)]
+def op_races(settings: Settings) -> list[Race]:
+    """A race for every op and size."""
+    return [OpRace(case, settings.scale) for case in op_cases(settings.scale)]

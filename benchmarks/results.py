@@ -160,6 +160,31 @@ def baseline(entry: Entry, group: Iterable[Entry]) -> Entry | None:
 
 
 @dataclass(frozen=True)
+class Ratio:
+    """How many times as long a rival takes as ours, and the range that the percentiles allow.
+
+    Attributes:
+        value: the rival's median over ours.
+        low: the rival's 20th percentile over our 80th.
+        high: the rival's 80th percentile over our 20th.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, rival: Entry, ours: Entry) -> Self:
+        """From two entries of one race."""
+        return cls(rival.median / ours.median, rival.p20 / ours.p80, rival.p80 / ours.p20)
+
+    @property
+    def is_difference(self) -> bool:
+        """False where the samples spread wider than the difference: both may be equally fast."""
+        return not self.low <= 1.0 <= self.high
+
+
+@dataclass(frozen=True)
 class Change:
     """One of ours against the last result of the same machine.
 

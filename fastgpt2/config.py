@@ -17,6 +17,13 @@ PAD_VOCAB_FROM = 4096
 PAD_VOCAB_MULTIPLE = 128
 
 
+def padded(vocab_size: int) -> int:
+    """Rows that a vocabulary of ``vocab_size`` ids has in memory, and in some programs' files."""
+    if vocab_size < PAD_VOCAB_FROM:
+        return vocab_size
+    return -(-vocab_size // PAD_VOCAB_MULTIPLE) * PAD_VOCAB_MULTIPLE
+
+
 def unknown_key(key: str, known: list[str], where: str) -> UserError:
     """The error for a misspelt key, naming the nearest known one."""
     near = get_close_matches(key, known, n=1)
@@ -91,9 +98,7 @@ class GPTConfig:
     @property
     def padded_vocab_size(self) -> int:
         """Rows of the token embedding in memory; saved files hold ``vocab_size`` rows."""
-        if self.vocab_size < PAD_VOCAB_FROM:
-            return self.vocab_size
-        return -(-self.vocab_size // PAD_VOCAB_MULTIPLE) * PAD_VOCAB_MULTIPLE
+        return padded(self.vocab_size)
 
     @property
     def attn_p(self) -> float:

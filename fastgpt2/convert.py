@@ -16,8 +16,8 @@ from tqdm import tqdm
 from fastgpt2.cli import Parser, run
 from fastgpt2.errors import UserError
 from fastgpt2.files import write_text
-from fastgpt2.text import GPT2Tokenizer, load_tokenizer, save_tokenizer
-from fastgpt2.text.tokenizers import FILE_NAME as TOKENIZER_FILE
+from fastgpt2.runs import find_tokenizer
+from fastgpt2.text import GPT2Tokenizer, save_tokenizer
 from fastgpt2.weights import FORMATS, RELEASES, Checkpoint, load, save
 from fastgpt2.weights.hub import locate
 
@@ -97,12 +97,12 @@ def _carry_tokenizer(source: Path, target: Path, to: str) -> list[str]:
         for name in present:
             shutil.copyfile(source / name, target / name)
         return []
-    # a run keeps its tokenizer at the top, two folders above a checkpoint
-    runs = [run for run in (source, *source.parents[1:2]) if (run / TOKENIZER_FILE).is_file()]
     try:
-        tokenizer = load_tokenizer(runs[0]) if runs else GPT2Tokenizer.from_folder(source)
+        tokenizer = find_tokenizer(source)
     except UserError as error:
         return [f"no tokenizer written: {error}"]
+    if tokenizer is None:
+        return [f"no tokenizer written: {source} has none"]
     if to == "fastgpt2":
         save_tokenizer(tokenizer, target)
     elif not isinstance(tokenizer, GPT2Tokenizer):

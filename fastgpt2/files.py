@@ -35,10 +35,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     All in it is on the disk (fsync) before the rename. On an error it is removed.
 
     Raises:
-        UserError: ``path`` exists and is not an empty folder.
+        UserError: ``path`` exists and is not empty.
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path}: exists already and is not an empty folder")
+        raise UserError(f"{path}: exists already and is not empty")
     temporary = _beside(path)
     temporary.mkdir()
     try:

@@ -19,10 +19,10 @@ from fastgpt2.cache import KVCache
 from fastgpt2.config import GPTConfig
 from fastgpt2.devices import peak_flops
 from fastgpt2.errors import UserError
+from fastgpt2.generate.sampling import next_token
 from fastgpt2.kernels import cross_entropy, linear_cross_entropy, tied_embedding
 from fastgpt2.layers import Block, normalize, project
 from fastgpt2.plain import is_plain
-from fastgpt2.sampling import next_token
 
 # nanoGPT ignores targets of -1, Hugging Face those of -100
 _NANOGPT_IGNORE, _IGNORE = -1, -100

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from fastgpt2.cache import KVCache
+from fastgpt2.generate.sampling import next_token
 from fastgpt2.model import GPT
-from fastgpt2.sampling import next_token
 from tests.tiny_gpt import tiny_batch, tiny_config, tiny_gpt
 
 

@@ -82,7 +82,7 @@ def test_an_empty_folder_may_be_there_already(tmp_path: Path) -> None:
 def test_nothing_is_put_over_a_folder_or_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"mine")
     for path in (tmp_path, tmp_path / "file"):
-        message = f"{path}: exists already and is not an empty folder"
+        message = f"{path}: exists already and is not empty"
         with pytest.raises(UserError, match=re.escape(message)), atomic_folder(path):
             raise AssertionError("must not be reached")
     assert os.listdir(tmp_path) == ["file"]

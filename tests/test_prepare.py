@@ -91,7 +91,7 @@ def test_mistakes_are_one_line_and_2(
     if flaw == "full":
         out.mkdir()
         (out / "mine").write_text("precious", encoding="utf-8")
-        message = f"{out}: exists already and is not an empty folder"
+        message = f"{out}: exists already and is not empty"
     elif flaw == "file":
         out.write_text("precious", encoding="utf-8")
         message = f"{out}: exists already"

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import torch
 
-from fastgpt2.generation.stream import stream_text
+from fastgpt2 import runs
+from fastgpt2.generate.stream import stream_text
 from fastgpt2.text import load_tokenizer
-from fastgpt2.training import checkpoint
-from fastgpt2.training.config import TrainConfig, read_config
-from fastgpt2.training.metrics import read_metrics
+from fastgpt2.train import checkpoint
+from fastgpt2.train.config import TrainConfig, read_config
+from fastgpt2.train.metrics import read_metrics
 
 HERE = Path(__file__).parent
 
@@ -27,7 +28,7 @@ def build(run: Path, name: str, prompt: str) -> None:
     config = TrainConfig.from_layers(read_config(str(run / "config.toml")))
     training = [r for r in records if "train_loss" in r]
     validation = [r for r in records if "val_loss" in r]
-    model = checkpoint.load_model(checkpoint.latest(run))
+    model = checkpoint.load_model(runs.latest(run))
     tokenizer = load_tokenizer(run)
     sample = prompt + "".join(
         stream_text(model, tokenizer, prompt, 120, temperature=0.8, top_k=50, seed=1337)

@@ -1,17 +1,14 @@
 """The formats by name: which one a path has, and reading and writing any of them."""
 
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from fastgpt2 import runs
 from fastgpt2.errors import UserError
-from fastgpt2.files import sync
+from fastgpt2.files import atomic_folder
 from fastgpt2.weights import huggingface, llmc, nanogpt, openai, run
 from fastgpt2.weights.checkpoint import DTYPES, Checkpoint
 from fastgpt2.weights.metadata import file_size
@@ -48,7 +45,7 @@ def detect(path: Path) -> tuple[str, Path]:
         if not path.is_dir():
             raise UserError(f"{path}: no such file or folder")
         names = {entry.name for entry in path.iterdir()}
-        if run.CONFIG in names or run.CHECKPOINTS in names:
+        if runs.MODEL_CONFIG in names or runs.CHECKPOINTS in names:
             return "fastgpt2", path
         if "hparams.json" in names:
             return "openai", path
@@ -60,8 +57,8 @@ def detect(path: Path) -> tuple[str, Path]:
     except OSError as error:
         raise UserError(f"{error.filename or path}: {error.strerror}") from None
     raise UserError(
-        f"{path}: no model found; expected one of {run.CONFIG}, {run.CHECKPOINTS}/, hparams.json, "
-        "config.json, ckpt.pt, model.bin"
+        f"{path}: no model found; expected one of {runs.MODEL_CONFIG}, {runs.CHECKPOINTS}/, "
+        "hparams.json, config.json, ckpt.pt, model.bin"
     )
 
 
@@ -71,7 +68,7 @@ def _detect_file(path: Path) -> tuple[str, Path]:
         magic = file.read(4)
     if magic == llmc.MAGIC.to_bytes(4, "little"):
         return "llmc", path
-    if path.name in (*huggingface.WEIGHTS, run.WEIGHTS):
+    if path.name in (*huggingface.WEIGHTS, runs.MODEL):
         # the shape of the model stands beside it
         return detect(path.parent)
     if path.suffix in (".pt", ".pth"):
@@ -130,32 +127,10 @@ def save(
                 raise UserError(f"{path}: exists already")
             target.write(checkpoint, path)
             return path
-        with _new_folder(path) as folder:
+        with atomic_folder(path) as folder:
             target.write(checkpoint, folder if target.file is None else folder / target.file)
             if beside is not None:
                 beside(folder)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from error
     return path if target.file is None else path / target.file
-
-
-@contextmanager
-def _new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that becomes ``path`` when the block ends without error."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path}: exists already and is not empty")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # a plain folder inside the private one has the permissions that the user's umask gives
-    private = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        temporary = private / path.name
-        temporary.mkdir()
-        yield temporary
-        for entry in (*temporary.rglob("*"), temporary):
-            sync(entry)
-        if path.exists():
-            path.rmdir()
-        os.replace(temporary, path)
-        sync(path.parent)
-    finally:
-        shutil.rmtree(private, ignore_errors=True)

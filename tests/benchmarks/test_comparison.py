@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import report
-from benchmarks.bench_layer_norm import races
+from benchmarks.bench_ops import races
 from benchmarks.harness import TAPE, Lane, Race, Scale, Settings, Stopwatch
 from benchmarks.machine import cpu_name
 from benchmarks.op_race import OpRace

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import exercise, report, summary
+from benchmarks import report, summary
 from benchmarks.bench_train_step import peak_memory, workloads
 from benchmarks.harness import Scale
 from benchmarks.ops import op_cases
 from benchmarks.results import Entry, Run
 from tests.benchmarks.dry import ROOT, bench, on_gpu
+from tools import exercise
 
 # in no stage of on_gpu.sh
 NOT_ON_GPU = ("bench_growth.py", "bench_load.py", "bench_data.py")
@@ -68,7 +69,7 @@ def test_no_benchmark_file_is_forgotten_on_a_gpu() -> None:
 
 def test_the_json_says_what_was_measured(folder: Path, run: Run) -> None:
     record = json.loads((folder / "kernels.json").read_text(encoding="utf-8"))
-    for key in ("device", "cpu_model", "torch", "triton", "commit", "nvidia_smi", "load"):
+    for key in ("device", "cpu_model", "torch", "triton", "commit", "nvidia_smi"):
         assert key in record["machine_info"]
     assert record["ceilings"]["bytes_per_s"] > 0 < record["ceilings"]["flop_per_s"]["bf16"]
     attention = next(e for e in run.entries if e.contender == "triton forward")

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from fastgpt2.train import main as train
+from fastgpt2.train.__main__ import main as train
 from tests.commands.tiny_command import TEXT, TINY
 
 
@@ -29,4 +29,4 @@ def run(finished: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastgpt2.training.trainer.plot", lambda run: None)
+    monkeypatch.setattr("fastgpt2.train.trainer.plot", lambda run: None)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from fastgpt2.generate import main as generate
+from fastgpt2 import runs
+from fastgpt2.generate.__main__ import main as generate
 from fastgpt2.text import CharTokenizer, save_tokenizer
-from fastgpt2.train import main as train
-from fastgpt2.training import checkpoint
+from fastgpt2.train.__main__ import main as train
 from tests.commands.tiny_command import TEXT, TINY, complaint
 
 
@@ -147,13 +147,13 @@ def scribble(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [cut, scribble, Path.unlink])
 @pytest.mark.parametrize(
-    "file", [checkpoint.MODEL, checkpoint.CONFIG, checkpoint.STATE, "fastgpt2_tokenizer.json"]
+    "file", [runs.MODEL, runs.MODEL_CONFIG, runs.STATE, "fastgpt2_tokenizer.json"]
 )
 def test_damaged_runs(
     run: Path, capsys: pytest.CaptureFixture[str], file: str, damage: Callable[[Path], None]
 ) -> None:
     path = run / file
-    damage(path if path.exists() else checkpoint.latest(run) / file)
+    damage(path if path.exists() else runs.latest(run) / file)
     before = contents(run)
     # the one line names the run, at the least
     assert str(run) in complaint(generate, ["--run", str(run)], capsys)
@@ -162,7 +162,7 @@ def test_damaged_runs(
 
 
 def test_damaged_moments(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    cut(checkpoint.latest(run) / checkpoint.OPTIMIZER)
+    cut(runs.latest(run) / runs.OPTIMIZER)
     assert "optimizer.safetensors" in complaint(train, ["--out", str(run), "--resume"], capsys)
 
 
@@ -172,7 +172,7 @@ def test_a_tokenizer_of_another_model(
     save_tokenizer(CharTokenizer(sorted(set(TEXT))), run)
     count = len(set(TEXT))
     said = complaint(generate, ["--run", str(run)], capsys)
-    assert f"the tokenizer has {count} ids, the model 257" in said
+    assert f"the tokenizer char has {count} ids, the model 257" in said
     said = complaint(train, ["--out", str(run), "--resume"], capsys)
     assert "saved with tokenizer bytes " in said
     assert "the run's is char " in said
@@ -181,7 +181,7 @@ def test_a_tokenizer_of_another_model(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--run", "nowhere"], "nowhere: no checkpoint in it"),
+        (["--run", "nowhere"], "nowhere: no such file or folder, and not one of gpt2"),
         (["--top-k", "0"], "--top-k must be a number from 1 to 2^62, got 0"),
         (["--temperature", "-1"], "--temperature must be a number from 0 to 2^62, got -1.0"),
         (["--temperature", "nan"], "--temperature must be a number from 0 to 2^62, got nan"),

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from fastgpt2 import runs
 from fastgpt2.__main__ import COMMANDS
 from fastgpt2.__main__ import main as console
 from fastgpt2.errors import UserError
-from fastgpt2.generate import main as generate
-from fastgpt2.train import main as train
-from fastgpt2.training import checkpoint
-from fastgpt2.training.metrics import read_metrics
+from fastgpt2.generate.__main__ import main as generate
+from fastgpt2.opener import OpenedModel
+from fastgpt2.train.__main__ import main as train
+from fastgpt2.train.metrics import read_metrics
 from tests.commands.tiny_command import TINY, complaint
 
 ROOT = Path(__file__).parents[2]
@@ -44,7 +45,7 @@ def test_train_generate_resume(
     said = capsys.readouterr().out
     assert "training: 5 steps (3 done)" in said
     assert "trained 5 steps" in said
-    assert checkpoint.latest(Path(out)).name == "step_00000005"
+    assert runs.latest(Path(out)).name == "step_00000005"
     assert [r["step"] for r in read_metrics(Path(out)) if "train_loss" in r] == [1, 3, 5]
 
 
@@ -85,17 +86,17 @@ def test_generate_takes_the_checkpoint_asked_for(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(["--out", str(run), "--resume", "--steps", "4"])
-    path = checkpoint.latest(run) / checkpoint.STATE
+    path = runs.latest(run) / runs.STATE
     state = json.loads(path.read_text(encoding="utf-8"))
     state["validation"]["loss"] = 99.0
     path.write_text(json.dumps(state), encoding="utf-8")
     taken = []
 
-    def load_model(folder: Path, **_: object) -> None:
-        taken.append(folder.name)
+    def load(opened: OpenedModel, *_: object) -> None:
+        taken.append(opened.path.name)
         raise UserError("enough")
 
-    monkeypatch.setattr(checkpoint, "load_model", load_model)
+    monkeypatch.setattr(OpenedModel, "load", load)
     for flags in ([], ["--checkpoint", "latest"]):
         assert complaint(generate, ["--run", str(run), *flags], capsys) == "enough"
     assert taken == ["step_00000003", "step_00000004"]
@@ -128,7 +129,7 @@ def test_every_run_gets_a_folder_of_its_own(
 def test_overwrite_starts_again(run: Path, data: str) -> None:
     (run / "notes.txt").write_text("mine", encoding="utf-8")
     assert train(["--data", data, "--out", str(run), *TINY, "--steps", "2", "--overwrite"]) == 0
-    assert checkpoint.saved_steps(run) == [2]
+    assert runs.saved_steps(run) == [2]
     assert not (run / "notes.txt").exists()
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from fastgpt2.train import main as train
+from fastgpt2.train.__main__ import main as train
 
 TEXT = "".join(f"the {i} cats and {i * i} dogs sat\n" for i in range(40))
 SHAPE = ["--model=gpt2-nano", "--block-size=16", "--n-layer=1", "--n-head=1", "--n-embd=8"]

@@ -67,7 +67,7 @@ def test_tokenizer_of_the_run_folder(
 def test_generation_runs_from_a_converted_folder(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from fastgpt2.generate import main as generate
+    from fastgpt2.generate.__main__ import main as generate
 
     converted(capsys, source, tmp_path / "run", "--to", "fastgpt2")
     flags = ["--max-new-tokens", "3", "--device", "cpu", "--prompt", "the"]

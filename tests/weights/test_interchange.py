@@ -78,7 +78,7 @@ def test_logits_of_every_size_from_every_format(tmp_path: Path, name: str, vocab
 def test_run_folder_gives_its_best_checkpoint(tmp_path: Path) -> None:
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
-    with pytest.raises(UserError, match="has no checkpoint yet"):
+    with pytest.raises(UserError, match="no checkpoint in it"):
         load(run)
     dtypes = {900: torch.float32, 1000: torch.bfloat16, 1100: torch.float16}
     for step, dtype in dtypes.items():

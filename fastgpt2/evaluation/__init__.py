@@ -1,1 +1,0 @@
-"""How good a model is: cross-entropy of a text, HellaSwag, LAMBADA, and a report."""

@@ -1,0 +1,105 @@
+"""The run folder: what lies where in it, which checkpoint counts, and its tokenizer.
+
+RUN/config.toml                        the resolved configuration
+    fastgpt2_tokenizer.json            the tokenizer; GPT-2's vocabulary files if it is GPT-2's
+    metrics.jsonl metrics.csv loss.png what was measured
+    checkpoints/step_00001000/         model.safetensors    weights by their canonical names
+                                       gpt_config.json      fields of GPTConfig
+                                       optimizer.safetensors
+                                       state.json           step, losses, data position, ...
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from fastgpt2.errors import UserError
+from fastgpt2.text.bpe import FILE_NAMES, GPT2Tokenizer
+from fastgpt2.text.encoding import Tokenizer
+from fastgpt2.text.tokenizers import FILE_NAME, load_tokenizer
+
+RUN_CONFIG, CHECKPOINTS = "config.toml", "checkpoints"
+MODEL, MODEL_CONFIG = "model.safetensors", "gpt_config.json"
+OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
+_STEP = re.compile(r"step_(\d{8,})")
+
+
+def is_run(folder: Path) -> bool:
+    """Whether ``fastgpt2 train`` made the folder."""
+    return (folder / RUN_CONFIG).is_file()
+
+
+def step_folder(run: Path, step: int) -> Path:
+    """Where the checkpoint of ``step`` is, or would be."""
+    return run / CHECKPOINTS / f"step_{step:08d}"
+
+
+def saved_steps(run: Path) -> list[int]:
+    """Steps that have a checkpoint, ascending."""
+    folders = (run / CHECKPOINTS).glob("step_*")
+    names = (_STEP.fullmatch(f.name) for f in folders if (f / STATE).is_file())
+    return sorted(int(name[1]) for name in names if name)
+
+
+def latest(run: Path) -> Path:
+    """The newest checkpoint of a run.
+
+    Raises:
+        UserError: the run has none.
+    """
+    steps = saved_steps(run)
+    if not steps:
+        raise UserError(f"{run}: no checkpoint in it (a run folder of fastgpt2 train is expected)")
+    return step_folder(run, steps[-1])
+
+
+def best(run: Path) -> Path:
+    """The checkpoint with the lowest validation loss; the newest where none was measured.
+
+    Raises:
+        UserError: the run has none, or the state of one cannot be read.
+    """
+    losses = {}
+    for step in saved_steps(run):
+        validation = read_state(step_folder(run, step)).get("validation")
+        loss = validation.get("loss") if isinstance(validation, dict) else None
+        if isinstance(loss, int | float):
+            losses[step] = loss
+    return step_folder(run, min(losses, key=losses.__getitem__)) if losses else latest(run)
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The JSON part of a checkpoint.
+
+    Raises:
+        UserError: it cannot be read, or it is not a JSON object.
+    """
+    path = checkpoint / STATE
+    try:
+        state = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return state
+
+
+def find_tokenizer(path: Path) -> Tokenizer | None:
+    """The tokenizer beside a model: ours, or GPT-2's vocabulary under any of its names.
+
+    Args:
+        path: a run, one of its checkpoints, or a folder or file in any known format.
+
+    Raises:
+        UserError: there is one, and it is damaged.
+    """
+    folder = path if path.is_dir() else path.parent
+    # a run keeps its tokenizer at the top, two folders above a checkpoint
+    for place in (folder, *folder.absolute().parents[1:2]):
+        if (place / FILE_NAME).is_file():
+            return load_tokenizer(place)
+    single = (folder / "tokenizer.json").is_file()
+    if single or any(all((folder / f).is_file() for f in pair) for pair in FILE_NAMES):
+        return GPT2Tokenizer.from_folder(folder)
+    return None

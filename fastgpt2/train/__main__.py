@@ -1,0 +1,211 @@
+"""``python -m fastgpt2.train``: train a GPT-2 on text, into a run folder."""
+
+import argparse
+import math
+import os
+import shlex
+import shutil
+from dataclasses import replace
+from datetime import datetime
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastgpt2 import runs
+from fastgpt2.cli import Parser
+from fastgpt2.cli import run as run_command
+from fastgpt2.errors import UserError
+from fastgpt2.text.corpora import absolute
+from fastgpt2.train import summary
+from fastgpt2.train.allocator import keep_freed_memory
+from fastgpt2.train.config import TrainConfig, field_types, named_configs, read_config
+from fastgpt2.train.trainer import Outcome, Trainer
+
+# the flags of the help text, in groups: the first field of each
+_GROUPS = {
+    "data": "data",
+    "model": "model",
+    "batch_size": "training",
+    "dtype": "machine",
+    "log_every": "what is shown and saved",
+}
+_METAVARS: dict[type, str] = {int: "N", float: "X", str: "TEXT", tuple: "WHAT"}
+_OWN_METAVARS = {"vocab_dir": "DIR", "device": "NAME"}
+
+# a run keeps these to its end: they decide what its weights and its data stream mean
+_FIXED = (
+    "tokenizer",
+    "val_fraction",
+    "stride",
+    "model",
+    "block_size",
+    "n_layer",
+    "n_head",
+    "n_embd",
+    "bias",
+    "seed",
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """One flag for each field of ``TrainConfig``, and the few that are about the run folder."""
+    parser = Parser(
+        prog="fastgpt2 train",
+        usage="%(prog)s [--config NAME|FILE] [--out DIR] [--resume | --overwrite] [flags]",
+        description="Train a GPT-2. Without arguments: GPT-2 124M on a GPU, a small model on a "
+        "CPU, on the prose of Python's own documentation. Flags override the configuration; in "
+        "brackets, what holds where neither says anything.",
+        argument_default=argparse.SUPPRESS,
+    )
+    run = parser.add_argument_group("run")
+    run.add_argument(
+        "--config",
+        metavar="NAME|FILE",
+        help=f"{', '.join(named_configs())}, or a TOML file [cuda where there is a GPU, else cpu]",
+    )
+    run.add_argument("--out", metavar="DIR", help="run folder [a new one under runs/]")
+    run.add_argument("--resume", action="store_true", help="continue the run in --out")
+    run.add_argument("--overwrite", action="store_true", help="delete the run in --out first")
+    types = field_types()
+    group = run
+    for name, item in TrainConfig.__dataclass_fields__.items():
+        if name in _GROUPS:
+            group = parser.add_argument_group(_GROUPS[name])
+        plain, _ = types[name]
+        extra: dict[str, Any] = {"dest": name, "help": _help(item.metadata["help"], item.default)}
+        if plain is bool:
+            extra["action"] = argparse.BooleanOptionalAction
+        else:
+            extra["type"] = str if plain is tuple else plain
+            extra["choices"] = item.metadata["choices"]
+            metavar = _OWN_METAVARS.get(name, _METAVARS[plain])
+            extra["metavar"] = None if extra["choices"] else metavar
+        if plain is tuple:
+            extra["nargs"] = "+"
+        group.add_argument("--" + name.replace("_", "-"), **extra)
+    return parser
+
+
+def _help(text: str, default: Any) -> str:
+    if default is None:
+        return text
+    if isinstance(default, bool):
+        default = "yes" if default else "no"
+    elif isinstance(default, tuple):
+        default = " ".join(default)
+    elif default == "\n":
+        default = "a line break"
+    return f"{text} [{default}]".replace("%", "%%")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    arguments = vars(build_parser().parse_args(argv))
+    return run_command("train", lambda: _train(arguments))
+
+
+def _train(arguments: dict[str, Any]) -> int:
+    arguments = dict(arguments)
+    name, out = arguments.pop("config", None), arguments.pop("out", None)
+    resume, overwrite = arguments.pop("resume", False), arguments.pop("overwrite", False)
+    if "data" in arguments:
+        arguments["data"] = tuple(arguments["data"])
+    if resume and overwrite:
+        raise UserError("--resume and --overwrite exclude each other")
+    if resume and (out is None or name is not None):
+        raise UserError("--resume continues the run given by --out, with its own configuration")
+    folder = _run_folder(out, resume, overwrite, name)
+    if resume:
+        base = read_config(str(folder / "config.toml"))
+        _check_unchanged(base, arguments)
+    else:
+        base = read_config(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    config = TrainConfig.from_layers(base, _length(arguments), arguments)
+    # a resume may be given from another folder
+    config = replace(
+        config,
+        data=tuple(absolute(item) for item in config.data),
+        vocab_dir=None if config.vocab_dir is None else str(Path(config.vocab_dir).absolute()),
+    )
+    print(f"run: {folder}")
+    print("".join(f"  {line}\n" for line in config.to_toml().splitlines()), end="")
+    trainer = Trainer(config, folder, resume=resume)
+    if trainer.device.type == "cpu":
+        keep_freed_memory()
+    if overwrite and folder.exists():
+        # everything has been checked: only now is the old run given up
+        shutil.rmtree(folder)
+    outcome = trainer.run()
+    _report(outcome, folder, config.sample_prompt)
+    return outcome.exit_code
+
+
+def _length(arguments: dict[str, Any]) -> dict[str, Any]:
+    """A length on the command line takes the place of the configuration's, it does not add one."""
+    names = ("steps", "epochs", "minutes")
+    return dict.fromkeys(names) if any(name in arguments for name in names) else {}
+
+
+def _check_unchanged(base: dict[str, Any], arguments: dict[str, Any]) -> None:
+    for name in _FIXED:
+        if name in arguments and arguments[name] != base.get(name):
+            raise UserError(
+                f"--resume: the run has {name} = {base.get(name)!r}, which cannot become "
+                f"{arguments[name]!r}; start a new run for that"
+            )
+
+
+def _run_folder(out: str | None, resume: bool, overwrite: bool, name: str | None) -> Path:
+    if out is None:
+        stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+        folder = Path("runs") / f"{stamp}_{Path(name or 'default').stem}"
+        numbered = (folder.with_name(f"{folder.name}_{i}") for i in count(2))
+        while folder.exists():
+            folder = next(numbered)
+        return folder
+    folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out {out}: is a file")
+    is_run = (folder / "config.toml").is_file()
+    if resume:
+        if not is_run:
+            raise UserError(f"--resume: {out} is no run folder (it has no config.toml)")
+        if not runs.saved_steps(folder):
+            raise UserError(f"--resume: {out} has no checkpoint yet; start again with --overwrite")
+    elif folder.exists() and any(folder.iterdir()):
+        if not overwrite:
+            raise UserError(f"--out {out}: not empty; give --resume or --overwrite")
+        if not is_run:
+            raise UserError(f"--out {out}: no run folder, so --overwrite does not delete it")
+    return folder
+
+
+def _report(outcome: Outcome, folder: Path, prompt: str) -> None:
+    loss = outcome.train_loss
+    print(
+        f"\ntrained {outcome.step:,} steps, {outcome.tokens:,} tokens, in "
+        f"{summary.duration(outcome.elapsed)}"
+        + (f"; training loss {loss:.4f}" if math.isfinite(loss) else "")
+    )
+    if outcome.validation is not None:
+        result = outcome.validation
+        print(
+            f"validation: {result.loss:.4f} nats/token, perplexity {result.perplexity:.2f}, "
+            f"{result.nats_per_byte:.4f} nats/byte, {result.bits_per_byte:.4f} bits/byte"
+        )
+    print(f"best checkpoint: step {outcome.best_step:,}; curves: {folder / 'loss.png'}")
+    if outcome.exit_code:
+        print(f"continue with: python -m fastgpt2.train --out {_quoted(str(folder))} --resume")
+    said = "" if prompt == "\n" else f" --prompt {_quoted(prompt)}"
+    print(f"generate with: python -m fastgpt2.generate --run {_quoted(str(folder))}{said}")
+
+
+def _quoted(text: str) -> str:
+    """The text as a shell takes it."""
+    return shlex.quote(text) if os.name == "posix" else f'"{text}"'
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,152 @@
+"""Checkpoints: safetensors and JSON in a folder that appears whole or not at all.
+
+``RUN/checkpoints/step_00000250/`` holds ``model.safetensors`` (fp32, true vocabulary, the tied head
+once), ``gpt_config.json``, ``optimizer.safetensors`` (AdamW's moments, random-number states) and
+``state.json`` (step, data position, losses, loss scale, tokenizer). It is written under another
+name, put on the disk, and renamed.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fastgpt2 import runs
+from fastgpt2.config import GPTConfig
+from fastgpt2.devices import rng_states, set_rng_states
+from fastgpt2.errors import UserError
+from fastgpt2.files import sync, write_text
+from fastgpt2.model import GPT
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def save(
+    run: Path, step: int, model: GPT, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+) -> Path:
+    """Write the checkpoint of ``step``; ``state`` is plain JSON. Returns its folder.
+
+    Where the step has a checkpoint already, only its ``state`` is written anew.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    final = runs.step_folder(run, step)
+    text = json.dumps({"step": step, **state}, indent=2, allow_nan=False) + "\n"
+    try:
+        if final.exists():
+            write_text(final / runs.STATE, text)
+            return final
+        temporary = _hidden(final)
+        temporary.mkdir(parents=True)
+        weights = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}
+        save_file(weights, temporary / runs.MODEL, metadata={"format": "pt"})
+        save_file(_training_tensors(model, optimizer), temporary / runs.OPTIMIZER)
+        for path in (temporary / runs.MODEL, temporary / runs.OPTIMIZER):
+            sync(path)
+        write_text(temporary / runs.MODEL_CONFIG, json.dumps(asdict(model.config), indent=2) + "\n")
+        write_text(temporary / runs.STATE, text)
+        os.rename(temporary, final)
+        sync(final.parent)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{final}: cannot be written: {error}") from None
+    return final
+
+
+def prune(run: Path, keep_last: int) -> None:
+    """Delete all checkpoints but the best and the newest ``keep_last``, and what a crash left."""
+    keep = {runs.step_folder(run, step) for step in runs.saved_steps(run)[-keep_last:]} | {
+        runs.best(run)
+    }
+    for step in runs.saved_steps(run):
+        if runs.step_folder(run, step) not in keep:
+            # out of sight first: half a checkpoint must never have a checkpoint's name
+            os.rename(runs.step_folder(run, step), _hidden(runs.step_folder(run, step)))
+    for leftover in (run / "checkpoints").glob(".step_*"):
+        shutil.rmtree(leftover)
+
+
+def load_model(folder: Path, **overrides: Any) -> GPT:
+    """The model of a checkpoint, with fields of its configuration such as ``impl`` replaced.
+
+    Raises:
+        UserError: a file is missing, damaged, or does not fit the configuration.
+    """
+    try:
+        config = json.loads((folder / runs.MODEL_CONFIG).read_bytes())
+        # no memory and no time for an initialisation that is overwritten at once
+        with torch.device("meta"):
+            model = GPT(GPTConfig(**(config | overrides)))
+        # copies: the file's own memory map would be trained in, and keep the file from deletion
+        weights = {name: tensor.clone() for name, tensor in load_file(folder / runs.MODEL).items()}
+        model.load_state_dict(weights, assign=True)
+    except Exception as error:
+        # safetensors and PyTorch raise types of their own for damaged and misshaped files
+        raise UserError(f"{folder}: cannot be loaded: {_beginning(error)}") from None
+    return model
+
+
+def load_training_state(folder: Path, model: GPT, optimizer: torch.optim.Optimizer) -> None:
+    """Put AdamW's moments and the random-number states back as they were.
+
+    Raises:
+        UserError: the file is missing, damaged, or does not fit the model.
+    """
+    try:
+        tensors = load_file(folder / runs.OPTIMIZER)
+        for name, parameter in model.named_parameters():
+            # a parameter that has never had a gradient has no moments
+            if f"step.{name}" not in tensors:
+                continue
+            state: dict[str, Tensor] = {"step": tensors[f"step.{name}"].to(parameter.device)}
+            for moment in _MOMENTS:
+                saved = tensors[f"{moment}.{name}"]
+                state[moment] = torch.zeros_like(parameter)
+                state[moment][: _true_rows(model, name, parameter)] = saved
+            optimizer.state[parameter] = state
+        rng = {k.removeprefix("rng."): v for k, v in tensors.items() if k.startswith("rng.")}
+        set_rng_states(rng, model.lm_head.weight.device)
+    except Exception as error:
+        # as above, and a tensor that is not there
+        raise UserError(
+            f"{folder / runs.OPTIMIZER}: cannot be loaded: {_beginning(error)}"
+        ) from None
+
+
+def _beginning(error: Exception) -> str:
+    """The start of a message: PyTorch's go on to name every tensor that does not fit."""
+    text = f"no tensor {error}" if isinstance(error, KeyError) else str(error)
+    return shorten(text, 200, placeholder=" ...")
+
+
+def _hidden(folder: Path) -> Path:
+    """An unused name beside ``folder`` for what is not yet, or no longer, a checkpoint."""
+    hidden = folder.with_name(f".{folder.name}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    return hidden
+
+
+def _true_rows(model: GPT, name: str, parameter: Tensor) -> int:
+    """Rows without the padding of the vocabulary."""
+    return model.config.vocab_size if name == "transformer.wte.weight" else parameter.shape[0]
+
+
+def _training_tensors(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    states = rng_states(model.lm_head.weight.device)
+    tensors = {f"rng.{name}": state for name, state in states.items()}
+    for name, parameter in model.named_parameters():
+        state = optimizer.state.get(parameter)
+        if not state:
+            continue
+        tensors[f"step.{name}"] = state["step"].cpu()
+        for moment in _MOMENTS:
+            tensors[f"{moment}.{name}"] = state[moment][: _true_rows(model, name, parameter)]
+    return tensors

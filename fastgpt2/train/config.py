@@ -1,0 +1,233 @@
+"""A training run's configuration: named config < TOML file < command line, in one dataclass."""
+
+import json
+import math
+import tomllib
+import types
+import typing
+from dataclasses import asdict, dataclass, field, fields
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Self
+
+from fastgpt2.config import IMPLS, PRESETS, GPTConfig, unknown_key
+from fastgpt2.devices import DTYPES
+from fastgpt2.errors import UserError
+from fastgpt2.train.schedules import SCHEDULES
+
+_TYPE_NAMES: dict[type, str] = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "a string",
+    tuple: "a string or a list of strings",
+}
+
+
+def _option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
+    """A field with the text of its command-line flag."""
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a training run; stored in the run folder and in every checkpoint.
+
+    Raises:
+        UserError: a value is out of its range, or no length was given (steps, epochs, minutes).
+    """
+
+    data: tuple[str, ...] = _option(
+        ("python-docs",),
+        "files, folders, globs, token shards, or a name: python-docs, the-verdict, tinyshakespeare",
+    )
+    tokenizer: str = _option(
+        "auto", "how text becomes tokens", choices=("auto", "gpt2", "bytes", "char")
+    )
+    vocab_dir: str | None = _option(None, "folder with GPT-2's encoder.json and vocab.bpe")
+    val_fraction: float = _option(0.1, "share of the text, at its end, kept for validation")
+    stride: int | None = _option(
+        None, "tokens from one block to the next [T, with borders that move from epoch to epoch]"
+    )
+    model: str = _option("gpt2", "shape of the model", choices=tuple(PRESETS))
+    block_size: int | None = _option(None, "context length T in tokens [the model's]")
+    n_layer: int | None = _option(None, "number of blocks [the model's]")
+    n_head: int | None = _option(None, "attention heads [the model's]")
+    n_embd: int | None = _option(None, "width C [the model's]")
+    bias: bool = _option(True, "biases in linear layers and LayerNorms, as GPT-2 has them")
+    dropout: float = _option(0.0, "rate of all three dropouts")
+    attn_dropout: float | None = _option(None, "rate on attention probabilities [--dropout]")
+    embd_dropout: float | None = _option(None, "rate on the embeddings [--dropout]")
+    resid_dropout: float | None = _option(
+        None, "rate on what joins the residual stream [--dropout]"
+    )
+    batch_size: int = _option(12, "sequences in a micro-batch")
+    grad_accum: int = _option(1, "micro-batches in an optimizer step")
+    steps: int | None = _option(None, "optimizer steps to train")
+    epochs: float | None = _option(None, "passes over the training tokens")
+    minutes: float | None = _option(None, "wall time to stop at; the schedule ends there too")
+    lr: float = _option(6e-4, "peak learning rate")
+    min_lr: float = _option(6e-5, "learning rate at the end of the schedule")
+    warmup_steps: int = _option(100, "steps of linear warm-up")
+    schedule: str = _option("cosine", "shape of the decay", choices=tuple(SCHEDULES))
+    weight_decay: float = _option(0.1, "AdamW's, on matrices only")
+    beta1: float = _option(0.9, "AdamW's first moment")
+    beta2: float = _option(0.95, "AdamW's second moment")
+    grad_clip: float = _option(1.0, "largest gradient norm; 0 does not clip")
+    dtype: str = _option("auto", "of the computation; weights are kept in fp32", choices=DTYPES)
+    device: str = _option("auto", "auto, cpu, cuda, cuda:1, ...")
+    impl: str = _option("auto", "implementation of the kernels", choices=IMPLS)
+    fp32_residual: bool = _option(False, "keep the residual stream in fp32")
+    fp8: bool = _option(
+        False,
+        "linear layers and head in FP8 while training: a GPU with FP8 (Ada, Hopper or later), "
+        "bf16, widths that are multiples of 16; a CPU emulates it, slowly",
+    )
+    compile: bool = _option(False, "torch.compile the forward and backward pass")
+    seed: int = _option(1337, "of initialisation, data order and dropout")
+    log_every: int = _option(10, "steps between records in metrics.jsonl")
+    eval_every: int = _option(250, "steps between evaluations, each with a sample and a checkpoint")
+    keep_last: int = _option(2, "checkpoints kept beside the best one")
+    sample_tokens: int = _option(100, "length of the sample shown at each evaluation")
+    sample_prompt: str = _option("\n", "what the sample continues")
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "grad_accum", "eval_every", "log_every", "keep_last"):
+            _check(self, name, getattr(self, name) >= 1, "1 or more")
+        for name in ("lr", "weight_decay", "min_lr", "warmup_steps", "grad_clip", "sample_tokens"):
+            _check(self, name, getattr(self, name) >= 0, "0 or more")
+        for name in ("beta1", "beta2"):
+            _check(self, name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        for name in ("stride", "steps", "epochs", "minutes"):
+            value = getattr(self, name)
+            _check(self, name, value is None or value > 0, "greater than 0")
+        _check(self, "val_fraction", 0 < self.val_fraction < 1, "in (0, 1)")
+        _check(self, "data", len(self.data) > 0, "at least one file or name")
+        _check(self, "seed", 0 <= self.seed < 2**63, "in [0, 2^63)")
+        for item in fields(self):
+            value, choices = getattr(self, item.name), item.metadata["choices"]
+            if choices:
+                _check(self, item.name, value in choices, f"one of {', '.join(choices)}")
+            if isinstance(value, float):
+                _check(self, item.name, math.isfinite(value), "finite")
+            # a file name may hold bytes that are no text, which TOML cannot store
+            for text in value if isinstance(value, tuple) else (value,):
+                _check(self, item.name, not isinstance(text, str) or _is_utf8(text), "UTF-8 text")
+        if self.steps is None and self.epochs is None and self.minutes is None:
+            raise UserError("config: give a length of training: steps, epochs or minutes")
+
+    def gpt_config(self, vocab_size: int) -> GPTConfig:
+        """The model's shape: the preset with this run's overrides."""
+        shape = {
+            name: getattr(self, name) for name in ("block_size", "n_layer", "n_head", "n_embd")
+        }
+        return GPTConfig.preset(
+            self.model,
+            vocab_size=vocab_size,
+            bias=self.bias,
+            dropout=self.dropout,
+            attn_dropout=self.attn_dropout,
+            embd_dropout=self.embd_dropout,
+            resid_dropout=self.resid_dropout,
+            impl=self.impl,
+            fp32_residual=self.fp32_residual,
+            fp8=self.fp8,
+            **{name: value for name, value in shape.items() if value is not None},
+        )
+
+    def total_steps(self, blocks_per_epoch: int) -> int | None:
+        """Optimizer steps by ``steps`` or ``epochs``, whichever is fewer; None is by time alone."""
+        limits = [] if self.steps is None else [self.steps]
+        if self.epochs is not None:
+            blocks = self.epochs * blocks_per_epoch
+            limits.append(math.ceil(blocks / (self.batch_size * self.grad_accum)))
+        return min(limits, default=None)
+
+    def to_toml(self) -> str:
+        """The configuration as TOML; what is None is left out."""
+        lines = []
+        for name, value in asdict(self).items():
+            if value is not None:
+                # JSON's strings, numbers, booleans and lists are TOML's, but for one character
+                text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+                lines.append(f"{name} = {text}")
+        return "\n".join(lines) + "\n"
+
+    @classmethod
+    def from_layers(cls, *layers: dict[str, Any]) -> Self:
+        """Later layers override earlier ones."""
+        merged: dict[str, Any] = {}
+        for layer in layers:
+            merged |= layer
+        return cls(**merged)
+
+
+def _check(config: TrainConfig, name: str, ok: bool, expected: str) -> None:
+    if not ok:
+        raise UserError(f"config: {name} must be {expected}, got {getattr(config, name)!r}")
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def field_types() -> dict[str, tuple[type, bool]]:
+    """Each field's plain type, and whether it may be None."""
+    result = {}
+    for name, hint in typing.get_type_hints(TrainConfig).items():
+        optional = isinstance(hint, types.UnionType)
+        plain = typing.get_args(hint)[0] if optional else hint
+        result[name] = (typing.get_origin(plain) or plain, optional)
+    return result
+
+
+def named_configs() -> list[str]:
+    """Names that ``--config`` knows."""
+    folder = files("fastgpt2.configs")
+    return sorted(
+        f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml")
+    )
+
+
+def read_config(name_or_path: str) -> dict[str, Any]:
+    """The values of a shipped config or of a TOML file, checked for unknown keys and types."""
+    path = Path(name_or_path)
+    if name_or_path in named_configs():
+        text = (files("fastgpt2.configs") / f"{name_or_path}.toml").read_text(encoding="utf-8")
+    elif path.is_file():
+        try:
+            # some editors begin a file with a byte-order mark, which TOML does not allow
+            text = path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError:
+            raise UserError(f"{path}: not UTF-8 text") from None
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}") from None
+    else:
+        raise UserError(
+            f"config {name_or_path!r}: no such file, and none of {', '.join(named_configs())}"
+        )
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{name_or_path}: not valid TOML: {error}") from None
+    return {key: _typed(name_or_path, key, value) for key, value in values.items()}
+
+
+def _typed(where: str, key: str, value: Any) -> Any:
+    known = field_types()
+    if key not in known:
+        raise unknown_key(key, list(known), where)
+    expected, _ = known[key]
+    if expected is tuple:
+        value = (value,) if isinstance(value, str) else value
+        if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+    elif expected is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    elif type(value) is expected:
+        return value
+    raise UserError(f"{where}: {key} must be {_TYPE_NAMES[expected]}, got {value!r}")

@@ -1,0 +1,309 @@
+"""The training loop: what happens in which order, and nothing else."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastgpt2 import runs
+from fastgpt2.devices import (
+    autocast,
+    peak_flops,
+    resolve_device,
+    resolve_dtype,
+    resolve_kernels,
+)
+from fastgpt2.errors import UserError
+from fastgpt2.files import write_text
+from fastgpt2.generate.stream import check_prompt, stream_text
+from fastgpt2.model import GPT
+from fastgpt2.text import BlockLoader, build_dataset, load_tokenizer, save_tokenizer
+from fastgpt2.text.loaders import check_eval_tokens
+from fastgpt2.train import checkpoint, summary
+from fastgpt2.train.config import TrainConfig
+from fastgpt2.train.console import Console
+from fastgpt2.train.interrupt import Interrupt, Interrupted
+from fastgpt2.train.metrics import MetricsLog, plot
+from fastgpt2.train.schedules import learning_rate, progress
+from fastgpt2.train.state import RunState, check_data
+from fastgpt2.train.step import Batch, TrainingStep
+from fastgpt2.train.validation import Validation, validate
+
+# tokens of an evaluation's batch, at least: without gradients they fit wherever training does
+EVAL_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    step: int
+    tokens: int
+    elapsed: float
+    train_loss: float
+    validation: Validation | None
+    best_step: int
+    exit_code: int
+
+
+class Trainer:
+    """Trains the model a configuration describes, into a run folder.
+
+    Args:
+        config: the run.
+        run: its folder; with ``resume``, one that holds a checkpoint to go on from.
+        resume: continue; the run then equals one that was never stopped, bit for bit on a CPU
+            (where its length is given in steps or epochs).
+        notify: shows a line to a person.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        run: Path,
+        *,
+        resume: bool = False,
+        notify: Callable[[str], None] = print,
+    ) -> None:
+        self.config, self.run_folder = config, run
+        self.console = Console(notify)
+        self.device = resolve_device(config.device)
+        self.dtype = resolve_dtype(config.dtype, self.device)
+        self.kernels = resolve_kernels(self.device, self.dtype, config.impl, fp8=config.fp8)
+        torch.set_float32_matmul_precision("high")
+        folder = runs.latest(run) if resume else None
+        self.dataset = build_dataset(
+            config.data,
+            load_tokenizer(run) if resume else config.tokenizer,
+            vocab_dir=config.vocab_dir,
+            val_fraction=config.val_fraction,
+            notify=notify,
+        )
+        self.tokenizer = self.dataset.tokenizer
+        self.tokenizer_id = f"{self.tokenizer.name} {self.tokenizer.fingerprint}"
+        # what would fail at the first evaluation fails now
+        if config.sample_tokens:
+            check_prompt(self.tokenizer, config.sample_prompt, name="sample_prompt")
+        if folder is not None:
+            check_data(folder, self.tokenizer_id, self.dataset.digest)
+        torch.manual_seed(config.seed)
+        shape = config.gpt_config(self.tokenizer.vocab_size)
+        self.model = (
+            GPT(shape) if folder is None else checkpoint.load_model(folder, **asdict(shape))
+        )
+        self.model.to(self.device)
+        optimizer = self.model.configure_optimizers(
+            config.weight_decay, config.lr, (config.beta1, config.beta2), self.device.type
+        )
+        self.loader = BlockLoader(
+            self.dataset.train,
+            block_size=shape.block_size,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            stride=config.stride,
+            vocab_size=shape.vocab_size,
+        )
+        if self.dataset.val is not None:
+            check_eval_tokens(self.dataset.val, shape.vocab_size)
+        self.tokens_per_step = config.grad_accum * config.batch_size * shape.block_size
+        self.total_steps = config.total_steps(self.loader.blocks_per_epoch)
+        self.interrupt = Interrupt()
+        self.training_step = TrainingStep(
+            self.model,
+            optimizer,
+            dtype=self.dtype,
+            grad_clip=config.grad_clip,
+            forward=self._compiled(),
+            poll=self.interrupt.poll,
+        )
+        self.state = RunState(
+            self.model,
+            optimizer,
+            self.loader,
+            self.training_step.scaler,
+            fixed={
+                "tokenizer": self.tokenizer_id,
+                "data": self.dataset.digest,
+                "config": config.to_toml(),
+            },
+        )
+        if folder is not None:
+            self.state.restore(folder)
+
+    def run(self) -> Outcome:
+        """Train to the end, or to a signal; either way the run folder is left complete."""
+        exit_code = 0
+        config, run, state = self.config, self.run_folder, self.state
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            write_text(run / "config.toml", config.to_toml())
+            save_tokenizer(self.tokenizer, run)
+            log = MetricsLog(run, state.step)
+        except OSError as error:
+            raise UserError(f"{run}: cannot be written: {error.strerror}") from None
+        self.console.introduce(
+            self.dataset,
+            self.tokenizer_id,
+            self.model,
+            batch_size=config.batch_size,
+            dtype=self.dtype,
+            kernels=self.kernels,
+        )
+        self.model.train()
+        try:
+            with (
+                self.interrupt,
+                self.console.begin(
+                    state.step, self.total_steps, config.minutes, self.tokens_per_step
+                ),
+            ):
+                try:
+                    self._loop(log)
+                except Interrupted as signal:
+                    exit_code = signal.exit_code
+                    state.rewind()
+                    state.save(run, config.keep_last)
+                    self.console.write(f"stopped by {signal}: step {state.step} is saved")
+        finally:
+            # of a run that went wrong, too: the curves say how
+            plot(run)
+        return Outcome(
+            step=state.step,
+            tokens=state.step * self.tokens_per_step,
+            elapsed=state.elapsed,
+            train_loss=state.train_loss,
+            validation=state.validation,
+            best_step=int(runs.best(run).name.removeprefix("step_")),
+            exit_code=exit_code,
+        )
+
+    def _loop(self, log: MetricsLog) -> None:
+        config, state = self.config, self.state
+        mark, mark_step = time.perf_counter(), state.step
+        started = mark - state.elapsed
+        while True:
+            if self._evaluation_is_due():
+                began = time.perf_counter()
+                self._evaluate(log)
+                # the speed is that of training alone
+                mark += time.perf_counter() - began
+            if self._progress() >= 1.0:
+                return
+            state.mark()
+            lr = learning_rate(
+                config.schedule,
+                state.step,
+                self._progress(),
+                lr=config.lr,
+                min_lr=config.min_lr,
+                warmup_steps=config.warmup_steps,
+            )
+            batches: list[Batch] = [next(self.loader) for _ in range(config.grad_accum)]
+            state.pending.append(self.training_step(batches, lr))
+            state.step += 1
+            state.validation = None
+            state.elapsed = time.perf_counter() - started
+            self.console.advance()
+            if state.step % config.log_every == 0 or state.step == 1 or self._progress() >= 1.0:
+                grad_norm = self._read()
+                now = time.perf_counter()
+                speed = (state.step - mark_step) * self.tokens_per_step / (now - mark)
+                self._log(log, lr, speed, grad_norm)
+                mark, mark_step = now, state.step
+
+    def _evaluation_is_due(self) -> bool:
+        """Every ``eval_every`` steps and at the end, if the weights have not been scored yet."""
+        state = self.state
+        if state.step == 0 or state.validation is not None:
+            return False
+        return state.step % self.config.eval_every == 0 or self._progress() >= 1.0
+
+    def _read(self) -> float:
+        """Check the results of the last steps; returns the last gradient norm."""
+        results = self.state.read_pending()
+        for step, (loss, norm) in enumerate(results, self.state.step - len(results) + 1):
+            self.training_step.check(loss, norm, step)
+        return results[-1][1]
+
+    def _log(self, log: MetricsLog, lr: float, speed: float, grad_norm: float) -> None:
+        state, peak = self.state, peak_flops(self.device)
+        mfu = None if peak is None else self.model.flops_per_token() * speed / peak
+        log.write(
+            step=state.step,
+            tokens=state.step * self.tokens_per_step,
+            train_loss=state.train_loss,
+            lr=lr,
+            grad_norm=grad_norm,
+            tokens_per_second=speed,
+            mfu=mfu,
+            elapsed=state.elapsed,
+        )
+        self.console.record(state.train_loss, lr, grad_norm, speed, mfu)
+
+    def _evaluate(self, log: MetricsLog) -> None:
+        """Score the weights, save them, and only then show what came out."""
+        state, config = self.state, self.config
+        began = time.perf_counter()
+        state.validation = validate(
+            self.model,
+            self.dataset,
+            batch_size=max(config.batch_size, EVAL_TOKENS // self.model.config.block_size),
+            dtype=self.dtype,
+            poll=self.interrupt.poll,
+        )
+        seconds = time.perf_counter() - began
+        if state.validation is not None:
+            result = state.validation
+            log.write(
+                step=state.step,
+                tokens=state.step * self.tokens_per_step,
+                val_loss=result.loss,
+                val_perplexity=result.perplexity,
+                val_bits_per_byte=result.bits_per_byte,
+                elapsed=state.elapsed,
+            )
+        state.save(self.run_folder, config.keep_last)
+        if state.validation is not None:
+            self.console.evaluation(state.step, state.validation, seconds)
+        if config.sample_tokens:
+            self.console.sample(self._sample())
+
+    def _sample(self) -> str:
+        config = self.config
+        with autocast(self.device, self.dtype):
+            # a seed of its own: showing a sample must not change the training that follows
+            pieces = stream_text(
+                self.model,
+                self.tokenizer,
+                config.sample_prompt,
+                config.sample_tokens,
+                temperature=0.8,
+                top_k=50,
+                seed=config.seed,
+            )
+            text = config.sample_prompt + "".join(pieces)
+        self.model.train()
+        return text
+
+    def _compiled(self) -> Callable[..., Any]:
+        if not self.config.compile:
+            return self.model
+        obstacle = summary.compiler_obstacle(self.device)
+        if obstacle is not None:
+            self.console.notify(f"compile: {obstacle}; training without it")
+            return self.model
+        self.console.notify("compile: on; the first step takes a minute or so")
+        return torch.compile(self.model, fullgraph=True, dynamic=False)
+
+    def _progress(self) -> float:
+        """How much of the run is done, 0 to 1."""
+        return progress(
+            self.state.step,
+            self.state.elapsed,
+            total_steps=self.total_steps,
+            warmup_steps=self.config.warmup_steps,
+            minutes=self.config.minutes,
+        )

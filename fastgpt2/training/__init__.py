@@ -1,1 +1,0 @@
-"""Training of GPT-2 models."""

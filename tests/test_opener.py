@@ -1,0 +1,52 @@
+"""One way to open a model, and the tokenizer that comes with it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastgpt2.config import GPT2_VOCAB, GPTConfig, padded
+from fastgpt2.errors import UserError
+from fastgpt2.model import GPT
+from fastgpt2.opener import open_model
+from fastgpt2.text import BytesTokenizer, CharTokenizer, save_tokenizer
+from fastgpt2.weights import load, save
+from tests.weights.conftest import random_checkpoint
+
+SHAPE = GPTConfig(block_size=8, vocab_size=257, n_layer=1, n_head=2, n_embd=8)
+
+
+@pytest.mark.parametrize("format", ["nanogpt", "llmc"])
+def test_formats_without_a_vocabulary_have_gpt2s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str
+) -> None:
+    marker = BytesTokenizer()
+    marker.vocab_size = GPT2_VOCAB
+    monkeypatch.setattr("fastgpt2.opener.GPT2Tokenizer.load", lambda: marker)
+    config = GPTConfig(block_size=8, vocab_size=GPT2_VOCAB, n_layer=1, n_head=2, n_embd=8)
+    path = save(random_checkpoint(config), tmp_path / "model", format)
+    assert open_model(path).tokenizer is marker
+
+
+def test_the_tokenizer_fits_the_model(tmp_path: Path) -> None:
+    folder = save(random_checkpoint(SHAPE), tmp_path / "run", "fastgpt2")
+    with pytest.raises(UserError, match="no tokenizer beside it"):
+        open_model(folder)
+    assert open_model(folder, tokenizer=BytesTokenizer()).tokenizer.name == "bytes"
+    save_tokenizer(CharTokenizer("ab"), folder)
+    with pytest.raises(UserError, match="the tokenizer char has 2 ids, the model 257"):
+        open_model(folder)
+
+
+def test_a_padded_vocabulary_fits() -> None:
+    assert padded(257) == 257 and padded(GPT2_VOCAB) == 50304 and padded(50304) == 50304
+
+
+def test_it_loads(tmp_path: Path) -> None:
+    folder = save(random_checkpoint(SHAPE), tmp_path / "run", "fastgpt2")
+    save_tokenizer(BytesTokenizer(), folder)
+    opened = open_model(folder)
+    model = opened.load(torch.device("cpu"), torch.float32, "reference")
+    assert isinstance(model, GPT) and not model.training and model.config.impl == "reference"
+    weights = load(folder).state_dict()
+    assert all(model.state_dict()[name].equal(tensor) for name, tensor in weights.items())

@@ -1,0 +1,211 @@
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fastgpt2 import runs
+from fastgpt2.errors import UserError
+from fastgpt2.model import GPT
+from fastgpt2.train import checkpoint
+from tests.tiny_gpt import gradients, tiny_batch, tiny_gpt
+
+# padded to 4224 rows in memory
+V = 4100
+
+
+def trained(steps: int = 2, seed: int = 0) -> tuple[GPT, torch.optim.AdamW]:
+    model = tiny_gpt(seed, vocab_size=V, dropout=0.1)
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
+    for step in range(steps):
+        train_once(model, optimizer, step)
+    return model, optimizer
+
+
+def train_once(model: GPT, optimizer: torch.optim.AdamW, seed: int) -> torch.Tensor:
+    loss = gradients(model, *tiny_batch(seed=seed))["loss"]
+    optimizer.step()
+    return loss
+
+
+def save_empty(run: Path, step: int, loss: float | None = None) -> None:
+    """A checkpoint as far as the bookkeeping is concerned."""
+    folder = run / "checkpoints" / f"step_{step:08d}"
+    folder.mkdir(parents=True)
+    state = {"validation": None if loss is None else {"loss": loss}}
+    (folder / runs.STATE).write_text(json.dumps(state), encoding="utf-8")
+
+
+def test_training_goes_on_as_if_it_had_never_stopped(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    folder = checkpoint.save(tmp_path, 2, model, optimizer, {})
+    expected = [train_once(model, optimizer, seed) for seed in (7, 8)]
+    torch.manual_seed(999)
+    loaded = checkpoint.load_model(folder)
+    loaded_optimizer = loaded.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
+    checkpoint.load_training_state(folder, loaded, loaded_optimizer)
+    assert [train_once(loaded, loaded_optimizer, seed) for seed in (7, 8)] == expected
+    for ours, theirs in zip(loaded.parameters(), model.parameters(), strict=True):
+        assert ours.equal(theirs)
+
+
+def test_what_the_files_hold(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    folder = checkpoint.save(tmp_path, 250, model, optimizer, {"elapsed": 1.5})
+    assert folder == tmp_path / "checkpoints" / "step_00000250"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "gpt_config.json",
+        "model.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+    ]
+    weights = load_file(folder / "model.safetensors")
+    assert weights["transformer.wte.weight"].shape == (V, 48)
+    assert "lm_head.weight" not in weights
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    moments = load_file(folder / "optimizer.safetensors")
+    assert moments["exp_avg.transformer.wte.weight"].shape == (V, 48)
+    assert runs.read_state(folder) == {"step": 250, "elapsed": 1.5}
+    assert list((tmp_path / "checkpoints").iterdir()) == [folder]
+
+
+def test_a_second_save_of_a_step_rewrites_its_state_alone(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    folder = checkpoint.save(tmp_path, 2, model, optimizer, {"elapsed": 1.0})
+    before = (folder / runs.MODEL).stat()
+    checkpoint.save(tmp_path, 2, model, optimizer, {"elapsed": 2.0})
+    assert runs.read_state(folder)["elapsed"] == 2.0
+    assert (folder / runs.MODEL).stat() == before
+
+
+def test_a_loaded_model_does_not_hold_on_to_its_file(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    folder = checkpoint.save(tmp_path, 2, model, optimizer, {})
+    loaded = checkpoint.load_model(folder, impl="reference", dropout=0.0)
+    assert (loaded.config.impl, loaded.config.dropout) == ("reference", 0.0)
+    with torch.no_grad():
+        for parameter in loaded.parameters():
+            parameter.zero_()
+    again = checkpoint.load_model(folder)
+    assert all(a.equal(b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+
+
+def test_latest_and_best(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"{tmp_path}: no checkpoint in it"):
+        runs.latest(tmp_path)
+    for step, loss in ((10, 3.0), (5, 2.0), (100_000_000, 2.5), (7, None)):
+        save_empty(tmp_path, step, loss)
+    for name in ("step_x", "step_12", ".step_00000900"):
+        (tmp_path / "checkpoints" / name).mkdir()
+    # and one that a crash has left without its state
+    (tmp_path / "checkpoints" / "step_00000999").mkdir()
+    assert runs.saved_steps(tmp_path) == [5, 7, 10, 100_000_000]
+    assert runs.latest(tmp_path).name == "step_100000000"
+    assert runs.best(tmp_path).name == "step_00000005"
+
+
+def test_best_is_the_newest_where_nothing_was_measured(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save_empty(tmp_path, step)
+    assert runs.best(tmp_path).name == "step_00000002"
+
+
+@pytest.mark.parametrize(("keep_last", "kept"), [(1, [2, 6]), (3, [2, 4, 5, 6])])
+def test_pruning_keeps_the_best_and_the_newest(
+    tmp_path: Path, keep_last: int, kept: list[int]
+) -> None:
+    for step, loss in enumerate((4.0, 1.0, 3.0, 2.0, 2.0, 2.5), start=1):
+        save_empty(tmp_path, step, loss)
+    (tmp_path / "checkpoints" / ".step_00000003").mkdir()
+    checkpoint.prune(tmp_path, keep_last)
+    assert runs.saved_steps(tmp_path) == kept
+    # what crashes have left is gone too
+    assert len(list((tmp_path / "checkpoints").iterdir())) == len(kept)
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def scribble(path: Path) -> None:
+    path.write_bytes(b"\xff{]")
+
+
+def empty_object(path: Path) -> None:
+    path.write_text("{}", encoding="utf-8")
+
+
+def drop_a_tensor(path: Path) -> None:
+    tensors = load_file(path)
+    del tensors[next(name for name in tensors if name.endswith("transformer.ln_f.weight"))]
+    save_file(tensors, path)
+
+
+def misshape_a_tensor(path: Path) -> None:
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith("transformer.ln_f.weight"))
+    save_file(tensors | {name: torch.zeros(3)}, path)
+
+
+DAMAGES = [truncate, scribble, Path.unlink, drop_a_tensor, misshape_a_tensor]
+
+
+@pytest.fixture(scope="module")
+def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("run")
+    return checkpoint.save(run, 2, *trained(), {})
+
+
+@pytest.fixture
+def folder(intact: Path, tmp_path: Path) -> Path:
+    for path in intact.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_weights_are_named(folder: Path, damage: Callable[[Path], None]) -> None:
+    damage(folder / runs.MODEL)
+    with pytest.raises(UserError, match=f"^{folder}: cannot be loaded: "):
+        checkpoint.load_model(folder)
+
+
+@pytest.mark.parametrize("damage", [truncate, scribble, Path.unlink, empty_object])
+def test_a_damaged_shape_is_named(folder: Path, damage: Callable[[Path], None]) -> None:
+    damage(folder / runs.MODEL_CONFIG)
+    with pytest.raises(UserError, match=f"^{folder}: cannot be loaded: ") as error:
+        checkpoint.load_model(folder)
+    # PyTorch lists every tensor that does not fit
+    assert len(str(error.value)) < 300 + len(str(folder))
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_moments_are_named(folder: Path, damage: Callable[[Path], None]) -> None:
+    damage(folder / runs.OPTIMIZER)
+    model = checkpoint.load_model(folder)
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
+    with pytest.raises(UserError, match=f"^{folder / runs.OPTIMIZER}: cannot be loaded: "):
+        checkpoint.load_training_state(folder, model, optimizer)
+
+
+@pytest.mark.parametrize("damage", [truncate, scribble, Path.unlink])
+def test_a_damaged_state_is_named(folder: Path, damage: Callable[[Path], None]) -> None:
+    damage(folder / runs.STATE)
+    with pytest.raises(UserError, match=f"^{folder / runs.STATE}: "):
+        runs.read_state(folder)
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer = trained(0)
+    checkpoint.save(tmp_path, 1, model, optimizer, {})
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(UserError, match=r"step_00000002: cannot be written: .*No space left"):
+        checkpoint.save(tmp_path, 2, model, optimizer, {})
+    assert runs.saved_steps(tmp_path) == [1]

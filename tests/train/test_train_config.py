@@ -1,0 +1,118 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastgpt2.errors import UserError
+from fastgpt2.train.config import TrainConfig, named_configs, read_config
+
+
+def write(folder: Path, text: str | bytes) -> str:
+    path = folder / "config.toml"
+    path.write_bytes(text.encode("utf-8") if isinstance(text, str) else text)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", named_configs())
+def test_named_configs_are_valid(name: str) -> None:
+    config = TrainConfig.from_layers(read_config(name))
+    assert config.gpt_config(vocab_size=257).vocab_size == 257
+
+
+def test_toml_round_trip(tmp_path: Path) -> None:
+    config = TrainConfig(
+        data=('a "quoted" name.txt', "back\\slash", "müll", "\x7f\x01\n\t", "🙂"),
+        sample_prompt="\n\n''' # no comment\n",
+        steps=3,
+        minutes=0.25,
+        lr=1e-30,
+        weight_decay=0.1 + 0.2,
+        seed=2**63 - 1,
+        bias=False,
+    )
+    values = read_config(write(tmp_path, config.to_toml()))
+    assert TrainConfig.from_layers(values) == config
+    assert "epochs" not in values
+
+
+def test_later_layers_win(tmp_path: Path) -> None:
+    base = read_config(write(tmp_path, 'data = "one.txt"\nsteps = 5\nlr = 1\n'))
+    config = TrainConfig.from_layers(base, {"steps": 7})
+    assert (config.data, config.steps, config.lr) == (("one.txt",), 7, 1.0)
+    assert isinstance(config.lr, float)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("weightdecay = 1", "unknown key 'weightdecay'; did you mean 'weight_decay'?"),
+        ("batchsize = 1", "unknown key 'batchsize'; did you mean 'batch_size'?"),
+        ("[train]\nlr = 1.0", "unknown key 'train'"),
+        ("lr = 'high'", "lr must be a number, got 'high'"),
+        ("steps = 1.5", "steps must be an integer, got 1.5"),
+        ("steps = true", "steps must be an integer, got True"),
+        ("lr = true", "lr must be a number, got True"),
+        ("bias = 1", "bias must be true or false, got 1"),
+        ("tokenizer = 3", "tokenizer must be a string, got 3"),
+        ("data = [1]", "data must be a string or a list of strings, got [1]"),
+        ("steps = ", "not valid TOML"),
+        (b"\xff\xfe", "not UTF-8 text"),
+    ],
+)
+def test_a_bad_file_is_one_clear_line(tmp_path: Path, text: str | bytes, message: str) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(UserError) as error:
+        read_config(path)
+    assert str(error.value).startswith(f"{path}: {message}")
+
+
+def test_a_missing_file_lists_the_names() -> None:
+    with pytest.raises(UserError, match=r"config 'cpuu': no such file, and none of cpu, cuda"):
+        read_config("cpuu")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"steps": None}, "give a length of training: steps, epochs or minutes"),
+        ({"steps": 0}, "steps must be greater than 0, got 0"),
+        ({"epochs": float("inf")}, "epochs must be finite, got inf"),
+        ({"minutes": float("nan")}, "minutes must be greater than 0, got nan"),
+        ({"lr": float("nan")}, "lr must be 0 or more, got nan"),
+        ({"lr": float("inf")}, "lr must be finite, got inf"),
+        ({"batch_size": 0}, "batch_size must be 1 or more, got 0"),
+        ({"beta2": 1.0}, "beta2 must be in [0, 1), got 1.0"),
+        ({"val_fraction": 1.0}, "val_fraction must be in (0, 1), got 1.0"),
+        ({"data": ()}, "data must be at least one file or name, got ()"),
+        ({"seed": -1}, "seed must be in [0, 2^63), got -1"),
+        ({"schedule": "step"}, "schedule must be one of cosine, linear, constant, wsd, got 'step'"),
+        ({"data": ("a\udcff.txt",)}, "data must be UTF-8 text, got ('a\\udcff.txt',)"),
+    ],
+)
+def test_a_bad_value_is_named(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        TrainConfig(**({"steps": 1} | fields))
+    assert str(error.value) == f"config: {message}"
+
+
+def test_shape_of_the_model() -> None:
+    config = TrainConfig(model="gpt2-nano", n_layer=3, dropout=0.1, attn_dropout=0.0, steps=1)
+    shape = config.gpt_config(vocab_size=65)
+    assert (shape.n_layer, shape.n_embd, shape.vocab_size) == (3, 128, 65)
+    assert (shape.attn_p, shape.resid_p) == (0.0, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "steps"),
+    [
+        ({"steps": 9}, 9),
+        ({"epochs": 1.0}, 5),
+        ({"epochs": 2.5}, 13),
+        ({"steps": 4, "epochs": 1.0}, 4),
+        ({"steps": 9, "epochs": 1.0}, 5),
+        ({"minutes": 1.0}, None),
+    ],
+)
+def test_number_of_steps(fields: dict[str, Any], steps: int | None) -> None:
+    config = TrainConfig(batch_size=2, grad_accum=2, **fields)
+    assert config.total_steps(blocks_per_epoch=20) == steps

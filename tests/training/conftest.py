@@ -1,3 +1,0 @@
-from tests.training.tiny_run import data, no_picture
-
-__all__ = ["data", "no_picture"]

@@ -1,0 +1,1 @@
+"""What an engineer runs by hand: tuning, budgets and histories of the training step, checks."""

@@ -1,0 +1,53 @@
+"""A training step of whichever fastgpt2 this process imports: run by ``step_history``.
+
+It asks for nothing but what every version of the package has, and for nothing of its own
+repository, so that one loop times them all. Prints the seconds of each step as JSON.
+"""
+
+import json
+import sys
+from importlib import import_module, util
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from fastgpt2 import GPT, GPTConfig
+
+# GPT-2 124M as the suite trains it, and a tiny one: fields, batch, tokens
+SCALES: dict[str, tuple[dict[str, Any], int, int]] = {
+    "cpu": ({}, 2, 512),
+    "dry": ({"n_layer": 1, "n_head": 2, "n_embd": 32, "vocab_size": 64}, 1, 8),
+}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def measure(compiled: bool, dtype: torch.dtype, steps: int, scale: str) -> list[float]:
+    """Seconds of each step of the package that this process imports."""
+    if util.find_spec("fastgpt2.train.allocator") is not None:
+        # the training command does so
+        import_module("fastgpt2.train.allocator").keep_freed_memory()
+    fields, B, T = SCALES[scale]
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**fields))
+    optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), "cpu")
+    parameters = list(model.parameters())
+    idx, targets = torch.randint(model.config.vocab_size, (2, B, T))
+    forward: Any = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
+    seconds = []
+    # the first two compile, and get their memory for the first time
+    for _ in range(steps + 2):
+        start = perf_counter()
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+            loss = forward(idx, targets)[1]
+        torch.autograd.backward(loss)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seconds.append(perf_counter() - start)
+    return seconds[2:]
+
+
+if __name__ == "__main__":
+    form, dtype, steps, scale = sys.argv[1:]
+    print(json.dumps(measure(form == "compiled", DTYPES[dtype], int(steps), scale)))
