@@ -61,12 +61,12 @@ def load_keep(ptrs, first_k, offs_k, KEYS: tl.constexpr):
     ``ptrs``, to the word of ``first_k`` in each row, and ``offs_k``, the keys from 0 on, broadcast
     to the tile.
     """
-    if KEYS < WORD:
-        offs_k += first_k % WORD
+    if KEYS < 32:
+        offs_k += first_k & 31
     word = tl.load(ptrs)
-    for i in tl.static_range(1, KEYS // WORD):
-        word = tl.where(offs_k < i * WORD, word, tl.load(ptrs + i))
-    return (word & (1 << (offs_k % WORD))) != 0
+    for i in tl.static_range(1, KEYS // 32):
+        word = tl.where(offs_k < i * 32, word, tl.load(ptrs + i))
+    return (word & (1 << (offs_k & 31))) != 0
 
 
 def launch_bits(seed: Tensor, B: int, H: int, T: int, dropout_p: float) -> Tensor:

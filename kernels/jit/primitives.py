@@ -29,7 +29,9 @@ def keep_words(dropout, rows, width, groups):
     seed_ptr, p = dropout
     counters = rows[:, None] * tl.cdiv(width, 4) + groups[None, :]
     a, b, c, d = tl.randint4x(tl.load(seed_ptr), counters)
-    threshold = tl.minimum((p * 4294967296.0).to(tl.int64), 4294967295).to(tl.uint32)
+    # as a tensor: the interpreter hands the numbers in a tuple on as Python's
+    share = tl.full([1, 1], p, tl.float32) * 4294967296.0
+    threshold = tl.minimum(share.to(tl.int64), 4294967295).to(tl.uint32)
     return a >= threshold, b >= threshold, c >= threshold, d >= threshold
 
 

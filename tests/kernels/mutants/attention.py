@@ -107,7 +107,7 @@ MUTANTS = [
     ),
     Mutant("dq_not_scaled", _BWD, "dq * scale", "dq", (_PLAIN,)),
     Mutant("dk_not_scaled", _BWD, "dk * scale", "dk", (_PLAIN,)),
-    Mutant("delta_left_out_of_dq", _BWD, "(dp - delta[:, None])", "dp", (_PLAIN,)),
+    Mutant("delta_left_out_of_dq", _BWD, "slope = dp - delta[:, None]", "slope = dp", (_PLAIN,)),
     Mutant("delta_left_out_of_dk", _BWD, "slope = dp - delta\n", "slope = dp\n", (_PLAIN,)),
     Mutant(
         "dropout_left_out_of_dp",
@@ -117,7 +117,13 @@ MUTANTS = [
         (_option("dropout"),),
         "dk must drop the same elements as the forward",
     ),
-    Mutant("dropout_left_out_of_dv", _BWD, "kept = tl.where(keep, p, 0.0)", "kept = p", (_option("dropout"),)),
+    Mutant(
+        "dropout_left_out_of_dv",
+        _BWD,
+        "kept = tl.where(keep, p, 0.0)",
+        "kept = p",
+        (_option("dropout"),),
+    ),
     Mutant(
         "values_gradient_not_scaled_up",
         _BWD,
@@ -144,7 +150,7 @@ MUTANTS = [
         _BITS,
         "tl.load(ptrs + i)",
         "tl.load(ptrs)",
-        (f"{_TESTS}::test_other_tiles_draw_the_same_mask",),
+        (f"{_TESTS}::test_result_does_not_depend_on_tiles",),
     ),
     Mutant(
         "queries_of_the_diagonal_skipped",

@@ -67,8 +67,8 @@ MUTANTS = [
     Mutant(
         "branch_read_with_x_s_stride",
         _KERNEL,
-        "branch_ptr + offs_n[:, None] * branch_stride",
-        "branch_ptr + offs_n[:, None] * x_stride",
+        "branch_ptr + (offs_n[:, None] * branch_stride",
+        "branch_ptr + (offs_n[:, None] * x_stride",
         (f"{_TESTS}::test_rows_of_different_strides",),
     ),
     Mutant(
