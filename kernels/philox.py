@@ -67,5 +67,5 @@ def keep_mask(seed: Tensor, shape: tuple[int, ...], p: float) -> Tensor:
 
 
 def dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
-    """``x`` with each element kept with probability 1 - p and divided by it."""
-    return torch.where(keep_mask(seed, tuple(x.shape), p), x / (1.0 - p), 0.0)
+    """``x`` with each element kept with probability 1 - p and multiplied by 1 / (1 - p)."""
+    return torch.where(keep_mask(seed, tuple(x.shape), p), x * (1.0 / (1.0 - p)), 0.0)

@@ -39,8 +39,8 @@ MUTANTS = [
     Mutant(
         "gradient_without_its_mask",
         _KERNEL,
-        "            dbranch = dropout_tile(dbranch, dropout, offs_n, C, tl.program_id(0) * BLOCK_C)\n",
-        "            dbranch = dbranch / (1.0 - dropout[1])\n",
+        "dropout_tile(dbranch, dropout, offs_n, C, tl.program_id(0) * BLOCK_C)",
+        "dbranch / (1.0 - dropout[1])",
         (_BUDGET,),
     ),
     Mutant(
