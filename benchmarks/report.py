@@ -52,8 +52,8 @@ def report(measured: Run, pictures: Sequence[Path], changes: Sequence[Change] | 
     lines += [
         "Medians of alternating samples, with their 20th and 80th percentiles; every contender's",
         "result was checked on the timed inputs before. Ours are bold; *ours is x faster* is the",
-        "contender's time over that of the first of ours; *no difference* says that the 20-80 %",
-        "ranges of the two overlap. Compare eager forms with eager ones, compiled with compiled.",
+        "contender's time over that of ours in the same form, eager or compiled; *no difference*",
+        "says that the 20-80 % ranges of the two overlap.",
         "MFU is (6 N + 12 L C T) FLOPs per token over the data-sheet peak, *of matmul* the same",
         "FLOPs over the large matmul above; roofline is",
         "max(FLOPs / matmul, bytes / copy) over the time. A loss that takes its gradient in the",

@@ -34,6 +34,12 @@ class Entry:
         return (self.p80 - self.p20) / self.median
 
     @property
+    def form(self) -> str:
+        """``eager`` or ``compiled``: like is compared with like."""
+        guess = "compiled" if self.contender.endswith(" compiled") else "eager"
+        return str(self.facts.get("form", guess))
+
+    @property
     def mode(self) -> str:
         """The pass of an op, or nothing: what is compared has the same."""
         return str(self.facts.get("mode", ""))
@@ -155,8 +161,12 @@ def _from_benchmarks(path: Path) -> tuple[dict[str, Any], dict[str, Any], list[E
 
 
 def baseline(entry: Entry, group: Iterable[Entry]) -> Entry | None:
-    """Ours in the same race and mode, against which the others are shown: the first."""
-    return next((other for other in group if other.ours and other.mode == entry.mode), None)
+    """Ours of the same pass in the same race, against which the others are shown.
+
+    The first that is compiled as the entry is, or else the first.
+    """
+    ours = [other for other in group if other.ours and other.mode == entry.mode]
+    return next((other for other in ours if other.form == entry.form), next(iter(ours), None))
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def test_every_op_is_timed_in_every_mode(run: Run) -> None:
     seen = {(e.facts.get("op"), e.mode, e.facts.get("provider")) for e in run.entries}
     for case in op_cases(Scale.DRY):
         for mode in case.modes:
-            for provider in ("triton", "torch", "eager", "compile"):
+            for provider in ("triton", "torch", "torch-compiled", "eager", "compile"):
                 assert (case.op, mode, provider) in seen
 
 
