@@ -61,7 +61,8 @@ def kernel_modules() -> list[str]:
 
 
 @lru_cache
-def _cases(module: str, arch: str) -> "dict[tuple[str, str], CompileCase]":
+def cases_of(module: str, arch: str) -> "dict[tuple[str, str], CompileCase]":
+    """The compile cases of a module of ``kernels/jit`` by kernel and config."""
     cases = importlib.import_module(module).compile_cases(arch)
     by_name = {(case.name, case.config): case for case in cases}
     assert len(by_name) == len(cases), f"{module}: two cases for {arch} have one name"
@@ -90,7 +91,7 @@ def _resources(task: Task) -> "dict[str, Any]":
     """Fields of ``Resources``, or ``{"error": ...}``, from the cache or from the compiler."""
     from fastgpt2.kernels.jit.compile import compile_case
 
-    case = _cases(task.module, task.arch)[task.kernel, task.config]
+    case = cases_of(task.module, task.arch)[task.kernel, task.config]
     root = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
     entry = root / "fastgpt2" / "kernels" / f"{_fingerprint(case, task.arch)}.json"
     if entry.exists():
@@ -106,8 +107,9 @@ def _resources(task: Task) -> "dict[str, Any]":
     return found
 
 
-def _measure_one(task: Task) -> Row:
-    case = _cases(task.module, task.arch)[task.kernel, task.config]
+def row_of(task: Task) -> Row:
+    """Compile one case, unless its binary has been read before."""
+    case = cases_of(task.module, task.arch)[task.kernel, task.config]
     return Row.of(case, task.arch, _resources(task))
 
 
@@ -117,12 +119,12 @@ def measure(modules: Iterable[str], archs: Iterable[str], jobs: int) -> list[Row
         Task(module, kernel, config, arch)
         for module in modules
         for arch in archs
-        for kernel, config in _cases(module, arch)
+        for kernel, config in cases_of(module, arch)
     ]
     # a forked child would inherit the threads' locks of whatever has been imported
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        rows = list(tqdm(pool.map(_measure_one, tasks), total=len(tasks), unit="kernel"))
+        rows = list(tqdm(pool.map(row_of, tasks), total=len(tasks), unit="kernel"))
     return sorted(
         rows, key=lambda row: (row.kernel, row.config, list(ARCHITECTURES).index(row.arch))
     )
