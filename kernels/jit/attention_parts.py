@@ -135,11 +135,9 @@ def _variants(limits: Mapping[str, int]) -> list[Variant]:
     if "bytes" not in limits:
         return [Variant("fp32", 64), full("fp32", 128), full("fp32", 128, tf32=True)]
     if "masked" in limits:
-        return [
-            Variant("bf16", 64),
-            Variant("bf16", 64, even=False),
-            Variant("bf16", 64, dropout=True),
-        ]
+        plain = [Variant("bf16", 64), Variant("bf16", 64, even=False)]
+        dropout = [Variant("bf16", 64, dropout=True)]
+        return {0: plain, 1: dropout}.get(limits.get("dropout", 2), plain + dropout)
     if limits["D"] == 64:
         return [full("bf16", 64)]
     return [Variant("bf16", 128), full("bf16", 128), Variant("bf16", 80, even=False)]

@@ -58,11 +58,10 @@ def test_a_rival_s_kernel_has_the_same_row(rival_file: Path) -> None:
         (("--kernel", "_scale_kernel", "--argument", "BLOCK=:1 +"), "is not a Python value"),
     ],
 )
-def test_mistakes_are_one_line(
-    rival_file: Path, options: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert rival.main([str(rival_file), *options]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+def test_mistakes_are_one_line(rival_file: Path, options: tuple[str, ...], message: str) -> None:
+    done = _run(rival_file, *options)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
     assert message in line
 
 
