@@ -141,7 +141,7 @@ MUTANTS = [
     Mutant(
         "gradient_of_the_sum_rounded_first",
         _CONTRACT,
-        "    scale = dloss / count\n"
+        "    scale = gradient_scale(dloss, count)\n"
         "    return _cross_entropy_bwd(logits, targets, stats, scale, *ctx.options), ",
         "    dz = _cross_entropy_bwd(logits, targets, stats, 1.0 / count, *ctx.options)\n"
         "    return dz * dloss, ",
