@@ -33,6 +33,7 @@ FLOORS = {
     "fastgpt2.explanation": 3,
     "fastgpt2.cache": 3,
     "fastgpt2.errors": 3,
+    "fastgpt2.units": 3,
     "fastgpt2.cli": 3,
     "fastgpt2.devices": 3,
     "fastgpt2.generate.sampling": 3,
