@@ -1,7 +1,7 @@
 """Checkpoints: safetensors and JSON in a folder that appears whole or not at all.
 
 ``RUN/checkpoints/step_00000250/`` holds ``model.safetensors`` (fp32, true vocabulary, the tied head
-once), ``gpt_config.json``, ``optimizer.safetensors`` (AdamW's moments, random-number states) and
+once), ``gpt_config.json``, ``optimizer.safetensors`` (moments, random-number states) and
 ``state.json`` (step, data position, losses, loss scale, tokenizer). It is written under another
 name, put on the disk, and renamed.
 """
@@ -26,7 +26,8 @@ from fastgpt2.errors import UserError
 from fastgpt2.files import sync, write_text
 from fastgpt2.model import GPT
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+# of AdamW, and of Muon
+_MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
 
 def save(
@@ -103,15 +104,17 @@ def load_training_state(folder: Path, model: GPT, optimizer: torch.optim.Optimiz
     try:
         tensors = load_file(folder / runs.OPTIMIZER)
         for name, parameter in model.named_parameters():
-            # a parameter that has never had a gradient has no moments
-            if f"step.{name}" not in tensors:
-                continue
-            state: dict[str, Tensor] = {"step": tensors[f"step.{name}"].to(parameter.device)}
+            state: dict[str, Tensor] = {}
+            if f"step.{name}" in tensors:
+                state["step"] = tensors[f"step.{name}"].to(parameter.device)
             for moment in _MOMENTS:
-                saved = tensors[f"{moment}.{name}"]
-                state[moment] = torch.zeros_like(parameter)
-                state[moment][: _true_rows(model, name, parameter)] = saved
-            optimizer.state[parameter] = state
+                if f"{moment}.{name}" in tensors:
+                    state[moment] = torch.zeros_like(parameter)
+                    rows = _true_rows(model, name, parameter)
+                    state[moment][:rows] = tensors[f"{moment}.{name}"]
+            # a parameter that has never had a gradient has no moments
+            if state:
+                optimizer.state[parameter] = state
         rng = {k.removeprefix("rng."): v for k, v in tensors.items() if k.startswith("rng.")}
         set_rng_states(rng, model.lm_head.weight.device)
     except Exception as error:
@@ -146,7 +149,9 @@ def _training_tensors(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str,
         state = optimizer.state.get(parameter)
         if not state:
             continue
-        tensors[f"step.{name}"] = state["step"].cpu()
+        if "step" in state:
+            tensors[f"step.{name}"] = state["step"].cpu()
         for moment in _MOMENTS:
-            tensors[f"{moment}.{name}"] = state[moment][: _true_rows(model, name, parameter)]
+            if moment in state:
+                tensors[f"{moment}.{name}"] = state[moment][: _true_rows(model, name, parameter)]
     return tensors

@@ -31,6 +31,7 @@ from fastgpt2.train import checkpoint, summary
 from fastgpt2.train.config import TrainConfig
 from fastgpt2.train.interrupt import Interrupt, Interrupted
 from fastgpt2.train.metrics import MetricsLog, plot
+from fastgpt2.train.optimizers import build_optimizer, set_momentum
 from fastgpt2.train.schedules import learning_rate, progress
 from fastgpt2.train.step import Batch, StepResult, TrainingStep
 from fastgpt2.train.validation import Validation, validate
@@ -102,9 +103,7 @@ class Trainer:
             GPT(shape) if folder is None else checkpoint.load_model(folder, **asdict(shape))
         )
         self.model.to(self.device)
-        self.optimizer = self.model.configure_optimizers(
-            config.weight_decay, config.lr, (config.beta1, config.beta2), self.device.type
-        )
+        self.optimizer = build_optimizer(self.model, config)
         self.loader = BlockLoader(
             self.dataset.train,
             block_size=shape.block_size,
@@ -194,6 +193,13 @@ class Trainer:
                 lr=config.lr,
                 min_lr=config.min_lr,
                 warmup_steps=config.warmup_steps,
+                wsd_decay=config.wsd_decay,
+            )
+            set_momentum(
+                self.optimizer,
+                self.step,
+                momentum=config.muon_momentum,
+                warmup_steps=config.muon_warmup_steps,
             )
             batches: list[Batch] = [next(self.loader) for _ in range(config.grad_accum)]
             self.pending.append(self.training_step(batches, lr))
