@@ -29,6 +29,20 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str, name: str = "prompt") -> li
     return [tokenizer.eot]
 
 
+def check_prompt(tokenizer: Tokenizer, prompt: str, name: str = "prompt") -> None:
+    """Raise now what ``encode_prompt`` would raise later.
+
+    Args:
+        tokenizer: of the model.
+        prompt: any text.
+        name: what the error calls the prompt.
+
+    Raises:
+        UserError: see ``encode_prompt``.
+    """
+    encode_prompt(tokenizer, prompt, name)
+
+
 @torch.no_grad()
 def stream_tokens(
     model: GPT,
