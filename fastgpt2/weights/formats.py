@@ -12,7 +12,7 @@ from fastgpt2.config import GPTConfig
 from fastgpt2.errors import UserError
 from fastgpt2.files import atomic_folder
 from fastgpt2.weights import huggingface, llmc, nanogpt, openai, run
-from fastgpt2.weights.checkpoint import DTYPES, HEAD, Checkpoint
+from fastgpt2.weights.checkpoint import HEAD, STORED_DTYPES, Checkpoint
 from fastgpt2.weights.metadata import file_size
 from fastgpt2.weights.tensors import LazyTensor
 
@@ -23,7 +23,7 @@ class Format:
 
     read: Callable[[Path], Checkpoint]
     write: Callable[[Checkpoint, Path], None]
-    dtypes: tuple[torch.dtype, ...] = DTYPES
+    dtypes: tuple[torch.dtype, ...] = STORED_DTYPES
     file: str | None = None
 
 
