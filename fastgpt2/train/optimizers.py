@@ -168,7 +168,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
     found_inf: Tensor | None = None
 
     def __init__(self, muon: Muon, adamw: torch.optim.AdamW) -> None:
-        self._parts = (muon, adamw)
+        self._parts: tuple[Any, ...] = (muon, adamw)
         # the very dicts of the parts: who sets a learning rate here sets theirs
         super().__init__([group for part in self._parts for group in part.param_groups], {})
         for part in self._parts:
@@ -177,5 +177,5 @@ class MuonAndAdamW(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update all parameters once; ``closure`` is not used."""
         for part in self._parts:
-            part.grad_scale, part.found_inf = self.grad_scale, self.found_inf  # type: ignore[union-attr]
+            part.grad_scale, part.found_inf = self.grad_scale, self.found_inf
             part.step()
