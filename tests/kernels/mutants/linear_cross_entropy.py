@@ -58,7 +58,7 @@ MUTANTS = [
     Mutant(
         "upstream_gradient_ignored",
         _CONTRACT,
-        "    scale = dloss / count\n",
+        "    scale = gradient_scale(dloss, count)\n",
         "    scale = 1.0 / count\n",
         (f"{_BUDGET}[triton-(37, 48, 160, 129)-plain-torch.float32]",),
     ),
