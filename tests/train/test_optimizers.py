@@ -69,7 +69,10 @@ def test_the_update_is_pytorchs() -> None:
     ours, theirs = tiny_gpt(), tiny_gpt()
     matrices = [[p for n, p in m.named_parameters() if for_muon(n, p)] for m in (ours, theirs)]
     options: dict[str, Any] = dict(lr=0.02, momentum=0.9, weight_decay=0.1)
-    optimizers = (Muon(matrices[0], **options), torch.optim.Muon(matrices[1], **options))
+    optimizers: tuple[Any, ...] = (
+        Muon(matrices[0], **options),
+        torch.optim.Muon(matrices[1], **options),
+    )
     generator = torch.Generator().manual_seed(0)
     for _ in range(3):
         for a, b in zip(*matrices, strict=True):
