@@ -23,6 +23,7 @@ from fastgpt2.generate.sampling import next_token
 from fastgpt2.kernels import cross_entropy, linear_cross_entropy, tied_embedding
 from fastgpt2.layers import Block, normalize, project
 from fastgpt2.plain import is_plain
+from fastgpt2.quantize import quantize_modules
 
 # nanoGPT ignores targets of -1, Hugging Face those of -100
 _NANOGPT_IGNORE, _IGNORE = -1, -100
@@ -62,10 +63,10 @@ class Transformer(nn.Module):
 
         Args:
             idx: (B, T), token ids.
-            dtype: what the blocks compute in; None is the token embedding's.
+            dtype: what the blocks compute in; None is the position embedding's.
             cache: for generation; its lengths are the positions.
         """
-        dtype = self.wte.weight.dtype if dtype is None else dtype
+        dtype = self.wpe.weight.dtype if dtype is None else dtype
         return self.run_blocks(self.embed(idx, dtype, cache).x, dtype, cache)
 
     def embed(self, idx: Tensor, dtype: torch.dtype, cache: KVCache | None = None) -> Embedded:
@@ -200,7 +201,7 @@ class GPT(nn.Module):
             raise ValueError(
                 f"GPT: {idx.shape[1]} tokens, but block_size is {self.config.block_size}"
             )
-        return _compute_dtype(self.transformer.wte.weight)
+        return _compute_dtype(self.transformer.wpe.weight)
 
     def _head(self, hidden: Tensor) -> Tensor:
         with _no_autocast(hidden):
@@ -249,7 +250,7 @@ class GPT(nn.Module):
             return self._head(self.hidden_states(idx[:, -block_size:])[:, -1]), None
         if cache is None:
             size = min(block_size, T + room)
-            weight = self.transformer.wte.weight
+            weight = self.transformer.wpe.weight
             cache = KVCache(self.config, idx.shape[0], size, idx.device, _compute_dtype(weight))
             hidden = self.hidden_states(idx, cache)
             cache.advance(T)
@@ -257,6 +258,23 @@ class GPT(nn.Module):
             hidden = self.hidden_states(idx[:, -1:], cache)
             cache.advance(1)
         return self._head(hidden[:, -1]), cache
+
+    def quantize(self, kind: str = "int8") -> Self:
+        """Keep linear layers, token embedding and head in 8 bits, in place: for inference only.
+
+        Args:
+            kind: ``int8``: a symmetric scale per row (see ``fastgpt2.quantize``). Quantize last:
+                the integers come from the weights in the dtype that they have now.
+
+        Returns:
+            This model.
+
+        Raises:
+            UserError: the kind is unknown, or a layer is quantized already, hooked or replaced, or
+                its weights are not finite.
+        """
+        quantize_modules(self, kind)
+        return self
 
     def get_num_params(self, non_embedding: bool = True) -> int:
         """Number of parameters, padding not counted; without the positions unless asked for."""
@@ -332,7 +350,8 @@ class GPT(nn.Module):
         with torch.device("meta"):
             model = cls(replace(config, **(override_args or {})))
         model.load_state_dict(dict(tensors), assign=True)
-        return model
+        quantization = getattr(tensors, "quantization", None)
+        return model if quantization is None else model.quantize(quantization)
 
 
 def _compute_dtype(weight: Tensor) -> torch.dtype:

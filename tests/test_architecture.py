@@ -27,6 +27,7 @@ FLOORS = {
     "fastgpt2.config": 3,
     "fastgpt2.layers": 3,
     "fastgpt2.plain": 3,
+    "fastgpt2.quantize": 3,
     "fastgpt2.cache": 3,
     "fastgpt2.errors": 3,
     "fastgpt2.cli": 3,
