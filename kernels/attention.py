@@ -86,17 +86,23 @@ def _backward(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...
 _attention_fwd.register_autograd(_backward, setup_context=_save)
 
 
-def _miscompiled(index: int, dtype: torch.dtype, D: int, masked: bool, dropout: bool) -> str | None:
+def _miscompiled(index: int, *kind: Any) -> str | None:
     from fastgpt2.kernels.jit import attention_check
 
-    return attention_check.obstacle(index, dtype, D, masked, dropout)
+    return attention_check.obstacle(index, attention_check.Kind(*kind))
 
 
 # a constant to torch.compile, which must not look into a self-check
 _miscompiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _obstacle(qkv: Tensor, n_head: int, masked: bool, dropout: bool) -> str | None:
+def _obstacle(
+    qkv: Tensor,
+    n_head: int,
+    segment_ids: Tensor | None,
+    key_range: Tensor | None,
+    dropout: bool,
+) -> str | None:
     """Why the kernels cannot run on this tensor, or None if they can."""
     D = qkv.shape[2] // (3 * n_head)
     if D > _MAX_HEAD_SIZE:
@@ -105,7 +111,8 @@ def _obstacle(qkv: Tensor, n_head: int, masked: bool, dropout: bool) -> str | No
         return f"the kernels take up to {_MAX_ROWS} rows, not {qkv.shape[0]}"
     if INTERPRETED:
         return None
-    return _miscompiled(qkv.device.index or 0, qkv.dtype, D, masked, dropout)
+    masks = (None if ids is None else ids.dtype for ids in (segment_ids, key_range))
+    return _miscompiled(qkv.device.index or 0, qkv.dtype, D, n_head, *masks, dropout)
 
 
 def attention(
@@ -165,8 +172,11 @@ def attention(
     if scale is None:
         scale = 1.0 / math.sqrt(three_C // (3 * n_head))
     checks.check_positive(op, "scale", scale)
-    masked = segment_ids is not None or key_range is not None
-    match resolve(op, impl, qkv, lambda: _obstacle(qkv, n_head, masked, dropout_p > 0)):
+
+    def obstacle() -> str | None:
+        return _obstacle(qkv, n_head, segment_ids, key_range, dropout_p > 0)
+
+    match resolve(op, impl, qkv, obstacle):
         case Impl.REFERENCE:
             key = philox.as_seed(seed, qkv.device) if dropout_p > 0 else None
             return reference.attention(qkv, n_head, dropout_p, key, segment_ids, key_range, scale)

@@ -189,7 +189,7 @@ def test_every_config_is_exact_on_integers(
     if DEVICE.type == "cpu":
         monkeypatch.setattr(attention_check, "LENGTHS", (72,))
     with tuning.overriding(kernel, config):
-        assert attention_check.passes(DEVICE, dtype, 64, masked=False, dropout=False)
+        assert attention_check.passes(DEVICE, attention_check.Kind(dtype, 64, 2, None, None, False))
 
 
 @pytest.mark.parametrize("blocks", [(16, 64), (64, 16)], ids=str)

@@ -59,7 +59,9 @@ def test_other_implementations_are_within_budget(options: dict[str, float], impl
     # each is the other's measure
     eager = "reference" if impl == "torch" else "torch"
     inputs = _inputs(13, 72, 65, torch.float32)
-    budget.check_op(_op(65, **options), inputs, impl=impl, eager=eager)
+    # autograd sums the reference's gradients of three terms, each of them rounded
+    roundings = 4.0 if impl == "reference" else 2.0
+    budget.check_op(_op(65, **options), inputs, impl=impl, eager=eager, roundings=roundings)
 
 
 def test_reference_is_pytorch_s_in_fp64() -> None:

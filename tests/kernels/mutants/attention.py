@@ -154,4 +154,11 @@ MUTANTS = [
         (_GUARD,),
     ),
     Mutant("guard_checks_every_call", _CHECK, "@lru_cache\n", "", (_GUARD,)),
+    Mutant(
+        "guard_checks_other_segments",
+        _CHECK,
+        "dtype=segments_dtype",
+        "dtype=torch.int32",
+        (_GUARD,),
+    ),
 ]
