@@ -22,7 +22,7 @@ from fastgpt2.text import GPT2Tokenizer, save_tokenizer
 from fastgpt2.weights import FORMATS, RELEASES, Checkpoint, load, save
 from fastgpt2.weights.hub import locate
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+ROUNDED_TO = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 HF_TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
@@ -47,7 +47,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("dst", metavar="DST", type=Path, help="a new folder, a .pt or a .bin")
     parser.add_argument("--to", required=True, choices=FORMATS, help="format of DST")
-    parser.add_argument("--dtype", choices=DTYPES, help="round the weights (default: keep theirs)")
+    parser.add_argument(
+        "--dtype", choices=ROUNDED_TO, help="round the weights (default: keep theirs)"
+    )
     parser.add_argument(
         "--quantize", choices=KINDS, help="keep the matrices in 8 bits (only with --to fastgpt2)"
     )
@@ -134,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
 
     def body() -> None:
-        dtype = None if args.dtype is None else DTYPES[args.dtype]
+        dtype = None if args.dtype is None else ROUNDED_TO[args.dtype]
         lines = convert(
             args.src,
             args.dst,

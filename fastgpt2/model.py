@@ -7,8 +7,9 @@ of nanoGPT and Hugging Face. Shapes: B batch, T tokens, C width, V vocabulary.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -19,15 +20,17 @@ from fastgpt2.cache import KVCache
 from fastgpt2.config import GPTConfig
 from fastgpt2.devices import peak_flops
 from fastgpt2.errors import UserError
+from fastgpt2.explanation import explain_gpt
 from fastgpt2.generate.sampling import next_token
-from fastgpt2.kernels import cross_entropy, linear_cross_entropy, tied_embedding
+from fastgpt2.kernels import cross_entropy, embedding, linear_cross_entropy, tied_embedding
 from fastgpt2.layers import Block, normalize, project
 from fastgpt2.plain import is_plain
-from fastgpt2.quantize import quantize_modules
+from fastgpt2.precision import compute_dtype, no_autocast
+from fastgpt2.quantize import Quantizable
+from fastgpt2.state_dict import head_is_tied, register_hooks
 
 # nanoGPT ignores targets of -1, Hugging Face those of -100
 _NANOGPT_IGNORE, _IGNORE = -1, -100
-_TIED_KEYS = ("transformer.wte.weight", "lm_head.weight")
 
 
 class Embedded(NamedTuple):
@@ -67,30 +70,44 @@ class Transformer(nn.Module):
             cache: for generation; its lengths are the positions.
         """
         dtype = self.wpe.weight.dtype if dtype is None else dtype
-        return self.run_blocks(self.embed(idx, dtype, cache).x, dtype, cache)
-
-    def embed(self, idx: Tensor, dtype: torch.dtype, cache: KVCache | None = None) -> Embedded:
-        """(B, T) token ids -> the sum of their two embeddings, after its dropout."""
-        has_past = cache is not None and not cache.is_empty
-        positions = cache.lengths[:, None] if cache is not None and has_past else None
-        dropout_p = self.dropout_p if self.training else 0.0
-        stream_dtype = torch.float32 if self.fp32_residual else dtype
-        if is_plain(self.wte, nn.Embedding) and is_plain(self.wpe, nn.Embedding):
-            return Embedded(
-                *tied_embedding(
-                    idx,
-                    self.wte.weight,
-                    self.wpe.weight,
-                    positions=positions,
-                    dropout_p=dropout_p,
-                    dtype=stream_dtype,
-                    impl=self.impl,
-                )
-            )
+        past = cache is not None and not cache.is_empty
+        positions = cache.lengths[:, None] if cache is not None and past else None
+        if self.has_plain_embeddings:
+            x: Tensor = self._embed(embedding, idx, dtype, positions)
+            return self.run_blocks(x, dtype, cache)
         if positions is None:
             positions = torch.arange(idx.shape[1], device=idx.device)
-        x = F.dropout(self.wte(idx) + self.wpe(positions), dropout_p)
-        return Embedded(x.to(stream_dtype), self.wte.weight)
+        x = F.dropout(self.wte(idx) + self.wpe(positions), self._embedding_p)
+        return self.run_blocks(x.to(self._stream_dtype(dtype)), dtype, cache)
+
+    def embed(self, idx: Tensor, dtype: torch.dtype) -> Embedded:
+        """(B, T) token ids -> the sum of their two plain embeddings, after its dropout."""
+        return Embedded(*self._embed(tied_embedding, idx, dtype, None))
+
+    @property
+    def has_plain_embeddings(self) -> bool:
+        """Whether a kernel may look both embeddings up."""
+        return is_plain(self.wte, nn.Embedding) and is_plain(self.wpe, nn.Embedding)
+
+    @property
+    def _embedding_p(self) -> float:
+        return self.dropout_p if self.training else 0.0
+
+    def _stream_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.float32 if self.fp32_residual else dtype
+
+    def _embed(
+        self, op: Callable[..., Any], idx: Tensor, dtype: torch.dtype, positions: Tensor | None
+    ) -> Any:
+        return op(
+            idx,
+            self.wte.weight,
+            self.wpe.weight,
+            positions=positions,
+            dropout_p=self._embedding_p,
+            dtype=self._stream_dtype(dtype),
+            impl=self.impl,
+        )
 
     def run_blocks(self, x: Tensor, dtype: torch.dtype, cache: KVCache | None = None) -> Tensor:
         """(B, T, C), the residual stream -> (B, T, C) in ``dtype``, after the final LayerNorm."""
@@ -99,7 +116,7 @@ class Transformer(nn.Module):
         return normalize(self.ln_f, x, dtype, impl=self.impl)
 
 
-class GPT(nn.Module):
+class GPT(Quantizable):
     """A GPT-2 language model.
 
     >>> model = GPT(GPTConfig.preset("gpt2-nano", vocab_size=65))
@@ -114,13 +131,31 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         self.tie_weights()
         self._init_weights()
-        self.register_state_dict_post_hook(_cut_padding)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_pre_hook(_add_padding)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_post_hook(_tie)  # type: ignore[no-untyped-call]
+        self._loads_strictly = True
+        register_hooks(self)
 
     def tie_weights(self) -> None:
         """The head is the token embedding: one parameter under two names."""
         self.lm_head.weight = self.transformer.wte.weight
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As every module's; the tied head may be stored once or twice, with padded rows or not."""
+        # PyTorch's hooks are not told of it
+        self._loads_strictly = strict
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        finally:
+            self._loads_strictly = True
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        # some conversions, like to_empty, make two parameters of the two names
+        tied = head_is_tied(self)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if tied:
+            self.tie_weights()
+        return self
 
     def _init_weights(self) -> None:
         # GPT-2's: normal of 0.02, residual projections shrunk by the number of additions
@@ -163,14 +198,15 @@ class GPT(nn.Module):
 
     def _fused_loss(self, idx: Tensor, targets: Tensor) -> Tensor:
         transformer, head = self.transformer, self.lm_head.weight
-        if head is transformer.wte.weight and is_plain(transformer, Transformer):
+        plain = is_plain(transformer, Transformer) and transformer.has_plain_embeddings
+        if plain and head_is_tied(self):
             dtype = self._check_tokens(idx)
-            with _no_autocast(idx):
+            with no_autocast(idx):
                 x, head = transformer.embed(idx, dtype)
                 hidden = transformer.run_blocks(x, dtype)
         else:
             hidden = self.hidden_states(idx)
-        with _no_autocast(hidden):
+        with no_autocast(hidden):
             return linear_cross_entropy(
                 hidden,
                 head,
@@ -191,20 +227,22 @@ class GPT(nn.Module):
         cache, ``idx`` is a prompt for an empty one, or one new token a row; the caller advances it.
         """
         dtype = self._check_tokens(idx)
-        with _no_autocast(idx):
+        with no_autocast(idx):
             hidden: Tensor = self.transformer(idx, dtype, cache)
         return hidden
 
     def _check_tokens(self, idx: Tensor) -> torch.dtype:
         """The compute dtype for these tokens."""
+        if idx.dim() != 2:
+            raise ValueError(f"GPT: idx must be (B, T), got shape {tuple(idx.shape)}")
         if idx.shape[1] > self.config.block_size:
             raise ValueError(
                 f"GPT: {idx.shape[1]} tokens, but block_size is {self.config.block_size}"
             )
-        return _compute_dtype(self.transformer.wpe.weight)
+        return compute_dtype(self.transformer.wpe.weight, idx.device)
 
     def _head(self, hidden: Tensor) -> Tensor:
-        with _no_autocast(hidden):
+        with no_autocast(hidden):
             logits = project(self.lm_head, hidden)
         return logits[..., : self.config.vocab_size]
 
@@ -250,31 +288,14 @@ class GPT(nn.Module):
             return self._head(self.hidden_states(idx[:, -block_size:])[:, -1]), None
         if cache is None:
             size = min(block_size, T + room)
-            weight = self.transformer.wpe.weight
-            cache = KVCache(self.config, idx.shape[0], size, idx.device, _compute_dtype(weight))
+            dtype = compute_dtype(self.transformer.wpe.weight, idx.device)
+            cache = KVCache(self.config, idx.shape[0], size, idx.device, dtype)
             hidden = self.hidden_states(idx, cache)
             cache.advance(T)
         else:
             hidden = self.hidden_states(idx[:, -1:], cache)
             cache.advance(1)
         return self._head(hidden[:, -1]), cache
-
-    def quantize(self, kind: str = "int8") -> Self:
-        """Keep linear layers, token embedding and head in 8 bits, in place: for inference only.
-
-        Args:
-            kind: ``int8``: a symmetric scale per row (see ``fastgpt2.quantize``). Quantize last:
-                the integers come from the weights in the dtype that they have now.
-
-        Returns:
-            This model.
-
-        Raises:
-            UserError: the kind is unknown, or a layer is quantized already, hooked or replaced, or
-                its weights are not finite.
-        """
-        quantize_modules(self, kind)
-        return self
 
     def get_num_params(self, non_embedding: bool = True) -> int:
         """Number of parameters, padding not counted; without the positions unless asked for."""
@@ -329,9 +350,30 @@ class GPT(nn.Module):
             return math.nan
         return self.flops_per_token() * self.config.block_size * fwdbwd_per_iter / dt / peak
 
+    def explain(self) -> str:
+        """Which kernels run, and which modules are called instead, and why: a line each."""
+        return explain_gpt(self)
+
+    def save_pretrained(self, save_directory: str | Path, *, format: str = "fastgpt2") -> None:
+        """Write the model into a new folder, which ``from_pretrained`` reads.
+
+        Args:
+            save_directory: a folder that does not exist yet or is empty.
+            format: ``fastgpt2``, which stores every field of the configuration, or another one of
+                ``python -m fastgpt2.convert``, such as ``hf`` for Hugging Face's programs.
+
+        Raises:
+            UserError: the folder is taken or cannot be written, or the head is not tied.
+        """
+        from fastgpt2.weights import save_model
+
+        if not head_is_tied(self):
+            raise UserError("save_pretrained: the head is not tied; save its state_dict instead")
+        save_model(self.config, self.state_dict(), save_directory, format)
+
     @classmethod
     def from_pretrained(
-        cls, model_type: str, override_args: Mapping[str, Any] | None = None
+        cls, model_type: str | Path, override_args: Mapping[str, Any] | None = None
     ) -> Self:
         """A model with weights from a release's name, a folder or a file, in any known format.
 
@@ -350,57 +392,9 @@ class GPT(nn.Module):
         with torch.device("meta"):
             model = cls(replace(config, **(override_args or {})))
         model.load_state_dict(dict(tensors), assign=True)
-        quantization = getattr(tensors, "quantization", None)
-        return model if quantization is None else model.quantize(quantization)
-
-
-def _compute_dtype(weight: Tensor) -> torch.dtype:
-    device_type = weight.device.type
-    if torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    return weight.dtype
+        kind = getattr(tensors, "quantization", None)
+        return model if kind is None else model.quantize(kind)
 
 
 def _has_bias(layer: nn.Module) -> bool:
     return layer._parameters["bias"] is not None
-
-
-def _no_autocast(x: Tensor) -> torch.autocast:
-    """Every dtype is explicit in here: autocast's own casts would only add to them."""
-    return torch.autocast(x.device.type, enabled=False)
-
-
-def _cut_padding(
-    model: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: dict[str, Any]
-) -> None:
-    """Saved files hold the true vocabulary."""
-    assert isinstance(model, GPT)
-    for key in _TIED_KEYS:
-        state_dict[prefix + key] = state_dict[prefix + key][: model.config.vocab_size]
-
-
-def _add_padding(
-    model: nn.Module, state_dict: dict[str, Any], prefix: str, *_unused: object
-) -> None:
-    """Take the true vocabulary, or one that another program has padded, into the padded rows.
-
-    A file that stores the tied head once, or twice, serves alike.
-    """
-    assert isinstance(model, GPT)
-    wte_key, head_key = (prefix + key for key in _TIED_KEYS)
-    weight, head = state_dict.get(wte_key), state_dict.get(head_key)
-    weight, head = (head if weight is None else weight), (weight if head is None else head)
-    if weight is None or head is None:
-        return
-    if head is not weight and head.data_ptr() != weight.data_ptr() and not head.equal(weight):
-        raise ValueError(f"GPT: {head_key} differs from {wte_key}, but GPT-2's head is tied to it")
-    missing = model.config.padded_vocab_size - weight.shape[0]
-    if missing and weight.shape[0] == model.config.vocab_size:
-        weight = F.pad(weight, (0, 0, 0, missing))
-    state_dict[wte_key] = state_dict[head_key] = weight
-
-
-def _tie(model: nn.Module, _incompatible_keys: object) -> None:
-    """``assign=True`` makes two parameters of the two names: they are one again."""
-    assert isinstance(model, GPT)
-    model.tie_weights()

@@ -7,7 +7,7 @@ and LayerNorms stay as they are. Decoding reads each weight once per token, so a
 bytes is a quarter of the time where memory is the limit. Shapes: C in, F out, V vocabulary.
 """
 
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,27 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 def dequantize_rows(weight: Tensor, scales: Tensor) -> Tensor:
     """The integers (F, C) and scales (F,) -> the weights (F, C) that they stand for, fp32."""
     return weight.float() * scales[:, None].float()
+
+
+class Quantizable(nn.Module):
+    """A model that can be kept in 8 bits."""
+
+    def quantize(self, kind: str = "int8") -> Self:
+        """Keep all matrices but the positions in 8 bits, in place: for inference only.
+
+        Args:
+            kind: ``int8``, a symmetric scale per row. The integers come from the weights in the
+                dtype that they have now; a later ``to(dtype)`` leaves integers and scales alone.
+
+        Returns:
+            This model.
+
+        Raises:
+            UserError: the kind is unknown, or a layer is quantized already, hooked or replaced, or
+                its weights are not finite; the model is as it was.
+        """
+        quantize_modules(self, kind)
+        return self
 
 
 class _Quantized(nn.Module):
@@ -103,7 +124,7 @@ class QuantizedLinear(_Quantized):
 
 
 def quantize_modules(model: nn.Module, kind: str) -> None:
-    """See ``GPT.quantize``: replace every linear layer, and the embedding that is tied to one.
+    """Replace every linear layer, and the embedding that is tied to one.
 
     Raises:
         UserError: the kind is unknown, a layer is quantized already, not plain, or not finite.

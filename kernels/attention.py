@@ -10,6 +10,7 @@ from torch import Tensor
 from fastgpt2.kernels import checks, philox, reference
 from fastgpt2.kernels.backend import INTERPRETED, Impl, resolve
 from fastgpt2.kernels.blocked_attention import blocked_attention
+from fastgpt2.kernels.modes import recorded
 
 # the widest head that the kernels' tiles are made for, the most rows that a grid holds, and how
 # far apart tokens may lie for offsets within a tile to fit in 32 bits
@@ -205,7 +206,8 @@ def _torch_attention(
         key = philox.as_seed(seed, qkv.device)
         return reference.attention(qkv, n_head, dropout_p, key, segment_ids, key_range, scale)
     unmasked = segment_ids is None and key_range is None
-    if unmasked and dropout_p == 0 and qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16:
+    blocks = unmasked and dropout_p == 0 and not recorded()
+    if blocks and qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16:
         # in bf16 the library's products are far ahead of its attention; in fp32 they are not
         return blocked_attention(qkv, n_head, scale)
     q, k, v = reference.split_heads(qkv, n_head)

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from fastgpt2.errors import UserError
-from fastgpt2.text.encoding import Tokenizer
+from fastgpt2.text.encoding import Tokenizer, encode_special
 from fastgpt2.text.permutation import Permutation
 from fastgpt2.text.shards import TokenShards, check_ids
 from fastgpt2.text.tokenizers import get_tokenizer
@@ -261,7 +261,7 @@ def create_dataloader(
     moved by one token.
 
     Args:
-        text_or_tokens: a text, or the ids of one.
+        text_or_tokens: a text, in which ``<|endoftext|>`` is one token, or the ids of one.
         batch_size: B, windows in a batch.
         max_length: T, tokens in a window.
         stride: tokens from one window to the next; ``max_length`` for no overlap.
@@ -283,7 +283,7 @@ def create_dataloader(
         )
     if isinstance(text_or_tokens, str):
         tokenizer = tokenizer or get_tokenizer("gpt2")
-        tokens: Tokens = np.asarray(tokenizer.encode(text_or_tokens), np.int64)
+        tokens: Tokens = np.asarray(encode_special(tokenizer, text_or_tokens), np.int64)
     else:
         tokens = text_or_tokens
     sequence = as_sequence(

@@ -12,6 +12,7 @@ from fastgpt2.devices import autocast
 from fastgpt2.model import GPT
 from fastgpt2.text.dataset import Dataset
 from fastgpt2.text.loaders import iter_eval_batches
+from fastgpt2.units import perplexity
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Validation:
     @property
     def perplexity(self) -> float:
         """exp(loss); infinite where that overflows."""
-        return math.inf if self.loss > 700 else math.exp(self.loss)
+        return perplexity(self.loss)
 
     @property
     def nats_per_byte(self) -> float:

@@ -17,7 +17,7 @@ from fastgpt2.weights.metadata import shown
 from fastgpt2.weights.tensors import LazyTensor
 
 WTE, HEAD = "transformer.wte.weight", "lm_head.weight"
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+STORED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def parameter_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
@@ -93,7 +93,7 @@ class Checkpoint:
                 raise UserError(
                     f"{self.source}: {name!r} has shape {tensor.shape}, expected {shape}"
                 )
-            if tensor.dtype not in DTYPES:
+            if tensor.dtype not in STORED_DTYPES:
                 raise UserError(
                     f"{self.source}: {name!r} has dtype {tensor.dtype}, "
                     "expected float32, float16 or bfloat16"

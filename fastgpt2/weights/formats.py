@@ -1,18 +1,21 @@
 """The formats by name: which one a path has, and reading and writing any of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from fastgpt2 import runs
+from fastgpt2.config import GPTConfig
 from fastgpt2.errors import UserError
 from fastgpt2.files import atomic_folder
 from fastgpt2.quantize import KINDS
 from fastgpt2.weights import huggingface, llmc, nanogpt, openai, run
-from fastgpt2.weights.checkpoint import DTYPES, Checkpoint
+from fastgpt2.weights.checkpoint import HEAD, STORED_DTYPES, Checkpoint
 from fastgpt2.weights.metadata import file_size
+from fastgpt2.weights.tensors import LazyTensor
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Format:
 
     read: Callable[[Path], Checkpoint]
     write: Callable[[Checkpoint, Path], None]
-    dtypes: tuple[torch.dtype, ...] = DTYPES
+    dtypes: tuple[torch.dtype, ...] = STORED_DTYPES
     file: str | None = None
 
 
@@ -89,6 +92,20 @@ def load(path: str | Path) -> Checkpoint:
     """
     format, path = detect(Path(path))
     return FORMATS[format].read(path)
+
+
+def save_model(
+    config: GPTConfig, state_dict: Mapping[str, Tensor], path: str | Path, format: str
+) -> Path:
+    """Write a model that is in memory, by its ``state_dict``, as ``save`` writes one from a file.
+
+    Raises:
+        UserError: as ``save``; or there is no such format.
+    """
+    if format not in FORMATS:
+        raise UserError(f"format {format!r}: expected one of {', '.join(FORMATS)}")
+    tensors = {name: LazyTensor.of(x.detach()) for name, x in state_dict.items() if name != HEAD}
+    return save(Checkpoint(config, tensors, Path(path)), path, format)
 
 
 def save(
