@@ -39,6 +39,8 @@ FLOORS = {
     "fastgpt2.devices": 3,
     "fastgpt2.generate.sampling": 3,
     "fastgpt2.files": 3,
+    "fastgpt2.picture": 3,
+    "fastgpt2.streams": 3,
     "fastgpt2.download": 3,
     "fastgpt2.model": 4,
     "fastgpt2.text": 5,

@@ -124,6 +124,11 @@ class BlockLoader:
         return -(-self.blocks_per_epoch // (self.batch_size * self._world_size))
 
     @property
+    def blocks_used(self) -> int:
+        """Blocks taken from the stream so far, over all processes."""
+        return self._position
+
+    @property
     def epoch(self) -> float:
         """Epochs gone through, with the fraction of the current one."""
         return self._position / self.blocks_per_epoch

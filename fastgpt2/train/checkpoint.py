@@ -40,12 +40,13 @@ def save(
         UserError: it cannot be written.
     """
     final = runs.step_folder(run, step)
+    temporary = _hidden(final)
     text = json.dumps({"step": step, **state}, indent=2, allow_nan=False) + "\n"
     try:
         if final.exists():
             write_text(final / runs.STATE, text)
             return final
-        temporary = _hidden(final)
+        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         weights = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}
         save_file(weights, temporary / runs.MODEL, metadata={"format": "pt"})
@@ -58,6 +59,9 @@ def save(
         sync(final.parent)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{final}: cannot be written: {error}") from None
+    finally:
+        # half a checkpoint would take the room that the next one needs
+        shutil.rmtree(temporary, ignore_errors=True)
     return final
 
 
@@ -69,7 +73,9 @@ def prune(run: Path, keep_last: int) -> None:
     for step in runs.saved_steps(run):
         if runs.step_folder(run, step) not in keep:
             # out of sight first: half a checkpoint must never have a checkpoint's name
-            os.rename(runs.step_folder(run, step), _hidden(runs.step_folder(run, step)))
+            folder = runs.step_folder(run, step)
+            shutil.rmtree(_hidden(folder), ignore_errors=True)
+            os.rename(folder, _hidden(folder))
     for leftover in (run / "checkpoints").glob(".step_*"):
         shutil.rmtree(leftover)
 
@@ -128,10 +134,8 @@ def _beginning(error: Exception) -> str:
 
 
 def _hidden(folder: Path) -> Path:
-    """An unused name beside ``folder`` for what is not yet, or no longer, a checkpoint."""
-    hidden = folder.with_name(f".{folder.name}")
-    shutil.rmtree(hidden, ignore_errors=True)
-    return hidden
+    """The name beside ``folder`` for what is not yet, or no longer, a checkpoint."""
+    return folder.with_name(f".{folder.name}")
 
 
 def _true_rows(model: GPT, name: str, parameter: Tensor) -> int:

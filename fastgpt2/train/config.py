@@ -67,7 +67,7 @@ class TrainConfig:
     epochs: float | None = _option(None, "passes over the training tokens")
     minutes: float | None = _option(None, "wall time to stop at; the schedule ends there too")
     lr: float = _option(6e-4, "peak learning rate")
-    min_lr: float = _option(6e-5, "learning rate at the end of the schedule")
+    min_lr: float | None = _option(None, "learning rate at the end of the schedule [--lr / 10]")
     warmup_steps: int = _option(100, "steps of linear warm-up")
     schedule: str = _option("cosine", "shape of the decay", choices=tuple(SCHEDULES))
     weight_decay: float = _option(0.1, "AdamW's, on matrices only")
@@ -94,13 +94,15 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("batch_size", "grad_accum", "eval_every", "log_every", "keep_last"):
             _check(self, name, getattr(self, name) >= 1, "1 or more")
-        for name in ("lr", "weight_decay", "min_lr", "warmup_steps", "grad_clip", "sample_tokens"):
+        for name in ("lr", "weight_decay", "warmup_steps", "grad_clip", "sample_tokens"):
             _check(self, name, getattr(self, name) >= 0, "0 or more")
         for name in ("beta1", "beta2"):
             _check(self, name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         for name in ("stride", "steps", "epochs", "minutes"):
             value = getattr(self, name)
             _check(self, name, value is None or value > 0, "greater than 0")
+        if self.min_lr is not None:
+            _check(self, "min_lr", 0 <= self.min_lr <= self.lr, f"from 0 to lr ({self.lr:g})")
         _check(self, "val_fraction", 0 < self.val_fraction < 1, "in (0, 1)")
         _check(self, "data", len(self.data) > 0, "at least one file or name")
         _check(self, "seed", 0 <= self.seed < 2**63, "in [0, 2^63)")
@@ -135,12 +137,26 @@ class TrainConfig:
             **{name: value for name, value in shape.items() if value is not None},
         )
 
-    def total_steps(self, blocks_per_epoch: int) -> int | None:
-        """Optimizer steps by ``steps`` or ``epochs``, whichever is fewer; None is by time alone."""
+    @property
+    def final_lr(self) -> float:
+        """The learning rate at the end of the schedule."""
+        return self.lr / 10 if self.min_lr is None else self.min_lr
+
+    def total_steps(
+        self, blocks_per_epoch: int, *, step: int = 0, blocks: int = 0, ranks: int = 1
+    ) -> int | None:
+        """Optimizer steps by ``steps`` or ``epochs``, whichever is fewer; None is by time alone.
+
+        Args:
+            blocks_per_epoch: blocks of the training tokens.
+            step: steps taken; they may have had another batch size than this configuration.
+            blocks: blocks used in them.
+            ranks: processes, each of which takes ``batch_size`` blocks for a micro-batch.
+        """
         limits = [] if self.steps is None else [self.steps]
         if self.epochs is not None:
-            blocks = self.epochs * blocks_per_epoch
-            limits.append(math.ceil(blocks / (self.batch_size * self.grad_accum)))
+            left = max(0.0, self.epochs * blocks_per_epoch - blocks)
+            limits.append(step + math.ceil(left / (ranks * self.batch_size * self.grad_accum)))
         return min(limits, default=None)
 
     def to_toml(self) -> str:

@@ -102,8 +102,8 @@ class TrainingStep:
         if self.skipped >= MAX_SKIPPED:
             raise UserError(
                 f"training diverged: loss {loss}, gradient norm {grad_norm} at step {step}, "
-                f"{self.skipped} steps in a row; {self._first_bad_tensor()}; the last checkpoint "
-                "is untouched (try a lower --lr, --dtype fp32 or --impl reference)"
+                f"{self.skipped} steps in a row; {self._first_bad_tensor()} "
+                "(try a lower --lr, --dtype fp32 or --impl reference)"
             )
 
     def _first_bad_tensor(self) -> str:
