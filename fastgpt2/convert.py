@@ -20,7 +20,9 @@ from fastgpt2.quantize import KINDS
 from fastgpt2.runs import find_tokenizer
 from fastgpt2.text import GPT2Tokenizer, save_tokenizer
 from fastgpt2.weights import FORMATS, RELEASES, Checkpoint, load, save
+from fastgpt2.weights.formats import detect
 from fastgpt2.weights.hub import locate
+from fastgpt2.weights.metadata import read_json
 
 ROUNDED_TO = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 HF_TOKENIZER_FILES = (
@@ -32,6 +34,7 @@ HF_TOKENIZER_FILES = (
     "added_tokens.json",
     "generation_config.json",
 )
+HF_CONFIG = "config.json"
 # what programs call the vocabulary in each format, from our (OpenAI's) names
 HF_NAMES = {"encoder.json": "vocab.json", "vocab.bpe": "merges.txt"}
 
@@ -71,6 +74,12 @@ def convert(
     checkpoint = load(path)
     folder = path if path.is_dir() else path.parent
     notes = list(checkpoint.notes)
+
+    def beside(target: Path) -> None:
+        if to == "hf" and detect(path)[0] == "hf":
+            _carry_config(folder, target)
+        notes.extend(_carry_tokenizer(folder, target, to))
+
     total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     with tqdm(total=total, unit="B", unit_scale=True, desc=str(dst), leave=False) as bar:
         written = save(
@@ -79,7 +88,7 @@ def convert(
             to,
             dtype=dtype,
             quantize=quantize,
-            beside=lambda target: notes.extend(_carry_tokenizer(folder, target, to)),
+            beside=beside,
         )
     count = sum(prod(tensor.shape) for tensor in checkpoint.tensors.values())
     return [*notes, f"{checkpoint.source} -> {written} ({to}, {count:,} parameters)"]
@@ -98,6 +107,19 @@ def _counted(checkpoint: Checkpoint, update: Callable[[int], object]) -> Checkpo
         for name, tensor in checkpoint.tensors.items()
     }
     return replace(checkpoint, tensors=tensors)
+
+
+def _carry_config(source: Path, target: Path) -> None:
+    """Between two of Hugging Face's folders, keep every option that the weights do not decide.
+
+    Token ids, task parameters and unknown options stay; what was written for the new weights is
+    their dtype and the class that they belong to.
+    """
+    written = read_json(target / HF_CONFIG)
+    kept = {key: v for key, v in read_json(source / HF_CONFIG).items() if key != "dtype"}
+    decided = {key: written[key] for key in ("architectures", "torch_dtype")}
+    record = kept | decided
+    write_text(target / HF_CONFIG, json.dumps(record, indent=2, sort_keys=True) + "\n")
 
 
 def _carry_tokenizer(source: Path, target: Path, to: str) -> list[str]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastgpt2.kernels import checks, philox, reference
 from fastgpt2.kernels.backend import INTERPRETED, Impl, resolve
 from fastgpt2.kernels.blocked_attention import blocked_attention
+from fastgpt2.kernels.dropout_bits import bits_size
 from fastgpt2.kernels.modes import recorded
 
 # the widest head that the kernels' tiles are made for, the most rows that a grid holds, and how
@@ -17,10 +18,23 @@ from fastgpt2.kernels.modes import recorded
 _MAX_HEAD_SIZE, _MAX_ROWS, _MAX_STRIDE = 128, 65535, 2**23
 
 
+@torch.library.custom_op("fastgpt2::attention_dropout_bits", mutates_args=())
+def _dropout_bits(seed: Tensor, B: int, H: int, T: int, dropout_p: float) -> Tensor:
+    """Dropout's mask of the probabilities, a bit each, for forward and backward alike."""
+    from fastgpt2.kernels.jit import attention_dropout as jit
+
+    return jit.launch_bits(seed, B, H, T, dropout_p)
+
+
+@_dropout_bits.register_fake
+def _(seed: Tensor, B: int, H: int, T: int, dropout_p: float) -> Tensor:
+    return seed.new_empty(bits_size(B, H, T), dtype=torch.int32)
+
+
 @torch.library.custom_op("fastgpt2::attention_fwd", mutates_args=())
 def _attention_fwd(
     qkv: Tensor,
-    seed: Tensor | None,
+    bits: Tensor | None,
     segment_ids: Tensor | None,
     key_range: Tensor | None,
     n_head: int,
@@ -30,13 +44,13 @@ def _attention_fwd(
     """(out, lse): lse (B, H, T) is log2 of each row's sum of 2^(score log2 e), in fp32."""
     from fastgpt2.kernels.jit import attention as jit
 
-    return jit.launch_fwd(qkv, seed, segment_ids, key_range, n_head, dropout_p, scale)
+    return jit.launch_fwd(qkv, bits, segment_ids, key_range, n_head, dropout_p, scale)
 
 
 @_attention_fwd.register_fake
 def _(
     qkv: Tensor,
-    seed: Tensor | None,
+    bits: Tensor | None,
     segment_ids: Tensor | None,
     key_range: Tensor | None,
     n_head: int,
@@ -53,7 +67,7 @@ def _attention_bwd(
     qkv: Tensor,
     out: Tensor,
     lse: Tensor,
-    seed: Tensor | None,
+    bits: Tensor | None,
     segment_ids: Tensor | None,
     key_range: Tensor | None,
     n_head: int,
@@ -63,7 +77,7 @@ def _attention_bwd(
     """dqkv (B, T, 3C)."""
     from fastgpt2.kernels.jit import attention_bwd as jit
 
-    masks = (seed, segment_ids, key_range)
+    masks = (bits, segment_ids, key_range)
     return jit.launch_bwd(dout, qkv, out, lse, *masks, n_head, dropout_p, scale)
 
 
@@ -73,10 +87,10 @@ def _(dout: Tensor, qkv: Tensor, *_unused: Any) -> Tensor:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    qkv, seed, segment_ids, key_range, *ctx.options = inputs
+    qkv, bits, segment_ids, key_range, *ctx.options = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(qkv, out, lse, seed, segment_ids, key_range)
+    ctx.save_for_backward(qkv, out, lse, bits, segment_ids, key_range)
 
 
 def _backward(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
@@ -185,9 +199,11 @@ def attention(
             return _torch_attention(qkv, n_head, dropout_p, seed, segment_ids, key_range, scale)
     if qkv.stride(2) != 1 or qkv.stride(1) > _MAX_STRIDE:
         qkv = qkv.contiguous()
-    key = philox.as_seed(seed, qkv.device) if dropout_p > 0 else None
+    bits = None
+    if dropout_p > 0:
+        bits = _dropout_bits(philox.as_seed(seed, qkv.device), B, n_head, T, dropout_p)
     options = (n_head, dropout_p, scale)
-    out: Tensor = _attention_fwd(qkv, key, segment_ids, key_range, *options)[0]
+    out: Tensor = _attention_fwd(qkv, bits, segment_ids, key_range, *options)[0]
     return out
 
 

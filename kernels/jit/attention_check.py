@@ -18,6 +18,7 @@ from torch import Tensor
 from triton import knobs
 
 from fastgpt2.kernels import reference
+from fastgpt2.kernels.dropout_bits import bits_size
 from fastgpt2.kernels.jit.attention import launch_fwd
 from fastgpt2.kernels.jit.attention_bwd import launch_bwd
 
@@ -80,13 +81,15 @@ def passes(device: torch.device, kind: Kind) -> bool:
         qkv[:, :, 0].masked_fill_(torch.arange(D, device=device) % math.ceil(D / 4) != 0, 0)
         qkv = qkv.view(B, T, 3 * H * D).to(dtype)
         dout = _integers((B, T, H * D), 3, device).to(dtype)
-        seed = torch.zeros((), dtype=torch.int64, device=device) if dropout else None
+        # every bit set: nothing is dropped
+        size = bits_size(B, H, T)
+        bits = torch.full((size,), -1, dtype=torch.int32, device=device) if dropout else None
         segments = key_range = None
         if segments_dtype is not None:
             segments = torch.zeros(B, T, dtype=segments_dtype, device=device)
         if range_dtype is not None:
             key_range = torch.tensor([[0, T]] * B, dtype=range_dtype, device=device)
-        options = (seed, segments, key_range, H, 1e-12, math.log(2.0))
+        options = (bits, segments, key_range, H, 1e-12, math.log(2.0))
         out, lse = launch_fwd(qkv, *options)
         dqkv = launch_bwd(dout, qkv, out, lse, *options)
         with torch.inference_mode(False), torch.enable_grad():

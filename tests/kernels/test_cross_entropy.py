@@ -97,6 +97,13 @@ def test_ignored_rows_and_padding_get_zero_gradients(impl: str) -> None:
     assert not dlogits[ignored].any() and dlogits[~ignored][:, :65].all()
 
 
+@pytest.mark.parametrize("V", [1, 127, 128, 129])
+def test_padding_of_several_tiles(V: int) -> None:
+    """The interpreter's tiles are of 128 columns: the last one with logits is not the last one."""
+    inputs = _inputs(4, 500, V, torch.float32)
+    budget.check_op(_op(V), inputs)
+
+
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_padding_may_hold_anything(options: dict[str, float]) -> None:
     inputs = _inputs(5, 300, 257, torch.float32)
