@@ -190,7 +190,7 @@ class GPT(Quantizable):
         if targets is None:
             return self._head(self.hidden_states(idx)[:, -1:]), None
         targets = targets.masked_fill(targets == _NANOGPT_IGNORE, _IGNORE)
-        if fused and is_plain(self.lm_head, nn.Linear) and not _has_bias(self.lm_head):
+        if fused and is_plain(self.lm_head, nn.Linear) and self.lm_head._parameters["bias"] is None:
             return None, self._fused_loss(idx, targets)
         logits = self.logits(idx)
         loss = cross_entropy(logits, targets, impl=self.config.impl)
@@ -343,18 +343,15 @@ class GPT(Quantizable):
         N leaves the positions out; attention is counted in full, as nanoGPT does, though half of
         it is masked away.
         """
-        config = self.config
-        T = config.block_size if T is None else T
-        return 6 * self.get_num_params() + 12 * config.n_layer * config.n_embd * T
+        T = self.config.block_size if T is None else T
+        return 6 * self.get_num_params() + 12 * self.config.n_layer * self.config.n_embd * T
 
     def estimate_mfu(self, fwdbwd_per_iter: float, dt: float) -> float:
         """Model FLOPs utilisation of ``fwdbwd_per_iter`` sequences in ``dt`` seconds, 0 to 1.
 
         Of the data-sheet peak of the device that holds the model; NaN where that is not known.
         """
-        peak = peak_flops(self.lm_head.weight.device)
-        if peak is None:
-            return math.nan
+        peak = peak_flops(self.lm_head.weight.device) or math.nan
         return self.flops_per_token() * self.config.block_size * fwdbwd_per_iter / dt / peak
 
     def explain(self) -> str:
@@ -401,7 +398,3 @@ class GPT(Quantizable):
         model.load_state_dict(dict(tensors), assign=True)
         kind = getattr(tensors, "quantization", None)
         return model if kind is None else model.quantize(kind)
-
-
-def _has_bias(layer: nn.Module) -> bool:
-    return layer._parameters["bias"] is not None
