@@ -151,8 +151,8 @@ MUTANTS = [
     Mutant(
         "nothing_kept_divides_by_zero",
         _CONTRACT,
-        ".clamp(min=1)",
-        "",
+        "losses.sum() / count.clamp(min=1)",
+        "losses.sum() / count",
         (f"{_TESTS}::test_nothing_kept_gives_zero",),
     ),
 ]

@@ -103,7 +103,7 @@ MUTANTS = [
     Mutant(
         "second_derivative_lost",
         _CONTRACT,
-        '    checks.check_first_order("embedding")\n',
+        '    @first_order("tied_embedding")\n',
         "",
         (f"{SECOND_DERIVATIVES}[tied_embedding-triton]",),
         "autograd does not see what is added in place",

@@ -12,7 +12,7 @@ MUTANTS = [
     Mutant(
         "second_derivative_lost",
         _CONTRACT,
-        '    checks.check_first_order("linear_cross_entropy")\n',
+        '@first_order("linear_cross_entropy")\n',
         "",
         (f"{SECOND_DERIVATIVES}[linear_cross_entropy-triton]",),
         "the gradient of forward is taken for a constant",
