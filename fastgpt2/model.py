@@ -140,7 +140,7 @@ class GPT(nn.Module):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """As every module's; the tied head may be stored once or twice, with padded rows or not."""
+        """As any module's ``state_dict``, ``strict``, ``assign``; a tied head may come once."""
         # PyTorch's hooks are not told of it
         self._loads_strictly = strict
         try:
@@ -216,7 +216,7 @@ class GPT(nn.Module):
             )
 
     def logits(self, idx: Tensor) -> Tensor:
-        """(B, T) token ids -> the logits of every position, (B, T, V)."""
+        """Token ids ``idx`` (B, T) -> the logits of every position, (B, T, V)."""
         return self._head(self.hidden_states(idx))
 
     def hidden_states(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -297,7 +297,7 @@ class GPT(nn.Module):
         return self._head(hidden[:, -1]), cache
 
     def get_num_params(self, non_embedding: bool = True) -> int:
-        """Number of parameters, padding not counted; without the positions unless asked for."""
+        """Number of parameters without padding; ``non_embedding`` leaves the positions out."""
         padding = self.config.padded_vocab_size - self.config.vocab_size
         count = sum(p.numel() for p in self.parameters()) - padding * self.config.n_embd
         return count - self.transformer.wpe.weight.numel() * non_embedding
@@ -320,7 +320,14 @@ class GPT(nn.Module):
         betas: tuple[float, float],
         device_type: str,
     ) -> torch.optim.AdamW:
-        """Fused AdamW; matrices (embeddings too, the tied one once) decay, vectors do not."""
+        """Fused AdamW; matrices (embeddings too, the tied one once) decay, vectors do not.
+
+        Args:
+            weight_decay: of the matrices, per step and unit of learning rate.
+            learning_rate: of all parameters.
+            betas: decay rates of the two moments.
+            device_type: ``cpu`` or ``cuda`` has a fused step.
+        """
         trained = [p for p in self.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},

@@ -31,12 +31,12 @@ def is_run(folder: Path) -> bool:
 
 
 def step_folder(run: Path, step: int) -> Path:
-    """Where the checkpoint of ``step`` is, or would be."""
+    """Where the checkpoint of ``step`` is in ``run``, or would be."""
     return run / CHECKPOINTS / f"step_{step:08d}"
 
 
 def saved_steps(run: Path) -> list[int]:
-    """Steps that have a checkpoint, ascending."""
+    """Steps of ``run`` that have a checkpoint, ascending."""
     folders = (run / CHECKPOINTS).glob("step_*")
     names = (_STEP.fullmatch(f.name) for f in folders if (f / STATE).is_file())
     return sorted(int(name[1]) for name in names if name)

@@ -112,7 +112,7 @@ class GPT2Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def save_vocabulary(self, folder: Path) -> None:
-        """Write ``encoder.json`` and ``vocab.bpe``, which any GPT-2 program can read."""
+        """Write ``encoder.json`` and ``vocab.bpe`` into ``folder``, as GPT-2 programs read."""
         for name, text in self._files.items():
             write_text(folder / name, text)
 

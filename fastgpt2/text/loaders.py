@@ -193,6 +193,13 @@ def iter_eval_batches(
     Inputs and targets are int64 ``(B, T)``, the same shape each time, which keeps a compiled model
     from compiling again; what is beyond the end has input 0 and target -100.
 
+    Args:
+        tokens: the ids, (N,).
+        block_size: T, tokens per row.
+        batch_size: B, rows per batch; fewer where the tokens need fewer.
+        vocab_size: ids must be below it; None does not check.
+        name: what errors call the tokens.
+
     Raises:
         UserError: fewer than two tokens, or an id outside the vocabulary.
     """

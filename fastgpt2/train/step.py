@@ -51,7 +51,17 @@ class TrainingStep:
         self.skipped = 0
 
     def __call__(self, batches: Sequence[Batch], lr: float) -> StepResult:
-        """Train on one micro-batch after another, then update once."""
+        """Train on one micro-batch after another, then update once.
+
+        Args:
+            batches: the micro-batches, each inputs and targets (B, T) int64; targets below 0 do
+                not count.
+            lr: the learning rate of this step.
+
+        Returns:
+            The mean loss in nats per counted target, and the norm of the gradient before clipping,
+            fp32 scalars on the device.
+        """
         # gradients live until here, so that a diverged run can name the tensor that went bad
         self.optimizer.zero_grad(set_to_none=True)
         for group in self.optimizer.param_groups:
@@ -92,6 +102,11 @@ class TrainingStep:
 
     def check(self, loss: float, grad_norm: float, step: int) -> None:
         """Stop after too many bad steps in a row; fp16's scaler may skip a few while it settles.
+
+        Args:
+            loss: of the step, in nats per token.
+            grad_norm: of the step, before clipping.
+            step: its number, for the message.
 
         Raises:
             UserError: the loss or gradient was not finite ``MAX_SKIPPED`` times running; names the

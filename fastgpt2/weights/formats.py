@@ -96,7 +96,13 @@ def load(path: str | Path) -> Checkpoint:
 def save_model(
     config: GPTConfig, state_dict: Mapping[str, Tensor], path: str | Path, format: str
 ) -> Path:
-    """Write a model that is in memory, by its ``state_dict``, as ``save`` writes one from a file.
+    """Write a model that is in memory, as ``save`` writes one from a file.
+
+    Args:
+        config: the model's.
+        state_dict: its tensors by their canonical names.
+        path: a folder, or for ``nanogpt`` and ``llmc`` a file.
+        format: one of ``FORMATS``.
 
     Raises:
         UserError: as ``save``; or there is no such format.

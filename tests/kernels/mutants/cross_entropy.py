@@ -151,8 +151,8 @@ MUTANTS = [
     Mutant(
         "nothing_kept_divides_by_zero",
         _CONTRACT,
-        "losses.sum() / count.clamp(min=1)",
-        "losses.sum() / count",
+        "losses.sum() / count.clamp(min=1), stats",
+        "losses.sum() / count, stats",
         (f"{_TESTS}::test_nothing_kept_gives_zero",),
     ),
 ]
