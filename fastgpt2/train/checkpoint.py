@@ -6,9 +6,11 @@ once), ``gpt_config.json``, ``optimizer.safetensors`` (AdamW's moments, random-n
 name, put on the disk, and renamed.
 """
 
+import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from textwrap import shorten
@@ -41,10 +43,12 @@ def save(
     """
     final = runs.step_folder(run, step)
     temporary = _hidden(final)
-    text = json.dumps({"step": step, **state}, indent=2, allow_nan=False) + "\n"
+    record = {"format": runs.FORMAT, "step": step, **state}
     try:
         if final.exists():
-            write_text(final / runs.STATE, text)
+            # the other files stay as they are, and so do their digests
+            record["sha256"] = runs.read_state(final).get("sha256", {})
+            write_text(final / runs.STATE, _json(record))
             return final
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -54,7 +58,11 @@ def save(
         for path in (temporary / runs.MODEL, temporary / runs.OPTIMIZER):
             sync(path)
         write_text(temporary / runs.MODEL_CONFIG, json.dumps(asdict(model.config), indent=2) + "\n")
-        write_text(temporary / runs.STATE, text)
+        record["sha256"] = {
+            name: _digest(temporary / name)
+            for name in (runs.MODEL, runs.OPTIMIZER, runs.MODEL_CONFIG)
+        }
+        write_text(temporary / runs.STATE, _json(record))
         os.rename(temporary, final)
         sync(final.parent)
     except (OSError, SafetensorError) as error:
@@ -63,6 +71,55 @@ def save(
         # half a checkpoint would take the room that the next one needs
         shutil.rmtree(temporary, ignore_errors=True)
     return final
+
+
+def newest_intact(run: Path, notify: Callable[[str], None]) -> Path:
+    """The newest checkpoint whose files are as they were saved.
+
+    A damaged one that is newer loses its name, so that nothing takes it for a checkpoint, and
+    keeps its files.
+
+    Args:
+        run: the run folder.
+        notify: shows a line for each damaged one.
+
+    Raises:
+        UserError: there is none, or all are damaged; of several reasons the newest one's.
+    """
+    newest = runs.latest(run)
+    damaged: dict[Path, UserError] = {}
+    for step in reversed(runs.saved_steps(run)):
+        folder = runs.step_folder(run, step)
+        try:
+            _check_intact(folder)
+        except UserError as error:
+            damaged[folder] = error
+            continue
+        for other, reason in damaged.items():
+            os.rename(other, other.with_name(f"damaged_{other.name}"))
+            notify(f"{reason}; going on from {folder.name} instead")
+        return folder
+    raise damaged[newest]
+
+
+def _check_intact(folder: Path) -> None:
+    """Raise ``UserError`` unless the files have the digests that were saved, where some were."""
+    for name, digest in runs.read_state(folder).get("sha256", {}).items():
+        try:
+            found = _digest(folder / name)
+        except OSError as error:
+            raise UserError(f"{folder / name}: cannot be read: {error.strerror}") from None
+        if found != digest:
+            raise UserError(f"{folder / name}: damaged: its sha256 is not the saved one")
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _json(record: dict[str, Any]) -> str:
+    return json.dumps(record, indent=2, allow_nan=False) + "\n"
 
 
 def prune(run: Path, keep_last: int) -> None:

@@ -76,7 +76,7 @@ class Trainer:
         self.dtype = resolve_dtype(config.dtype, self.device)
         self.kernels = resolve_kernels(self.device, self.dtype, config.impl, fp8=config.fp8)
         torch.set_float32_matmul_precision("high")
-        folder = runs.latest(run) if resume else None
+        folder = checkpoint.newest_intact(run, notify) if resume else None
         self.dataset = build_dataset(
             config.data,
             load_tokenizer(run) if resume else config.tokenizer,
