@@ -259,6 +259,13 @@ class GPT(Quantizable):
 
         A key/value cache serves while all fits into block_size; behind it the model sees the last
         block_size tokens, as nanoGPT does, and recomputes them, since learned positions shift.
+
+        Args:
+            idx: (B, T) token ids, the prompt.
+            max_new_tokens: how many are appended.
+            temperature: divides the logits; 0 takes the likeliest token.
+            top_k: sample among the k likeliest tokens; None among all.
+            generator: source of the random numbers; None is PyTorch's own.
         """
         was_training = self.training
         self.eval()
