@@ -16,6 +16,7 @@ from tqdm import tqdm
 from fastgpt2.cli import Parser, run
 from fastgpt2.errors import UserError
 from fastgpt2.files import write_text
+from fastgpt2.quantize import KINDS
 from fastgpt2.runs import find_tokenizer
 from fastgpt2.text import GPT2Tokenizer, save_tokenizer
 from fastgpt2.weights import FORMATS, RELEASES, Checkpoint, load, save
@@ -52,12 +53,21 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype", choices=ROUNDED_TO, help="round the weights (default: keep theirs)"
     )
+    parser.add_argument(
+        "--quantize", choices=KINDS, help="keep the matrices in 8 bits (only with --to fastgpt2)"
+    )
     parser.add_argument("--offline", action="store_true", help="do not use the network")
     return parser
 
 
 def convert(
-    src: str, dst: Path, to: str, *, dtype: torch.dtype | None = None, offline: bool = False
+    src: str,
+    dst: Path,
+    to: str,
+    *,
+    dtype: torch.dtype | None = None,
+    quantize: str | None = None,
+    offline: bool = False,
 ) -> list[str]:
     """Convert ``src`` and say in a few lines what was done; see the command's help."""
     path = locate(src, offline=offline)
@@ -77,6 +87,7 @@ def convert(
             dst,
             to,
             dtype=dtype,
+            quantize=quantize,
             beside=beside,
         )
     count = sum(prod(tensor.shape) for tensor in checkpoint.tensors.values())
@@ -148,7 +159,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def body() -> None:
         dtype = None if args.dtype is None else ROUNDED_TO[args.dtype]
-        for line in convert(args.src, args.dst, args.to, dtype=dtype, offline=args.offline):
+        lines = convert(
+            args.src,
+            args.dst,
+            args.to,
+            dtype=dtype,
+            quantize=args.quantize,
+            offline=args.offline,
+        )
+        for line in lines:
             print(line)
 
     return run("convert", body)

@@ -26,6 +26,7 @@ from fastgpt2.kernels import cross_entropy, embedding, linear_cross_entropy, tie
 from fastgpt2.layers import Block, normalize, project
 from fastgpt2.plain import is_plain
 from fastgpt2.precision import compute_dtype, no_autocast
+from fastgpt2.quantize import Quantizable
 from fastgpt2.state_dict import head_is_tied, register_hooks
 
 # nanoGPT ignores targets of -1, Hugging Face those of -100
@@ -65,10 +66,10 @@ class Transformer(nn.Module):
 
         Args:
             idx: (B, T), token ids.
-            dtype: what the blocks compute in; None is the token embedding's.
+            dtype: what the blocks compute in; None is the position embedding's.
             cache: for generation; its lengths are the positions.
         """
-        dtype = self.wte.weight.dtype if dtype is None else dtype
+        dtype = self.wpe.weight.dtype if dtype is None else dtype
         past = cache is not None and not cache.is_empty
         positions = cache.lengths[:, None] if cache is not None and past else None
         if self.has_plain_embeddings:
@@ -115,7 +116,7 @@ class Transformer(nn.Module):
         return normalize(self.ln_f, x, dtype, impl=self.impl)
 
 
-class GPT(nn.Module):
+class GPT(Quantizable):
     """A GPT-2 language model.
 
     >>> model = GPT(GPTConfig.preset("gpt2-nano", vocab_size=65))
@@ -189,7 +190,7 @@ class GPT(nn.Module):
         if targets is None:
             return self._head(self.hidden_states(idx)[:, -1:]), None
         targets = targets.masked_fill(targets == _NANOGPT_IGNORE, _IGNORE)
-        if fused and is_plain(self.lm_head, nn.Linear) and not _has_bias(self.lm_head):
+        if fused and is_plain(self.lm_head, nn.Linear) and self.lm_head._parameters["bias"] is None:
             return None, self._fused_loss(idx, targets)
         logits = self.logits(idx)
         loss = cross_entropy(logits, targets, impl=self.config.impl)
@@ -238,7 +239,7 @@ class GPT(nn.Module):
             raise ValueError(
                 f"GPT: {idx.shape[1]} tokens, but block_size is {self.config.block_size}"
             )
-        return compute_dtype(self.transformer.wte.weight, idx.device)
+        return compute_dtype(self.transformer.wpe.weight, idx.device)
 
     def _head(self, hidden: Tensor) -> Tensor:
         with no_autocast(hidden):
@@ -258,6 +259,13 @@ class GPT(nn.Module):
 
         A key/value cache serves while all fits into block_size; behind it the model sees the last
         block_size tokens, as nanoGPT does, and recomputes them, since learned positions shift.
+
+        Args:
+            idx: (B, T) token ids, the prompt.
+            max_new_tokens: how many are appended.
+            temperature: divides the logits; 0 takes the likeliest token.
+            top_k: sample among the k likeliest tokens; None among all.
+            generator: source of the random numbers; None is PyTorch's own.
         """
         was_training = self.training
         self.eval()
@@ -287,7 +295,7 @@ class GPT(nn.Module):
             return self._head(self.hidden_states(idx[:, -block_size:])[:, -1]), None
         if cache is None:
             size = min(block_size, T + room)
-            dtype = compute_dtype(self.transformer.wte.weight, idx.device)
+            dtype = compute_dtype(self.transformer.wpe.weight, idx.device)
             cache = KVCache(self.config, idx.shape[0], size, idx.device, dtype)
             hidden = self.hidden_states(idx, cache)
             cache.advance(T)
@@ -342,18 +350,15 @@ class GPT(nn.Module):
         N leaves the positions out; attention is counted in full, as nanoGPT does, though half of
         it is masked away.
         """
-        config = self.config
-        T = config.block_size if T is None else T
-        return 6 * self.get_num_params() + 12 * config.n_layer * config.n_embd * T
+        T = self.config.block_size if T is None else T
+        return 6 * self.get_num_params() + 12 * self.config.n_layer * self.config.n_embd * T
 
     def estimate_mfu(self, fwdbwd_per_iter: float, dt: float) -> float:
         """Model FLOPs utilisation of ``fwdbwd_per_iter`` sequences in ``dt`` seconds, 0 to 1.
 
         Of the data-sheet peak of the device that holds the model; NaN where that is not known.
         """
-        peak = peak_flops(self.lm_head.weight.device)
-        if peak is None:
-            return math.nan
+        peak = peak_flops(self.lm_head.weight.device) or math.nan
         return self.flops_per_token() * self.config.block_size * fwdbwd_per_iter / dt / peak
 
     def explain(self) -> str:
@@ -398,8 +403,5 @@ class GPT(nn.Module):
         with torch.device("meta"):
             model = cls(replace(config, **(override_args or {})))
         model.load_state_dict(dict(tensors), assign=True)
-        return model
-
-
-def _has_bias(layer: nn.Module) -> bool:
-    return layer._parameters["bias"] is not None
+        kind = getattr(tensors, "quantization", None)
+        return model if kind is None else model.quantize(kind)

@@ -22,6 +22,8 @@ from fastgpt2.text.tokenizers import FILE_NAME, load_tokenizer
 RUN_CONFIG, CHECKPOINTS = "config.toml", "checkpoints"
 MODEL, MODEL_CONFIG = "model.safetensors", "gpt_config.json"
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
+# of state.json; raised where an older fastgpt2 could not read a checkpoint
+FORMAT = 1
 _STEP = re.compile(r"step_(\d{8,})")
 
 
@@ -82,6 +84,12 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read: {error}") from None
     if not isinstance(state, dict):
         raise UserError(f"{path}: expected a JSON object")
+    # the first checkpoints said nothing
+    saved = state.get("format", 0)
+    if not isinstance(saved, int) or saved > FORMAT:
+        raise UserError(
+            f"{path}: saved in format {saved} by a newer fastgpt2; this one reads up to {FORMAT}"
+        )
     return state
 
 

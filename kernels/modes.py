@@ -43,20 +43,17 @@ def is_ordinary(*tensors: Tensor | None) -> bool:
 
 
 def first_order(op: str) -> Callable[[Backward], Backward]:
-    """Decorates a backward pass that autograd cannot see through: its result has no derivative.
+    """Decorates a backward pass that autograd cannot see through: ``create_graph=True`` is refused.
 
-    With ``create_graph=True`` the result is right, and whoever differentiates it gets an error.
+    A result without a graph would be a wrong second derivative, and nobody would say so.
     """
 
     def decorate(backward: Backward) -> Backward:
         @wraps(backward)
         def run(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-            if not torch.is_grad_enabled():
-                return backward(ctx, *upstream)
-            with torch.no_grad():
-                found = backward(ctx, *upstream)
-            refuse = torch._C._functions.DelayedError(f"{op}: double backward is not supported", 1)
-            return tuple(x if x is None else refuse(x.detach().requires_grad_()) for x in found)
+            if torch.is_grad_enabled():
+                raise RuntimeError(f"{op}: double backward is not supported (create_graph=True)")
+            return backward(ctx, *upstream)
 
         return run
 

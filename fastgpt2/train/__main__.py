@@ -43,6 +43,7 @@ _FIXED = (
     "n_head",
     "n_embd",
     "bias",
+    "optimizer",
     "seed",
 )
 

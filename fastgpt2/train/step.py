@@ -9,6 +9,7 @@ from torch import Tensor
 from fastgpt2.devices import autocast
 from fastgpt2.errors import UserError
 from fastgpt2.model import GPT
+from fastgpt2.train.optimizers import set_learning_rate
 
 # consecutive steps with a non-finite loss or gradient before training stops
 MAX_SKIPPED = 8
@@ -35,7 +36,7 @@ class TrainingStep:
     def __init__(
         self,
         model: GPT,
-        optimizer: torch.optim.AdamW,
+        optimizer: torch.optim.Optimizer,
         *,
         dtype: torch.dtype,
         grad_clip: float,
@@ -64,8 +65,7 @@ class TrainingStep:
         """
         # gradients live until here, so that a diverged run can name the tensor that went bad
         self.optimizer.zero_grad(set_to_none=True)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.optimizer, lr)
         counts = [int((targets >= 0).sum()) for _, targets in batches]
         total = max(sum(counts), 1)
         loss_sum = torch.zeros((), device=self.device)

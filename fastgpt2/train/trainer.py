@@ -28,6 +28,7 @@ from fastgpt2.train.config import TrainConfig
 from fastgpt2.train.console import Console
 from fastgpt2.train.interrupt import Interrupt, Interrupted
 from fastgpt2.train.metrics import MetricsLog, plot
+from fastgpt2.train.optimizers import build_optimizer, set_momentum
 from fastgpt2.train.schedules import learning_rate, progress
 from fastgpt2.train.state import RunState, check_data
 from fastgpt2.train.step import Batch, TrainingStep
@@ -76,7 +77,7 @@ class Trainer:
         self.dtype = resolve_dtype(config.dtype, self.device)
         self.kernels = resolve_kernels(self.device, self.dtype, config.impl, fp8=config.fp8)
         torch.set_float32_matmul_precision("high")
-        folder = runs.latest(run) if resume else None
+        folder = checkpoint.newest_intact(run, notify) if resume else None
         self.dataset = build_dataset(
             config.data,
             load_tokenizer(run) if resume else config.tokenizer,
@@ -97,9 +98,7 @@ class Trainer:
             GPT(shape) if folder is None else checkpoint.load_model(folder, **asdict(shape))
         )
         self.model.to(self.device)
-        optimizer = self.model.configure_optimizers(
-            config.weight_decay, config.lr, (config.beta1, config.beta2), self.device.type
-        )
+        optimizer = build_optimizer(self.model, config)
         self.loader = BlockLoader(
             self.dataset.train,
             block_size=shape.block_size,
@@ -223,6 +222,13 @@ class Trainer:
                 lr=config.lr,
                 min_lr=config.final_lr,
                 warmup_steps=config.warmup_steps,
+                wsd_decay=config.wsd_decay,
+            )
+            set_momentum(
+                state.optimizer,
+                state.step,
+                momentum=config.muon_momentum,
+                warmup_steps=config.muon_warmup_steps,
             )
             batches: list[Batch] = [next(self.loader) for _ in range(config.grad_accum)]
             state.pending.append(self.training_step(batches, lr))
