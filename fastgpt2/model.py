@@ -7,7 +7,7 @@ of nanoGPT and Hugging Face. Shapes: B batch, T tokens, C width, V vocabulary.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Self
 
@@ -19,7 +19,6 @@ from fastgpt2.cache import KVCache
 from fastgpt2.config import GPTConfig
 from fastgpt2.devices import peak_flops
 from fastgpt2.errors import UserError
-from fastgpt2.generate.sampling import next_token
 from fastgpt2.kernels import cross_entropy, linear_cross_entropy, tied_embedding
 from fastgpt2.layers import Block, normalize, project
 from fastgpt2.plain import is_plain
@@ -71,7 +70,11 @@ class Transformer(nn.Module):
     def embed(self, idx: Tensor, dtype: torch.dtype, cache: KVCache | None = None) -> Embedded:
         """(B, T) token ids -> the sum of their two embeddings, after its dropout."""
         has_past = cache is not None and not cache.is_empty
-        positions = cache.lengths[:, None] if cache is not None and has_past else None
+        positions = None
+        if cache is not None and has_past:
+            new = torch.arange(idx.shape[1], device=idx.device)
+            # padding after a row's own tokens may stand past the last position
+            positions = (cache.lengths[:, None] + new).clamp(max=self.wpe.num_embeddings - 1)
         dropout_p = self.dropout_p if self.training else 0.0
         stream_dtype = torch.float32 if self.fp32_residual else dtype
         if is_plain(self.wte, nn.Embedding) and is_plain(self.wpe, nn.Embedding):
@@ -152,7 +155,7 @@ class GPT(nn.Module):
         """
         fused = self.training if fused_loss is None else fused_loss
         if targets is None:
-            return self._head(self.hidden_states(idx)[:, -1:]), None
+            return self.head(self.hidden_states(idx)[:, -1:]), None
         targets = targets.masked_fill(targets == _NANOGPT_IGNORE, _IGNORE)
         if fused and is_plain(self.lm_head, nn.Linear) and not _has_bias(self.lm_head):
             return None, self._fused_loss(idx, targets)
@@ -181,7 +184,7 @@ class GPT(nn.Module):
 
     def logits(self, idx: Tensor) -> Tensor:
         """(B, T) token ids -> the logits of every position, (B, T, V)."""
-        return self._head(self.hidden_states(idx))
+        return self.head(self.hidden_states(idx))
 
     def hidden_states(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """(B, T) token ids -> what the head reads, (B, T, C) in the compute dtype.
@@ -202,38 +205,88 @@ class GPT(nn.Module):
             )
         return _compute_dtype(self.transformer.wte.weight)
 
-    def _head(self, hidden: Tensor) -> Tensor:
+    def head(self, hidden: Tensor) -> Tensor:
+        """What ``hidden_states`` gives, (..., C) -> the logits, (..., V)."""
         with _no_autocast(hidden):
             logits = project(self.lm_head, hidden)
         return logits[..., : self.config.vocab_size]
 
-    @torch.no_grad()
+    def make_cache(self, batch_size: int, size: int) -> KVCache:
+        """An empty cache in the compute dtype: ``batch_size`` rows of ``size`` tokens."""
+        weight = self.transformer.wte.weight
+        return KVCache(self.config, batch_size, size, weight.device, _compute_dtype(weight))
+
     def generate(
         self,
-        idx: Tensor,
+        idx: Tensor | Sequence[Sequence[int]],
         max_new_tokens: int,
         temperature: float = 1.0,
         top_k: int | None = None,
         generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Append ``max_new_tokens`` sampled tokens to ``idx``: (B, T) -> (B, T + max_new_tokens).
+        **options: Any,
+    ) -> Any:
+        """Append sampled tokens to ``idx``: (B, T) -> (B, T + max_new_tokens), as nanoGPT does.
 
-        A key/value cache serves while all fits into block_size; behind it the model sees the last
-        block_size tokens, as nanoGPT does, and recomputes them, since learned positions shift.
+        A key/value cache serves while all fits into block_size. The result is what each row would
+        have alone, whatever the lengths of the others.
+
+        Args:
+            idx: (B, T) token ids; or a list of lists of ids, which gives a list of lists.
+            max_new_tokens: the most that follow each row.
+            temperature: below 1 sharper, above 1 flatter; 0 is greedy.
+            top_k: draw from the k most likely tokens only.
+            generator: source of randomness; None is PyTorch's default one. The rows of a tensor
+                share it, as in nanoGPT; those of a list have one each, seeded from it.
+            options: by name:
+                ``processors``, callables ``(ids, logits) -> logits`` (see ``fastgpt2.generate``);
+                ``stop``, an id or several that end a row and are not part of it (a tensor's rows
+                are filled up with the first of them);
+                ``seed``, of every row's own random numbers, in place of ``generator``: the same
+                seed gives a prompt the same text in whatever batch;
+                ``attention_mask`` (B, T), 0 for padding at the left or at the right;
+                ``window``, past block_size: ``crop`` (nanoGPT's way: every token sees the last
+                block_size, recomputed), ``slide`` (go on with the last half) or ``stop``;
+                ``num_beams``, ``length_penalty``, ``early_stopping``: beam search;
+                ``draft``, a smaller model that proposes tokens, or ``prompt_lookup``, how many to
+                propose from the text itself: the same greedy tokens, the same distribution.
+
+        Returns:
+            A tensor for a tensor, with as many new columns as the longest row has new tokens; a
+            list of lists for lists.
+
+        Raises:
+            UserError: an argument is out of its range, or a prompt is empty.
         """
-        was_training = self.training
-        self.eval()
-        try:
-            cache: KVCache | None = None
-            for _ in range(max_new_tokens):
-                logits, cache = self.next_logits(idx, cache, max_new_tokens)
-                token = next_token(
-                    logits, temperature=temperature, top_k=top_k, generator=generator
-                )
-                idx = torch.cat([idx, token], dim=1)
-            return idx
-        finally:
-            self.train(was_training)
+        from fastgpt2.generate.batch import generate
+
+        return generate(
+            self,
+            idx,
+            max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            generator=generator,
+            **options,
+        )
+
+    def log_probs(self, ids: Tensor | Sequence[Sequence[int]]) -> Any:
+        """log p(token | the tokens before it) of every token but the first, in nats.
+
+        Texts longer than block_size are read in windows that overlap by half. Log-softmax is in
+        fp32; no gradient.
+
+        Args:
+            ids: (B, T) token ids, or a list of lists of ids.
+
+        Returns:
+            (B, T - 1) fp32, or a list of lists of floats; a text's total is their sum.
+
+        Raises:
+            UserError: a text is empty, or an id is not in the vocabulary.
+        """
+        from fastgpt2.generate.batch import log_probs
+
+        return log_probs(self, ids)
 
     @torch.no_grad()
     def next_logits(
@@ -246,17 +299,16 @@ class GPT(nn.Module):
         """
         T, block_size = idx.shape[1], self.config.block_size
         if T > block_size:
-            return self._head(self.hidden_states(idx[:, -block_size:])[:, -1]), None
+            return self.head(self.hidden_states(idx[:, -block_size:])[:, -1]), None
         if cache is None:
             size = min(block_size, T + room)
-            weight = self.transformer.wte.weight
-            cache = KVCache(self.config, idx.shape[0], size, idx.device, _compute_dtype(weight))
+            cache = self.make_cache(idx.shape[0], size)
             hidden = self.hidden_states(idx, cache)
             cache.advance(T)
         else:
             hidden = self.hidden_states(idx[:, -1:], cache)
             cache.advance(1)
-        return self._head(hidden[:, -1]), cache
+        return self.head(hidden[:, -1]), cache
 
     def get_num_params(self, non_embedding: bool = True) -> int:
         """Number of parameters, padding not counted; without the positions unless asked for."""
