@@ -55,7 +55,7 @@ def generate(
             raise UserError("generate: beams take no draft and no prompt_lookup")
         sampling = beam_sampling(temperature, top_k, processors)
         search = BeamSearch(
-            Slots(model, num_beams, size),
+            Slots(model, max(1, num_beams), size),
             num_beams,
             window,
             length_penalty=length_penalty,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastgpt2.errors import UserError
-from fastgpt2.generate.checks import check_prompt, kept_tokens
+from fastgpt2.generate.checks import check_prompt, is_count, kept_tokens
 from fastgpt2.generate.processors import require
 from fastgpt2.generate.sampling import Sampling
 from fastgpt2.generate.slots import Slots
@@ -55,7 +55,7 @@ class BeamSearch:
         length_penalty: float = 1.0,
         early_stopping: bool = False,
     ) -> None:
-        require("num_beams", num_beams, num_beams >= 1, "an integer of 1 or more")
+        require("num_beams", num_beams, is_count(num_beams, 1), "an integer of 1 or more")
         require("length_penalty", length_penalty, abs(length_penalty) < 1e4, "a finite number")
         self.slots, self.num_beams, self.window = slots, num_beams, window
         self.keep = kept_tokens(slots.model, window)
@@ -84,6 +84,9 @@ class BeamSearch:
             UserError: logits are not finite, or the prompt cannot be continued.
         """
         check_prompt(self.slots.model, prompt, self.window)
+        require(
+            "max_new_tokens", max_new_tokens, is_count(max_new_tokens, 0), "an integer of 0 or more"
+        )
         if self.window == "stop":
             # the last token is not fed any more
             room = self.slots.model.config.block_size + 1 - len(prompt)

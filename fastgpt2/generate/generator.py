@@ -100,12 +100,14 @@ class Generator:
         self.model, self.tokenizer = model, tokenizer
         self.batch_size, self.window = batch_size, window
         self.keep = kept_tokens(model, window)
-        self.slots = Slots(model, batch_size, size)
         self._proposer: Draft | PromptLookup | None = None
         if draft is not None:
             self._proposer = Draft(draft, model, batch_size, proposals)
         elif prompt_lookup:
             self._proposer = PromptLookup(prompt_lookup)
+        # a pass writes as many keys into every row as the longest proposal needs
+        spare = 0 if self._proposer is None else self._proposer.count
+        self.slots = Slots(model, batch_size, size + spare)
         self._rows: list[Row] = []
         self._waiting: deque[Row] = deque()
 
@@ -243,10 +245,14 @@ class Generator:
         rows = self._rows
         proposals: list[Proposal] = [Proposal([], None)] * len(rows)
         if self._proposer is not None:
-            # a pass writes as many keys into every row as the longest proposal needs
-            room = min(self.slots.size - length for length in self.slots.lengths[: len(rows)]) - 1
+            # what a row proposes depends on the row alone, and so do its random numbers
+            context = self.model.config.block_size
             limits = [
-                min(room, r.stream.request.max_new_tokens - len(r.stream.ids) - 1) for r in rows
+                min(
+                    context - (len(row.ids) - row.start),
+                    row.stream.request.max_new_tokens - len(row.stream.ids) - 1,
+                )
+                for row in rows
             ]
             proposals = self._proposer.propose(rows, limits)
         tokens = [[row.ids[-1], *p.tokens] for row, p in zip(rows, proposals, strict=True)]

@@ -46,7 +46,8 @@ class Temperature:
         require("temperature", self.temperature, fine, "0 or more")
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
-        best = logits.amax(dim=-1, keepdim=True)
+        # where every token is forbidden, it stays so
+        best = logits.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).min)
         if self.temperature == 0:
             return logits.masked_fill(logits < best, -torch.inf)
         # with the largest at 0, a temperature near 0 makes the others -inf and nothing NaN

@@ -147,35 +147,46 @@ class Draft:
 
     def propose(self, rows: "Sequence[Row]", limits: Sequence[int]) -> list[Proposal]:
         """A proposal for each row, of at most its limit, drawn as the row's tokens are."""
-        count = min(self.count, max(limits))
-        if count < 1:
-            return [Proposal([], None)] * len(rows)
+        counts = [max(0, min(self.count, limit)) for limit in limits]
         tokens: list[list[int]] = [[] for _ in rows]
         probs: list[list[Tensor]] = [[] for _ in rows]
-        logits = self.slots.feed(0, self._catch_up(rows))
-        for k in range(count):
-            if k:
-                logits = self.slots.feed(0, [drafted[-1:] for drafted in tokens])
+        if not any(counts):
+            return [Proposal([], None)] * len(rows)
+        last = self._catch_up(rows, counts)
+        for k in range(max(counts)):
+            logits = self.slots.feed(0, last)
             for i, row in enumerate(rows):
-                request = row.stream.request
-                ids = torch.tensor([[*row.ids, *tokens[i]]], device=logits.device)
-                processed = request.sampling.process(ids, logits[i : i + 1])
-                if request.sampling.is_greedy:
-                    tokens[i].append(int(processed.argmax()))
-                else:
-                    tokens[i].append(int(draw(processed, request.generator)))
-                    probs[i].append(processed.softmax(dim=-1)[0])
+                if k < counts[i]:
+                    self._draw(row, tokens[i], probs[i], logits[i : i + 1])
+                    last[i] = tokens[i][-1:]
         for i, row in enumerate(rows):
-            self._fed[i] = [*row.ids[self._starts[i] :], *tokens[i][:-1]]
+            self._fed[i] = [] if not counts[i] else [*row.ids[self._starts[i] :], *tokens[i][:-1]]
         return [
-            Proposal(drafted[: max(0, limit)], torch.stack(p) if p else None)
-            for drafted, p, limit in zip(tokens, probs, limits, strict=True)
+            Proposal(drafted, torch.stack(p) if p else None)
+            for drafted, p in zip(tokens, probs, strict=True)
         ]
 
-    def _catch_up(self, rows: "Sequence[Row]") -> list[list[int]]:
+    @staticmethod
+    def _draw(row: "Row", tokens: list[int], probs: list[Tensor], logits: Tensor) -> None:
+        """One more token of a row, as its request draws them."""
+        request = row.stream.request
+        ids = torch.tensor([[*row.ids, *tokens]], device=logits.device)
+        processed = request.sampling.process(ids, logits)
+        if request.sampling.is_greedy:
+            tokens.append(int(processed.argmax()))
+        else:
+            tokens.append(int(draw(processed, request.generator)))
+            probs.append(processed.softmax(dim=-1)[0])
+
+    def _catch_up(self, rows: "Sequence[Row]", counts: list[int]) -> list[list[int]]:
         """The last token of each row; those before it that the draft has not seen are fed here."""
         pending = []
         for i, row in enumerate(rows):
+            if not counts[i]:
+                # it only takes part in the passes: what the draft knows of it is given up
+                self.slots.cut([0], i)
+                pending.append(row.ids[-1:])
+                continue
             if len(row.ids) - self._starts[i] + self.count > self.slots.size:
                 self._starts[i], self._fed[i] = len(row.ids) - self.slots.size // 2, []
             ids, fed = row.ids[self._starts[i] :], self._fed[i]
