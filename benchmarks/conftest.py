@@ -34,7 +34,7 @@ def settings(config: pytest.Config) -> Settings:
     return Settings(
         scale=scale,
         device=torch.device("cuda" if scale is Scale.CUDA else "cpu"),
-        rounds=config.getoption("rounds") or (1 if dry else 5 if on_gpu else 3),
+        rounds=config.getoption("rounds") or (1 if dry else 10),
         seconds=0.0 if dry else config.getoption("seconds"),
         budget=config.getoption("budget"),
         # a dry run's memory says nothing

@@ -11,7 +11,7 @@ import gc
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -19,7 +19,11 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from benchmarks.quiet import Disturbance, Watch
 from benchmarks.timing import Ceilings, Clock, Timing, Work, measure_ceilings
+
+# a race that other programs disturbed is run at most so many times
+RUNS = 3
 
 
 class Scale(StrEnum):
@@ -180,6 +184,20 @@ class Stopwatch:
         play = TAPE.player(timing.samples)
         benchmark.pedantic(play, rounds=len(timing.samples))  # type: ignore[no-untyped-call]
 
+    def _measure(self, race: Race, works: dict[str, Work]) -> tuple[dict[str, Timing], Disturbance]:
+        """Time the race, again where other programs disturbed it; the quietest run counts."""
+        chosen = self.settings
+        clock = Clock(chosen.device, head_start=race.head_start, rounds=chosen.rounds)
+        runs: list[tuple[dict[str, Timing], Disturbance]] = []
+        for _ in range(1 if chosen.scale is Scale.DRY else RUNS):
+            watch = Watch()
+            timings = clock.compare(works, seconds=chosen.seconds)
+            runs.append((timings, watch.seen()))
+            if not runs[-1][1].is_disturbed or time.perf_counter() > self.end:
+                break
+            self.notify(f"{race.group}: other programs had {runs[-1][1].others:.2f} cores")
+        return min(runs, key=lambda run: run[1].others or 0.0)
+
     def _run(self, race: Race) -> None:
         self._race, chosen = race, self.settings
         self._troubles = {}
@@ -195,15 +213,17 @@ class Stopwatch:
                 self._troubles[name] = _judged(trouble, name, race.is_ours(name))
         if works:
             self.notify(f"{race.group}: {len(works)} contenders, by turns")
-        clock = Clock(chosen.device, head_start=race.head_start, rounds=chosen.rounds)
+        disturbance = Disturbance(None, None)
         try:
-            self._timings = clock.compare(works, seconds=chosen.seconds) if works else {}
+            self._timings = {}
+            if works:
+                self._timings, disturbance = self._measure(race, works)
         except Exception as trouble:
             # together they may need more memory than each alone
             self._troubles |= {name: _judged(trouble, name, True) for name in works}
             self._timings = {}
         self._facts = {
-            name: race.facts(name, timing.median, self.ceilings)
+            name: race.facts(name, timing.median, self.ceilings) | asdict(disturbance)
             for name, timing in self._timings.items()
         }
         works.clear()

@@ -53,8 +53,6 @@ def machine(device: torch.device) -> dict[str, Any]:
         "cpu_model": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        # how busy the machine was with something else
-        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
         **{name: _version_of(name) for name in VERSIONS},
         "cuda": torch.version.cuda,

@@ -2,8 +2,9 @@
 
 Outputs and gradients of every provider are held to the tests' error budget on the very inputs that
 are timed, before anything is timed. Providers: ``triton``, our kernels; ``torch``, ours on
-PyTorch's operators, which is what a CPU runs; ``eager``, PyTorch's functions as anybody calls them;
-``compile``, those compiled; on a GPU, SDPA's backends by name.
+PyTorch's operators, which is what a CPU runs; ``torch-compiled``, that inside ``torch.compile``;
+``eager``, PyTorch's functions as anybody calls them; ``compile``, those compiled; on a GPU, SDPA's
+backends by name.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -104,8 +105,8 @@ class OpRace(Race):
         providers = {
             Scale.CUDA: ("triton", "eager", "compile", *case.backends),
             # each is named, and says why where it cannot
-            Scale.CPU: ("torch", "triton", "eager", "compile"),
-            Scale.DRY: ("triton", "torch", "eager", "compile"),
+            Scale.CPU: ("torch", "torch-compiled", "triton", "eager", "compile"),
+            Scale.DRY: ("triton", "torch", "torch-compiled", "eager", "compile"),
         }[scale]
         self.contenders = tuple(f"{p} {mode}" for p in providers for mode in case.modes)
         self._judge: Judge | None = None
@@ -130,8 +131,10 @@ class OpRace(Race):
                 return partial(case.run, provider)
             case "eager":
                 return case.plain
+            case "torch-compiled":
+                return self._compiled(partial(case.run, "torch"), settings)
             case "compile":
-                return self._compiled(settings)
+                return self._compiled(case.plain, settings)
         context = case.backends[provider]
 
         def within(**inputs: Tensor) -> Any:
@@ -140,15 +143,17 @@ class OpRace(Race):
 
         return within
 
-    def _compiled(self, settings: Settings) -> Run:
+    def _compiled(self, run: Run, settings: Settings) -> Run:
         obstacle = compiler_obstacle(settings.device)
         if obstacle is not None:
             pytest.skip(f"torch.compile: {obstacle}")
         if settings.scale is Scale.DRY:
-            return torch.compile(self.case.plain, backend="eager")
+            return torch.compile(run, backend="eager")
+        from torch._functorch import config as functorch_config
+
         # the backward pass is timed alone, several times on one graph
-        torch._functorch.config.donated_buffer = False
-        return torch.compile(self.case.plain, dynamic=False)
+        functorch_config.donated_buffer = False
+        return torch.compile(run, dynamic=False)
 
     def prepare(self, name: str, settings: Settings) -> Work:
         """One provider's pass, after its outputs and gradients were within the budget."""
@@ -163,7 +168,7 @@ class OpRace(Race):
         if self._judge is None:
             inputs = self.case.inputs(settings.device, self.dtype)
             self._judge = Judge(self.case, inputs)
-        if provider in ("triton", "torch") or not self.case.random:
+        if self.is_ours(provider) or not self.case.random:
             self._judge.check(run)
         return dict(works(self.case, run, self._judge.inputs))
 
@@ -176,6 +181,7 @@ class OpRace(Race):
             "shape": self.case.shape,
             "dtype": dtype,
             "provider": provider,
+            "form": "compiled" if provider in ("torch-compiled", "compile") else "eager",
             "mode": mode,
             "bytes": cost.bytes,
             "flops": cost.flops,
@@ -186,7 +192,7 @@ class OpRace(Race):
 
     def is_ours(self, name: str) -> bool:
         """The kernels, and our ops on PyTorch's operators."""
-        return name.split()[0] in ("triton", "torch")
+        return name.split()[0] in ("triton", "torch", "torch-compiled")
 
     def close(self) -> None:
         """Inputs, graphs and gold go with the race."""

@@ -83,9 +83,12 @@ def _ops(groups: Groups) -> Any:
     ]
     axes.set_yticks(range(len(chosen)), names, fontsize=7)
     axes.invert_yaxis()
-    axes.set_xlabel("time / ours (more than 1: slower than ours)", fontsize=8)
+    axes.set_xlabel(
+        "how many times faster ours is than the rival in the same form",
+        fontsize=8,
+    )
     axes.margins(x=0.08)
-    axes.set_title("ops: rivals' time in ours", fontsize=10)
+    axes.set_title("ops: how many times faster ours is", fontsize=10)
     axes.legend(fontsize=8)
     return figure
 

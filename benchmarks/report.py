@@ -51,9 +51,11 @@ def report(measured: Run, pictures: Sequence[Path], changes: Sequence[Change] | 
     lines += [*machine_lines(measured), ""]
     lines += [
         "Medians of alternating samples, with their 20th and 80th percentiles; every contender's",
-        "result was checked on the timed inputs before. Ours are bold; *time / ours* is how many",
-        "times as long as the first of ours. MFU is (6 N + 12 L C T) FLOPs a token over the",
-        "data-sheet peak, *of matmul* the same FLOPs over the large matmul above; roofline is",
+        "result was checked on the timed inputs before. Ours are bold; *ours is x faster* is the",
+        "contender's time over that of ours in the same form, eager or compiled; *no difference*",
+        "says that the 20-80 % ranges of the two overlap.",
+        "MFU is (6 N + 12 L C T) FLOPs per token over the data-sheet peak, *of matmul* the same",
+        "FLOPs over the large matmul above; roofline is",
         "max(FLOPs / matmul, bytes / copy) over the time. A loss that takes its gradient in the",
         "forward pass (`linear_cross_entropy`) compares in mode *both* only.",
         "",
@@ -99,11 +101,26 @@ def readme_table(folder: Path, root: Path) -> str:
         for path in newest.values()
     ]
     results.sort(key=lambda pair: (pair[0].machine["scale"] != "cuda", pair[0].slug))
-    parts = [
-        "\n".join(readme_lines(result, path.relative_to(root).as_posix()))
-        for result, path in results
-    ]
-    return "\n\n".join(parts)
+    return "\n\n".join(
+        [
+            measured_line([result for result, _ in results]),
+            *(
+                "\n".join(readme_lines(result, path.relative_to(root).as_posix()))
+                for result, path in results
+            ),
+        ]
+    )
+
+
+def measured_line(results: Sequence[Run]) -> str:
+    """What has been measured, and what has not."""
+    gpus = [run.machine["device"] for run in results if run.machine["scale"] == "cuda"]
+    if gpus:
+        return f"Measured on {', '.join(gpus)}, and on the processors below."
+    return (
+        "No GPU run yet: the Triton kernels are checked in the interpreter and compiled for "
+        "GPUs, and their speed is not measured. What follows was measured on processors."
+    )
 
 
 def _body(options: argparse.Namespace) -> int:

@@ -34,6 +34,12 @@ class Entry:
         return (self.p80 - self.p20) / self.median
 
     @property
+    def form(self) -> str:
+        """``eager`` or ``compiled``: like is compared with like."""
+        guess = "compiled" if self.contender.endswith(" compiled") else "eager"
+        return str(self.facts.get("form", guess))
+
+    @property
     def mode(self) -> str:
         """The pass of an op, or nothing: what is compared has the same."""
         return str(self.facts.get("mode", ""))
@@ -155,8 +161,37 @@ def _from_benchmarks(path: Path) -> tuple[dict[str, Any], dict[str, Any], list[E
 
 
 def baseline(entry: Entry, group: Iterable[Entry]) -> Entry | None:
-    """Ours in the same race and mode, against which the others are shown: the first."""
-    return next((other for other in group if other.ours and other.mode == entry.mode), None)
+    """Ours of the same pass in the same race, against which the others are shown.
+
+    The first that is compiled as the entry is, or else the first.
+    """
+    ours = [other for other in group if other.ours and other.mode == entry.mode]
+    return next((other for other in ours if other.form == entry.form), next(iter(ours), None))
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times as long a rival takes as ours, and the range that the percentiles allow.
+
+    Attributes:
+        value: the rival's median over ours.
+        low: the rival's 20th percentile over our 80th.
+        high: the rival's 80th percentile over our 20th.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, rival: Entry, ours: Entry) -> Self:
+        """From two entries of one race."""
+        return cls(rival.median / ours.median, rival.p20 / ours.p80, rival.p80 / ours.p20)
+
+    @property
+    def is_difference(self) -> bool:
+        """False where the samples spread wider than the difference: both may be equally fast."""
+        return not self.low <= 1.0 <= self.high
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from benchmarks.results import Entry, Run, baseline
+from benchmarks.quiet import QUIET_SHARE
+from benchmarks.results import Entry, Ratio, Run, baseline
 
 WORDS = ("contender", "what", "who", "op", "pass")
 # columns beside the times, where a race has them: key, heading, how it is shown
@@ -19,17 +20,16 @@ _FACTS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
 )
 
 
-# with two threads and one core free, every parallel loop waits for the scheduler
-BUSY = (
-    "The machine was busy with other programs: times of milliseconds are those of its scheduler, "
-    "and nothing here is a ground for comparisons. To be measured again on a quiet machine."
-)
+NO_DIFFERENCE = "no difference"
+# what a table says of a race that other programs disturbed in each of its runs
+DISTURBED = "disturbed"
+_COMPILED = " compiled"
 
 
-def is_busy(run: Run) -> bool:
-    """Whether more was running at the end than there are cores for."""
-    load, cores = run.machine.get("load"), run.machine["cores"]
-    return load is not None and bool(load > 1.5 * cores)
+def was_disturbed(group: Sequence[Entry]) -> bool:
+    """Whether other programs ran beside the race."""
+    others = [e.facts.get("others") for e in group]
+    return any(x is not None and x > QUIET_SHARE for x in others)
 
 
 def duration(seconds: float) -> str:
@@ -47,10 +47,17 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[s
     yield from (f"| {' | '.join(row)} |" for row in rows)
 
 
+def times_faster(ratio: Ratio) -> str:
+    """How many times faster ours is, or that the samples do not tell."""
+    return f"{ratio.value:.2f}" if ratio.is_difference else NO_DIFFERENCE
+
+
 def versus(entry: Entry, group: Sequence[Entry]) -> str:
-    """How many times as long as ours it takes."""
+    """How many times faster than this one ours is."""
     ours = baseline(entry, group)
-    return "-" if ours is None else f"{entry.median / ours.median:.2f}"
+    if ours is None:
+        return "-"
+    return "1" if entry is ours else times_faster(Ratio.of(entry, ours))
 
 
 def race_table(group: Sequence[Entry]) -> Iterator[str]:
@@ -60,7 +67,7 @@ def race_table(group: Sequence[Entry]) -> Iterator[str]:
         "contender",
         "median",
         "20-80 %",
-        "time / ours",
+        "ours is x faster",
         *(heading for _, heading, _ in shown),
     ]
     rows = []
@@ -87,10 +94,13 @@ def machine_lines(run: Run) -> Iterator[str]:
         yield f"- name, driver, clocks, power: {m['nvidia_smi']}"
     yield f"- {', '.join(f'{name} {m[name]}' for name in versions if m.get(name))}"
     yield f"- commit {m['commit']}, {m['date']}, scale `{m['scale']}`"
-    if m.get("load") is not None:
-        yield f"- load average at the end: {m['load']:.1f}"
-    if is_busy(run):
-        yield f"- **{BUSY}**"
+    groups = run.groups()
+    disturbed = [name for name, group in groups.items() if was_disturbed(group)]
+    if disturbed:
+        yield (
+            f"- other programs had more than {QUIET_SHARE:g} cores during {len(disturbed)} of "
+            f"{len(groups)} races, each time they were run: {', '.join(disturbed)}"
+        )
     flops = ", ".join(
         f"{x / 1e12:.3g} TFLOP/s {name}" for name, x in ceilings["flop_per_s"].items()
     )
@@ -112,7 +122,7 @@ def summary_lines(run: Run) -> Iterator[str]:
             ]
             yield (
                 f"  {e.contender:28} {duration(e.median):>8} "
-                f"[{duration(e.p20)}, {duration(e.p80)}] {versus(e, group):>6}x ours  "
+                f"[{duration(e.p20)}, {duration(e.p80)}] {versus(e, group):>13}  "
                 f"{', '.join(facts)}"
             )
 
@@ -128,44 +138,58 @@ def import_line(run: Run) -> str | None:
 
 
 def readme_lines(run: Run, report: str) -> Iterator[str]:
-    """The README's table of one machine: training, generation, ops."""
+    """The README's table of one machine: the training step, and decoding at batch 1 and 8."""
     m = run.machine
     yield f"**{m['device']}**, {m['cores']} cores, torch {m['torch']}, {run.date}"
     yield f"([all of it, with plots]({report})):"
-    if is_busy(run):
-        yield ""
-        yield f"> {BUSY}"
     yield ""
-    rows = []
-    # the axes of growth, loaders and the like are for the report; training comes first
-    races = [(n, g) for n, g in run.groups().items() if {"mfu", "phase"} & set(g[0].facts)]
-    races = [(n, g) for n, g in races if "axis" not in g[0].facts]
-    for name, group in sorted(races, key=lambda race: "mfu" not in race[1][0].facts):
-        for e in group:
-            memory = e.facts.get("peak_bytes")
-            rows.append(
-                [
-                    name,
-                    f"**{e.contender}**" if e.ours else e.contender,
-                    f"{e.facts['tokens_per_s']:,.0f}",
-                    versus(e, group),
-                    "" if memory is None else f"{memory / 1e9:.2f}",
-                ]
-            )
-    yield from markdown(("what", "who", "tokens/s", "time / ours", "peak GB"), rows)
-    ops = [
-        [e.facts["op"], e.mode, *_rival_times(e, group)]
-        for group in run.groups().values()
-        for e in group
-        if e is baseline(e, group) and "op" in e.facts and e.mode != "backward"
+    rows = [
+        row
+        for name, group in sorted(
+            run.groups().items(), key=lambda race: "mfu" not in race[1][0].facts
+        )
+        if _is_headline(group[0])
+        for row in _headline_rows(name, group)
     ]
-    if ops:
-        yield ""
-        yield from markdown(("op", "pass", "ours", "eager / ours", "compiled / ours"), ops)
+    header = (
+        "what",
+        "ours, tokens/s",
+        "who",
+        "eager: ours is x faster",
+        "compiled: ours is x faster",
+    )
+    yield from markdown(header, rows)
 
 
-def _rival_times(ours: Entry, group: Sequence[Entry]) -> Iterator[str]:
-    yield duration(ours.median)
-    for provider in ("eager", "compile"):
-        rival = next((e for e in group if e.contender == f"{provider} {ours.mode}"), None)
-        yield "-" if rival is None else f"{rival.median / ours.median:.2f}"
+def _is_headline(entry: Entry) -> bool:
+    """Whether the README shows the race: training, or decoding at batch 1 or 8."""
+    if "axis" in entry.facts:
+        # how cost grows is for the report
+        return False
+    return "mfu" in entry.facts or (
+        entry.facts.get("phase") == "decode" and entry.facts.get("B") in (1, 8)
+    )
+
+
+def _headline_rows(name: str, group: Sequence[Entry]) -> Iterator[list[str]]:
+    """A row for each rival: its eager form against ours, its compiled form against ours."""
+    found = {e.contender: e for e in group}
+    ours = [e for e in group if e.ours]
+    if not ours:
+        return
+    forms = (ours[0], next((e for e in ours if e.contender.endswith(_COMPILED)), None))
+    rates = " / ".join(f"{e.facts['tokens_per_s']:,.0f}" for e in forms if e is not None)
+    shown = f"{name} ({DISTURBED})" if was_disturbed(group) else name
+    for rival in dict.fromkeys(e.contender.removesuffix(_COMPILED) for e in group if not e.ours):
+        eager, compiled = found.get(rival), found.get(rival + _COMPILED)
+        # an engine of its own has one form, and meets both of ours
+        pairs = zip((eager, compiled or eager), forms, strict=True)
+        cells = [
+            "-" if theirs is None or mine is None else _with_range(Ratio.of(theirs, mine))
+            for theirs, mine in pairs
+        ]
+        yield [shown, rates, rival, *cells]
+
+
+def _with_range(ratio: Ratio) -> str:
+    return f"{times_faster(ratio)} ({ratio.low:.2f} to {ratio.high:.2f})"

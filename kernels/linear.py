@@ -83,6 +83,18 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 _onednn_linear.register_autograd(_backward, setup_context=_save)
 
 
+def in_autocast_dtype(x: Tensor) -> Tensor:
+    """x in the dtype in which autocast computes a product with it; x itself without autocast.
+
+    An op whose body holds several products asks once: what it computes then has one dtype, the one
+    that its fake implementation says. As in PyTorch's own products, fp64 stays fp64.
+    """
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(device_type))
+    return x
+
+
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     op = "linear"
     checks.check_rows(op, "x", x)

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastgpt2.kernels import checks, reference
 from fastgpt2.kernels.backend import Impl, resolve
 from fastgpt2.kernels.cross_entropy import check_loss_options, kept_count
-from fastgpt2.kernels.linear import matmul
+from fastgpt2.kernels.linear import in_autocast_dtype, matmul
 from fastgpt2.kernels.linear_fp8 import HeadFP8, check_fp8
 
 # logits of one chunk, in the compute dtype: 2 GiB, 21 thousand rows of GPT-2's in bf16, keep the
@@ -243,9 +243,10 @@ def linear_cross_entropy(
 ) -> Tensor:
     """cross_entropy(x @ weight.T, targets), never holding the full logits in fp32.
 
-    Logits in x's dtype, loss in fp32; the gradient is computed in the forward pass, that of the
-    weight accumulates in fp32. Wijmans et al., "Cut Your Losses in Large-Vocabulary Language
-    Models", 2024, has the idea; here the chunks are large and nothing is recomputed.
+    Logits in x's dtype (under autocast, in autocast's), loss in fp32; the gradient is computed in
+    the forward pass, that of the weight accumulates in fp32. Wijmans et al., "Cut Your Losses in
+    Large-Vocabulary Language Models", 2024, has the idea; here the chunks are large and nothing is
+    recomputed.
 
     Args:
         x: (..., C), the final LayerNorm's output.
@@ -274,6 +275,7 @@ def linear_cross_entropy(
     checks.check_shape(op, "targets", targets, x.shape[:-1], f"x {tuple(x.shape)}")
     checks.check_same_device(op, "targets", targets, x.device)
     vocab_size = check_loss_options(op, vocab_size, weight.shape[0], label_smoothing, z_loss)
+    x = in_autocast_dtype(x)
     rows, flat = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
     options = (ignore_index, vocab_size, label_smoothing, z_loss)
     choice = resolve(op, impl, x)

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastgpt2.kernels import checks, reference
 from fastgpt2.kernels.backend import Impl, resolve, wants_gradient
 from fastgpt2.kernels.gelu import bias_gelu, gelu, gelu_bwd
-from fastgpt2.kernels.linear import unchecked_linear
+from fastgpt2.kernels.linear import in_autocast_dtype, unchecked_linear
 
 
 @torch.library.custom_op("fastgpt2::linear_gelu_fwd", mutates_args=())
@@ -64,8 +64,9 @@ def linear_gelu(
 ) -> Tensor:
     """gelu(x @ weight.T + bias), tanh form.
 
-    Products accumulate in fp32; weight and bias are taken in x's dtype, which is y's. ``triton``
-    is the library's product followed by ``bias_gelu``, or with ``fused`` one kernel of our own.
+    Products accumulate in fp32; weight and bias are taken in x's dtype (under autocast, in
+    autocast's), which is y's. ``triton`` is the library's product followed by ``bias_gelu``, or
+    with ``fused`` one kernel of our own.
 
     Args:
         x: (..., C).
@@ -82,6 +83,7 @@ def linear_gelu(
     op = "linear_gelu"
     checks.check_vectors(op, "x", x)
     checks.check_layer(op, x, weight, bias)
+    x = in_autocast_dtype(x)
     weight = weight.to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
     match resolve(op, impl, x):

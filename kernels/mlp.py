@@ -8,7 +8,7 @@ from torch import Tensor
 from fastgpt2.kernels import checks, reference
 from fastgpt2.kernels.backend import Impl, resolve, wants_gradient
 from fastgpt2.kernels.gelu import gelu_fwd
-from fastgpt2.kernels.linear import unchecked_linear
+from fastgpt2.kernels.linear import in_autocast_dtype, unchecked_linear
 from fastgpt2.kernels.linear_gelu import linear_gelu
 
 
@@ -80,9 +80,9 @@ def mlp(
     """gelu(x @ fc_weight.T + fc_bias) @ proj_weight.T, tanh form: GPT-2's MLP but its last bias.
 
     That bias is added with the branch, by ``add_layer_norm``. Products accumulate in fp32; weights
-    and bias are taken in x's dtype, which is the result's. ``triton`` saves x and the
-    pre-activation for backward and makes the GELU again in the pass that takes its derivative;
-    ``torch`` saves both.
+    and bias are taken in x's dtype (under autocast, in autocast's), which is the result's.
+    ``triton`` saves x and the pre-activation for backward and recomputes the GELU in the pass that
+    takes its derivative; ``torch`` saves both.
 
     Args:
         x: (..., C).
@@ -104,6 +104,7 @@ def mlp(
     checks.check_dim(op, "proj_weight", proj_weight, 2, "(C', F)")
     expected = (proj_weight.shape[0], fc_weight.shape[0])
     checks.check_operand(op, "proj_weight", proj_weight, expected, x)
+    x = in_autocast_dtype(x)
     if fc_bias is not None:
         fc_bias = fc_bias.to(x.dtype).contiguous()
     fc_weight, proj_weight = fc_weight.to(x.dtype), proj_weight.to(x.dtype)

@@ -4,6 +4,12 @@ import os
 import signal
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # `-n auto` starts a process per core: more threads would only wait for each other. The library
+    # reads this once, when torch is loaded; the programs that tests start inherit it.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 if not torch.cuda.is_available():

@@ -181,7 +181,7 @@ def read_examples(task: Task, path: Path, limit: int | None = None) -> list[Exam
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             yield from ((n, line) for n, line in enumerate(file, 1) if line.strip())
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None

@@ -162,7 +162,8 @@ def _from_network(timeout: float, retries: int) -> tuple[str, str]:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8")
+        # an editor may have put a byte-order mark before the first token
+        return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 at byte {error.start}") from error
 

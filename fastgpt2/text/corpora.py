@@ -1,7 +1,6 @@
 """Where training text comes from: files, folders, patterns, and a few corpora known by name."""
 
-import codecs
-import glob
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -12,6 +11,8 @@ from typing import Literal
 
 from fastgpt2.download import DownloadError, cache_dir, download
 from fastgpt2.errors import UserError
+from fastgpt2.text.matches import files_below, matching_files
+from fastgpt2.text.utf8 import Utf8Decoder
 
 # part of the text that is kept for validation, as in nanoGPT
 VAL_FRACTION = 0.1
@@ -118,8 +119,12 @@ class Piece:
 def load_corpus(data: str | Sequence[str]) -> Corpus:
     """The documents that ``data`` names: corpus names, files, folders, glob patterns.
 
-    Folders are searched to the bottom, hidden files left out; files come in the order of their
-    names. One file is one document.
+    Folders are searched to the bottom, through symbolic links; hidden files are left out, and files
+    come in the order of their names: a folder is the same corpus as the pattern ``folder/**/*``.
+    One file is one document. A pipe (``/dev/stdin``, process substitution) is read into memory.
+
+    Args:
+        data: one of these, or several.
 
     Raises:
         UserError: something is not there, is empty, or cannot be downloaded.
@@ -136,6 +141,15 @@ def load_corpus(data: str | Sequence[str]) -> Corpus:
     return Corpus(", ".join(items), tuple(documents))
 
 
+def absolute(item: str) -> str:
+    """``item`` as it can be read from any folder: a path or a pattern from the root on.
+
+    Args:
+        item: what ``load_corpus`` takes; the name of a corpus stays as it is.
+    """
+    return item if item in CORPUS_NAMES else str(Path(item).absolute())
+
+
 def _resolve(item: str) -> list[Document]:
     if item == PYTHON_DOCS:
         return python_docs()
@@ -143,21 +157,34 @@ def _resolve(item: str) -> list[Document]:
         return [Document(item, _fetch(item, REMOTE[item]))]
     path = Path(item)
     if path.is_dir():
-        paths = [p for p in path.rglob("*") if not _is_hidden(p.relative_to(path))]
+        files = files_below(path)
+    elif path.is_file():
+        files = [path]
     elif path.exists():
-        paths = [path]
+        return [_read_once(item)]
     else:
-        paths = [Path(match) for match in glob.glob(item, recursive=True)]
-        if not paths:
+        files = matching_files(item)
+        if not files:
             raise _not_there(item)
-    files = sorted(p for p in paths if p.is_file())
     if not files:
         raise UserError(f"data: {item} has no files")
     return [Document(str(p), p) for p in files]
 
 
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def _read_once(item: str) -> Document:
+    """A pipe, a terminal: process substitution, /dev/stdin. It can be read only once, so now.
+
+    Raises:
+        UserError: it cannot be read, or is a device that never ends.
+    """
+    path = Path(item)
+    try:
+        with path.open("rb") as file:
+            if path.is_fifo() or file.isatty() or os.path.samefile(item, os.devnull):
+                return Document(item, file.read())
+            raise UserError(f"data: {item} is a device, not a text")
+    except OSError as error:
+        raise UserError(f"data: cannot read {item}: {error.strerror}") from None
 
 
 def _not_there(item: str) -> UserError:
@@ -210,12 +237,13 @@ def split_pieces(corpus: Corpus, val_fraction: float) -> Iterator[Piece]:
     anything (see ``cut_point``).
 
     Raises:
-        UserError: a document is not UTF-8, naming the file and the position of the byte.
+        UserError: a document is not UTF-8 or has a NUL, naming the file and the offset.
     """
     if not 0 <= val_fraction < 1:
         raise UserError(f"val_fraction must be in [0, 1), got {val_fraction}")
     begun: set[Split] = set()
-    chunks = _decoded(corpus, val_fraction)
+    # a document of a byte-order mark alone has no text
+    chunks = (chunk for chunk in _decoded(corpus, val_fraction) if chunk[2])
     for (_, split), group in groupby(chunks, key=itemgetter(0, 1)):
         after_document = split in begun
         begun.add(split)
@@ -235,7 +263,7 @@ def _decoded(corpus: Corpus, val_fraction: float) -> Iterator[tuple[int, Split, 
     left = int(corpus.size * (1 - val_fraction))
     training = True
     for number, document in enumerate(corpus.documents):
-        decoder = _Decoder(document.name)
+        decoder = Utf8Decoder(document.name)
         for chunk in document.chunks(PIECE_BYTES):
             border = max(0, min(left, len(chunk))) if training else 0
             # the character that the border falls into goes to the training text
@@ -248,28 +276,6 @@ def _decoded(corpus: Corpus, val_fraction: float) -> Iterator[tuple[int, Split, 
                 training = False
                 yield number, "val", decoder.decode(chunk[border:])
         decoder.decode(b"", final=True)
-
-
-class _Decoder:
-    """UTF-8 over several chunks; an error names the file and the offset in it."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._decoder = codecs.getincrementaldecoder("utf-8")()
-        self._read = 0
-
-    def decode(self, chunk: bytes, final: bool = False) -> str:
-        pending = len(self._decoder.getstate()[0])
-        try:
-            text = self._decoder.decode(chunk, final)
-        except UnicodeDecodeError as error:
-            offset = self._read - pending + error.start
-            raise UserError(
-                f"data: {self._name} is not UTF-8: byte 0x{error.object[error.start]:02x} at "
-                f"offset {offset} ({error.reason})"
-            ) from None
-        self._read += len(chunk)
-        return text
 
 
 def cut_point(text: str) -> int:

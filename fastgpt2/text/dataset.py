@@ -1,7 +1,9 @@
 """From what ``--data`` says to the tokens of a training run."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,23 @@ class Dataset:
     train_bytes: int
     val_bytes: int
     source: str
+
+    @cached_property
+    def digest(self) -> str:
+        """Short sha256 of all tokens: equal digests mean the same corpus, wherever it lies.
+
+        A folder of token shards and the text it was made from have different digests.
+        """
+        digest = hashlib.sha256()
+        for tokens in (self.train, self.val):
+            if isinstance(tokens, TokenShards):
+                for header in tokens.headers:
+                    digest.update(header.sha256)
+            elif tokens is not None:
+                digest.update(np.ascontiguousarray(tokens).data)
+            # the place of the border between the two
+            digest.update(b"split")
+        return digest.hexdigest()[:16]
 
 
 def build_dataset(

@@ -197,6 +197,22 @@ def iter_eval_batches(
     return _eval_batches(sequence, block_size, rows)
 
 
+def check_eval_tokens(
+    tokens: Tokens, vocab_size: int | None, *, name: str = "validation tokens"
+) -> None:
+    """Raise now what ``iter_eval_batches`` would raise later.
+
+    Args:
+        tokens: ids; numpy array, tensor or ``TokenShards``.
+        vocab_size: V; ids are checked against it, if given.
+        name: what error messages call the tokens.
+
+    Raises:
+        UserError: fewer than two tokens, or an id outside the vocabulary.
+    """
+    as_sequence(tokens, at_least=2, vocab_size=vocab_size, name=name)
+
+
 def _eval_batches(sequence: TokenSequence, block_size: int, rows: int) -> Iterator[Batch]:
     for start in range(0, len(sequence) - 1, rows * block_size):
         ids = torch.from_numpy(sequence[start : start + rows * block_size + 1].astype(np.int64))

@@ -5,6 +5,7 @@ import math
 import os
 import shlex
 import shutil
+from dataclasses import replace
 from datetime import datetime
 from itertools import count
 from pathlib import Path
@@ -16,6 +17,7 @@ from fastgpt2 import runs
 from fastgpt2.cli import Parser
 from fastgpt2.cli import run as run_command
 from fastgpt2.errors import UserError
+from fastgpt2.text.corpora import absolute
 from fastgpt2.train import summary
 from fastgpt2.train.allocator import keep_freed_memory
 from fastgpt2.train.config import TrainConfig, field_types, named_configs, read_config
@@ -121,6 +123,12 @@ def _train(arguments: dict[str, Any]) -> int:
     else:
         base = read_config(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     config = TrainConfig.from_layers(base, _length(arguments), arguments)
+    # a resume may be given from another folder
+    config = replace(
+        config,
+        data=tuple(absolute(item) for item in config.data),
+        vocab_dir=None if config.vocab_dir is None else str(Path(config.vocab_dir).absolute()),
+    )
     print(f"run: {folder}")
     print("".join(f"  {line}\n" for line in config.to_toml().splitlines()), end="")
     trainer = Trainer(config, folder, resume=resume)

@@ -81,7 +81,7 @@ def load_model(folder: Path, **overrides: Any) -> GPT:
         UserError: a file is missing, damaged, or does not fit the configuration.
     """
     try:
-        config = json.loads((folder / runs.MODEL_CONFIG).read_text(encoding="utf-8"))
+        config = json.loads((folder / runs.MODEL_CONFIG).read_bytes())
         # no memory and no time for an initialisation that is overwritten at once
         with torch.device("meta"):
             model = GPT(GPTConfig(**(config | overrides)))

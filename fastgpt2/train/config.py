@@ -200,7 +200,8 @@ def read_config(name_or_path: str) -> dict[str, Any]:
         text = (files("fastgpt2.configs") / f"{name_or_path}.toml").read_text(encoding="utf-8")
     elif path.is_file():
         try:
-            text = path.read_text(encoding="utf-8")
+            # some editors begin a file with a byte-order mark, which TOML does not allow
+            text = path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError:
             raise UserError(f"{path}: not UTF-8 text") from None
         except OSError as error:

@@ -1,7 +1,5 @@
 """The training loop: what happens in which order, and nothing else."""
 
-import math
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -9,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from fastgpt2 import runs
 from fastgpt2.devices import (
@@ -18,21 +15,21 @@ from fastgpt2.devices import (
     resolve_device,
     resolve_dtype,
     resolve_kernels,
-    rng_states,
-    set_rng_states,
 )
 from fastgpt2.errors import UserError
 from fastgpt2.files import write_text
 from fastgpt2.generate.stream import encode_prompt, stream_text
 from fastgpt2.model import GPT
 from fastgpt2.text import BlockLoader, build_dataset, load_tokenizer, save_tokenizer
-from fastgpt2.text.loaders import iter_eval_batches
+from fastgpt2.text.loaders import check_eval_tokens
 from fastgpt2.train import checkpoint, summary
 from fastgpt2.train.config import TrainConfig
+from fastgpt2.train.console import Console
 from fastgpt2.train.interrupt import Interrupt, Interrupted
 from fastgpt2.train.metrics import MetricsLog, plot
 from fastgpt2.train.schedules import learning_rate, progress
-from fastgpt2.train.step import Batch, StepResult, TrainingStep
+from fastgpt2.train.state import RunState, check_data
+from fastgpt2.train.step import Batch, TrainingStep
 from fastgpt2.train.validation import Validation, validate
 
 # tokens of an evaluation's batch, at least: without gradients they fit wherever training does
@@ -71,7 +68,8 @@ class Trainer:
         resume: bool = False,
         notify: Callable[[str], None] = print,
     ) -> None:
-        self.config, self.run_folder, self.notify = config, run, notify
+        self.config, self.run_folder = config, run
+        self.console = Console(notify)
         self.device = resolve_device(config.device)
         self.dtype = resolve_dtype(config.dtype, self.device)
         self.kernels = resolve_kernels(self.device, self.dtype, config.impl, fp8=config.fp8)
@@ -85,24 +83,19 @@ class Trainer:
             notify=notify,
         )
         self.tokenizer = self.dataset.tokenizer
-        if config.sample_tokens:
-            # for its checks, like those of the validation tokens below: better now than at the
-            # first evaluation
-            encode_prompt(self.tokenizer, config.sample_prompt, name="sample_prompt")
         self.tokenizer_id = f"{self.tokenizer.name} {self.tokenizer.fingerprint}"
+        # what would fail at the first evaluation fails now
+        if config.sample_tokens:
+            encode_prompt(self.tokenizer, config.sample_prompt, name="sample_prompt")
         if folder is not None:
-            saved = runs.read_state(folder).get("tokenizer")
-            if saved != self.tokenizer_id:
-                raise UserError(
-                    f"{folder}: saved with tokenizer {saved}, the run's is {self.tokenizer_id}"
-                )
+            check_data(folder, self.tokenizer_id, self.dataset.digest)
         torch.manual_seed(config.seed)
         shape = config.gpt_config(self.tokenizer.vocab_size)
         self.model = (
             GPT(shape) if folder is None else checkpoint.load_model(folder, **asdict(shape))
         )
         self.model.to(self.device)
-        self.optimizer = self.model.configure_optimizers(
+        optimizer = self.model.configure_optimizers(
             config.weight_decay, config.lr, (config.beta1, config.beta2), self.device.type
         )
         self.loader = BlockLoader(
@@ -114,167 +107,169 @@ class Trainer:
             vocab_size=shape.vocab_size,
         )
         if self.dataset.val is not None:
-            iter_eval_batches(
-                self.dataset.val, shape.block_size, config.batch_size, vocab_size=shape.vocab_size
-            )
+            check_eval_tokens(self.dataset.val, shape.vocab_size)
         self.tokens_per_step = config.grad_accum * config.batch_size * shape.block_size
         self.total_steps = config.total_steps(self.loader.blocks_per_epoch)
         self.interrupt = Interrupt()
         self.training_step = TrainingStep(
             self.model,
-            self.optimizer,
+            optimizer,
             dtype=self.dtype,
             grad_clip=config.grad_clip,
             forward=self._compiled(),
             poll=self.interrupt.poll,
         )
-        self.step, self.elapsed = 0, 0.0
-        # of the weights as they are after `step`; None where it has not been measured
-        self.validation: Validation | None = None
-        self.train_loss = math.nan
-        # results of the steps since the last record in the log
-        self.pending: list[StepResult] = []
+        self.state = RunState(
+            self.model,
+            optimizer,
+            self.loader,
+            self.training_step.scaler,
+            fixed={
+                "tokenizer": self.tokenizer_id,
+                "data": self.dataset.digest,
+                "config": config.to_toml(),
+            },
+        )
         if folder is not None:
-            self._restore(folder)
-        self._snapshot = self._position()
+            self.state.restore(folder)
 
     def run(self) -> Outcome:
         """Train to the end, or to a signal; either way the run folder is left complete."""
         exit_code = 0
-        run = self.run_folder
+        config, run, state = self.config, self.run_folder, self.state
         try:
             run.mkdir(parents=True, exist_ok=True)
-            write_text(run / "config.toml", self.config.to_toml())
+            write_text(run / "config.toml", config.to_toml())
             save_tokenizer(self.tokenizer, run)
-            log = MetricsLog(run, self.step)
+            log = MetricsLog(run, state.step)
         except OSError as error:
             raise UserError(f"{run}: cannot be written: {error.strerror}") from None
-        self._introduce()
+        self.console.introduce(
+            self.dataset,
+            self.tokenizer_id,
+            self.model,
+            batch_size=config.batch_size,
+            dtype=self.dtype,
+            kernels=self.kernels,
+        )
         self.model.train()
         try:
-            with self.interrupt, self._bar() as bar:
+            with (
+                self.interrupt,
+                self.console.begin(
+                    state.step, self.total_steps, config.minutes, self.tokens_per_step
+                ),
+            ):
                 try:
-                    self._loop(log, bar)
+                    self._loop(log)
                 except Interrupted as signal:
                     exit_code = signal.exit_code
-                    self._rewind()
-                    bar.write(f"stopped by {signal}: saving step {self.step}")
-                    self._save()
+                    state.rewind()
+                    state.save(run, config.keep_last)
+                    self.console.write(f"stopped by {signal}: step {state.step} is saved")
         finally:
             # of a run that went wrong, too: the curves say how
             plot(run)
         return Outcome(
-            step=self.step,
-            tokens=self.step * self.tokens_per_step,
-            elapsed=self.elapsed,
-            train_loss=self.train_loss,
-            validation=self.validation,
+            step=state.step,
+            tokens=state.step * self.tokens_per_step,
+            elapsed=state.elapsed,
+            train_loss=state.train_loss,
+            validation=state.validation,
             best_step=int(runs.best(run).name.removeprefix("step_")),
             exit_code=exit_code,
         )
 
-    def _loop(self, log: MetricsLog, bar: "tqdm[Any]") -> None:
-        config = self.config
-        mark, mark_step = time.perf_counter(), self.step
-        started = mark - self.elapsed
+    def _loop(self, log: MetricsLog) -> None:
+        config, state = self.config, self.state
+        mark, mark_step = time.perf_counter(), state.step
+        started = mark - state.elapsed
         while True:
             if self._evaluation_is_due():
                 began = time.perf_counter()
-                self._evaluate(log, bar)
-                self._save()
+                self._evaluate(log)
                 # the speed is that of training alone
                 mark += time.perf_counter() - began
             if self._progress() >= 1.0:
                 return
-            self._snapshot = self._position()
+            state.mark()
             lr = learning_rate(
                 config.schedule,
-                self.step,
+                state.step,
                 self._progress(),
                 lr=config.lr,
                 min_lr=config.min_lr,
                 warmup_steps=config.warmup_steps,
             )
             batches: list[Batch] = [next(self.loader) for _ in range(config.grad_accum)]
-            self.pending.append(self.training_step(batches, lr))
-            self.step += 1
-            self.validation = None
-            self.elapsed = time.perf_counter() - started
-            bar.update(1)
-            if self.step % config.log_every == 0 or self.step == 1 or self._progress() >= 1.0:
+            state.pending.append(self.training_step(batches, lr))
+            state.step += 1
+            state.validation = None
+            state.elapsed = time.perf_counter() - started
+            self.console.advance()
+            if state.step % config.log_every == 0 or state.step == 1 or self._progress() >= 1.0:
                 grad_norm = self._read()
                 now = time.perf_counter()
-                speed = (self.step - mark_step) * self.tokens_per_step / (now - mark)
-                self._log(log, bar, lr, speed, grad_norm)
-                mark, mark_step = now, self.step
+                speed = (state.step - mark_step) * self.tokens_per_step / (now - mark)
+                self._log(log, lr, speed, grad_norm)
+                mark, mark_step = now, state.step
 
     def _evaluation_is_due(self) -> bool:
         """Every ``eval_every`` steps and at the end, if the weights have not been scored yet."""
-        if self.step == 0 or self.validation is not None:
+        state = self.state
+        if state.step == 0 or state.validation is not None:
             return False
-        return self.step % self.config.eval_every == 0 or self._progress() >= 1.0
+        return state.step % self.config.eval_every == 0 or self._progress() >= 1.0
 
     def _read(self) -> float:
-        """Fetch the results of the last steps from the device, and stop if they went bad.
+        """Check the results of the last steps; returns the last gradient norm."""
+        results = self.state.read_pending()
+        for step, (loss, norm) in enumerate(results, self.state.step - len(results) + 1):
+            self.training_step.check(loss, norm, step)
+        return results[-1][1]
 
-        Returns the last gradient norm; ``train_loss`` becomes the mean of the losses.
-        """
-        losses = torch.stack([result.loss for result in self.pending]).tolist()
-        norms: list[float] = torch.stack([result.grad_norm for result in self.pending]).tolist()
-        for i, (loss, norm) in enumerate(zip(losses, norms, strict=True)):
-            self.training_step.check(loss, norm, self.step - len(losses) + i + 1)
-        finite = [loss for loss in losses if math.isfinite(loss)]
-        self.train_loss = sum(finite) / len(finite) if finite else math.nan
-        self.pending.clear()
-        return norms[-1]
-
-    def _log(
-        self, log: MetricsLog, bar: "tqdm[Any]", lr: float, speed: float, grad_norm: float
-    ) -> None:
-        peak = peak_flops(self.device)
+    def _log(self, log: MetricsLog, lr: float, speed: float, grad_norm: float) -> None:
+        state, peak = self.state, peak_flops(self.device)
         mfu = None if peak is None else self.model.flops_per_token() * speed / peak
         log.write(
-            step=self.step,
-            tokens=self.step * self.tokens_per_step,
-            train_loss=self.train_loss,
+            step=state.step,
+            tokens=state.step * self.tokens_per_step,
+            train_loss=state.train_loss,
             lr=lr,
             grad_norm=grad_norm,
             tokens_per_second=speed,
             mfu=mfu,
-            elapsed=self.elapsed,
+            elapsed=state.elapsed,
         )
-        bar.set_postfix_str(
-            f"loss {self.train_loss:.3f}, lr {lr:.1e}, norm {grad_norm:.2f}, "
-            f"{summary.human(speed)} tok/s, MFU {'unknown' if mfu is None else f'{mfu:.1%}'}",
-            refresh=False,
-        )
+        self.console.record(state.train_loss, lr, grad_norm, speed, mfu)
 
-    def _evaluate(self, log: MetricsLog, bar: "tqdm[Any]") -> None:
+    def _evaluate(self, log: MetricsLog) -> None:
+        """Score the weights, save them, and only then show what came out."""
+        state, config = self.state, self.config
         began = time.perf_counter()
-        self.validation = validate(
+        state.validation = validate(
             self.model,
             self.dataset,
-            batch_size=max(self.config.batch_size, EVAL_TOKENS // self.model.config.block_size),
+            batch_size=max(config.batch_size, EVAL_TOKENS // self.model.config.block_size),
             dtype=self.dtype,
             poll=self.interrupt.poll,
         )
-        if self.validation is not None:
-            result = self.validation
+        seconds = time.perf_counter() - began
+        if state.validation is not None:
+            result = state.validation
             log.write(
-                step=self.step,
-                tokens=self.step * self.tokens_per_step,
+                step=state.step,
+                tokens=state.step * self.tokens_per_step,
                 val_loss=result.loss,
                 val_perplexity=result.perplexity,
                 val_bits_per_byte=result.bits_per_byte,
-                elapsed=self.elapsed,
+                elapsed=state.elapsed,
             )
-            bar.write(
-                f"step {self.step}: validation loss {result.loss:.4f} nats/token, perplexity "
-                f"{result.perplexity:.2f}, {result.nats_per_byte:.4f} nats/byte "
-                f"({time.perf_counter() - began:.1f} s)"
-            )
-        if self.config.sample_tokens:
-            bar.write(self._sample())
+        state.save(self.run_folder, config.keep_last)
+        if state.validation is not None:
+            self.console.evaluation(state.step, state.validation, seconds)
+        if config.sample_tokens:
+            self.console.sample(self._sample())
 
     def _sample(self) -> str:
         config = self.config
@@ -291,109 +286,24 @@ class Trainer:
             )
             text = config.sample_prompt + "".join(pieces)
         self.model.train()
-        return "\n".join(f"  | {line}" for line in text.strip().splitlines())
+        return text
 
     def _compiled(self) -> Callable[..., Any]:
         if not self.config.compile:
             return self.model
         obstacle = summary.compiler_obstacle(self.device)
         if obstacle is not None:
-            self.notify(f"compile: {obstacle}; training without it")
+            self.console.notify(f"compile: {obstacle}; training without it")
             return self.model
-        self.notify("compile: on; the first step takes a minute or so")
+        self.console.notify("compile: on; the first step takes a minute or so")
         return torch.compile(self.model, fullgraph=True, dynamic=False)
 
     def _progress(self) -> float:
-        """How much of the run lies behind, 0 to 1."""
+        """How much of the run is done, 0 to 1."""
         return progress(
-            self.step,
-            self.elapsed,
+            self.state.step,
+            self.state.elapsed,
             total_steps=self.total_steps,
             warmup_steps=self.config.warmup_steps,
             minutes=self.config.minutes,
         )
-
-    def _position(self) -> dict[str, Any]:
-        """Everything a step changes besides weights and moments."""
-        return {
-            "step": self.step,
-            "loader": self.loader.state_dict(),
-            "rng": rng_states(self.device),
-        }
-
-    def _rewind(self) -> None:
-        """Undo the part of an interrupted step that has happened: data drawn, random numbers."""
-        snapshot = self._snapshot
-        if self.step == snapshot["step"]:
-            self.loader.load_state_dict(snapshot["loader"])
-            set_rng_states(snapshot["rng"], self.device)
-
-    def _save(self) -> None:
-        validation = self.validation
-        if validation is not None and not math.isfinite(validation.loss):
-            validation = None
-        state = {
-            "elapsed": self.elapsed,
-            "loader": self.loader.state_dict(),
-            "scaler": self.training_step.scaler.state_dict(),
-            "train_loss": _finite_or_none(self.train_loss),
-            "validation": None if validation is None else asdict(validation),
-            "pending": [[_finite_or_none(x.item()) for x in result] for result in self.pending],
-            "tokenizer": self.tokenizer_id,
-            "config": self.config.to_toml(),
-        }
-        checkpoint.save(self.run_folder, self.step, self.model, self.optimizer, state)
-        checkpoint.prune(self.run_folder, self.config.keep_last)
-
-    def _restore(self, folder: Path) -> None:
-        state = runs.read_state(folder)
-        try:
-            self.step, self.elapsed = state["step"], state["elapsed"]
-            self.train_loss = _or_nan(state["train_loss"])
-            if state["validation"] is not None:
-                self.validation = Validation(**state["validation"])
-            for result in state["pending"]:
-                loss, norm = torch.tensor([_or_nan(x) for x in result], device=self.device)
-                self.pending.append(StepResult(loss, norm))
-            self.loader.load_state_dict(state["loader"])
-            # empty where the dtype needed none
-            if state["scaler"]:
-                self.training_step.scaler.load_state_dict(state["scaler"])
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{folder}: damaged state: {error!r}") from None
-        checkpoint.load_training_state(folder, self.model, self.optimizer)
-
-    def _introduce(self) -> None:
-        config, dataset = self.config, self.dataset
-        val_tokens = 0 if dataset.val is None else len(dataset.val)
-        self.notify(
-            f"data: {dataset.source}; {len(dataset.train):,} training and {val_tokens:,} "
-            f"validation tokens (tokenizer {self.tokenizer_id})"
-        )
-        for line in summary.model_lines(self.model, config.batch_size, self.dtype, self.device):
-            self.notify(line)
-        self.notify(f"kernels: {self.kernels}")
-        length = "by time" if self.total_steps is None else f"{self.total_steps:,} steps"
-        limit = "" if config.minutes is None else f", at most {config.minutes:g} minutes"
-        done = f" ({self.step:,} done)" if self.step else ""
-        self.notify(f"training: {length}{limit}{done}, {self.tokens_per_step:,} tokens a step")
-
-    def _bar(self) -> "tqdm[Any]":
-        return tqdm(
-            total=self.total_steps,
-            initial=self.step,
-            unit="step",
-            file=sys.stderr,
-            dynamic_ncols=True,
-            # a log file gets a line now and then, not ten a second
-            mininterval=0.1 if sys.stderr.isatty() else 10.0,
-        )
-
-
-def _finite_or_none(x: float) -> float | None:
-    """What JSON can hold."""
-    return x if math.isfinite(x) else None
-
-
-def _or_nan(x: float | None) -> float:
-    return math.nan if x is None else x

@@ -61,7 +61,7 @@ def _prefix(folder: Path) -> Path:
     if path.is_file():
         try:
             # the line is the first; the rest lists older checkpoints
-            with path.open(encoding="utf-8") as file:
+            with path.open(encoding="utf-8-sig") as file:
                 text = file.read(MAX_JSON_BYTES)
             found = re.search(r'^model_checkpoint_path: "([^"\n]+)"', text, re.MULTILINE)
         except (OSError, ValueError) as error:

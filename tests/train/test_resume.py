@@ -178,7 +178,7 @@ def test_the_dtype_may_change(data: Path, tmp_path: Path, dtypes: tuple[str, str
         ({"seed": 2}, "saved with seed 1337, now it is 2"),
         ({"block_size": 8}, "cannot be loaded"),
         ({"n_embd": 32}, "cannot be loaded"),
-        ({"val_fraction": 0.3}, "saved with num_tokens"),
+        ({"val_fraction": 0.3}, "the data has changed"),
     ],
 )
 def test_what_a_run_is_cannot_change(
@@ -221,3 +221,20 @@ def test_resuming_repeats_no_step(data: Path, tmp_path: Path, steps_that_count: 
     train(tiny_train_config(data, steps=3), tmp_path)
     train(tiny_train_config(data, steps=5), tmp_path, resume=True)
     assert len(steps_that_count) == 5
+
+
+@pytest.mark.parametrize("place", [0, 900, -2])
+def test_a_corpus_of_equal_length_is_not_the_same_corpus(
+    data: Path, tmp_path: Path, place: int
+) -> None:
+    text, run = tmp_path / "text.txt", tmp_path / "run"
+    content = bytearray(data.read_bytes())
+    text.write_bytes(content)
+    config = tiny_train_config(text, steps=3)
+    train(config, run)
+    # the same text somewhere else
+    train(tiny_train_config(data, steps=4), run, resume=True)
+    content[place] ^= 1
+    text.write_bytes(content)
+    with pytest.raises(UserError, match="resume: the data has changed since"):
+        make_trainer(config, run, resume=True)

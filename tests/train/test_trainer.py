@@ -159,7 +159,7 @@ def poison_from(trainer: Trainer, step: int) -> str:
     weight: Any = trainer.model.get_parameter(name)
 
     def bad(grad: Tensor) -> Tensor:
-        return torch.full_like(grad, torch.nan) if trainer.step >= step else grad
+        return torch.full_like(grad, torch.nan) if trainer.state.step >= step else grad
 
     weight.register_hook(bad)
     return name

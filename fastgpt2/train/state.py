@@ -1,0 +1,154 @@
+"""The state of a run: what a checkpoint holds, and the way back to the last finished step."""
+
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastgpt2 import runs
+from fastgpt2.devices import rng_states, set_rng_states
+from fastgpt2.errors import UserError
+from fastgpt2.model import GPT
+from fastgpt2.text import BlockLoader
+from fastgpt2.train import checkpoint
+from fastgpt2.train.step import StepResult
+from fastgpt2.train.validation import Validation
+
+
+@dataclass
+class RunState:
+    """Everything that changes while a run trains.
+
+    Args:
+        model: the weights.
+        optimizer: their moments.
+        loader: the position in the training data.
+        scaler: fp16's loss scale.
+        fixed: what belongs to the run and does not change; stored in each checkpoint, plain JSON.
+        step: optimizer steps taken.
+        elapsed: seconds of the run until ``step``, evaluations included.
+        train_loss: mean loss of the steps between the last two records, nats per token.
+        validation: loss of the weights as they are after ``step``; None where it was not measured.
+        pending: results of the steps since the last record in the log.
+    """
+
+    model: GPT
+    optimizer: torch.optim.Optimizer
+    loader: BlockLoader
+    scaler: torch.amp.GradScaler
+    fixed: dict[str, Any]
+    step: int = 0
+    elapsed: float = 0.0
+    train_loss: float = math.nan
+    validation: Validation | None = None
+    pending: list[StepResult] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._device = self.model.lm_head.weight.device
+        self.mark()
+
+    def mark(self) -> None:
+        """Remember what a step changes besides weights and moments, before it begins."""
+        self._marked = self.step, self.loader.state_dict(), rng_states(self._device)
+
+    def rewind(self) -> None:
+        """Undo the part of an interrupted step that has happened: data drawn, random numbers."""
+        step, loader, rng = self._marked
+        if self.step == step:
+            self.loader.load_state_dict(loader)
+            set_rng_states(rng, self._device)
+
+    def read_pending(self) -> list[tuple[float, float]]:
+        """Loss and gradient norm of each step since the last record, fetched from the device.
+
+        ``train_loss`` becomes the mean of the losses that are finite.
+        """
+        losses = torch.stack([result.loss for result in self.pending]).tolist()
+        norms = torch.stack([result.grad_norm for result in self.pending]).tolist()
+        finite = [loss for loss in losses if math.isfinite(loss)]
+        self.train_loss = sum(finite) / len(finite) if finite else math.nan
+        self.pending.clear()
+        return list(zip(losses, norms, strict=True))
+
+    def save(self, run: Path, keep_last: int) -> None:
+        """Write the checkpoint of ``step``, then delete those that are no longer kept.
+
+        Args:
+            run: the run folder.
+            keep_last: checkpoints kept beside the best one.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        validation = self.validation
+        if validation is not None and not math.isfinite(validation.loss):
+            validation = None
+        state = {
+            "elapsed": self.elapsed,
+            "loader": self.loader.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "train_loss": _finite_or_none(self.train_loss),
+            "validation": None if validation is None else asdict(validation),
+            "pending": [[_finite_or_none(x.item()) for x in result] for result in self.pending],
+            **self.fixed,
+        }
+        checkpoint.save(run, self.step, self.model, self.optimizer, state)
+        checkpoint.prune(run, keep_last)
+
+    def restore(self, folder: Path) -> None:
+        """Take everything but the weights from the checkpoint in ``folder``.
+
+        Raises:
+            UserError: a file is missing, damaged, or does not fit the run.
+        """
+        state = runs.read_state(folder)
+        try:
+            self.step, self.elapsed = state["step"], state["elapsed"]
+            self.train_loss = _or_nan(state["train_loss"])
+            if state["validation"] is not None:
+                self.validation = Validation(**state["validation"])
+            for result in state["pending"]:
+                loss, norm = torch.tensor([_or_nan(x) for x in result], device=self._device)
+                self.pending.append(StepResult(loss, norm))
+            self.loader.load_state_dict(state["loader"])
+            # empty where the dtype needed none
+            if state["scaler"]:
+                self.scaler.load_state_dict(state["scaler"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{folder}: damaged state: {error!r}") from None
+        checkpoint.load_training_state(folder, self.model, self.optimizer)
+        self.mark()
+
+
+def check_data(folder: Path, tokenizer: str, data: str) -> None:
+    """A run goes on with the tokens it began with.
+
+    Args:
+        folder: the checkpoint to go on from.
+        tokenizer: name and fingerprint of the run's tokenizer.
+        data: digest of the tokens; checkpoints of older versions have none.
+
+    Raises:
+        UserError: the checkpoint was saved with others.
+    """
+    state = runs.read_state(folder)
+    saved = state.get("tokenizer")
+    if saved != tokenizer:
+        raise UserError(f"{folder}: saved with tokenizer {saved}, the run's is {tokenizer}")
+    saved = state.get("data", data)
+    if saved != data:
+        raise UserError(
+            f"resume: the data has changed since {folder} was saved (digest {saved}, now {data}); "
+            "give the same text with --data, or start a new run"
+        )
+
+
+def _finite_or_none(x: float) -> float | None:
+    """What JSON can hold."""
+    return x if math.isfinite(x) else None
+
+
+def _or_nan(x: float | None) -> float:
+    return math.nan if x is None else x
