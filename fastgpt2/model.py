@@ -22,10 +22,10 @@ from fastgpt2.errors import UserError
 from fastgpt2.kernels import cross_entropy, linear_cross_entropy, tied_embedding
 from fastgpt2.layers import Block, normalize, project
 from fastgpt2.plain import is_plain
+from fastgpt2.tied_head import add_padding, cut_padding, tie
 
 # nanoGPT ignores targets of -1, Hugging Face those of -100
 _NANOGPT_IGNORE, _IGNORE = -1, -100
-_TIED_KEYS = ("transformer.wte.weight", "lm_head.weight")
 
 
 class Embedded(NamedTuple):
@@ -116,9 +116,9 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         self.tie_weights()
         self._init_weights()
-        self.register_state_dict_post_hook(_cut_padding)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_pre_hook(_add_padding)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_post_hook(_tie)  # type: ignore[no-untyped-call]
+        self.register_state_dict_post_hook(cut_padding)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(add_padding)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(tie)  # type: ignore[no-untyped-call]
 
     def tie_weights(self) -> None:
         """The head is the token embedding: one parameter under two names."""
@@ -401,39 +401,3 @@ def _has_bias(layer: nn.Module) -> bool:
 def _no_autocast(x: Tensor) -> torch.autocast:
     """Every dtype is explicit in here: autocast's own casts would only add to them."""
     return torch.autocast(x.device.type, enabled=False)
-
-
-def _cut_padding(
-    model: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: dict[str, Any]
-) -> None:
-    """Saved files hold the true vocabulary."""
-    assert isinstance(model, GPT)
-    for key in _TIED_KEYS:
-        state_dict[prefix + key] = state_dict[prefix + key][: model.config.vocab_size]
-
-
-def _add_padding(
-    model: nn.Module, state_dict: dict[str, Any], prefix: str, *_unused: object
-) -> None:
-    """Take the true vocabulary, or one that another program has padded, into the padded rows.
-
-    A file that stores the tied head once, or twice, serves alike.
-    """
-    assert isinstance(model, GPT)
-    wte_key, head_key = (prefix + key for key in _TIED_KEYS)
-    weight, head = state_dict.get(wte_key), state_dict.get(head_key)
-    weight, head = (head if weight is None else weight), (weight if head is None else head)
-    if weight is None or head is None:
-        return
-    if head is not weight and head.data_ptr() != weight.data_ptr() and not head.equal(weight):
-        raise ValueError(f"GPT: {head_key} differs from {wte_key}, but GPT-2's head is tied to it")
-    missing = model.config.padded_vocab_size - weight.shape[0]
-    if missing and weight.shape[0] == model.config.vocab_size:
-        weight = F.pad(weight, (0, 0, 0, missing))
-    state_dict[wte_key] = state_dict[head_key] = weight
-
-
-def _tie(model: nn.Module, _incompatible_keys: object) -> None:
-    """``assign=True`` makes two parameters of the two names: they are one again."""
-    assert isinstance(model, GPT)
-    model.tie_weights()

@@ -28,6 +28,7 @@ FLOORS = {
     "fastgpt2.layers": 3,
     "fastgpt2.plain": 3,
     "fastgpt2.cache": 3,
+    "fastgpt2.tied_head": 3,
     "fastgpt2.errors": 3,
     "fastgpt2.cli": 3,
     "fastgpt2.devices": 3,
