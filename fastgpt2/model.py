@@ -227,8 +227,7 @@ class GPT(nn.Module):
     ) -> Any:
         """Append sampled tokens to ``idx``: (B, T) -> (B, T + max_new_tokens), as nanoGPT does.
 
-        A key/value cache serves while all fits into block_size. The result is what each row would
-        have alone, whatever the lengths of the others.
+        Each row becomes what it would be alone, whatever the lengths of the others.
 
         Args:
             idx: (B, T) token ids; or a list of lists of ids, which gives a list of lists.
@@ -259,15 +258,8 @@ class GPT(nn.Module):
         """
         from fastgpt2.generate.batch import generate
 
-        return generate(
-            self,
-            idx,
-            max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            generator=generator,
-            **options,
-        )
+        draws = {"temperature": temperature, "top_k": top_k, "generator": generator}
+        return generate(self, idx, max_new_tokens, **draws, **options)
 
     def log_probs(self, ids: Tensor | Sequence[Sequence[int]]) -> Any:
         """log p(token | the tokens before it) of every token but the first, in nats.
