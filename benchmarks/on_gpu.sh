@@ -44,11 +44,18 @@ else
     unset TRITON_INTERPRET
 fi
 
+# Ctrl-C at the end of a stage's time, and not an end without notice: pytest and the tuner then
+# write what they have. A script in the background hands down that Ctrl-C is ignored: undo that.
+within() {
+    local seconds=$1
+    shift
+    timeout --signal INT --kill-after 15 "$seconds" env --default-signal=INT "$@"
+}
+
 bench() {
-    # none of it after the timeout: the JSON is written when pytest ends
     local stage=$1 seconds=$2
     shift 2
-    timeout "$seconds" "$python" -m pytest -p no:cacheprovider --benchmark-only -q \
+    within "$seconds" "$python" -m pytest -p no:cacheprovider --benchmark-only -q \
         "${scale[@]}" --benchmark-json "$out/$stage.json" --budget $((seconds * 6 / 10)) "$@"
 }
 
@@ -62,7 +69,7 @@ run_stage() {
             # most of the time goes into compiling kernels, which other cores can do
             workers=(-n 6)
         fi
-        timeout "$seconds" "$python" -m pytest -q -p no:cacheprovider "${workers[@]}" \
+        within "$seconds" "$python" -m pytest -q -p no:cacheprovider "${workers[@]}" \
             -m gpu tests/kernels --junitxml "$out/correct.xml"
         ;;
     kernels)
@@ -75,7 +82,7 @@ run_stage() {
         bench decode "$seconds" ${b}_generate.py --rounds 3
         ;;
     tune)
-        timeout "$seconds" "$python" -m tools.tune --out "$out" \
+        within "$seconds" "$python" -m tools.tune --out "$out" \
             --seconds $((seconds * 6 / 10)) "${dry[@]}"
         ;;
     esac

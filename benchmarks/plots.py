@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results import Entry, Run, baseline
+from fastgpt2 import picture
 
 # Okabe and Ito's colours, which everyone can tell apart: ours, then rivals
 OURS, RIVALS = "#0072B2", ("#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999")
@@ -33,12 +34,10 @@ def _bars(axes: Any, title: str, group: Sequence[Entry]) -> None:
 
 
 def _bar_page(groups: Groups) -> Any:
-    from matplotlib.figure import Figure
-
     columns = min(3, len(groups))
     rows = -(-len(groups) // columns)
     longest = max(len(group) for group in groups.values())
-    figure = Figure(figsize=(5.2 * columns, (0.9 + 0.34 * longest) * rows), layout="constrained")
+    figure = picture.new_figure(5.2 * columns, (0.9 + 0.34 * longest) * rows)
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes, (name, group) in zip(grid.flat, groups.items(), strict=False):
         _bars(axes, name, group)
@@ -49,8 +48,6 @@ def _bar_page(groups: Groups) -> Any:
 
 def _ops(groups: Groups) -> Any:
     """How many times as long as ours each rival takes, forward and backward together."""
-    from matplotlib.figure import Figure
-
     chosen = []
     for group in groups.values():
         mode = max((e.mode for e in group), key=("forward", "backward", "both").index)
@@ -63,7 +60,7 @@ def _ops(groups: Groups) -> Any:
             if not e.ours and baseline(e, group) is not None
         )
     )
-    figure = Figure(figsize=(9, 1.2 + 0.55 * len(chosen)), layout="constrained")
+    figure = picture.new_figure(9, 1.2 + 0.55 * len(chosen))
     axes = figure.subplots()
     height = 0.8 / max(len(providers), 1)
     for k, provider in enumerate(providers):
@@ -95,9 +92,7 @@ def _ops(groups: Groups) -> Any:
 
 def _roofline(run: Run, groups: Groups) -> Any:
     """Ours and eager PyTorch under the ceilings that the same run has measured."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8.5, 5.6), layout="constrained")
+    figure = picture.new_figure(8.5, 5.6)
     axes = figure.subplots()
     entries = [
         e
@@ -139,6 +134,7 @@ def _roofline(run: Run, groups: Groups) -> Any:
                 fontsize=8,
             )
     axes.set(xscale="log", yscale="log", xlabel="FLOPs a byte", ylabel="TFLOP/s")
+    picture.plain_numbers(axes)
     axes.set_title("roofline, measured in the same run", fontsize=10)
     axes.grid(True, which="both", alpha=0.2)
     figure.legend(fontsize=8, loc="outside lower center", ncols=4)
@@ -147,10 +143,8 @@ def _roofline(run: Run, groups: Groups) -> Any:
 
 def _growth(groups: Groups) -> Any:
     """Tokens per second along each axis."""
-    from matplotlib.figure import Figure
-
     names = list(dict.fromkeys(group[0].facts["axis"] for group in groups.values()))
-    figure = Figure(figsize=(5 * len(names), 3.8), layout="constrained")
+    figure = picture.new_figure(5 * len(names), 3.8)
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False).flat, names, strict=True):
         points = [e for group in groups.values() for e in group if e.facts["axis"] == name]
         for k, contender in enumerate(dict.fromkeys(e.contender for e in points)):
@@ -189,6 +183,7 @@ def draw(run: Run, folder: Path, stem: str) -> list[Path]:
     paths = []
     for name, (groups, page) in pages.items():
         if groups:
-            paths.append(folder / f"{stem}_{name}.png")
-            page().savefig(paths[-1], dpi=110)
+            path = folder / f"{stem}_{name}.png"
+            if picture.draw(path, page, dpi=110):
+                paths.append(path)
     return paths

@@ -2,12 +2,24 @@
 
 import argparse
 import io
-import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NoReturn
 
 from fastgpt2.errors import UserError
+from fastgpt2.streams import abandon, open_missing_streams, steady_streams
+
+# how PyTorch says that a tensor has no room, or could have none on any machine
+_NO_ROOM = (
+    "out of memory",
+    "not enough memory",
+    "can't allocate memory",
+    "invalid buffer size",
+    "calculation overflowed",
+    "multiplication overflow",
+    "overflow when unpacking",
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,26 +41,70 @@ def check_counts(options: argparse.Namespace, *names: str) -> None:
             raise UserError(f"--{name}: must be 1 or more, got {getattr(options, name)}")
 
 
-def run(name: str, body: Callable[[], int | None]) -> int:
+def run(name: str, body: Callable[[], int | None], *, steady: bool = False) -> int:
     """Call ``body`` and turn how it ended into an exit code.
 
-    A ``UserError`` becomes one line on stderr and 2, Ctrl-C one line and 130, a closed pipe
-    (``... | head``) a quiet 141, as the shell has them. Any other exception is a fault of ours and
-    keeps its traceback.
+    A ``UserError``, an ``OSError`` and a lack of memory become one line on stderr and 2, Ctrl-C
+    one line and 130, a closed pipe (``... | head``) a quiet 141, as the shell has them. Any other
+    exception is a fault of ours and keeps its traceback.
+
+    Args:
+        name: the command, as the line on stderr calls it.
+        body: does the work; returns its exit code, None for 0.
+        steady: the work matters more than its output: a closed pipe or terminal ends nothing.
     """
+    open_missing_streams()
     for stream in (sys.stdout, sys.stderr):
         # a generated character that the terminal's encoding lacks must not end the program
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    with steady_streams() if steady else nullcontext():
+        return _run(name, body)
+
+
+def _run(name: str, body: Callable[[], int | None]) -> int:
     try:
-        return body() or 0
-    except UserError as error:
-        print(f"fastgpt2 {name}: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
-        return 2
+        code = body() or 0
+        # what is still in the buffer may find the disk full
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
-        print(f"\nfastgpt2 {name}: interrupted", file=sys.stderr)
+        _say(f"\nfastgpt2 {name}: interrupted")
         return 130
     except BrokenPipeError:
         # the interpreter flushes stdout at exit and would complain once more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        abandon(sys.stdout)
         return 141
+    except Exception as error:
+        line = in_one_line(error)
+        if line is None:
+            raise
+        _say(f"fastgpt2 {name}: error: {line}")
+        return 2
+
+
+def in_one_line(error: Exception) -> str | None:
+    """What to tell a person about an error that the surroundings caused, or None if we did.
+
+    Args:
+        error: a ``UserError``, an ``OSError``, a lack of memory, or anything else.
+    """
+    if isinstance(error, UserError):
+        return " ".join(str(error).splitlines())
+    if isinstance(error, OSError):
+        what = error.strerror or " ".join(str(error).split()) or type(error).__name__
+        names = [str(n) for n in (error.filename, error.filename2) if n is not None]
+        return ": ".join([*names[:1], what])
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or any(part in text for part in _NO_ROOM):
+        return f"out of memory: {text[:200] or 'an allocation failed'}"
+    return None
+
+
+def _say(line: str) -> None:
+    try:
+        print(line, file=sys.stderr, flush=True)
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        for stream in (sys.stdout, sys.stderr):
+            abandon(stream)

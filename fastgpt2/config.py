@@ -41,6 +41,8 @@ class GPTConfig:
     chooses the kernels (see ``fastgpt2.kernels.use_impl``), ``fp32_residual`` keeps the residual
     stream in fp32 when the model computes in bf16 or fp16 (default: compute dtype), ``fp8`` makes
     the products of the linear layers and the head in FP8 while the model is in training mode.
+    ``pad_vocab`` rounds the rows of a vocabulary of 4096 or more up in memory (50257 -> 50304): who
+    reads ``named_parameters`` sees the padded rows, who reads the state dict does not.
 
     Raises:
         UserError: a field is out of its range, with its name, its value and what was expected.
@@ -59,6 +61,7 @@ class GPTConfig:
     impl: str = "auto"
     fp32_residual: bool = False
     fp8: bool = False
+    pad_vocab: bool = True
 
     def __post_init__(self) -> None:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
@@ -76,7 +79,7 @@ class GPTConfig:
                 continue
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
                 raise UserError(f"GPTConfig: {name} must be in [0, 1), got {value!r}")
-        for name in ("bias", "fp32_residual", "fp8"):
+        for name in ("bias", "fp32_residual", "fp8", "pad_vocab"):
             if not isinstance(getattr(self, name), bool):
                 raise UserError(
                     f"GPTConfig: {name} must be True or False, got {getattr(self, name)!r}"
@@ -98,7 +101,7 @@ class GPTConfig:
     @property
     def padded_vocab_size(self) -> int:
         """Rows of the token embedding in memory; saved files hold ``vocab_size`` rows."""
-        return padded(self.vocab_size)
+        return padded(self.vocab_size) if self.pad_vocab else self.vocab_size
 
     @property
     def attn_p(self) -> float:

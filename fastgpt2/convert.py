@@ -16,12 +16,15 @@ from tqdm import tqdm
 from fastgpt2.cli import Parser, run
 from fastgpt2.errors import UserError
 from fastgpt2.files import write_text
+from fastgpt2.quantize import KINDS
 from fastgpt2.runs import find_tokenizer
 from fastgpt2.text import GPT2Tokenizer, save_tokenizer
 from fastgpt2.weights import FORMATS, RELEASES, Checkpoint, load, save
+from fastgpt2.weights.formats import detect
 from fastgpt2.weights.hub import locate
+from fastgpt2.weights.metadata import read_json
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+ROUNDED_TO = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 HF_TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
@@ -31,6 +34,7 @@ HF_TOKENIZER_FILES = (
     "added_tokens.json",
     "generation_config.json",
 )
+HF_CONFIG = "config.json"
 # what programs call the vocabulary in each format, from our (OpenAI's) names
 HF_NAMES = {"encoder.json": "vocab.json", "vocab.bpe": "merges.txt"}
 
@@ -46,19 +50,36 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("dst", metavar="DST", type=Path, help="a new folder, a .pt or a .bin")
     parser.add_argument("--to", required=True, choices=FORMATS, help="format of DST")
-    parser.add_argument("--dtype", choices=DTYPES, help="round the weights (default: keep theirs)")
+    parser.add_argument(
+        "--dtype", choices=ROUNDED_TO, help="round the weights (default: keep theirs)"
+    )
+    parser.add_argument(
+        "--quantize", choices=KINDS, help="keep the matrices in 8 bits (only with --to fastgpt2)"
+    )
     parser.add_argument("--offline", action="store_true", help="do not use the network")
     return parser
 
 
 def convert(
-    src: str, dst: Path, to: str, *, dtype: torch.dtype | None = None, offline: bool = False
+    src: str,
+    dst: Path,
+    to: str,
+    *,
+    dtype: torch.dtype | None = None,
+    quantize: str | None = None,
+    offline: bool = False,
 ) -> list[str]:
     """Convert ``src`` and say in a few lines what was done; see the command's help."""
     path = locate(src, offline=offline)
     checkpoint = load(path)
     folder = path if path.is_dir() else path.parent
     notes = list(checkpoint.notes)
+
+    def beside(target: Path) -> None:
+        if to == "hf" and detect(path)[0] == "hf":
+            _carry_config(folder, target)
+        notes.extend(_carry_tokenizer(folder, target, to))
+
     total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     with tqdm(total=total, unit="B", unit_scale=True, desc=str(dst), leave=False) as bar:
         written = save(
@@ -66,7 +87,8 @@ def convert(
             dst,
             to,
             dtype=dtype,
-            beside=lambda target: notes.extend(_carry_tokenizer(folder, target, to)),
+            quantize=quantize,
+            beside=beside,
         )
     count = sum(prod(tensor.shape) for tensor in checkpoint.tensors.values())
     return [*notes, f"{checkpoint.source} -> {written} ({to}, {count:,} parameters)"]
@@ -85,6 +107,19 @@ def _counted(checkpoint: Checkpoint, update: Callable[[int], object]) -> Checkpo
         for name, tensor in checkpoint.tensors.items()
     }
     return replace(checkpoint, tensors=tensors)
+
+
+def _carry_config(source: Path, target: Path) -> None:
+    """Between two of Hugging Face's folders, keep every option that the weights do not decide.
+
+    Token ids, task parameters and unknown options stay; what was written for the new weights is
+    their dtype and the class that they belong to.
+    """
+    written = read_json(target / HF_CONFIG)
+    kept = {key: v for key, v in read_json(source / HF_CONFIG).items() if key != "dtype"}
+    decided = {key: written[key] for key in ("architectures", "torch_dtype")}
+    record = kept | decided
+    write_text(target / HF_CONFIG, json.dumps(record, indent=2, sort_keys=True) + "\n")
 
 
 def _carry_tokenizer(source: Path, target: Path, to: str) -> list[str]:
@@ -123,8 +158,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
 
     def body() -> None:
-        dtype = None if args.dtype is None else DTYPES[args.dtype]
-        for line in convert(args.src, args.dst, args.to, dtype=dtype, offline=args.offline):
+        dtype = None if args.dtype is None else ROUNDED_TO[args.dtype]
+        lines = convert(
+            args.src,
+            args.dst,
+            args.to,
+            dtype=dtype,
+            quantize=args.quantize,
+            offline=args.offline,
+        )
+        for line in lines:
             print(line)
 
     return run("convert", body)

@@ -38,12 +38,12 @@ def world_size() -> int:
 
 
 def share(count: int, batch_size: int) -> range:
-    """Starts of the batches out of ``count`` things that are this process's to do."""
+    """Starts of this process's batches of ``batch_size``, out of ``count`` things."""
     return range(rank() * batch_size, count, world_size() * batch_size)
 
 
 def all_sum(array: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The sum over all processes, in fp64."""
+    """The sum of ``array`` over all processes, in fp64."""
     if world_size() == 1:
         return array
     total = torch.from_numpy(array.copy())
@@ -52,7 +52,7 @@ def all_sum(array: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def gather(items: list[Any]) -> list[Any]:
-    """The lists of all processes, one after the other."""
+    """The lists ``items`` of all processes, one after the other."""
     if world_size() == 1:
         return items
     lists: list[list[Any]] = [[] for _ in range(world_size())]

@@ -6,6 +6,7 @@ import http.client
 import os
 import socket
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -39,10 +40,18 @@ class _AttemptError(Exception):
 
 
 def cache_dir() -> Path:
-    """``$FASTGPT2_CACHE``, else ``$XDG_CACHE_HOME/fastgpt2``, else ``~/.cache/fastgpt2``."""
+    """``$FASTGPT2_CACHE``, else ``$XDG_CACHE_HOME/fastgpt2``, else ``~/.cache/fastgpt2``.
+
+    Where there is no home directory, a folder of this user among the temporary files.
+    """
     if chosen := os.environ.get("FASTGPT2_CACHE"):
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastgpt2"
+    if chosen := os.environ.get("XDG_CACHE_HOME"):
+        return Path(chosen) / "fastgpt2"
+    try:
+        return Path.home() / ".cache" / "fastgpt2"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"fastgpt2-{os.getuid()}"
 
 
 def download(

@@ -7,8 +7,9 @@ of nanoGPT and Hugging Face. Shapes: B batch, T tokens, C width, V vocabulary.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -19,10 +20,14 @@ from fastgpt2.cache import KVCache
 from fastgpt2.config import GPTConfig
 from fastgpt2.devices import peak_flops
 from fastgpt2.errors import UserError
-from fastgpt2.kernels import cross_entropy, linear_cross_entropy, tied_embedding
+from fastgpt2.explanation import explain_gpt
+from fastgpt2.generative import Generative
+from fastgpt2.kernels import cross_entropy, embedding, linear_cross_entropy, tied_embedding
 from fastgpt2.layers import Block, normalize, project
 from fastgpt2.plain import is_plain
-from fastgpt2.tied_head import add_padding, cut_padding, tie
+from fastgpt2.precision import compute_dtype, no_autocast
+from fastgpt2.quantize import Quantizable
+from fastgpt2.state_dict import head_is_tied, register_hooks
 
 # nanoGPT ignores targets of -1, Hugging Face those of -100
 _NANOGPT_IGNORE, _IGNORE = -1, -100
@@ -61,38 +66,52 @@ class Transformer(nn.Module):
 
         Args:
             idx: (B, T), token ids.
-            dtype: what the blocks compute in; None is the token embedding's.
+            dtype: what the blocks compute in; None is the position embedding's.
             cache: for generation; its lengths are the positions.
         """
-        dtype = self.wte.weight.dtype if dtype is None else dtype
-        return self.run_blocks(self.embed(idx, dtype, cache).x, dtype, cache)
-
-    def embed(self, idx: Tensor, dtype: torch.dtype, cache: KVCache | None = None) -> Embedded:
-        """(B, T) token ids -> the sum of their two embeddings, after its dropout."""
-        has_past = cache is not None and not cache.is_empty
+        dtype = self.wpe.weight.dtype if dtype is None else dtype
+        past = cache is not None and not cache.is_empty
         positions = None
-        if cache is not None and has_past:
+        if cache is not None and past:
             new = torch.arange(idx.shape[1], device=idx.device)
             # padding after a row's own tokens may stand past the last position
             positions = (cache.lengths[:, None] + new).clamp(max=self.wpe.num_embeddings - 1)
-        dropout_p = self.dropout_p if self.training else 0.0
-        stream_dtype = torch.float32 if self.fp32_residual else dtype
-        if is_plain(self.wte, nn.Embedding) and is_plain(self.wpe, nn.Embedding):
-            return Embedded(
-                *tied_embedding(
-                    idx,
-                    self.wte.weight,
-                    self.wpe.weight,
-                    positions=positions,
-                    dropout_p=dropout_p,
-                    dtype=stream_dtype,
-                    impl=self.impl,
-                )
-            )
+        if self.has_plain_embeddings:
+            x: Tensor = self._embed(embedding, idx, dtype, positions)
+            return self.run_blocks(x, dtype, cache)
         if positions is None:
             positions = torch.arange(idx.shape[1], device=idx.device)
-        x = F.dropout(self.wte(idx) + self.wpe(positions), dropout_p)
-        return Embedded(x.to(stream_dtype), self.wte.weight)
+        x = F.dropout(self.wte(idx) + self.wpe(positions), self._embedding_p)
+        return self.run_blocks(x.to(self._stream_dtype(dtype)), dtype, cache)
+
+    def embed(self, idx: Tensor, dtype: torch.dtype) -> Embedded:
+        """(B, T) token ids -> the sum of their two plain embeddings, after its dropout."""
+        return Embedded(*self._embed(tied_embedding, idx, dtype, None))
+
+    @property
+    def has_plain_embeddings(self) -> bool:
+        """Whether a kernel may look both embeddings up."""
+        return is_plain(self.wte, nn.Embedding) and is_plain(self.wpe, nn.Embedding)
+
+    @property
+    def _embedding_p(self) -> float:
+        return self.dropout_p if self.training else 0.0
+
+    def _stream_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.float32 if self.fp32_residual else dtype
+
+    def _embed(
+        self, op: Callable[..., Any], idx: Tensor, dtype: torch.dtype, positions: Tensor | None
+    ) -> Any:
+        return op(
+            idx,
+            self.wte.weight,
+            self.wpe.weight,
+            positions=positions,
+            dropout_p=self._embedding_p,
+            dtype=self._stream_dtype(dtype),
+            impl=self.impl,
+        )
 
     def run_blocks(self, x: Tensor, dtype: torch.dtype, cache: KVCache | None = None) -> Tensor:
         """(B, T, C), the residual stream -> (B, T, C) in ``dtype``, after the final LayerNorm."""
@@ -101,7 +120,7 @@ class Transformer(nn.Module):
         return normalize(self.ln_f, x, dtype, impl=self.impl)
 
 
-class GPT(nn.Module):
+class GPT(Quantizable, Generative):
     """A GPT-2 language model.
 
     >>> model = GPT(GPTConfig.preset("gpt2-nano", vocab_size=65))
@@ -116,13 +135,31 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         self.tie_weights()
         self._init_weights()
-        self.register_state_dict_post_hook(cut_padding)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_pre_hook(add_padding)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_post_hook(tie)  # type: ignore[no-untyped-call]
+        self._loads_strictly = True
+        register_hooks(self)
 
     def tie_weights(self) -> None:
         """The head is the token embedding: one parameter under two names."""
         self.lm_head.weight = self.transformer.wte.weight
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As any module's ``state_dict``, ``strict``, ``assign``; a tied head may come once."""
+        # PyTorch's hooks are not told of it
+        self._loads_strictly = strict
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        finally:
+            self._loads_strictly = True
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        # some conversions, like to_empty, make two parameters of the two names
+        tied = head_is_tied(self)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if tied:
+            self.tie_weights()
+        return self
 
     def _init_weights(self) -> None:
         # GPT-2's: normal of 0.02, residual projections shrunk by the number of additions
@@ -157,7 +194,7 @@ class GPT(nn.Module):
         if targets is None:
             return self.head(self.hidden_states(idx)[:, -1:]), None
         targets = targets.masked_fill(targets == _NANOGPT_IGNORE, _IGNORE)
-        if fused and is_plain(self.lm_head, nn.Linear) and not _has_bias(self.lm_head):
+        if fused and is_plain(self.lm_head, nn.Linear) and self.lm_head._parameters["bias"] is None:
             return None, self._fused_loss(idx, targets)
         logits = self.logits(idx)
         loss = cross_entropy(logits, targets, impl=self.config.impl)
@@ -165,14 +202,15 @@ class GPT(nn.Module):
 
     def _fused_loss(self, idx: Tensor, targets: Tensor) -> Tensor:
         transformer, head = self.transformer, self.lm_head.weight
-        if head is transformer.wte.weight and is_plain(transformer, Transformer):
+        plain = is_plain(transformer, Transformer) and transformer.has_plain_embeddings
+        if plain and head_is_tied(self):
             dtype = self._check_tokens(idx)
-            with _no_autocast(idx):
+            with no_autocast(idx):
                 x, head = transformer.embed(idx, dtype)
                 hidden = transformer.run_blocks(x, dtype)
         else:
             hidden = self.hidden_states(idx)
-        with _no_autocast(hidden):
+        with no_autocast(hidden):
             return linear_cross_entropy(
                 hidden,
                 head,
@@ -183,7 +221,7 @@ class GPT(nn.Module):
             )
 
     def logits(self, idx: Tensor) -> Tensor:
-        """(B, T) token ids -> the logits of every position, (B, T, V)."""
+        """Token ids ``idx`` (B, T) -> the logits of every position, (B, T, V)."""
         return self.head(self.hidden_states(idx))
 
     def hidden_states(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -193,92 +231,31 @@ class GPT(nn.Module):
         cache, ``idx`` is a prompt for an empty one, or one new token a row; the caller advances it.
         """
         dtype = self._check_tokens(idx)
-        with _no_autocast(idx):
+        with no_autocast(idx):
             hidden: Tensor = self.transformer(idx, dtype, cache)
         return hidden
 
     def _check_tokens(self, idx: Tensor) -> torch.dtype:
         """The compute dtype for these tokens."""
+        if idx.dim() != 2:
+            raise ValueError(f"GPT: idx must be (B, T), got shape {tuple(idx.shape)}")
         if idx.shape[1] > self.config.block_size:
             raise ValueError(
                 f"GPT: {idx.shape[1]} tokens, but block_size is {self.config.block_size}"
             )
-        return _compute_dtype(self.transformer.wte.weight)
+        return compute_dtype(self.transformer.wpe.weight, idx.device)
 
     def head(self, hidden: Tensor) -> Tensor:
         """What ``hidden_states`` gives, (..., C) -> the logits, (..., V)."""
-        with _no_autocast(hidden):
+        with no_autocast(hidden):
             logits = project(self.lm_head, hidden)
         return logits[..., : self.config.vocab_size]
 
     def make_cache(self, batch_size: int, size: int) -> KVCache:
         """An empty cache in the compute dtype: ``batch_size`` rows of ``size`` tokens."""
-        weight = self.transformer.wte.weight
-        return KVCache(self.config, batch_size, size, weight.device, _compute_dtype(weight))
-
-    def generate(
-        self,
-        idx: Tensor | Sequence[Sequence[int]],
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        generator: torch.Generator | None = None,
-        **options: Any,
-    ) -> Any:
-        """Append sampled tokens to ``idx``: (B, T) -> (B, T + max_new_tokens), as nanoGPT does.
-
-        Each row becomes what it would be alone, whatever the lengths of the others.
-
-        Args:
-            idx: (B, T) token ids; or a list of lists of ids, which gives a list of lists.
-            max_new_tokens: the most that follow each row.
-            temperature: below 1 sharper, above 1 flatter; 0 is greedy.
-            top_k: draw from the k most likely tokens only.
-            generator: source of randomness; None is PyTorch's default one. The rows of a tensor
-                share it, as in nanoGPT; those of a list have one each, seeded from it.
-            options: by name:
-                ``processors``, callables ``(ids, logits) -> logits`` (see ``fastgpt2.generate``);
-                ``stop``, an id or several that end a row and are not part of it (a tensor's rows
-                are filled up with the first of them);
-                ``seed``, of every row's own random numbers, in place of ``generator``: the same
-                seed gives a prompt the same text in whatever batch;
-                ``attention_mask`` (B, T), 0 for padding at the left or at the right;
-                ``window``, past block_size: ``crop`` (nanoGPT's way: every token sees the last
-                block_size, recomputed), ``slide`` (go on with the last half) or ``stop``;
-                ``num_beams``, ``length_penalty``, ``early_stopping``: beam search;
-                ``draft``, a smaller model that proposes tokens, or ``prompt_lookup``, how many to
-                propose from the text itself: the same greedy tokens, the same distribution.
-
-        Returns:
-            A tensor for a tensor, with as many new columns as the longest row has new tokens; a
-            list of lists for lists.
-
-        Raises:
-            UserError: an argument is out of its range, or a prompt is empty.
-        """
-        from fastgpt2.generate.batch import generate
-
-        draws = {"temperature": temperature, "top_k": top_k, "generator": generator}
-        return generate(self, idx, max_new_tokens, **draws, **options)
-
-    def log_probs(self, ids: Tensor | Sequence[Sequence[int]]) -> Any:
-        """log p(token | the tokens before it) of every token but the first, in nats.
-
-        Texts longer than block_size are read in windows that overlap by half. Log-softmax is in
-        fp32; no gradient.
-
-        Args:
-            ids: (B, T) token ids, or a list of lists of ids.
-
-        Returns:
-            (B, T - 1) fp32, or a list of lists of floats; a text's total is their sum.
-
-        Raises:
-            UserError: a text is empty, or an id is not in the vocabulary.
-        """
-        from fastgpt2.generate.batch import log_probs
-
-        return log_probs(self, ids)
+        weight = self.transformer.wpe.weight
+        dtype = compute_dtype(weight, weight.device)
+        return KVCache(self.config, batch_size, size, weight.device, dtype)
 
     @torch.no_grad()
     def next_logits(
@@ -303,7 +280,7 @@ class GPT(nn.Module):
         return self.head(hidden[:, -1]), cache
 
     def get_num_params(self, non_embedding: bool = True) -> int:
-        """Number of parameters, padding not counted; without the positions unless asked for."""
+        """Number of parameters without padding; ``non_embedding`` leaves the positions out."""
         padding = self.config.padded_vocab_size - self.config.vocab_size
         count = sum(p.numel() for p in self.parameters()) - padding * self.config.n_embd
         return count - self.transformer.wpe.weight.numel() * non_embedding
@@ -326,7 +303,14 @@ class GPT(nn.Module):
         betas: tuple[float, float],
         device_type: str,
     ) -> torch.optim.AdamW:
-        """Fused AdamW; matrices (embeddings too, the tied one once) decay, vectors do not."""
+        """Fused AdamW; matrices (embeddings too, the tied one once) decay, vectors do not.
+
+        Args:
+            weight_decay: of the matrices, per step and unit of learning rate.
+            learning_rate: of all parameters.
+            betas: decay rates of the two moments.
+            device_type: ``cpu`` or ``cuda`` has a fused step.
+        """
         trained = [p for p in self.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
@@ -341,23 +325,41 @@ class GPT(nn.Module):
         N leaves the positions out; attention is counted in full, as nanoGPT does, though half of
         it is masked away.
         """
-        config = self.config
-        T = config.block_size if T is None else T
-        return 6 * self.get_num_params() + 12 * config.n_layer * config.n_embd * T
+        T = self.config.block_size if T is None else T
+        return 6 * self.get_num_params() + 12 * self.config.n_layer * self.config.n_embd * T
 
     def estimate_mfu(self, fwdbwd_per_iter: float, dt: float) -> float:
         """Model FLOPs utilisation of ``fwdbwd_per_iter`` sequences in ``dt`` seconds, 0 to 1.
 
         Of the data-sheet peak of the device that holds the model; NaN where that is not known.
         """
-        peak = peak_flops(self.lm_head.weight.device)
-        if peak is None:
-            return math.nan
+        peak = peak_flops(self.lm_head.weight.device) or math.nan
         return self.flops_per_token() * self.config.block_size * fwdbwd_per_iter / dt / peak
+
+    def explain(self) -> str:
+        """Which kernels run, and which modules are called instead, and why: a line each."""
+        return explain_gpt(self)
+
+    def save_pretrained(self, save_directory: str | Path, *, format: str = "fastgpt2") -> None:
+        """Write the model into a new folder, which ``from_pretrained`` reads.
+
+        Args:
+            save_directory: a folder that does not exist yet or is empty.
+            format: ``fastgpt2``, which stores every field of the configuration, or another one of
+                ``python -m fastgpt2.convert``, such as ``hf`` for Hugging Face's programs.
+
+        Raises:
+            UserError: the folder is taken or cannot be written, or the head is not tied.
+        """
+        from fastgpt2.weights import save_model
+
+        if not head_is_tied(self):
+            raise UserError("save_pretrained: the head is not tied; save its state_dict instead")
+        save_model(self.config, self.state_dict(), save_directory, format)
 
     @classmethod
     def from_pretrained(
-        cls, model_type: str, override_args: Mapping[str, Any] | None = None
+        cls, model_type: str | Path, override_args: Mapping[str, Any] | None = None
     ) -> Self:
         """A model with weights from a release's name, a folder or a file, in any known format.
 
@@ -376,20 +378,5 @@ class GPT(nn.Module):
         with torch.device("meta"):
             model = cls(replace(config, **(override_args or {})))
         model.load_state_dict(dict(tensors), assign=True)
-        return model
-
-
-def _compute_dtype(weight: Tensor) -> torch.dtype:
-    device_type = weight.device.type
-    if torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    return weight.dtype
-
-
-def _has_bias(layer: nn.Module) -> bool:
-    return layer._parameters["bias"] is not None
-
-
-def _no_autocast(x: Tensor) -> torch.autocast:
-    """Every dtype is explicit in here: autocast's own casts would only add to them."""
-    return torch.autocast(x.device.type, enabled=False)
+        kind = getattr(tensors, "quantization", None)
+        return model if kind is None else model.quantize(kind)

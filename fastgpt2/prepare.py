@@ -33,30 +33,49 @@ _tokenizer: Tokenizer
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    parser = Parser(prog="fastgpt2 prepare", description=__doc__)
-    parser.add_argument(
-        "--data", nargs="+", required=True, help="files, folders, patterns, or a corpus name"
+    parser = Parser(
+        prog="fastgpt2 prepare",
+        description="Tokenize a large corpus into shards that fastgpt2 train reads as --data.",
     )
-    parser.add_argument("--out", required=True, help="new folder for the shards")
-    parser.add_argument("--tokenizer", choices=("gpt2", "bytes", "char"), default="gpt2")
-    parser.add_argument("--vocab-dir", help="folder with GPT-2's encoder.json and vocab.bpe")
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        required=True,
+        metavar="WHAT",
+        help="text files, folders, patterns, or a corpus's name",
+    )
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="new folder, which appears when it is complete"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        choices=("gpt2", "bytes", "char"),
+        default="gpt2",
+        help="what a token is: GPT-2's byte pairs, a byte, or a character [%(default)s]",
+    )
+    parser.add_argument(
+        "--vocab-dir", metavar="DIR", help="folder with GPT-2's encoder.json and vocab.bpe"
+    )
     parser.add_argument(
         "--val-fraction",
         type=float,
         default=VAL_FRACTION,
-        help="last part of the text, kept for validation (default %(default)s)",
+        metavar="X",
+        help="last part of the text, kept for validation [%(default)s]",
     )
     parser.add_argument(
         "--shard-tokens",
         type=int,
         default=100_000_000,
-        help="tokens in one shard (default %(default)s)",
+        metavar="N",
+        help="tokens per shard [%(default)s]",
     )
     parser.add_argument(
         "--workers",
         type=int,
         default=os.cpu_count() or 1,
-        help="processes that tokenize (default: %(default)s, one a core)",
+        metavar="N",
+        help="processes that tokenize [one per core: %(default)s]",
     )
     return parser
 

@@ -22,6 +22,8 @@ from fastgpt2.text.tokenizers import FILE_NAME, load_tokenizer
 RUN_CONFIG, CHECKPOINTS = "config.toml", "checkpoints"
 MODEL, MODEL_CONFIG = "model.safetensors", "gpt_config.json"
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
+# of state.json; raised where an older fastgpt2 could not read a checkpoint
+FORMAT = 1
 _STEP = re.compile(r"step_(\d{8,})")
 
 
@@ -31,12 +33,12 @@ def is_run(folder: Path) -> bool:
 
 
 def step_folder(run: Path, step: int) -> Path:
-    """Where the checkpoint of ``step`` is, or would be."""
+    """Where the checkpoint of ``step`` is in ``run``, or would be."""
     return run / CHECKPOINTS / f"step_{step:08d}"
 
 
 def saved_steps(run: Path) -> list[int]:
-    """Steps that have a checkpoint, ascending."""
+    """Steps of ``run`` that have a checkpoint, ascending."""
     folders = (run / CHECKPOINTS).glob("step_*")
     names = (_STEP.fullmatch(f.name) for f in folders if (f / STATE).is_file())
     return sorted(int(name[1]) for name in names if name)
@@ -82,6 +84,12 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read: {error}") from None
     if not isinstance(state, dict):
         raise UserError(f"{path}: expected a JSON object")
+    # the first checkpoints said nothing
+    saved = state.get("format", 0)
+    if not isinstance(saved, int) or saved > FORMAT:
+        raise UserError(
+            f"{path}: saved in format {saved} by a newer fastgpt2; this one reads up to {FORMAT}"
+        )
     return state
 
 

@@ -10,16 +10,31 @@ from torch import Tensor
 from fastgpt2.kernels import checks, philox, reference
 from fastgpt2.kernels.backend import INTERPRETED, Impl, resolve
 from fastgpt2.kernels.blocked_attention import blocked_attention
+from fastgpt2.kernels.dropout_bits import bits_size
+from fastgpt2.kernels.modes import recorded
 
 # the widest head that the kernels' tiles are made for, the most rows that a grid holds, and how
 # far apart tokens may lie for offsets within a tile to fit in 32 bits
 _MAX_HEAD_SIZE, _MAX_ROWS, _MAX_STRIDE = 128, 65535, 2**23
 
 
+@torch.library.custom_op("fastgpt2::attention_dropout_bits", mutates_args=())
+def _dropout_bits(seed: Tensor, B: int, H: int, T: int, dropout_p: float) -> Tensor:
+    """Dropout's mask of the probabilities, a bit each, for forward and backward alike."""
+    from fastgpt2.kernels.jit import attention_dropout as jit
+
+    return jit.launch_bits(seed, B, H, T, dropout_p)
+
+
+@_dropout_bits.register_fake
+def _(seed: Tensor, B: int, H: int, T: int, dropout_p: float) -> Tensor:
+    return seed.new_empty(bits_size(B, H, T), dtype=torch.int32)
+
+
 @torch.library.custom_op("fastgpt2::attention_fwd", mutates_args=())
 def _attention_fwd(
     qkv: Tensor,
-    seed: Tensor | None,
+    bits: Tensor | None,
     segment_ids: Tensor | None,
     key_range: Tensor | None,
     n_head: int,
@@ -29,13 +44,13 @@ def _attention_fwd(
     """(out, lse): lse (B, H, T) is log2 of each row's sum of 2^(score log2 e), in fp32."""
     from fastgpt2.kernels.jit import attention as jit
 
-    return jit.launch_fwd(qkv, seed, segment_ids, key_range, n_head, dropout_p, scale)
+    return jit.launch_fwd(qkv, bits, segment_ids, key_range, n_head, dropout_p, scale)
 
 
 @_attention_fwd.register_fake
 def _(
     qkv: Tensor,
-    seed: Tensor | None,
+    bits: Tensor | None,
     segment_ids: Tensor | None,
     key_range: Tensor | None,
     n_head: int,
@@ -52,7 +67,7 @@ def _attention_bwd(
     qkv: Tensor,
     out: Tensor,
     lse: Tensor,
-    seed: Tensor | None,
+    bits: Tensor | None,
     segment_ids: Tensor | None,
     key_range: Tensor | None,
     n_head: int,
@@ -62,7 +77,7 @@ def _attention_bwd(
     """dqkv (B, T, 3C)."""
     from fastgpt2.kernels.jit import attention_bwd as jit
 
-    masks = (seed, segment_ids, key_range)
+    masks = (bits, segment_ids, key_range)
     return jit.launch_bwd(dout, qkv, out, lse, *masks, n_head, dropout_p, scale)
 
 
@@ -72,10 +87,10 @@ def _(dout: Tensor, qkv: Tensor, *_unused: Any) -> Tensor:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    qkv, seed, segment_ids, key_range, *ctx.options = inputs
+    qkv, bits, segment_ids, key_range, *ctx.options = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(qkv, out, lse, seed, segment_ids, key_range)
+    ctx.save_for_backward(qkv, out, lse, bits, segment_ids, key_range)
 
 
 def _backward(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
@@ -86,17 +101,23 @@ def _backward(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...
 _attention_fwd.register_autograd(_backward, setup_context=_save)
 
 
-def _miscompiled(index: int, dtype: torch.dtype, D: int, masked: bool, dropout: bool) -> str | None:
+def _miscompiled(index: int, *kind: Any) -> str | None:
     from fastgpt2.kernels.jit import attention_check
 
-    return attention_check.obstacle(index, dtype, D, masked, dropout)
+    return attention_check.obstacle(index, attention_check.Kind(*kind))
 
 
 # a constant to torch.compile, which must not look into a self-check
 _miscompiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _obstacle(qkv: Tensor, n_head: int, masked: bool, dropout: bool) -> str | None:
+def _obstacle(
+    qkv: Tensor,
+    n_head: int,
+    segment_ids: Tensor | None,
+    key_range: Tensor | None,
+    dropout: bool,
+) -> str | None:
     """Why the kernels cannot run on this tensor, or None if they can."""
     D = qkv.shape[2] // (3 * n_head)
     if D > _MAX_HEAD_SIZE:
@@ -105,7 +126,8 @@ def _obstacle(qkv: Tensor, n_head: int, masked: bool, dropout: bool) -> str | No
         return f"the kernels take up to {_MAX_ROWS} rows, not {qkv.shape[0]}"
     if INTERPRETED:
         return None
-    return _miscompiled(qkv.device.index or 0, qkv.dtype, D, masked, dropout)
+    masks = (None if ids is None else ids.dtype for ids in (segment_ids, key_range))
+    return _miscompiled(qkv.device.index or 0, qkv.dtype, D, n_head, *masks, dropout)
 
 
 def attention(
@@ -165,8 +187,11 @@ def attention(
     if scale is None:
         scale = 1.0 / math.sqrt(three_C // (3 * n_head))
     checks.check_positive(op, "scale", scale)
-    masked = segment_ids is not None or key_range is not None
-    match resolve(op, impl, qkv, lambda: _obstacle(qkv, n_head, masked, dropout_p > 0)):
+
+    def obstacle() -> str | None:
+        return _obstacle(qkv, n_head, segment_ids, key_range, dropout_p > 0)
+
+    match resolve(op, impl, qkv, obstacle):
         case Impl.REFERENCE:
             key = philox.as_seed(seed, qkv.device) if dropout_p > 0 else None
             return reference.attention(qkv, n_head, dropout_p, key, segment_ids, key_range, scale)
@@ -174,9 +199,11 @@ def attention(
             return _torch_attention(qkv, n_head, dropout_p, seed, segment_ids, key_range, scale)
     if qkv.stride(2) != 1 or qkv.stride(1) > _MAX_STRIDE:
         qkv = qkv.contiguous()
-    key = philox.as_seed(seed, qkv.device) if dropout_p > 0 else None
+    bits = None
+    if dropout_p > 0:
+        bits = _dropout_bits(philox.as_seed(seed, qkv.device), B, n_head, T, dropout_p)
     options = (n_head, dropout_p, scale)
-    out: Tensor = _attention_fwd(qkv, key, segment_ids, key_range, *options)[0]
+    out: Tensor = _attention_fwd(qkv, bits, segment_ids, key_range, *options)[0]
     return out
 
 
@@ -195,7 +222,8 @@ def _torch_attention(
         key = philox.as_seed(seed, qkv.device)
         return reference.attention(qkv, n_head, dropout_p, key, segment_ids, key_range, scale)
     unmasked = segment_ids is None and key_range is None
-    if unmasked and dropout_p == 0 and qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16:
+    blocks = unmasked and dropout_p == 0 and not recorded()
+    if blocks and qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16:
         # in bf16 the library's products are far ahead of its attention; in fp32 they are not
         return blocked_attention(qkv, n_head, scale)
     q, k, v = reference.split_heads(qkv, n_head)

@@ -13,6 +13,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from fastgpt2.kernels.modes import transformed
+
 
 class Impl(StrEnum):
     """An implementation of an op; plain strings are accepted wherever one is."""
@@ -73,6 +75,8 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
 
 def _triton_obstacle(x: Tensor) -> str | None:
     """Why Triton cannot run on this tensor, or None if it can."""
+    if transformed():
+        return "transforms of torch.func and forward-mode AD go through impl='reference'"
     if not _TRITON_INSTALLED:
         return "triton is not installed"
     if x.dtype not in _TRITON_DTYPES:
@@ -91,6 +95,9 @@ def resolve(
 ) -> Impl:
     """The implementation of ``op`` that runs on ``x``.
 
+    Within a transform of ``torch.func`` or forward-mode AD it is the formula itself, ``reference``,
+    since autograd knows every derivative of its operators.
+
     Args:
         op: its name, for messages.
         impl: what was asked for.
@@ -105,6 +112,8 @@ def resolve(
     if choice is Impl.AUTO:
         choice = _default
     if choice is Impl.AUTO:
+        if transformed():
+            return Impl.REFERENCE
         on_gpu = x.is_cuda and _triton_obstacle(x) is None
         able = on_gpu and (own_obstacle is None or own_obstacle() is None)
         return Impl.TRITON if able else Impl.TORCH
@@ -114,6 +123,8 @@ def resolve(
             obstacle = own_obstacle()
         if obstacle is not None:
             raise RuntimeError(f"{op}: impl='triton' cannot run: {obstacle}")
+    if choice is Impl.TORCH and transformed():
+        return Impl.REFERENCE
     return choice
 
 

@@ -9,6 +9,25 @@ SIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 @dataclass(frozen=True)
+class Work:
+    """How a launch at GPT-2's shape divides into the units that instructions are counted by.
+
+    Attributes:
+        units: all of the launch: elements, or turns of the walk over tiles.
+        turn: units of a block in one turn of its loops; without a loop, all units of a block.
+        grid: blocks launched; None means as many as are resident at a time.
+        unit: ``element`` (instructions per thread) or ``tile`` (instructions per warp).
+        crossing: tiles that take every branch, such as those on attention's diagonal.
+    """
+
+    units: float
+    turn: int = 1
+    grid: int | None = None
+    unit: str = "element"
+    crossing: float = 0.0
+
+
+@dataclass(frozen=True)
 class CompileCase:
     """One kernel with one set of tiles and types, as ``compile_case`` builds it.
 
@@ -27,6 +46,8 @@ class CompileCase:
         wants_mma: the kernel is meant to use the tensor cores.
         flops: floating-point operations of the launch at the stated GPT-2 shape.
         bytes: bytes it must move through device memory there.
+        work: what the instructions are counted by.
+        per_sm: blocks that a launch gives each multiprocessor; 0 where it does not count them.
     """
 
     kernel: Any
@@ -40,6 +61,8 @@ class CompileCase:
     wants_mma: bool
     flops: float
     bytes: float
+    work: Work
+    per_sm: int = 0
 
 
 def configs(op: str, arch: str) -> list[tuple[dict[str, int], Config]]:
@@ -56,6 +79,7 @@ def case(
     *,
     bytes: float,
     flops: float,
+    work: Work,
     wants_mma: bool = False,
     odd: tuple[str, ...] = (),
 ) -> CompileCase:
@@ -71,6 +95,7 @@ def case(
             a tensor that is not there.
         bytes: that the launch must move through device memory.
         flops: of the launch.
+        work: what its instructions are counted by.
         wants_mma: the kernel is meant to use the tensor cores.
         odd: integers that are not multiples of 16, elements of tuples as ``columns.0``.
     """
@@ -96,4 +121,6 @@ def case(
         wants_mma=wants_mma,
         flops=flops,
         bytes=bytes,
+        work=work,
+        per_sm=config.per_sm,
     )

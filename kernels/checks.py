@@ -82,12 +82,6 @@ def check_same_device(op: str, name: str, x: Tensor, device: torch.device) -> No
         raise ValueError(f"{op}: {name} must be on {device}, got {x.device}")
 
 
-def check_first_order(op: str) -> None:
-    """Within a backward pass: no gradient of this gradient is asked for."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(f"{op}: its gradient has none of its own (create_graph=True)")
-
-
 def check_dropout(op: str, p: float, seed: int | Tensor | None) -> None:
     """``p`` is a dropout rate, 0 <= p < 1, ``seed`` None, 64 bits or an integer scalar tensor."""
     if not 0.0 <= p < 1.0:

@@ -20,13 +20,13 @@ def _cross_entropy_fwd(
     label_smoothing: float,
     z_loss: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, stats (2, N) of the rows, 1 / number of targets kept), all fp32."""
+    """(loss, stats (2, N) of the rows, number of targets kept), all fp32."""
     from fastgpt2.kernels.jit import cross_entropy as jit
 
     options = (ignore_index, vocab_size, label_smoothing, z_loss)
     losses, stats = jit.launch_fwd(logits, targets, options)
     count = kept_count(targets, ignore_index, losses.dtype)
-    return losses.sum() / count, stats, count
+    return losses.sum() / count.clamp(min=1), stats, count
 
 
 @_cross_entropy_fwd.register_fake
@@ -67,7 +67,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 def _backward(ctx: Any, dloss: Tensor, *_unused: Tensor) -> tuple[Tensor | None, ...]:
     logits, targets, stats, count = ctx.saved_tensors
     # in fp32 until the gradient is stored: in fp16 that of a mean would underflow
-    scale = dloss / count
+    scale = gradient_scale(dloss, count)
     return _cross_entropy_bwd(logits, targets, stats, scale, *ctx.options), *(None,) * 5
 
 
@@ -75,8 +75,16 @@ _cross_entropy_fwd.register_autograd(_backward, setup_context=_save)
 
 
 def kept_count(targets: Tensor, ignore_index: int, dtype: torch.dtype) -> Tensor:
-    """Number of targets that are not ignored; 1 if there are none."""
-    return (targets != ignore_index).sum().clamp(min=1).to(dtype)
+    """Number of targets that are not ignored."""
+    return (targets != ignore_index).sum().to(dtype)
+
+
+def gradient_scale(dloss: Tensor, count: Tensor) -> Tensor:
+    """What multiplies the gradient of the summed loss: dloss / count.
+
+    It is 0 where no target is kept, even if dloss is infinite or NaN: that loss is a constant.
+    """
+    return (dloss / count.clamp(min=1)).masked_fill(count == 0, 0.0)
 
 
 def check_loss_options(
@@ -152,7 +160,7 @@ def cross_entropy(
             if z_loss > 0:
                 lse = z.logsumexp(dim=-1).masked_fill(flat == ignore_index, 0.0)
                 total = total + z_loss * lse.square().sum()
-            return total / kept_count(flat, ignore_index, total.dtype)
+            return total / kept_count(flat, ignore_index, total.dtype).clamp(min=1)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     loss: Tensor = _cross_entropy_fwd(
         rows, flat.contiguous(), ignore_index, vocab_size, label_smoothing, z_loss

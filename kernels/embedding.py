@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastgpt2.kernels import checks, philox, reference
 from fastgpt2.kernels.backend import Impl, resolve
+from fastgpt2.kernels.modes import first_order, recorded
 
 
 @torch.library.custom_op("fastgpt2::embedding_fwd", mutates_args=())
@@ -67,14 +68,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.tables = (wte.shape, wte.dtype), (wpe.shape, wpe.dtype)
 
 
+@first_order("embedding")
 def _backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
     shape, dtype = ctx.tables[0]
     return _add_gradients(ctx, dx, dx.new_zeros(shape, dtype=dtype))
 
 
 def _add_gradients(ctx: Any, dx: Tensor, dwte: Tensor) -> tuple[Tensor | None, ...]:
-    # the sums are added in place, which autograd does not see
-    checks.check_first_order("embedding")
     shape, dtype = ctx.tables[1]
     dwpe = dx.new_zeros(shape, dtype=dtype)
     _embedding_bwd(dx, *ctx.saved_tensors, ctx.dropout_p, dwte, dwpe)
@@ -94,7 +94,9 @@ class _TiedEmbedding(torch.autograd.Function):
 
     setup_context = staticmethod(_save)
 
+    # the sums are added in place, which autograd does not see
     @staticmethod
+    @first_order("tied_embedding")
     def backward(ctx: Any, dx: Tensor, dhead: Tensor) -> tuple[Tensor | None, ...]:
         return _add_gradients(ctx, dx, dhead.contiguous())
 
@@ -113,6 +115,9 @@ class _TiedRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, drows: Tensor, dhead: Tensor) -> tuple[None, Tensor]:
         (idx,) = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            # create_graph=True: the graph may need dhead as it is
+            return None, dhead.index_put((idx,), drows, accumulate=True)
         return None, dhead.contiguous().index_put_((idx,), drows, accumulate=True)
 
 
@@ -226,7 +231,8 @@ def _embed(
             key = philox.as_seed(seed, wte.device) if dropout_p > 0 else None
             return reference.embedding(idx, wte, wpe, places, dropout_p, key, dtype), wte
         case Impl.TORCH:
-            rows, head = _tied_rows(idx, wte) if tied else (F.embedding(idx, wte), wte)
+            in_place = tied and not recorded()
+            rows, head = _tied_rows(idx, wte) if in_place else (F.embedding(idx, wte), wte)
             wide = torch.promote_types(wte.dtype, dtype)
             x = rows.to(wide) + F.embedding(places, wpe).to(wide)
             if dropout_p > 0 and seed is None:

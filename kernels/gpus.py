@@ -74,28 +74,39 @@ ARCHITECTURES = {
 }
 
 
-def occupancy(arch: str, registers: int, shared_bytes: int, num_warps: int) -> float:
-    """Estimated share of a multiprocessor's warp slots that are filled, 0 to 1.
-
-    Blocks that fit at once, by registers, shared memory and warp slots, times warps of a block.
-    """
+def resident_blocks(arch: str, registers: int, shared_bytes: int, num_warps: int) -> int:
+    """Blocks that fit on a multiprocessor at a time, by registers, shared memory and warp slots."""
     chip = ARCHITECTURES[arch]
     step = chip.register_step
     allocated = -(-max(registers, 1) // step) * step
     by_registers = chip.registers // allocated * chip.schedulers // num_warps
     by_shared = chip.shared // max(shared_bytes + chip.reserved_shared, 1)
     slots = chip.schedulers * chip.scheduler_warps
-    resident = min(by_registers, by_shared, slots // num_warps, chip.blocks)
-    return resident * num_warps / slots
+    return min(by_registers, by_shared, slots // num_warps, chip.blocks)
+
+
+def occupancy(arch: str, registers: int, shared_bytes: int, num_warps: int) -> float:
+    """Estimated share of a multiprocessor's warp slots that are filled, 0 to 1."""
+    chip = ARCHITECTURES[arch]
+    resident = resident_blocks(arch, registers, shared_bytes, num_warps)
+    return resident * num_warps / (chip.schedulers * chip.scheduler_warps)
+
+
+# of the data sheet's bandwidth: an H200's copy moves 4.3 of 4.8 TB/s
+COPY_SHARE = 0.9
 
 
 @dataclass(frozen=True)
 class GPU:
-    """A product: its architecture and its data-sheet memory bandwidth."""
+    """A product: its architecture, and from its data sheet the memory bandwidth in TB/s, the
+    multiprocessors (compute units) and the clock under load in GHz.
+    """
 
     name: str
     arch: str
     bandwidth: float
+    multiprocessors: int
+    clock: float
 
     @property
     def tflops(self) -> float:
@@ -106,16 +117,25 @@ class GPU:
         """The least time a kernel can take, in microseconds; 0 FLOPs asks for the memory's only."""
         return max(flops / (self.tflops * 1e6), moved_bytes / (self.bandwidth * 1e6))
 
+    def issue_us(self, warp_instructions: float) -> float:
+        """Microseconds to issue these: one instruction per clock and scheduler, all at work."""
+        schedulers = ARCHITECTURES[self.arch].schedulers * self.multiprocessors
+        return warp_instructions / (schedulers * self.clock * 1e3)
+
+    def memory_us(self, moved_bytes: float) -> float:
+        """Microseconds to move these bytes at the share of the bandwidth that a copy reaches."""
+        return moved_bytes / (COPY_SHARE * self.bandwidth * 1e6)
+
 
 # bandwidth in TB/s from NVIDIA's A100 80GB SXM, H100 SXM, H200 SXM and HGX B200 data sheets and
 # from AMD's MI300X data sheet; the first one of an architecture stands for it in the report
 GPUS = {
     gpu.name.lower(): gpu
     for gpu in (
-        GPU("A100", "sm_80", 2.039),
-        GPU("H200", "sm_90", 4.8),
-        GPU("H100", "sm_90", 3.35),
-        GPU("B200", "sm_100", 8.0),
-        GPU("MI300X", "gfx942", 5.3),
+        GPU("A100", "sm_80", 2.039, 108, 1.41),
+        GPU("H200", "sm_90", 4.8, 132, 1.7),
+        GPU("H100", "sm_90", 3.35, 132, 1.7),
+        GPU("B200", "sm_100", 8.0, 148, 1.85),
+        GPU("MI300X", "gfx942", 5.3, 304, 2.1),
     )
 }

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastgpt2.kernels import checks
 from fastgpt2.kernels.backend import wants_gradient
+from fastgpt2.kernels.modes import autocasts, is_ordinary, transformed
 
 
 def _rows_for_onednn(info: Path = Path("/proc/cpuinfo")) -> tuple[int, int]:
@@ -41,13 +42,18 @@ def _rows_for_onednn(info: Path = Path("/proc/cpuinfo")) -> tuple[int, int]:
 _ONEDNN_ROWS = _rows_for_onednn()
 
 
-def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
+def _takes_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     if x.device.type != "cpu" or x.dtype != torch.float32 or x.numel() * weight.numel() == 0:
-        # an empty product is nothing that oneDNN knows
+        # oneDNN rejects empty operands
         return False
     first, end = _ONEDNN_ROWS
-    # autocast makes a bf16 product of fp32 operands
-    return first <= x.numel() // x.shape[-1] < end and not torch.is_autocast_enabled("cpu")
+    if end == 0 or torch.is_autocast_enabled("cpu"):
+        # autocast makes a bf16 product of fp32 operands
+        return False
+    if torch.compiler.is_compiling():
+        # a number of rows in the condition would compile one program for each side of it
+        return end == sys.maxsize and not torch.compiler.is_exporting() and not transformed()
+    return first <= x.numel() // x.shape[-1] < end and is_ordinary(x, weight, bias)
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -89,9 +95,8 @@ def in_autocast_dtype(x: Tensor) -> Tensor:
     An op whose body holds several products asks once: what it computes then has one dtype, the one
     that its fake implementation says. As in PyTorch's own products, fp64 stays fp64.
     """
-    device_type = x.device.type
-    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(device_type))
+    if autocasts(x.device) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(x.device.type))
     return x
 
 
@@ -100,7 +105,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     checks.check_rows(op, "x", x)
     checks.check_layer(op, x, weight, bias)
     for name, given in (("weight", weight), ("bias", bias)):
-        if given is None or given.dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
+        if given is None or given.dtype == x.dtype or autocasts(x.device):
             continue
         raise TypeError(f"{op}: {name} must be {x.dtype} like x, got {given.dtype}")
 
@@ -127,7 +132,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def unchecked_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``linear`` for an op that has checked these arguments as its own."""
-    if not _takes_onednn(x, weight):
+    if not _takes_onednn(x, weight, bias):
         return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
     # a call by way of the dispatcher's autograd costs half as much as one token's product

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from fastgpt2.kernels import checks, reference
 from fastgpt2.kernels.backend import Impl, resolve
-from fastgpt2.kernels.cross_entropy import check_loss_options, kept_count
+from fastgpt2.kernels.cross_entropy import check_loss_options, gradient_scale, kept_count
 from fastgpt2.kernels.linear import in_autocast_dtype, matmul
 from fastgpt2.kernels.linear_fp8 import HeadFP8, check_fp8
+from fastgpt2.kernels.modes import first_order, recorded
 
 # logits of one chunk, in the compute dtype: 2 GiB, 21 thousand rows of GPT-2's in bf16, keep the
 # matrix products at full speed and leave most of a GPU's memory free; a CPU has less of both
@@ -174,7 +175,7 @@ def _linear_cross_entropy_fwd(
     if dweight is None:
         dweight = weight.new_zeros((V, C) if dweight_wanted else (0,), dtype=dweight_dtype)
     count = kept_count(targets, ignore_index, wide)
-    return losses.sum() / count, dx, dweight, count
+    return losses.sum() / count.clamp(min=1), dx, dweight, count
 
 
 @_linear_cross_entropy_fwd.register_fake
@@ -210,11 +211,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.weight_dtype, ctx.wanted = inputs[1].dtype, inputs[7:9]
 
 
+@first_order("linear_cross_entropy")
 def _backward(ctx: Any, dloss: Tensor, *_unused: Tensor) -> tuple[Tensor | None, ...]:
-    # made in the forward pass, whose graph is not known here
-    checks.check_first_order("linear_cross_entropy")
+    # computed in the forward pass, whose graph is not known here
     dx, dweight, count = ctx.saved_tensors
-    scale = dloss / count
+    scale = gradient_scale(dloss, count)
     dx_wanted, dweight_wanted = ctx.wanted
     return (
         dx * scale if dx_wanted else None,
@@ -265,7 +266,7 @@ def linear_cross_entropy(
     Raises:
         ValueError: shapes do not match, an option is out of its range, or FP8 cannot run.
         TypeError: x or weight not floating point, targets not integer.
-        RuntimeError: in backward, a gradient of the gradient is asked for (``create_graph``).
+        RuntimeError: the gradient of the gradient is asked for.
     """
     op = "linear_cross_entropy"
     checks.check_vectors(op, "x", x)
@@ -279,6 +280,9 @@ def linear_cross_entropy(
     rows, flat = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
     options = (ignore_index, vocab_size, label_smoothing, z_loss)
     choice = resolve(op, impl, x)
+    if choice is Impl.TORCH and recorded() and not fp8:
+        # other programs do not know our op
+        choice = Impl.REFERENCE
     if fp8:
         check_fp8(op, x, x.shape[-1])
     if choice is Impl.REFERENCE:

@@ -1,10 +1,15 @@
 """Counter-based random numbers for dropout: the same mask on every implementation.
 
 Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) as Triton's
-``tl.rand(seed, offset)`` computes it: key = the seed's two 32-bit halves, counter = (offset low,
-offset high, 0, 0), first output word scaled to [0, 1). Written here in int64 tensor arithmetic,
-where the low 64 bits of a product are exact.
+``tl.randint4x(seed, counter)`` computes it: key = the seed's two 32-bit halves, counter = (low,
+high, 0, 0), four words out. Written here in int64 tensor arithmetic, where the low 64 bits of a
+product are exact.
+
+The mask of a tensor (..., W): with r the number of a row, element (r, w) belongs to word w mod 4 of
+counter r ceil(W / 4) + floor(w / 4), and is kept if that word is at least p 2^32.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -13,8 +18,6 @@ ROUNDS = 10
 _MASK32 = 0xFFFFFFFF
 _MULTIPLIER_A, _MULTIPLIER_B = 0xD2511F53, 0xCD9E8D57
 _WEYL_A, _WEYL_B = 0x9E3779B9, 0xBB67AE85
-# 2^-31 shrunk by one part in 2^25, so that the largest word stays below 1
-_WORD_TO_UNIT = 4.6566127342e-10
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -31,10 +34,9 @@ def as_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
     return torch.full((), seed, dtype=torch.int64, device=device)
 
 
-def uniform(seed: Tensor, offsets: Tensor) -> Tensor:
-    """One fp32 number in [0, 1) for every int64 offset, keyed by ``seed``."""
-    counter = [offsets & _MASK32, (offsets >> 32) & _MASK32]
-    c0, c1 = counter[0], counter[1]
+def words(seed: Tensor, counters: Tensor) -> Tensor:
+    """The four 32-bit words of every int64 counter, keyed by ``seed``: (..., 4), in int64."""
+    c0, c1 = counters & _MASK32, (counters >> 32) & _MASK32
     c2 = c3 = torch.zeros_like(c0)
     key_a, key_b = seed & _MASK32, (seed >> 32) & _MASK32
     for _ in range(ROUNDS):
@@ -43,20 +45,27 @@ def uniform(seed: Tensor, offsets: Tensor) -> Tensor:
         c2 = ((product_a >> 32) & _MASK32) ^ c3 ^ key_b
         c1, c3 = product_b & _MASK32, product_a & _MASK32
         key_a, key_b = (key_a + _WEYL_A) & _MASK32, (key_b + _WEYL_B) & _MASK32
-    # the first word as a signed 32-bit integer, folded to [0, 2^31)
-    folded = torch.where(c0 >= 2**31, _MASK32 - c0, c0)
-    return folded.to(torch.float32) * _WORD_TO_UNIT
+    return torch.stack((c0, c1, c2, c3), -1)
+
+
+def threshold(p: float) -> int:
+    """Words below this are dropped: p 2^32, of p rounded to fp32 as a kernel gets it."""
+    return min(int(float(torch.tensor(p, dtype=torch.float32)) * 2**32), _MASK32)
+
+
+def keep_rows(seed: Tensor, rows: Tensor, width: int, p: float) -> Tensor:
+    """(len(rows), width) bool: where dropout keeps an element of these rows."""
+    groups = -(-width // 4)
+    counters = rows[:, None] * groups + torch.arange(groups, device=rows.device)
+    return words(seed, counters).flatten(1)[:, :width] >= threshold(p)
 
 
 def keep_mask(seed: Tensor, shape: tuple[int, ...], p: float) -> Tensor:
-    """True where dropout keeps an element of a row-major tensor of this shape: ``u >= p``."""
-    count = 1
-    for size in shape:
-        count *= size
-    offsets = torch.arange(count, dtype=torch.int64, device=seed.device)
-    return (uniform(seed, offsets) >= p).view(shape)
+    """True where dropout keeps an element of a tensor (..., W) of this shape."""
+    rows = torch.arange(math.prod(shape[:-1]), dtype=torch.int64, device=seed.device)
+    return keep_rows(seed, rows, shape[-1], p).view(shape)
 
 
 def dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
-    """``x`` with each element kept with probability 1 - p and divided by it."""
-    return torch.where(keep_mask(seed, tuple(x.shape), p), x / (1.0 - p), 0.0)
+    """``x`` with each element kept with probability 1 - p and multiplied by 1 / (1 - p)."""
+    return torch.where(keep_mask(seed, tuple(x.shape), p), x * (1.0 / (1.0 - p)), 0.0)

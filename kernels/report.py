@@ -1,10 +1,12 @@
 """``python -m fastgpt2.kernels.report``: what every kernel needs, on GPUs that are not there.
 
 Compiles each kernel in each of its configurations for each architecture and reads the binaries:
-registers, spills, shared memory, tensor-core instructions. Prints a table with occupancy and
-roofline time and writes it to ``kernels/REPORT.md``. ``--check`` compares with the committed
-expectation instead and fails on a spill, on shared memory that no block can have, on lost
-tensor-core instructions: exit code 1. Another compiler makes other binaries, so each Triton has an
+registers, spills, shared memory, tensor-core instructions, and what the inner loop's instructions
+are. Prints a table with blocks resident and times of a stated model, and writes it to
+``kernels/REPORT.md``. ``--check`` compares with the committed expectation instead and fails on a
+spill, on shared memory that no block can have, on lost tensor-core instructions, on 5 % more
+instructions, and on a launch that gives a multiprocessor more blocks than fit: exit code 1. Another
+compiler makes other binaries, so each Triton has an
 expectation of its own, ``expectation-VERSION.json`` by ``--update``; without one there is nothing
 to compare with: exit code 2. Results are cached by source, so that a second run takes seconds.
 """
@@ -30,7 +32,8 @@ from tqdm import tqdm
 from fastgpt2 import cli
 from fastgpt2.errors import UserError
 from fastgpt2.files import write_text
-from fastgpt2.kernels.gpus import ARCHITECTURES, GPU, GPUS, occupancy
+from fastgpt2.kernels.gpus import ARCHITECTURES, GPUS
+from fastgpt2.kernels.report_rows import Row, expectation, render, violations
 
 if TYPE_CHECKING:
     from fastgpt2.kernels.cases import CompileCase
@@ -50,30 +53,6 @@ class Task:
     arch: str
 
 
-@dataclass(frozen=True)
-class Row:
-    """What one kernel and configuration needs on one architecture, or why it did not build."""
-
-    kernel: str
-    config: str
-    arch: str
-    num_warps: int
-    wants_mma: bool
-    flops: float
-    bytes: float
-    registers: int = 0
-    spill_bytes: int = 0
-    shared_bytes: int = 0
-    mma: str = ""
-    serialized: bool = False
-    error: str = ""
-
-    @property
-    def key(self) -> str:
-        """The row's name in the expectation."""
-        return f"{self.kernel} | {self.config} | {self.arch}"
-
-
 def kernel_modules() -> list[str]:
     """The modules of ``kernels/jit`` that offer compile cases."""
     package = "fastgpt2.kernels.jit"
@@ -82,7 +61,8 @@ def kernel_modules() -> list[str]:
 
 
 @lru_cache
-def _cases(module: str, arch: str) -> "dict[tuple[str, str], CompileCase]":
+def cases_of(module: str, arch: str) -> "dict[tuple[str, str], CompileCase]":
+    """The compile cases of a module of ``kernels/jit`` by kernel and config."""
     cases = importlib.import_module(module).compile_cases(arch)
     by_name = {(case.name, case.config): case for case in cases}
     assert len(by_name) == len(cases), f"{module}: two cases for {arch} have one name"
@@ -91,12 +71,15 @@ def _cases(module: str, arch: str) -> "dict[tuple[str, str], CompileCase]":
 
 def _fingerprint(case: "CompileCase", arch: str) -> str:
     """Changes with the kernel's source and its helpers', the case, Triton and the reader of it."""
+    from fastgpt2.kernels import machine_code
     from fastgpt2.kernels.jit import compile as offline
 
-    source = Path(offline.__file__).read_bytes()
+    source = Path(offline.__file__).read_bytes() + Path(machine_code.__file__).read_bytes()
+    # what the binary depends on: not the shape that it is judged at
+    fields = set(case.__dataclass_fields__) - {"kernel", "flops", "bytes", "work", "per_sm"}
     parts = (
         case.kernel.cache_key,
-        str([getattr(case, name) for name in case.__dataclass_fields__ if name != "kernel"]),
+        str([getattr(case, name) for name in sorted(fields)]),
         arch,
         offline.TRITON_VERSION,
         hashlib.sha256(source).hexdigest(),
@@ -108,7 +91,7 @@ def _resources(task: Task) -> "dict[str, Any]":
     """Fields of ``Resources``, or ``{"error": ...}``, from the cache or from the compiler."""
     from fastgpt2.kernels.jit.compile import compile_case
 
-    case = _cases(task.module, task.arch)[task.kernel, task.config]
+    case = cases_of(task.module, task.arch)[task.kernel, task.config]
     root = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
     entry = root / "fastgpt2" / "kernels" / f"{_fingerprint(case, task.arch)}.json"
     if entry.exists():
@@ -124,18 +107,10 @@ def _resources(task: Task) -> "dict[str, Any]":
     return found
 
 
-def _measure_one(task: Task) -> Row:
-    case = _cases(task.module, task.arch)[task.kernel, task.config]
-    return Row(
-        task.kernel,
-        task.config,
-        task.arch,
-        case.num_warps,
-        case.wants_mma,
-        case.flops,
-        case.bytes,
-        **_resources(task),
-    )
+def row_of(task: Task) -> Row:
+    """Compile one case, unless its binary has been read before."""
+    case = cases_of(task.module, task.arch)[task.kernel, task.config]
+    return Row.of(case, task.arch, _resources(task))
 
 
 def measure(modules: Iterable[str], archs: Iterable[str], jobs: int) -> list[Row]:
@@ -144,23 +119,15 @@ def measure(modules: Iterable[str], archs: Iterable[str], jobs: int) -> list[Row
         Task(module, kernel, config, arch)
         for module in modules
         for arch in archs
-        for kernel, config in _cases(module, arch)
+        for kernel, config in cases_of(module, arch)
     ]
     # a forked child would inherit the threads' locks of whatever has been imported
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        rows = list(tqdm(pool.map(_measure_one, tasks), total=len(tasks), unit="kernel"))
+        rows = list(tqdm(pool.map(row_of, tasks), total=len(tasks), unit="kernel"))
     return sorted(
         rows, key=lambda row: (row.kernel, row.config, list(ARCHITECTURES).index(row.arch))
     )
-
-
-def expectation(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
-    """What a later check holds these rows against."""
-    return {
-        row.key: {"mma": row.mma, "spill_bytes": row.spill_bytes, "serialized": row.serialized}
-        for row in rows
-    }
 
 
 def expectation_file(triton: str, folder: Path = _HERE) -> Path:
@@ -191,68 +158,6 @@ def _as_lines(expected: dict[str, dict[str, Any]]) -> str:
     """JSON with a line a kernel, so that a change shows as one."""
     rows = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in expected.items()]
     return "{\n" + ",\n".join(rows) + "\n}\n"
-
-
-def violations(rows: Sequence[Row], expected: dict[str, dict[str, Any]]) -> list[str]:
-    """One line for each way in which a row is worse than expected or cannot run at all."""
-    found = []
-    for row in rows:
-        limit = ARCHITECTURES[row.arch].block_shared
-        before = expected.get(row.key)
-        if row.error:
-            found.append(f"{row.key}: does not compile: {row.error}")
-            continue
-        if row.shared_bytes > limit:
-            found.append(f"{row.key}: {row.shared_bytes} bytes of shared memory, limit {limit}")
-        if before is None:
-            found.append(f"{row.key}: not in the expectation; record it with --update")
-            continue
-        if row.spill_bytes > before["spill_bytes"]:
-            found.append(f"{row.key}: spills {row.spill_bytes} bytes, not {before['spill_bytes']}")
-        if row.mma != before["mma"]:
-            found.append(f"{row.key}: uses {row.mma or 'no mma'}, not {before['mma'] or 'none'}")
-        if row.serialized and not before["serialized"]:
-            found.append(f"{row.key}: ptxas serialises its wgmma instructions")
-    archs = {row.arch for row in rows}
-    gone = set(expected) - {row.key for row in rows}
-    stale = sorted(key for key in gone if key.rpartition(" | ")[2] in archs)
-    return found + [f"{key}: expected, but no longer compiled; --update" for key in stale]
-
-
-def _format_row(row: Row, gpu: GPU) -> str:
-    if row.error:
-        return f"| {row.kernel} | {row.config} | {row.arch} | does not compile: {row.error} |"
-    filled = occupancy(row.arch, row.registers, row.shared_bytes, row.num_warps)
-    time = gpu.roofline_us(row.flops if row.wants_mma else 0.0, row.bytes)
-    mma = f"{row.mma or '-'}{' (serialised)' if row.serialized else ''}"
-    return (
-        f"| {row.kernel} | {row.config} | {row.arch} | {row.registers} | {row.spill_bytes} "
-        f"| {row.shared_bytes} | {mma} | {filled:.0%} | {time:.1f} |"
-    )
-
-
-def render(rows: Sequence[Row], gpus: dict[str, GPU]) -> str:
-    """The report as Markdown; ``gpus`` names the product whose roofline stands for each arch."""
-    compiler = metadata.version("triton")
-    used = [gpus[arch] for arch in ARCHITECTURES if any(row.arch == arch for row in rows)]
-    products = "; ".join(
-        f"{gpu.arch}: {gpu.name}, {gpu.tflops:g} TFLOP/s, {gpu.bandwidth:g} TB/s" for gpu in used
-    )
-    lines = [
-        "# What the kernels need",
-        "",
-        "Written by `python -m fastgpt2.kernels.report`. Nothing here was executed: the numbers",
-        f"are read from binaries that Triton {compiler} and its ptxas built without a GPU.",
-        "Registers and spill bytes are per thread, shared memory is bytes per block; occupancy is",
-        "estimated from them. The roofline is the least time in microseconds at the shape stated",
-        f"with each kernel, by data-sheet peaks ({products}).",
-        "",
-        "| kernel | config | arch | registers | spill | shared | mma | occupancy | roofline us |",
-        "| --- | --- | --- | ---: | ---: | ---: | --- | ---: | ---: |",
-        *(_format_row(row, gpus[row.arch]) for row in rows),
-        "",
-    ]
-    return "\n".join(lines)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -29,11 +29,16 @@ TABLE_FILE = Path(__file__).with_name("tuning.json")
 
 @dataclass(frozen=True)
 class Config:
-    """Tiles, warps and pipeline stages of one launch; ``meta()`` is what the launch is given."""
+    """Tiles, warps and pipeline stages of one launch; ``meta()`` is what the launch is given.
+
+    ``per_sm`` is how many blocks the launch gives each multiprocessor, for kernels whose blocks
+    walk over the rows. All of them must be resident at a time: the compile matrix checks that.
+    """
 
     blocks: tuple[tuple[str, int], ...]
     num_warps: int
     num_stages: int
+    per_sm: int = 0
 
     def meta(self) -> dict[str, int]:
         """Keyword arguments of the launch: every block size, num_warps and num_stages."""
@@ -50,9 +55,9 @@ class Config:
         return f"{sizes} w{self.num_warps} s{self.num_stages}".lstrip()
 
 
-def config(num_warps: int, num_stages: int, **blocks: int) -> Config:
+def config(num_warps: int, num_stages: int, per_sm: int = 0, **blocks: int) -> Config:
     """A ``Config`` in one line: ``config(8, 3, BLOCK_M=128, BLOCK_N=64)``."""
-    return Config(tuple(blocks.items()), num_warps, num_stages)
+    return Config(tuple(blocks.items()), num_warps, num_stages, per_sm)
 
 
 @dataclass(frozen=True)

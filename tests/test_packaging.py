@@ -8,6 +8,7 @@ import sysconfig
 import tomllib
 import venv
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 
@@ -95,6 +96,43 @@ def test_wheel_in_an_empty_environment(checkout: Path, tmp_path: Path) -> None:
     installed = next(environment.glob("lib/python*/site-packages"))
     assert (installed / "fastgpt2" / "py.typed").is_file()
     assert not (installed / "kernels").exists()
+
+
+@pytest.fixture
+def without_links(checkout: Path) -> Path:
+    """A checkout as git makes it on Windows: the link is a text file that holds its target."""
+    link = checkout / "fastgpt2" / "kernels"
+    link.unlink()
+    link.write_text("../kernels", encoding="utf-8")
+    return checkout
+
+
+def test_an_editable_install_needs_no_link(without_links: Path, tmp_path: Path) -> None:
+    environment = tmp_path / "environment"
+    venv.create(environment)
+    python = environment / "bin" / "python"
+    options = ("--quiet", "--no-deps", "--no-index", "--no-build-isolation")
+    pip = (sys.executable, "-m", "pip", "--python", python, "install", *options)
+    run(*pip, "-e", without_links, cwd=tmp_path, PYTHONPATH=SITE_PACKAGES)
+    installed = next(environment.glob("lib/python*/site-packages"))
+    # its own finder first: the outer environment may have one of the same name
+    path = f"{installed}{os.pathsep}{SITE_PACKAGES}"
+    found = run(python, "-c", WHERE, cwd=tmp_path, PYTHONPATH=path)
+    assert [Path(line).parent.relative_to(without_links) for line in found.splitlines()] == [
+        Path("fastgpt2"),
+        Path("kernels"),
+    ]
+
+
+def test_a_wheel_needs_no_link(without_links: Path, tmp_path: Path) -> None:
+    build = (sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path)
+    run(*build, without_links, cwd=tmp_path)
+    (wheel,) = tmp_path.glob("*.whl")
+    with ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    modules = {f"fastgpt2/{p.relative_to(ROOT)}" for p in (ROOT / "kernels").rglob("*.py")}
+    assert modules <= names
+    assert "fastgpt2/kernels" not in names
 
 
 def test_this_installation_finds_the_kernels_from_anywhere(tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ REQUIRED = [
 NOT_TESTED = {"ctranslate2"}
 
 
-def pins() -> dict[str, Version]:
-    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+def pins(file: str = "constraints.txt") -> dict[str, Version]:
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
     pairs = [line.split("==") for line in lines if not line.startswith("#")]
     return {canonicalize_name(name): Version(version) for name, version in pairs}
 
@@ -36,6 +36,19 @@ def test_bounds_are_lower_ones_and_the_tested_version_is_within(required: Requir
         assert tested in required.specifier
         # a local version, such as +cpu, is one machine's
         assert tested.local is None
+
+
+@pytest.mark.parametrize("required", REQUIRED, ids=lambda r: r.name)
+def test_the_lowest_versions_are_the_bounds(required: Requirement) -> None:
+    name = canonicalize_name(required.name)
+    if name in NOT_TESTED:
+        pytest.skip("installed by name, and never by CI")
+    (bound,) = required.specifier
+    lowest = pins("lowest.txt")[name]
+    # another package may ask for more
+    assert Version(bound.version) <= lowest <= pins()[name]
+    if name in ("torch", "triton", "numpy", "tiktoken", "transformers"):
+        assert lowest.release[:2] == Version(bound.version).release[:2]
 
 
 def test_releases_of_today_are_accepted() -> None:

@@ -19,7 +19,7 @@ from benchmarks.processes import ask, write_runs
 from fastgpt2.cli import Parser, check_counts
 from fastgpt2.cli import run as run_command
 from fastgpt2.errors import UserError
-from tools.step_of_commit import DTYPES, SCALES
+from tools.step_of_commit import SCALES, STEP_DTYPES
 
 _ROOT = Path(__file__).resolve().parents[1]
 _PROGRAM = _ROOT / "tools" / "step_of_commit.py"
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m tools.step_history")
     parser.add_argument("commits", nargs="+", metavar="COMMIT", help="what to compare, in order")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the JSON to write")
-    parser.add_argument("--dtype", default="bf16", choices=list(DTYPES))
+    parser.add_argument("--dtype", default="bf16", choices=list(STEP_DTYPES))
     parser.add_argument("--turns", type=int, default=2, help="processes of each commit and form")
     parser.add_argument("--steps", type=int, default=4, help="timed steps of each process")
     parser.add_argument("--scale", default="cpu", choices=list(SCALES))

@@ -19,7 +19,7 @@ SCALES: dict[str, tuple[dict[str, Any], int, int]] = {
     "cpu": ({}, 2, 512),
     "dry": ({"n_layer": 1, "n_head": 2, "n_embd": 32, "vocab_size": 64}, 1, 8),
 }
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+STEP_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def measure(compiled: bool, dtype: torch.dtype, steps: int, scale: str) -> list[float]:
@@ -50,4 +50,4 @@ def measure(compiled: bool, dtype: torch.dtype, steps: int, scale: str) -> list[
 
 if __name__ == "__main__":
     form, dtype, steps, scale = sys.argv[1:]
-    print(json.dumps(measure(form == "compiled", DTYPES[dtype], int(steps), scale)))
+    print(json.dumps(measure(form == "compiled", STEP_DTYPES[dtype], int(steps), scale)))

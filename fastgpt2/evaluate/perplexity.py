@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from fastgpt2 import distributed
+from fastgpt2 import distributed, units
 from fastgpt2.evaluate.data import Text
 from fastgpt2.evaluate.scoring import TokenScores, score
 from fastgpt2.evaluate.windows import Windows, make_batch
@@ -54,7 +54,7 @@ class TextScore:
     @property
     def perplexity(self) -> float:
         """exp(loss)."""
-        return _exp(self.loss)
+        return units.perplexity(self.loss)
 
     @property
     def bits_per_byte(self) -> float:
@@ -66,17 +66,13 @@ class TextScore:
     @property
     def word_perplexity(self) -> float | None:
         """exp(loss * tokens / words): perplexity a word of the text as it was given."""
-        return _exp(self.loss * self.tokens / self.words) if self.words else None
+        return units.perplexity(self.loss * self.tokens / self.words) if self.words else None
 
     @property
     def calibration_error(self) -> float:
         """Expected calibration error of the likeliest token (Guo et al., 2017), 0 to 1."""
         count, confidence, correct = self.calibration
         return float(np.abs(confidence - correct).sum() / count.sum())
-
-
-def _exp(x: float) -> float:
-    return math.inf if x > 700 else math.exp(x)
 
 
 class _Tally:

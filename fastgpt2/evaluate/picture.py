@@ -7,7 +7,7 @@ import numpy as np
 
 from fastgpt2.evaluate.perplexity import TextScore
 from fastgpt2.evaluate.tasks import Metrics
-from fastgpt2.files import atomic_path
+from fastgpt2.picture import draw, new_figure, printable
 
 # points of the curve over the positions, and the fewest tokens behind one of them
 _POINTS, _LEAST_TOKENS = 32, 30
@@ -20,11 +20,15 @@ _MARKERS = "os^Dv*P"
 
 def draw_text_scores(path: Path, scores: dict[str, TextScore], data: str) -> None:
     """Loss by position in the context, calibration, and each model's worst tokens."""
+    draw(path, lambda: _paint_text_scores(scores, data))
+
+
+def _paint_text_scores(scores: dict[str, TextScore], data: str) -> Any:
     columns = max(2, min(3, len(scores)))
     rows = -(-len(scores) // columns) if len(scores) > 1 else 1
-    figure = _figure(6.5 * columns, 4.6 + 3.4 * rows)
+    figure = new_figure(6.5 * columns, 4.6 + 3.4 * rows)
     top, bottom = figure.subfigures(2, 1, height_ratios=[4.6, 3.4 * rows])
-    top.suptitle(f"cross-entropy of {data}", parse_math=False)
+    top.suptitle(f"cross-entropy of {printable(data)}")
     position, calibration = top.subplots(1, 2, width_ratios=[3, 2])
     for number, (name, score) in enumerate(scores.items()):
         style = _style(number)
@@ -45,21 +49,24 @@ def draw_text_scores(path: Path, scores: dict[str, TextScore], data: str) -> Non
     for axes, corner in ((position, "best"), (calibration, "lower right")):
         axes.title.set_fontsize("medium")
         axes.grid(alpha=0.3)
-        for text in axes.legend(fontsize="small", loc=corner).get_texts():
-            text.set_parse_math(False)
+        axes.legend(fontsize="small", loc=corner)
     wide = len(scores) == 1
     grid = bottom.subplots(rows, 1 if wide else columns, squeeze=False).ravel()
     for axes in grid[len(scores) :]:
         axes.set_axis_off()
     for number, (name, score) in enumerate(scores.items()):
         _draw_worst(grid[number], name, score, _style(number)["color"])
-    _save(figure, path)
+    return figure
 
 
 def draw_metrics(path: Path, results: dict[str, Metrics], task: str, chance: float) -> None:
     """Each metric with its standard error, a point for each model."""
+    draw(path, lambda: _paint_metrics(results, task, chance))
+
+
+def _paint_metrics(results: dict[str, Metrics], task: str, chance: float) -> Any:
     names = list(next(iter(results.values())))
-    figure = _figure(4.2 * len(names) + 1.5, 1.6 + 0.45 * len(results))
+    figure = new_figure(4.2 * len(names) + 1.5, 1.6 + 0.45 * len(results))
     figure.suptitle(f"{task} (bars: one standard error)")
     for column, axes in zip(
         names, figure.subplots(1, len(names), sharey=True, squeeze=False)[0], strict=True
@@ -70,18 +77,9 @@ def draw_metrics(path: Path, results: dict[str, Metrics], task: str, chance: flo
         if chance and column.startswith("accuracy"):
             axes.axvline(chance, color="grey", linestyle="--", linewidth=1, label="chance")
             axes.legend(fontsize="small")
-        axes.set_yticks(range(len(results)), map(_short, results), parse_math=False)
+        axes.set_yticks(range(len(results)), map(_short, results))
         axes.set(title=column, ylim=(len(results) - 0.5, -0.5))
         axes.grid(alpha=0.3)
-    _save(figure, path)
-
-
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
     return figure
 
 
@@ -91,11 +89,6 @@ def _style(number: int) -> dict[str, str]:
         "color": _COLORS[number % len(_COLORS)],
         "marker": _MARKERS[number % len(_MARKERS)],
     }
-
-
-def _save(figure: Any, path: Path) -> None:
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
 
 
 def _draw_position(axes: Any, score: TextScore, label: str, style: dict[str, str]) -> None:
@@ -143,22 +136,14 @@ def _draw_worst(axes: Any, name: str, score: TextScore, color: str) -> None:
     places = range(len(losses))
     axes.barh(places, losses, color=color, alpha=0.35)
     for place, worst in zip(places, score.worst, strict=True):
-        text = f" …{_printable(worst.before)[-_SHOWN:]}▸{_printable(worst.token)}"
-        axes.text(0, place, text, va="center", fontsize=8, family="monospace", parse_math=False)
+        text = f" …{printable(worst.before)[-_SHOWN:]}▸{printable(worst.token)}"
+        axes.text(0, place, text, va="center", fontsize=8, family="monospace")
     axes.set_yticks([])
     axes.set(ylim=(len(losses) - 0.5, -0.5), xlabel="nats")
-    axes.set_title(
-        f"{_short(name)}: the worst predicted tokens (▸)", fontsize="medium", parse_math=False
-    )
+    axes.set_title(f"{_short(name)}: the worst predicted tokens (▸)", fontsize="medium")
 
 
 def _short(name: str) -> str:
     """The end of a long name, which is what tells folders apart."""
+    name = printable(name)
     return name if len(name) <= _NAME else f"…{name[1 - _NAME :]}"
-
-
-def _printable(text: str) -> str:
-    """Line breaks and what the font lacks as escapes."""
-    return "".join(
-        char if char.isprintable() and ord(char) < 0x2000 else ascii(char)[1:-1] for char in text
-    )

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastgpt2 import units
 from fastgpt2.download import DownloadError, cache_dir, download
 from fastgpt2.errors import UserError
 from fastgpt2.evaluate.continuations import Likelihoods, Request, score_continuations
@@ -80,7 +81,7 @@ def _lambada_example(record: dict[str, Any]) -> Example:
 
 def _lambada_metrics(scores: Likelihoods, labels: list[int]) -> Metrics:
     loss = _mean(scores.nll)
-    perplexity = math.inf if loss.value > 700 else math.exp(loss.value)
+    perplexity = units.perplexity(loss.value)
     return {
         "accuracy": _mean(scores.greedy),
         # of the last word; the error of exp(x) is exp(x) times that of x, to first order

@@ -106,7 +106,7 @@ def generate(
 def log_probs(model: GPT, ids: Prompts) -> Tensor | list[list[float]]:
     """See ``GPT.log_probs``."""
     rows = _rows(ids, None)
-    device, block_size = model.lm_head.weight.device, model.config.block_size
+    device, block_size = model.transformer.wpe.weight.device, model.config.block_size
     results: list[list[float]] = []
     with evaluating(model):
         for row in rows:

@@ -22,7 +22,7 @@ class Slots:
 
     def __init__(self, model: GPT, count: int, size: int) -> None:
         self.model, self.size = model, size
-        self.device = model.lm_head.weight.device
+        self.device = model.transformer.wpe.weight.device
         self.cache = model.make_cache(count, size)
         self.lengths = [0] * count
 

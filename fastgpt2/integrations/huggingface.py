@@ -8,6 +8,7 @@ at once, and ``restore`` only has to exchange the classes back.
 
 from collections.abc import Iterable
 from functools import wraps
+from types import MethodType
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +23,7 @@ from transformers.utils.generic import can_return_tuple
 from fastgpt2.errors import UserError
 from fastgpt2.integrations import transformers_attention
 from fastgpt2.kernels import cross_entropy, explain, gelu, layer_norm, linear_cross_entropy
+from fastgpt2.plain import is_plain
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -33,7 +35,8 @@ class LayerNorm(nn.LayerNorm):
         """(..., C) -> (..., C), the same dtype."""
         # autocast has rules of its own for what is not fp32, and PyTorch's operator knows them
         autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float32
-        if autocast or self.weight is None or self.weight.dtype != x.dtype:
+        unusual = self.weight is None or len(self.normalized_shape) != 1 or self.eps <= 0
+        if autocast or unusual or self.weight.dtype != x.dtype:
             return super().forward(x)
         return layer_norm(x, self.weight, self.bias, eps=self.eps)
 
@@ -130,12 +133,14 @@ class GPT2LMHeadModel(transformers.GPT2LMHeadModel):  # type: ignore[no-untyped-
         """Why the loss is computed from logits, or None if it is not."""
         if not self.fused_loss:
             return "fused_loss is not set"
+        if _bound_elsewhere(self):
+            return "its forward has been bound to the instance before"
         if not self.training:
             return "the model is in evaluation mode"
         if self.loss_function is not causal_lm_loss:
             return "loss_function has been replaced"
         head = self.lm_head
-        if type(head) is not nn.Linear or head._parameters["bias"] is not None or _has_hooks(head):
+        if not is_plain(head, nn.Linear) or head._parameters["bias"] is not None:
             return "lm_head is no bare nn.Linear without bias and hooks"
         return None
 
@@ -175,13 +180,20 @@ def _wants_only_the_loss(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return len(args) <= 1 and kwargs.get("labels") is not None and whole
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
+def _bound_elsewhere(module: nn.Module) -> bool:
+    """Whether the instance has a forward that is not, and does not call, that of its class."""
+    own = vars(module)
+    if "forward" not in own:
+        return False
+    inner = own.get("_old_forward", own["forward"])
+    return getattr(inner, "__func__", None) is not type(module).forward
+
+
+def _rebind(module: nn.Module, before: type[nn.Module]) -> None:
+    """What accelerate's hooks have bound to the instance follows the class."""
+    for name in ("forward", "_old_forward"):
+        if getattr(vars(module).get(name), "__func__", None) is before.forward:
+            setattr(module, name, MethodType(type(module).forward, module))
 
 
 # what is exchanged, and back; a subclass somebody else made is nobody's to touch
@@ -255,13 +267,20 @@ def _gpt2s(caller: str, model: nn.Module) -> list[Any]:
 
 def _exchange(model: nn.Module, table: dict[type[nn.Module], type[nn.Module]]) -> None:
     for module in model.modules():
-        module.__class__ = table.get(type(module), type(module))
+        before = type(module)
+        if before in table:
+            module.__class__ = table[before]
+            _rebind(module, before)
+
+
+def _is_ours(module: nn.Module) -> bool:
+    return type(module) in _PLAIN and not _bound_elsewhere(module)
 
 
 def _explain_attention(model: Any) -> str:
     name = model.config._attn_implementation
     modules = [m for m in model.modules() if isinstance(m, modeling_gpt2.GPT2Attention)]
-    n_ours = sum(type(m) in _PLAIN for m in modules)
+    n_ours = sum(_is_ours(m) for m in modules)
     if name == "sdpa" and n_ours:
         name = transformers_attention.NAME
         asked = f"ours in place of sdpa, in {n_ours} of {len(modules)} modules, "
@@ -278,8 +297,8 @@ def _explain_attention(model: Any) -> str:
 
 
 def _explain_modules(modules: Iterable[nn.Module]) -> str:
-    names = [type(m).__name__ for m in modules if type(m) not in _PLAIN]
-    n_ours = sum(type(m) in _PLAIN for m in modules)
+    names = [type(m).__name__ for m in modules if not _is_ours(m)]
+    n_ours = sum(_is_ours(m) for m in modules)
     if not names:
         return f"ours, {n_ours} of {n_ours}"
     others = ", ".join(sorted(set(names)))

@@ -75,23 +75,26 @@ def _key_range(mask: Tensor) -> Tensor | None:
     return torch.stack([start, end], dim=1).int() if same else None
 
 
-def _remembered_key_range(mask: Tensor) -> Tensor | None:
-    """``_key_range``, looked for once in a forward pass, which hands every layer the same mask."""
+def _remembered_key_range(mask: Tensor, layer: int | None) -> Tensor | None:
+    """``_key_range``, looked for once in a forward pass, which hands every layer the same mask.
+
+    The first layer always looks: a change through numpy or ``.data`` leaves no trace.
+    """
     if mask.is_inference():
         # nothing would tell that it was changed in place
         return _key_range(mask)
     known = vars(mask).get("_fastgpt2_key_range")
-    if known is None or known[0] != mask._version:
+    if not layer or known is None or known[0] != mask._version:
         known = vars(mask)["_fastgpt2_key_range"] = (mask._version, _key_range(mask))
     key_range: Tensor | None = known[1]
     return key_range
 
 
-def _padding(mask: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+def _padding(mask: Tensor, shape: tuple[int, ...], layer: int | None) -> Tensor | None:
     """The key range that the mask stands for, or None if none does or nobody can look."""
     if mask.dtype != torch.bool or mask.shape != shape or is_tracing(mask):
         return None
-    return _remembered_key_range(mask)
+    return _remembered_key_range(mask, layer)
 
 
 def attention_forward(
@@ -131,7 +134,7 @@ def attention_forward(
     )
     key_range = None
     if ours and attention_mask is not None:
-        key_range = _padding(attention_mask, (B, 1, T, T))
+        key_range = _padding(attention_mask, (B, 1, T, T), getattr(module, "layer_idx", None))
         ours = key_range is not None
     if not ours:
         out: tuple[Tensor, None] = sdpa_attention_forward(

@@ -39,9 +39,15 @@ if TYPE_CHECKING:
     from fastgpt2.ladder.fused_attention import (
         KernelMultiHeadAttention,
         PackedMultiHeadAttention,
+        PyTorchMultiHeadAttention,
         SDPAMultiHeadAttention,
     )
     from fastgpt2.ladder.gpt import GPT_CONFIG_124M, DummyGPTModel, GPTModel
+    from fastgpt2.ladder.gpt_download import (
+        assign,
+        download_and_load_gpt2,
+        load_gpt2_params_from_tf_ckpt,
+    )
     from fastgpt2.ladder.multi_head import MultiHeadAttention, MultiHeadAttentionWrapper
     from fastgpt2.ladder.released_weights import (
         from_fastgpt2,
@@ -53,6 +59,8 @@ if TYPE_CHECKING:
     from fastgpt2.ladder.sampling import generate, generate_text_simple, next_token_probabilities
     from fastgpt2.ladder.self_attention import (
         CausalAttention,
+        SelfAttention_v1,
+        SelfAttention_v2,
         SelfAttentionV1,
         SelfAttentionV2,
         attend,
@@ -63,11 +71,13 @@ if TYPE_CHECKING:
         calc_loss_batch,
         calc_loss_loader,
         evaluate_model,
+        generate_and_print_sample,
+        plot_losses,
         text_to_token_ids,
         token_ids_to_text,
         train_model_simple,
     )
-    from fastgpt2.ladder.windows import GPTDatasetV1, create_dataloader
+    from fastgpt2.ladder.windows import GPTDatasetV1, create_dataloader, create_dataloader_v1
     from fastgpt2.ladder.word_tokenizers import (
         SimpleTokenizerV1,
         SimpleTokenizerV2,
@@ -79,18 +89,20 @@ if TYPE_CHECKING:
 _RUNGS = {
     "word_tokenizers": "split_words build_vocab SimpleTokenizerV1 SimpleTokenizerV2",
     "byte_pairs": "BytePairEncoder GPT2Tokenizer",
-    "windows": "GPTDatasetV1 create_dataloader",
+    "windows": "GPTDatasetV1 create_dataloader create_dataloader_v1",
     "embeddings": "TokenEmbedder",
     "self_attention": "simple_attention attention_weights attend SelfAttentionV1 SelfAttentionV2 "
-    "CausalAttention",
+    "SelfAttention_v1 SelfAttention_v2 CausalAttention",
     "multi_head": "MultiHeadAttentionWrapper MultiHeadAttention",
-    "fused_attention": "PackedMultiHeadAttention SDPAMultiHeadAttention KernelMultiHeadAttention",
+    "fused_attention": "PackedMultiHeadAttention SDPAMultiHeadAttention KernelMultiHeadAttention "
+    "PyTorchMultiHeadAttention",
     "same_weights": "attention_rungs",
     "block": "LayerNorm GELU FeedForward DeepNetwork mean_gradients TransformerBlock",
     "gpt": "GPT_CONFIG_124M DummyGPTModel GPTModel",
     "sampling": "generate_text_simple next_token_probabilities generate",
     "training": "text_to_token_ids token_ids_to_text calc_loss_batch calc_loss_loader "
-    "evaluate_model train_model_simple",
+    "evaluate_model train_model_simple generate_and_print_sample plot_losses",
+    "gpt_download": "download_and_load_gpt2 load_gpt2_params_from_tf_ckpt assign",
     "released_weights": "load_weights_into_gpt openai_params to_fastgpt2 from_fastgpt2",
 }
 _HOME = {name: module for module, names in _RUNGS.items() for name in names.split()}
@@ -111,13 +123,17 @@ __all__ = [
     "MultiHeadAttention",
     "MultiHeadAttentionWrapper",
     "PackedMultiHeadAttention",
+    "PyTorchMultiHeadAttention",
     "SDPAMultiHeadAttention",
     "SelfAttentionV1",
     "SelfAttentionV2",
+    "SelfAttention_v1",
+    "SelfAttention_v2",
     "SimpleTokenizerV1",
     "SimpleTokenizerV2",
     "TokenEmbedder",
     "TransformerBlock",
+    "assign",
     "attend",
     "attention_rungs",
     "attention_weights",
@@ -125,14 +141,19 @@ __all__ = [
     "calc_loss_batch",
     "calc_loss_loader",
     "create_dataloader",
+    "create_dataloader_v1",
+    "download_and_load_gpt2",
     "evaluate_model",
     "from_fastgpt2",
     "generate",
+    "generate_and_print_sample",
     "generate_text_simple",
+    "load_gpt2_params_from_tf_ckpt",
     "load_weights_into_gpt",
     "mean_gradients",
     "next_token_probabilities",
     "openai_params",
+    "plot_losses",
     "simple_attention",
     "split_words",
     "text_to_token_ids",

@@ -12,6 +12,15 @@ from fastgpt2.ladder.multi_head import head_size
 from fastgpt2.ladder.self_attention import attend, check_context, future
 
 
+def _split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, T, 3 * d_out) -> q, k, v of (B, H, T, D) each."""
+    B, T, width = qkv.shape
+    # (B, T, 3 * d_out) -> (B, T, 3, H, D) -> (3, B, H, T, D)
+    parts = qkv.view(B, T, 3, num_heads, width // (3 * num_heads)).permute(2, 0, 3, 1, 4)
+    q, k, v = parts
+    return q, k, v
+
+
 class PackedMultiHeadAttention(nn.Module):
     """``MultiHeadAttention`` with its three projections packed into one, which reads x once.
 
@@ -49,10 +58,7 @@ class PackedMultiHeadAttention(nn.Module):
         return attend(q, k, v, hidden, self.dropout).transpose(1, 2).flatten(2)
 
     def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        B, T, _ = qkv.shape
-        # (B, T, 3 * d_out) -> (B, T, 3, H, D) -> (3, B, H, T, D)
-        q, k, v = qkv.view(B, T, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        return q, k, v
+        return _split_heads(qkv, self.num_heads)
 
     @property
     def dropout_p(self) -> float:
@@ -92,3 +98,38 @@ class KernelMultiHeadAttention(PackedMultiHeadAttention):
 
     def _attention(self, qkv: Tensor) -> Tensor:
         return attention(qkv, n_head=self.num_heads, dropout_p=self.dropout_p, impl=self.impl)
+
+
+class PyTorchMultiHeadAttention(nn.Module):
+    """``SDPAMultiHeadAttention`` under the name and with the arguments of the book's bonus code.
+
+    It has no context length: the causal mask is made inside PyTorch's op.
+
+    Args:
+        d_in, d_out: width of the tokens before and after.
+        num_heads: H; divides d_out.
+        dropout: rate of the dropout on the attention weights.
+        qkv_bias: whether the packed projection ``qkv`` has a bias; ``proj`` has one.
+
+    Raises:
+        UserError: d_out is not a multiple of num_heads.
+    """
+
+    def __init__(
+        self, d_in: int, d_out: int, num_heads: int, dropout: float = 0.0, qkv_bias: bool = False
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_dim = head_size(d_out, num_heads)
+        self.d_out = d_out
+        self.qkv = nn.Linear(d_in, 3 * d_out, bias=qkv_bias)
+        self.proj = nn.Linear(d_out, d_out)
+        self.dropout = dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, d_in) -> (B, T, d_out)."""
+        q, k, v = _split_heads(self.qkv(x), self.num_heads)
+        dropout_p = self.dropout if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
+        result: Tensor = self.proj(out.transpose(1, 2).flatten(2))
+        return result

@@ -51,19 +51,21 @@ def load_weights_into_gpt(gpt: GPTModel, params: Mapping[str, Any]) -> None:
     """Copy OpenAI's parameters into ``gpt``; the head becomes a copy of the token embedding.
 
     Args:
-        gpt: a model of the same shape, with ``qkv_bias=True``.
+        gpt: a model of the same shape, with ``qkv_bias=True``; the book's own class will do.
         params: nested dictionaries of numpy arrays or tensors, as ``openai_params`` makes them.
 
     Raises:
         UserError: a parameter is missing, or its shape is not the model's; ``gpt`` is unchanged.
     """
     blocks = params.get("blocks", [])
-    if len(blocks) != gpt.cfg["n_layers"]:
+    own = gpt.state_dict()
+    n_layers = len(gpt.trf_blocks)
+    if len(blocks) != n_layers:
         raise UserError(
             f"load_weights_into_gpt: the parameters have {len(blocks)} blocks, "
-            f"the model has {gpt.cfg['n_layers']}"
+            f"the model has {n_layers}"
         )
-    if not gpt.cfg["qkv_bias"]:
+    if any(f"trf_blocks.{i}.att.W_query.bias" not in own for i in range(n_layers)):
         raise UserError("load_weights_into_gpt: the parameters have biases, use qkv_bias=True")
     state = {ours: _at(params, path) for path, ours in _TOP.items()}
     state["out_head.weight"] = state["tok_emb.weight"]
@@ -74,7 +76,6 @@ def load_weights_into_gpt(gpt: GPTModel, params: Mapping[str, Any]) -> None:
         for kind, path in (("weight", "attn/c_attn/w"), ("bias", "attn/c_attn/b")):
             for ours, part in zip(_QKV, _at(block, path, where).chunk(3), strict=True):
                 state[f"trf_blocks.{i}.{ours}.{kind}"] = part
-    own = gpt.state_dict()
     for name, tensor in state.items():
         if tensor.shape != own[name].shape:
             raise UserError(
@@ -150,6 +151,7 @@ def to_fastgpt2(model: GPTModel) -> GPT:
             the two would be lost.
     """
     state = model.state_dict()
+    blocks: list[Any] = list(model.trf_blocks)
     wte = state["tok_emb.weight"]
     if not torch.equal(state["out_head.weight"], wte):
         raise UserError(
@@ -163,7 +165,7 @@ def to_fastgpt2(model: GPTModel) -> GPT:
         "transformer.ln_f.bias": state["final_norm.shift"],
         "lm_head.weight": wte,
     }
-    for i in range(model.cfg["n_layers"]):
+    for i in range(len(blocks)):
         theirs, ours = f"trf_blocks.{i}.", f"transformer.h.{i}."
         for path, name in _BLOCK.items():
             *layer, kind = path.split("/")
@@ -174,12 +176,12 @@ def to_fastgpt2(model: GPTModel) -> GPT:
         biases = [state.get(f"{theirs}{name}.bias", wte.new_zeros(wte.shape[1])) for name in _QKV]
         names[f"{ours}attn.c_attn.bias"] = torch.cat(biases)
     config = GPTConfig(
-        block_size=model.cfg["context_length"],
-        vocab_size=model.cfg["vocab_size"],
-        n_layer=model.cfg["n_layers"],
-        n_head=model.cfg["n_heads"],
-        n_embd=model.cfg["emb_dim"],
-        dropout=model.cfg["drop_rate"],
+        block_size=len(state["pos_emb.weight"]),
+        vocab_size=len(wte),
+        n_layer=len(blocks),
+        n_head=blocks[0].att.num_heads,
+        n_embd=wte.shape[1],
+        dropout=model.drop_emb.p,
     )
     gpt = GPT(config).to(wte.device, wte.dtype)
     gpt.load_state_dict(names)

@@ -83,6 +83,10 @@ class SelfAttentionV2(nn.Module):
         return attend(self.W_query(x), self.W_key(x), self.W_value(x))
 
 
+# the names that the book gives them
+SelfAttention_v1, SelfAttention_v2 = SelfAttentionV1, SelfAttentionV2
+
+
 class CausalAttention(SelfAttentionV2):
     """The same, blind to the future, with dropout on the weights.
 

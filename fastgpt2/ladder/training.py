@@ -1,7 +1,7 @@
 """Rung 12: the loss, and the loop that lowers it."""
 
 import math
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable, Sequence, Sized
 from itertools import islice
 from typing import Protocol
 
@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastgpt2.ladder.gpt import GPTModel
+from fastgpt2.errors import UserError
 from fastgpt2.ladder.sampling import generate_text_simple
 from fastgpt2.ladder.windows import Encoder
+from fastgpt2.text.encoding import encode_special
 
 _SAMPLE_TOKENS = 50
 
@@ -22,8 +23,8 @@ class Batches(Sized, Iterable[tuple[Tensor, Tensor]], Protocol):
 
 
 def text_to_token_ids(text: str, tokenizer: Encoder) -> Tensor:
-    """A text as a batch of one, (1, T) int64."""
-    return torch.tensor([tokenizer.encode(text)])
+    """A text as a batch of one, (1, T) int64; ``<|endoftext|>`` in it is one token."""
+    return torch.tensor([encode_special(tokenizer, text)])
 
 
 def token_ids_to_text(token_ids: Tensor, tokenizer: Encoder) -> str:
@@ -80,7 +81,7 @@ def evaluate_model(
 
 
 def train_model_simple(
-    model: GPTModel,
+    model: nn.Module,
     train_loader: Batches,
     val_loader: Batches,
     optimizer: torch.optim.Optimizer,
@@ -94,7 +95,7 @@ def train_model_simple(
     """Train, print both losses every ``eval_freq`` steps and a sample after each epoch.
 
     Args:
-        model: is left in training mode.
+        model: a ``GPTModel``, this package's or the book's; is left in training mode.
         train_loader, val_loader: batches (inputs, targets) of (B, T) token ids.
         optimizer: over the model's parameters.
         device: where the model is.
@@ -106,7 +107,13 @@ def train_model_simple(
 
     Returns:
         training losses, validation losses, and the tokens seen so far at each evaluation.
+
+    Raises:
+        UserError: the model has no position embedding, from which the samples' context is read.
     """
+    # what a sample needs is checked now, not after a whole epoch
+    _context_size(model)
+    text_to_token_ids(start_context, tokenizer)
     train_losses: list[float] = []
     val_losses: list[float] = []
     track_tokens_seen: list[int] = []
@@ -130,16 +137,62 @@ def train_model_simple(
                     f"Train loss {train_loss:.3f}, Val loss {val_loss:.3f}"
                 )
             step += 1
-        print(_sample(model, tokenizer, device, start_context))
+        generate_and_print_sample(model, tokenizer, device, start_context)
     return train_losses, val_losses, track_tokens_seen
 
 
-def _sample(
-    model: GPTModel, tokenizer: Encoder, device: torch.device | str, start_context: str
-) -> str:
-    """The greedy continuation of ``start_context``, on one line."""
+def generate_and_print_sample(
+    model: nn.Module, tokenizer: Encoder, device: torch.device | str, start_context: str
+) -> None:
+    """Print the greedy continuation of ``start_context``, 50 tokens on one line.
+
+    Args:
+        model: a ``GPTModel``, this package's or the book's; is left in training mode.
+        tokenizer: turns the text into ids, and the sample into text.
+        device: where the model is.
+        start_context: what the sample continues.
+    """
     model.eval()
     idx = text_to_token_ids(start_context, tokenizer).to(device)
-    out = generate_text_simple(model, idx, _SAMPLE_TOKENS, model.cfg["context_length"])
+    out = generate_text_simple(model, idx, _SAMPLE_TOKENS, _context_size(model))
+    print(token_ids_to_text(out, tokenizer).replace("\n", " "))
     model.train()
-    return token_ids_to_text(out, tokenizer).replace("\n", " ")
+
+
+def _context_size(model: nn.Module) -> int:
+    """The positions that a model has; the book's own GPTModel keeps no configuration."""
+    pos_emb = getattr(model, "pos_emb", None)
+    if not isinstance(pos_emb, nn.Embedding):
+        raise UserError(f"{type(model).__name__}: no pos_emb, so the context length is unknown")
+    return pos_emb.num_embeddings
+
+
+def plot_losses(
+    epochs_seen: Sequence[float] | Tensor,
+    tokens_seen: Sequence[int],
+    train_losses: Sequence[float],
+    val_losses: Sequence[float],
+) -> None:
+    """Draw both losses against epochs and tokens, into ``loss-plot.pdf``; show it on a screen.
+
+    Args:
+        epochs_seen: epochs at each evaluation.
+        tokens_seen: tokens at each evaluation.
+        train_losses, val_losses: the losses there, nats per token.
+    """
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(5, 3), layout="constrained")
+    axes.plot(epochs_seen, train_losses, label="training")
+    axes.plot(epochs_seen, val_losses, "-.", label="validation")
+    axes.set_xlabel("epochs")
+    axes.set_ylabel("loss (nats per token)")
+    axes.legend()
+    # an invisible curve gives the second scale its range
+    above = axes.twiny()
+    above.plot(tokens_seen, train_losses, alpha=0)
+    above.set_xlabel("tokens seen")
+    figure.savefig("loss-plot.pdf")
+    if plt.get_backend().lower() != "agg":
+        plt.show()
+    plt.close(figure)

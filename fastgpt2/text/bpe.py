@@ -5,9 +5,10 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable
+from collections.abc import Set as AbstractSet
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import tiktoken
 
@@ -71,10 +72,30 @@ class GPT2Tokenizer:
         """Names the vocabulary, whichever files it was read from."""
         return fingerprint(self._tokens)
 
-    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
-        """Ids of ``text``; ``<|endoftext|>`` in it is plain text unless ``allow_special``."""
-        if allow_special:
-            return self._encoding.encode(well_formed(text), allowed_special="all")
+    def encode(
+        self,
+        text: str,
+        *,
+        allow_special: bool = False,
+        allowed_special: AbstractSet[str] | Literal["all"] = frozenset(),
+    ) -> list[int]:
+        """Ids of ``text``; ``<|endoftext|>`` in it is plain text unless it is allowed.
+
+        Args:
+            text: what is encoded.
+            allow_special: whether special tokens stand for themselves, as in all tokenizers here.
+            allowed_special: the same by tiktoken's name: a set of special tokens, or ``"all"``.
+
+        Raises:
+            UserError: ``allowed_special`` has a token that the vocabulary lacks.
+        """
+        allowed = "all" if allow_special else allowed_special
+        if unknown := set() if allowed == "all" else allowed - self._encoding.special_tokens_set:
+            raise UserError(f"tokenizer gpt2: no special token {min(unknown)!r}")
+        if allowed:
+            return self._encoding.encode(
+                well_formed(text), allowed_special=allowed, disallowed_special=()
+            )
         return self._encoding.encode_ordinary(well_formed(text))
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -91,7 +112,7 @@ class GPT2Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def save_vocabulary(self, folder: Path) -> None:
-        """Write ``encoder.json`` and ``vocab.bpe``, which any GPT-2 program can read."""
+        """Write ``encoder.json`` and ``vocab.bpe`` into ``folder``, as GPT-2 programs read."""
         for name, text in self._files.items():
             write_text(folder / name, text)
 

@@ -12,6 +12,7 @@ from typing import Literal
 from fastgpt2.download import DownloadError, cache_dir, download
 from fastgpt2.errors import UserError
 from fastgpt2.text.matches import files_below, matching_files
+from fastgpt2.text.own_files import without_runs
 from fastgpt2.text.utf8 import Utf8Decoder
 
 # part of the text that is kept for validation, as in nanoGPT
@@ -121,7 +122,8 @@ def load_corpus(data: str | Sequence[str]) -> Corpus:
 
     Folders are searched to the bottom, through symbolic links; hidden files are left out, and files
     come in the order of their names: a folder is the same corpus as the pattern ``folder/**/*``.
-    One file is one document. A pipe (``/dev/stdin``, process substitution) is read into memory.
+    What training runs have written is left out. One file is one document. A pipe (``/dev/stdin``,
+    process substitution) is read into memory.
 
     Args:
         data: one of these, or several.
@@ -166,9 +168,26 @@ def _resolve(item: str) -> list[Document]:
         files = matching_files(item)
         if not files:
             raise _not_there(item)
+    if not path.is_file():
+        # a file that is named is taken as it is
+        files = without_runs(files)
     if not files:
-        raise UserError(f"data: {item} has no files")
+        raise UserError(f"data: {item} has no files (those of runs are left out)")
     return [Document(str(p), p) for p in files]
+
+
+def corpus_paths(item: str) -> list[Path]:
+    """The files and folders that ``item`` needs; those of a corpus known by name are not listed.
+
+    Args:
+        item: what ``load_corpus`` takes.
+    """
+    if item in CORPUS_NAMES:
+        return []
+    path = Path(item)
+    if path.is_dir():
+        return [path, *files_below(path)]
+    return [path] if path.exists() else list(matching_files(item))
 
 
 def _read_once(item: str) -> Document:

@@ -1,8 +1,9 @@
 """What the tokenizers share: the protocol, the end-of-text mark, the fingerprint."""
 
 import hashlib
+import inspect
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -34,6 +35,24 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ``ids``, with U+FFFD where the bytes are not UTF-8."""
+
+
+def encode_special(tokenizer: Any, text: str) -> list[int]:
+    """Ids of ``text``, where ``<|endoftext|>`` is one token, as in Raschka's book.
+
+    Args:
+        tokenizer: one of this package, tiktoken's, or any other with ``encode(text)``; the last
+            decides for itself what ``<|endoftext|>`` is.
+        text: what is encoded.
+    """
+    options = inspect.signature(tokenizer.encode).parameters
+    if "allow_special" in options:
+        ids = tokenizer.encode(text, allow_special=True)
+    elif "allowed_special" in options:
+        ids = tokenizer.encode(text, allowed_special={END_OF_TEXT})
+    else:
+        ids = tokenizer.encode(text)
+    return list(ids)
 
 
 def fingerprint(tokens: Iterable[bytes]) -> str:

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from fastgpt2.errors import UserError
-from fastgpt2.text.encoding import Tokenizer
+from fastgpt2.text.encoding import Tokenizer, encode_special
 from fastgpt2.text.permutation import Permutation
 from fastgpt2.text.shards import TokenShards, check_ids
 from fastgpt2.text.tokenizers import get_tokenizer
@@ -124,6 +124,11 @@ class BlockLoader:
         return -(-self.blocks_per_epoch // (self.batch_size * self._world_size))
 
     @property
+    def blocks_used(self) -> int:
+        """Blocks taken from the stream so far, over all processes."""
+        return self._position
+
+    @property
     def epoch(self) -> float:
         """Epochs gone through, with the fraction of the current one."""
         return self._position / self.blocks_per_epoch
@@ -187,6 +192,13 @@ def iter_eval_batches(
 
     Inputs and targets are int64 ``(B, T)``, the same shape each time, which keeps a compiled model
     from compiling again; what is beyond the end has input 0 and target -100.
+
+    Args:
+        tokens: the ids, (N,).
+        block_size: T, tokens per row.
+        batch_size: B, rows per batch; fewer where the tokens need fewer.
+        vocab_size: ids must be below it; None does not check.
+        name: what errors call the tokens.
 
     Raises:
         UserError: fewer than two tokens, or an id outside the vocabulary.
@@ -261,7 +273,7 @@ def create_dataloader(
     moved by one token.
 
     Args:
-        text_or_tokens: a text, or the ids of one.
+        text_or_tokens: a text, in which ``<|endoftext|>`` is one token, or the ids of one.
         batch_size: B, windows in a batch.
         max_length: T, tokens in a window.
         stride: tokens from one window to the next; ``max_length`` for no overlap.
@@ -283,7 +295,7 @@ def create_dataloader(
         )
     if isinstance(text_or_tokens, str):
         tokenizer = tokenizer or get_tokenizer("gpt2")
-        tokens: Tokens = np.asarray(tokenizer.encode(text_or_tokens), np.int64)
+        tokens: Tokens = np.asarray(encode_special(tokenizer, text_or_tokens), np.int64)
     else:
         tokens = text_or_tokens
     sequence = as_sequence(

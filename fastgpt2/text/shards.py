@@ -162,6 +162,8 @@ def create_shard(
     """Write one shard; the file appears under its name when the ``with`` block ends well.
 
     Args:
+        path: the shard's file.
+        tokenizer: whose ids it holds; its name and fingerprint go into the header.
         dtype: uint16 or uint32; None for the smaller one that holds the vocabulary.
 
     Raises:

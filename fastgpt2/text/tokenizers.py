@@ -42,7 +42,7 @@ class BytesTokenizer:
         return ids
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes themselves, and ``<|endoftext|>`` for 256."""
+        """The bytes of ``ids``, and ``<|endoftext|>`` for 256."""
         parts = []
         for id_ in ids:
             if not 0 <= id_ < self.vocab_size:
@@ -95,7 +95,7 @@ class CharTokenizer:
         return fingerprint(char.encode("utf-8", "surrogatepass") for char in self.chars)
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
-        """Ids of the characters; ``allow_special`` changes nothing, there is no special token."""
+        """Ids of ``text``'s characters; ``allow_special`` changes nothing: none is special."""
         try:
             return [self._ids[char] for char in text]
         except KeyError as error:

@@ -4,10 +4,7 @@ import argparse
 import math
 import os
 import shlex
-import shutil
 from dataclasses import replace
-from datetime import datetime
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +14,10 @@ from fastgpt2 import runs
 from fastgpt2.cli import Parser
 from fastgpt2.cli import run as run_command
 from fastgpt2.errors import UserError
-from fastgpt2.text.corpora import absolute
+from fastgpt2.text.corpora import absolute, corpus_paths
 from fastgpt2.train import summary
 from fastgpt2.train.allocator import keep_freed_memory
+from fastgpt2.train.claim import check_outside, claimed, empty, is_empty, new_folder
 from fastgpt2.train.config import TrainConfig, field_types, named_configs, read_config
 from fastgpt2.train.trainer import Outcome, Trainer
 
@@ -45,6 +43,7 @@ _FIXED = (
     "n_head",
     "n_embd",
     "bias",
+    "optimizer",
     "seed",
 )
 
@@ -67,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--out", metavar="DIR", help="run folder [a new one under runs/]")
     run.add_argument("--resume", action="store_true", help="continue the run in --out")
-    run.add_argument("--overwrite", action="store_true", help="delete the run in --out first")
+    run.add_argument("--overwrite", action="store_true", help="delete all that is in --out first")
     types = field_types()
     group = run
     for name, item in TrainConfig.__dataclass_fields__.items():
@@ -103,10 +102,13 @@ def _help(text: str, default: Any) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     arguments = vars(build_parser().parse_args(argv))
-    return run_command("train", lambda: _train(arguments))
+    return run_command("train", lambda: _train(arguments), steady=True)
 
 
 def _train(arguments: dict[str, Any]) -> int:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # as it is, each process would train a run of its own
+        raise UserError("training runs in one process; start it without torchrun")
     arguments = dict(arguments)
     name, out = arguments.pop("config", None), arguments.pop("out", None)
     resume, overwrite = arguments.pop("resume", False), arguments.pop("overwrite", False)
@@ -116,30 +118,61 @@ def _train(arguments: dict[str, Any]) -> int:
         raise UserError("--resume and --overwrite exclude each other")
     if resume and (out is None or name is not None):
         raise UserError("--resume continues the run given by --out, with its own configuration")
-    folder = _run_folder(out, resume, overwrite, name)
-    if resume:
-        base = read_config(str(folder / "config.toml"))
-        _check_unchanged(base, arguments)
+    if out is None:
+        base = read_config(name or _default_config())
+        config = _configuration(base, arguments)
+        folder = new_folder(Path(name or "default").stem)
     else:
-        base = read_config(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    config = TrainConfig.from_layers(base, _length(arguments), arguments)
-    # a resume may be given from another folder
-    config = replace(
-        config,
-        data=tuple(absolute(item) for item in config.data),
-        vocab_dir=None if config.vocab_dir is None else str(Path(config.vocab_dir).absolute()),
-    )
+        folder = Path(out)
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"--out {out}: is a file")
+        if resume:
+            _check_resumable(folder)
+        base = read_config(str(folder / "config.toml") if resume else name or _default_config())
+        if resume:
+            _check_unchanged(base, arguments)
+        config = _configuration(base, arguments)
+    with claimed(folder, made=out is None):
+        if out is not None and not resume:
+            _check_unused(folder, overwrite)
+        if overwrite:
+            _check_keeps_sources(folder, config, name)
+        return _train_in(folder, config, resume=resume, overwrite=overwrite)
+
+
+def _train_in(folder: Path, config: TrainConfig, *, resume: bool, overwrite: bool) -> int:
     print(f"run: {folder}")
     print("".join(f"  {line}\n" for line in config.to_toml().splitlines()), end="")
     trainer = Trainer(config, folder, resume=resume)
     if trainer.device.type == "cpu":
         keep_freed_memory()
-    if overwrite and folder.exists():
+    if overwrite:
         # everything has been checked: only now is the old run given up
-        shutil.rmtree(folder)
+        empty(folder)
     outcome = trainer.run()
     _report(outcome, folder, config.sample_prompt)
     return outcome.exit_code
+
+
+def _default_config() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _configuration(base: dict[str, Any], arguments: dict[str, Any]) -> TrainConfig:
+    config = TrainConfig.from_layers(base, _length(arguments), _share(base, arguments), arguments)
+    # a resume may be given from another folder
+    return replace(
+        config,
+        data=tuple(absolute(item) for item in config.data),
+        vocab_dir=None if config.vocab_dir is None else str(Path(config.vocab_dir).absolute()),
+    )
+
+
+def _share(base: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    """With a learning rate of its own, a run ends at the same share of it as its configuration."""
+    if "lr" not in arguments or base.get("min_lr") is None or not base.get("lr"):
+        return {}
+    return {"min_lr": arguments["lr"] * (base["min_lr"] / base["lr"])}
 
 
 def _length(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -157,29 +190,30 @@ def _check_unchanged(base: dict[str, Any], arguments: dict[str, Any]) -> None:
             )
 
 
-def _run_folder(out: str | None, resume: bool, overwrite: bool, name: str | None) -> Path:
-    if out is None:
-        stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-        folder = Path("runs") / f"{stamp}_{Path(name or 'default').stem}"
-        numbered = (folder.with_name(f"{folder.name}_{i}") for i in count(2))
-        while folder.exists():
-            folder = next(numbered)
-        return folder
-    folder = Path(out)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--out {out}: is a file")
-    is_run = (folder / "config.toml").is_file()
-    if resume:
-        if not is_run:
-            raise UserError(f"--resume: {out} is no run folder (it has no config.toml)")
-        if not runs.saved_steps(folder):
-            raise UserError(f"--resume: {out} has no checkpoint yet; start again with --overwrite")
-    elif folder.exists() and any(folder.iterdir()):
-        if not overwrite:
-            raise UserError(f"--out {out}: not empty; give --resume or --overwrite")
-        if not is_run:
-            raise UserError(f"--out {out}: no run folder, so --overwrite does not delete it")
-    return folder
+def _check_resumable(folder: Path) -> None:
+    if not runs.is_run(folder):
+        raise UserError(f"--resume: {folder} is not a run folder (it has no config.toml)")
+    if not runs.saved_steps(folder):
+        raise UserError(f"--resume: {folder} has no checkpoint yet; start again with --overwrite")
+
+
+def _check_unused(folder: Path, overwrite: bool) -> None:
+    if is_empty(folder):
+        return
+    if not overwrite:
+        raise UserError(f"--out {folder}: not empty; give --resume or --overwrite")
+    if not runs.is_run(folder):
+        raise UserError(f"--out {folder}: not a run folder, so --overwrite does not delete it")
+
+
+def _check_keeps_sources(folder: Path, config: TrainConfig, name: str | None) -> None:
+    """What the new run is made from must outlive the old run."""
+    check_outside(folder, (path for item in config.data for path in corpus_paths(item)), "data")
+    if config.vocab_dir is not None:
+        check_outside(folder, [Path(config.vocab_dir)], "vocabulary")
+    # the old run's own configuration is written anew
+    if name is not None and Path(name).is_file() and Path(name).name != runs.RUN_CONFIG:
+        check_outside(folder, [Path(name)], "configuration")
 
 
 def _report(outcome: Outcome, folder: Path, prompt: str) -> None:
@@ -195,7 +229,8 @@ def _report(outcome: Outcome, folder: Path, prompt: str) -> None:
             f"validation: {result.loss:.4f} nats/token, perplexity {result.perplexity:.2f}, "
             f"{result.nats_per_byte:.4f} nats/byte, {result.bits_per_byte:.4f} bits/byte"
         )
-    print(f"best checkpoint: step {outcome.best_step:,}; curves: {folder / 'loss.png'}")
+    curves = f"; curves: {folder / 'loss.png'}" if outcome.drawn else ""
+    print(f"best checkpoint: step {outcome.best_step:,}{curves}")
     if outcome.exit_code:
         print(f"continue with: python -m fastgpt2.train --out {_quoted(str(folder))} --resume")
     said = "" if prompt == "\n" else f" --prompt {_quoted(prompt)}"

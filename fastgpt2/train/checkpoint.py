@@ -1,14 +1,16 @@
 """Checkpoints: safetensors and JSON in a folder that appears whole or not at all.
 
 ``RUN/checkpoints/step_00000250/`` holds ``model.safetensors`` (fp32, true vocabulary, the tied head
-once), ``gpt_config.json``, ``optimizer.safetensors`` (AdamW's moments, random-number states) and
+once), ``gpt_config.json``, ``optimizer.safetensors`` (moments, random-number states) and
 ``state.json`` (step, data position, losses, loss scale, tokenizer). It is written under another
 name, put on the disk, and renamed.
 """
 
+import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from textwrap import shorten
@@ -26,7 +28,8 @@ from fastgpt2.errors import UserError
 from fastgpt2.files import sync, write_text
 from fastgpt2.model import GPT
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+# of AdamW, and of Muon
+_MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
 
 def save(
@@ -40,12 +43,15 @@ def save(
         UserError: it cannot be written.
     """
     final = runs.step_folder(run, step)
-    text = json.dumps({"step": step, **state}, indent=2, allow_nan=False) + "\n"
+    temporary = _hidden(final)
+    record = {"format": runs.FORMAT, "step": step, **state}
     try:
         if final.exists():
-            write_text(final / runs.STATE, text)
+            # the other files stay as they are, and so do their digests
+            record["sha256"] = runs.read_state(final).get("sha256", {})
+            write_text(final / runs.STATE, _json(record))
             return final
-        temporary = _hidden(final)
+        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         weights = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}
         save_file(weights, temporary / runs.MODEL, metadata={"format": "pt"})
@@ -53,12 +59,68 @@ def save(
         for path in (temporary / runs.MODEL, temporary / runs.OPTIMIZER):
             sync(path)
         write_text(temporary / runs.MODEL_CONFIG, json.dumps(asdict(model.config), indent=2) + "\n")
-        write_text(temporary / runs.STATE, text)
+        record["sha256"] = {
+            name: _digest(temporary / name)
+            for name in (runs.MODEL, runs.OPTIMIZER, runs.MODEL_CONFIG)
+        }
+        write_text(temporary / runs.STATE, _json(record))
         os.rename(temporary, final)
         sync(final.parent)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{final}: cannot be written: {error}") from None
+    finally:
+        # half a checkpoint would take the room that the next one needs
+        shutil.rmtree(temporary, ignore_errors=True)
     return final
+
+
+def newest_intact(run: Path, notify: Callable[[str], None]) -> Path:
+    """The newest checkpoint whose files are as they were saved.
+
+    A damaged one that is newer loses its name, so that nothing takes it for a checkpoint, and
+    keeps its files.
+
+    Args:
+        run: the run folder.
+        notify: shows a line for each damaged one.
+
+    Raises:
+        UserError: there is none, or all are damaged; of several reasons the newest one's.
+    """
+    newest = runs.latest(run)
+    damaged: dict[Path, UserError] = {}
+    for step in reversed(runs.saved_steps(run)):
+        folder = runs.step_folder(run, step)
+        try:
+            _check_intact(folder)
+        except UserError as error:
+            damaged[folder] = error
+            continue
+        for other, reason in damaged.items():
+            os.rename(other, other.with_name(f"damaged_{other.name}"))
+            notify(f"{reason}; going on from {folder.name} instead")
+        return folder
+    raise damaged[newest]
+
+
+def _check_intact(folder: Path) -> None:
+    """Raise ``UserError`` unless the files have the digests that were saved, where some were."""
+    for name, digest in runs.read_state(folder).get("sha256", {}).items():
+        try:
+            found = _digest(folder / name)
+        except OSError as error:
+            raise UserError(f"{folder / name}: cannot be read: {error.strerror}") from None
+        if found != digest:
+            raise UserError(f"{folder / name}: damaged: its sha256 is not the saved one")
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _json(record: dict[str, Any]) -> str:
+    return json.dumps(record, indent=2, allow_nan=False) + "\n"
 
 
 def prune(run: Path, keep_last: int) -> None:
@@ -69,7 +131,9 @@ def prune(run: Path, keep_last: int) -> None:
     for step in runs.saved_steps(run):
         if runs.step_folder(run, step) not in keep:
             # out of sight first: half a checkpoint must never have a checkpoint's name
-            os.rename(runs.step_folder(run, step), _hidden(runs.step_folder(run, step)))
+            folder = runs.step_folder(run, step)
+            shutil.rmtree(_hidden(folder), ignore_errors=True)
+            os.rename(folder, _hidden(folder))
     for leftover in (run / "checkpoints").glob(".step_*"):
         shutil.rmtree(leftover)
 
@@ -103,15 +167,17 @@ def load_training_state(folder: Path, model: GPT, optimizer: torch.optim.Optimiz
     try:
         tensors = load_file(folder / runs.OPTIMIZER)
         for name, parameter in model.named_parameters():
-            # a parameter that has never had a gradient has no moments
-            if f"step.{name}" not in tensors:
-                continue
-            state: dict[str, Tensor] = {"step": tensors[f"step.{name}"].to(parameter.device)}
+            state: dict[str, Tensor] = {}
+            if f"step.{name}" in tensors:
+                state["step"] = tensors[f"step.{name}"].to(parameter.device)
             for moment in _MOMENTS:
-                saved = tensors[f"{moment}.{name}"]
-                state[moment] = torch.zeros_like(parameter)
-                state[moment][: _true_rows(model, name, parameter)] = saved
-            optimizer.state[parameter] = state
+                if f"{moment}.{name}" in tensors:
+                    state[moment] = torch.zeros_like(parameter)
+                    rows = _true_rows(model, name, parameter)
+                    state[moment][:rows] = tensors[f"{moment}.{name}"]
+            # a parameter that has never had a gradient has no moments
+            if state:
+                optimizer.state[parameter] = state
         rng = {k.removeprefix("rng."): v for k, v in tensors.items() if k.startswith("rng.")}
         set_rng_states(rng, model.lm_head.weight.device)
     except Exception as error:
@@ -128,10 +194,8 @@ def _beginning(error: Exception) -> str:
 
 
 def _hidden(folder: Path) -> Path:
-    """An unused name beside ``folder`` for what is not yet, or no longer, a checkpoint."""
-    hidden = folder.with_name(f".{folder.name}")
-    shutil.rmtree(hidden, ignore_errors=True)
-    return hidden
+    """The name beside ``folder`` for what is not yet, or no longer, a checkpoint."""
+    return folder.with_name(f".{folder.name}")
 
 
 def _true_rows(model: GPT, name: str, parameter: Tensor) -> int:
@@ -146,7 +210,9 @@ def _training_tensors(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str,
         state = optimizer.state.get(parameter)
         if not state:
             continue
-        tensors[f"step.{name}"] = state["step"].cpu()
+        if "step" in state:
+            tensors[f"step.{name}"] = state["step"].cpu()
         for moment in _MOMENTS:
-            tensors[f"{moment}.{name}"] = state[moment][: _true_rows(model, name, parameter)]
+            if moment in state:
+                tensors[f"{moment}.{name}"] = state[moment][: _true_rows(model, name, parameter)]
     return tensors

@@ -15,6 +15,9 @@ from fastgpt2.devices import DTYPES
 from fastgpt2.errors import UserError
 from fastgpt2.train.schedules import SCHEDULES
 
+# the table of a TOML file with the values that hold where the optimizer is Muon
+MUON_TABLE = "muon"
+
 _TYPE_NAMES: dict[type, str] = {
     bool: "true or false",
     int: "an integer",
@@ -67,9 +70,19 @@ class TrainConfig:
     epochs: float | None = _option(None, "passes over the training tokens")
     minutes: float | None = _option(None, "wall time to stop at; the schedule ends there too")
     lr: float = _option(6e-4, "peak learning rate")
-    min_lr: float = _option(6e-5, "learning rate at the end of the schedule")
+    min_lr: float | None = _option(None, "learning rate at the end of the schedule [--lr / 10]")
     warmup_steps: int = _option(100, "steps of linear warm-up")
     schedule: str = _option("cosine", "shape of the decay", choices=tuple(SCHEDULES))
+    wsd_decay: float = _option(0.2, "last share of the run, in which the schedule wsd decays")
+    optimizer: str = _option(
+        "adamw",
+        "adamw, or muon: Muon on the matrices of the blocks, AdamW on the rest",
+        choices=("adamw", "muon"),
+    )
+    muon_lr: float = _option(0.02, "Muon's peak learning rate; it follows the schedule of --lr")
+    muon_momentum: float = _option(0.95, "Muon's momentum")
+    muon_warmup_steps: int = _option(300, "steps in which Muon's momentum grows from 0.85")
+    muon_weight_decay: float = _option(0.0, "Muon's, on the matrices of the blocks")
     weight_decay: float = _option(0.1, "AdamW's, on matrices only")
     beta1: float = _option(0.9, "AdamW's first moment")
     beta2: float = _option(0.95, "AdamW's second moment")
@@ -94,13 +107,21 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("batch_size", "grad_accum", "eval_every", "log_every", "keep_last"):
             _check(self, name, getattr(self, name) >= 1, "1 or more")
-        for name in ("lr", "weight_decay", "min_lr", "warmup_steps", "grad_clip", "sample_tokens"):
+        for name in (
+            *("lr", "weight_decay", "warmup_steps", "grad_clip", "sample_tokens"),
+            *("muon_lr", "muon_weight_decay", "muon_warmup_steps"),
+        ):
             _check(self, name, getattr(self, name) >= 0, "0 or more")
-        for name in ("beta1", "beta2"):
+        _check(self, "wsd_decay", 0 < self.wsd_decay <= 1, "in (0, 1]")
+        if self.optimizer == "muon":
+            _check(self, "lr", self.lr > 0, "greater than 0 with the optimizer muon")
+        for name in ("beta1", "beta2", "muon_momentum"):
             _check(self, name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         for name in ("stride", "steps", "epochs", "minutes"):
             value = getattr(self, name)
             _check(self, name, value is None or value > 0, "greater than 0")
+        if self.min_lr is not None:
+            _check(self, "min_lr", 0 <= self.min_lr <= self.lr, f"from 0 to lr ({self.lr:g})")
         _check(self, "val_fraction", 0 < self.val_fraction < 1, "in (0, 1)")
         _check(self, "data", len(self.data) > 0, "at least one file or name")
         _check(self, "seed", 0 <= self.seed < 2**63, "in [0, 2^63)")
@@ -135,12 +156,26 @@ class TrainConfig:
             **{name: value for name, value in shape.items() if value is not None},
         )
 
-    def total_steps(self, blocks_per_epoch: int) -> int | None:
-        """Optimizer steps by ``steps`` or ``epochs``, whichever is fewer; None is by time alone."""
+    @property
+    def final_lr(self) -> float:
+        """The learning rate at the end of the schedule."""
+        return self.lr / 10 if self.min_lr is None else self.min_lr
+
+    def total_steps(
+        self, blocks_per_epoch: int, *, step: int = 0, blocks: int = 0, ranks: int = 1
+    ) -> int | None:
+        """Optimizer steps by ``steps`` or ``epochs``, whichever is fewer; None is by time alone.
+
+        Args:
+            blocks_per_epoch: blocks of the training tokens.
+            step: steps taken; they may have had another batch size than this configuration.
+            blocks: blocks used in them.
+            ranks: processes, each of which takes ``batch_size`` blocks for a micro-batch.
+        """
         limits = [] if self.steps is None else [self.steps]
         if self.epochs is not None:
-            blocks = self.epochs * blocks_per_epoch
-            limits.append(math.ceil(blocks / (self.batch_size * self.grad_accum)))
+            left = max(0.0, self.epochs * blocks_per_epoch - blocks)
+            limits.append(step + math.ceil(left / (ranks * self.batch_size * self.grad_accum)))
         return min(limits, default=None)
 
     def to_toml(self) -> str:
@@ -155,10 +190,16 @@ class TrainConfig:
 
     @classmethod
     def from_layers(cls, *layers: dict[str, Any]) -> Self:
-        """Later layers override earlier ones."""
+        """Later layers override earlier ones.
+
+        A layer's table ``muon`` holds where the run, by whichever layer, takes that optimizer.
+        """
+        chosen = [layer["optimizer"] for layer in layers if "optimizer" in layer]
         merged: dict[str, Any] = {}
         for layer in layers:
-            merged |= layer
+            merged |= {name: value for name, value in layer.items() if name != MUON_TABLE}
+            if chosen and chosen[-1] == "muon":
+                merged |= layer.get(MUON_TABLE, {})
         return cls(**merged)
 
 
@@ -214,7 +255,14 @@ def read_config(name_or_path: str) -> dict[str, Any]:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{name_or_path}: not valid TOML: {error}") from None
-    return {key: _typed(name_or_path, key, value) for key, value in values.items()}
+    table = values.pop(MUON_TABLE, None)
+    typed = {key: _typed(name_or_path, key, value) for key, value in values.items()}
+    if table is not None:
+        where = f"{name_or_path}, [{MUON_TABLE}]"
+        if not isinstance(table, dict):
+            raise UserError(f"{name_or_path}: {MUON_TABLE} must be a table, got {table!r}")
+        typed[MUON_TABLE] = {key: _typed(where, key, value) for key, value in table.items()}
+    return typed
 
 
 def _typed(where: str, key: str, value: Any) -> Any:

@@ -1,8 +1,12 @@
-"""Ctrl-C and SIGTERM, turned into a checkpoint instead of a loss."""
+"""Ctrl-C and the signals that end a job, turned into a checkpoint instead of a loss."""
 
 import signal
 from types import FrameType, TracebackType
 from typing import Any, Self
+
+# Windows has no SIGHUP and no SIGUSR1
+_ENDING = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
+_SAVING = [signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []
 
 
 class Interrupted(Exception):
@@ -15,19 +19,26 @@ class Interrupted(Exception):
 
 
 class Interrupt:
-    """Within the block, the first SIGINT or SIGTERM is remembered; a second one acts at once."""
+    """Within the block, the first SIGINT, SIGTERM or SIGHUP is remembered; a second acts at once.
+
+    SIGUSR1 asks for a checkpoint and ends nothing. A signal that was ignored when the block began,
+    as nohup does with SIGHUP, stays ignored.
+    """
 
     def __init__(self) -> None:
         self._received: int | None = None
+        self._save = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self._previous[number] = signal.signal(number, self._remember)
-            except ValueError:
-                # not the main thread: signals are somebody else's business
-                break
+        try:
+            for numbers, handler in ((_ENDING, self._remember), (_SAVING, self._ask_for_save)):
+                for number in numbers:
+                    if signal.getsignal(number) is not signal.SIG_IGN:
+                        self._previous[number] = signal.signal(number, handler)
+        except ValueError:
+            # not the main thread: signals are somebody else's business
+            return self
         return self
 
     def __exit__(
@@ -43,9 +54,17 @@ class Interrupt:
         if self._received is not None:
             raise Interrupted(self._received)
 
+    def save_is_wanted(self) -> bool:
+        """Whether SIGUSR1 has come since the last call."""
+        wanted, self._save = self._save, False
+        return wanted
+
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self._received = number
         self._restore()
+
+    def _ask_for_save(self, number: int, frame: FrameType | None) -> None:
+        self._save = True
 
     def _restore(self) -> None:
         while self._previous:

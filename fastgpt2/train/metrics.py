@@ -4,10 +4,12 @@ import csv
 import io
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastgpt2.files import atomic_path, write_text
+from fastgpt2.files import write_text
+from fastgpt2.picture import draw, new_figure, printable
 
 # losses in nats per token, elapsed in seconds, mfu 0 to 1
 COLUMNS = (
@@ -72,19 +74,30 @@ def _csv_line(record: dict[str, Any]) -> str:
     return buffer.getvalue()
 
 
-def plot(run: Path) -> Path | None:
+def plot(run: Path, notify: Callable[[str], None] = print) -> bool:
     """Draw ``loss.png``: training and validation loss, learning rate, tokens per second.
 
-    Returns the picture's path, or None where there is nothing to draw yet.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    Args:
+        run: the run folder.
+        notify: shows the line that says why it was not drawn.
 
-    records = read_metrics(run)
+    Returns:
+        whether it was drawn; a run without records has nothing to draw yet.
+    """
+    path = run / "loss.png"
+    try:
+        records = read_metrics(run)
+    except OSError as error:
+        notify(f"{path.name}: not drawn ({error})")
+        return False
     if not records:
-        return None
-    figure = Figure(figsize=(8, 8), layout="constrained")
-    FigureCanvasAgg(figure)
+        return False
+    title = printable(run.absolute().name)
+    return draw(path, lambda: _paint(records, title), notify=notify)
+
+
+def _paint(records: list[dict[str, Any]], title: str) -> Any:
+    figure = new_figure(8, 8)
     loss, lr, speed = figure.subplots(3, 1, sharex=True, height_ratios=[3, 1, 1])
     for axes, key, label, style in (
         (loss, "train_loss", "training", "-"),
@@ -104,9 +117,6 @@ def plot(run: Path) -> Path | None:
     speed.set_xlabel("optimizer step")
     for axes in (loss, lr, speed):
         axes.grid(alpha=0.3)
-    loss.set_title(run.name)
+    loss.set_title(title)
     figure.align_ylabels()
-    path = run / "loss.png"
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
-    return path
+    return figure

@@ -22,9 +22,9 @@ def constant(progress: float) -> float:
     return 1.0
 
 
-def wsd(progress: float) -> float:
-    """Warm-up, stable, decay: 1, then linearly to 0 over the last fifth."""
-    return min(1.0, (1.0 - progress) / WSD_DECAY)
+def wsd(progress: float, decay: float = WSD_DECAY) -> float:
+    """Warm-up, stable, decay: 1, then linearly to 0 over the last share ``decay``."""
+    return min(1.0, (1.0 - progress) / decay)
 
 
 # name -> factor of (lr - min_lr) at progress 0 .. 1 behind the warm-up
@@ -37,7 +37,14 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 
 def learning_rate(
-    schedule: str, step: int, progress: float, *, lr: float, min_lr: float, warmup_steps: int
+    schedule: str,
+    step: int,
+    progress: float,
+    *,
+    lr: float,
+    min_lr: float,
+    warmup_steps: int,
+    wsd_decay: float = WSD_DECAY,
 ) -> float:
     """The learning rate of optimizer step ``step`` (from 0), ``progress`` in [0, 1] behind warm-up.
 
@@ -45,7 +52,9 @@ def learning_rate(
     """
     if step < warmup_steps:
         return lr * (step + 1) / (warmup_steps + 1)
-    return min_lr + (lr - min_lr) * SCHEDULES[schedule](min(max(progress, 0.0), 1.0))
+    progress = min(max(progress, 0.0), 1.0)
+    factor = wsd(progress, wsd_decay) if schedule == "wsd" else SCHEDULES[schedule](progress)
+    return min_lr + (lr - min_lr) * factor
 
 
 def progress(

@@ -49,6 +49,11 @@ class RunState:
         self._device = self.model.lm_head.weight.device
         self.mark()
 
+    @property
+    def tokens(self) -> int:
+        """Targets trained on, over all processes, whatever the batch size was."""
+        return self.loader.blocks_used * self.loader.block_size
+
     def mark(self) -> None:
         """Remember what a step changes besides weights and moments, before it begins."""
         self._marked = self.step, self.loader.state_dict(), rng_states(self._device)

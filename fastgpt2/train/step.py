@@ -9,6 +9,7 @@ from torch import Tensor
 from fastgpt2.devices import autocast
 from fastgpt2.errors import UserError
 from fastgpt2.model import GPT
+from fastgpt2.train.optimizers import set_learning_rate
 
 # consecutive steps with a non-finite loss or gradient before training stops
 MAX_SKIPPED = 8
@@ -35,7 +36,7 @@ class TrainingStep:
     def __init__(
         self,
         model: GPT,
-        optimizer: torch.optim.AdamW,
+        optimizer: torch.optim.Optimizer,
         *,
         dtype: torch.dtype,
         grad_clip: float,
@@ -51,11 +52,20 @@ class TrainingStep:
         self.skipped = 0
 
     def __call__(self, batches: Sequence[Batch], lr: float) -> StepResult:
-        """Train on one micro-batch after another, then update once."""
+        """Train on one micro-batch after another, then update once.
+
+        Args:
+            batches: the micro-batches, each inputs and targets (B, T) int64; targets below 0 do
+                not count.
+            lr: the learning rate of this step.
+
+        Returns:
+            The mean loss in nats per counted target, and the norm of the gradient before clipping,
+            fp32 scalars on the device.
+        """
         # gradients live until here, so that a diverged run can name the tensor that went bad
         self.optimizer.zero_grad(set_to_none=True)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.optimizer, lr)
         counts = [int((targets >= 0).sum()) for _, targets in batches]
         total = max(sum(counts), 1)
         loss_sum = torch.zeros((), device=self.device)
@@ -93,6 +103,11 @@ class TrainingStep:
     def check(self, loss: float, grad_norm: float, step: int) -> None:
         """Stop after too many bad steps in a row; fp16's scaler may skip a few while it settles.
 
+        Args:
+            loss: of the step, in nats per token.
+            grad_norm: of the step, before clipping.
+            step: its number, for the message.
+
         Raises:
             UserError: the loss or gradient was not finite ``MAX_SKIPPED`` times running; names the
                 first bad tensor.
@@ -102,8 +117,8 @@ class TrainingStep:
         if self.skipped >= MAX_SKIPPED:
             raise UserError(
                 f"training diverged: loss {loss}, gradient norm {grad_norm} at step {step}, "
-                f"{self.skipped} steps in a row; {self._first_bad_tensor()}; the last checkpoint "
-                "is untouched (try a lower --lr, --dtype fp32 or --impl reference)"
+                f"{self.skipped} steps in a row; {self._first_bad_tensor()} "
+                "(try a lower --lr, --dtype fp32 or --impl reference)"
             )
 
     def _first_bad_tensor(self) -> str:

@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,13 +19,16 @@ from fastgpt2.errors import UserError
 from fastgpt2.files import write_text
 from fastgpt2.generate.stream import encode_prompt, stream_text
 from fastgpt2.model import GPT
+from fastgpt2.streams import steady_streams
 from fastgpt2.text import BlockLoader, build_dataset, load_tokenizer, save_tokenizer
 from fastgpt2.text.loaders import check_eval_tokens
-from fastgpt2.train import checkpoint, summary
+from fastgpt2.train import checkpoint
+from fastgpt2.train.compiled import compiled
 from fastgpt2.train.config import TrainConfig
 from fastgpt2.train.console import Console
 from fastgpt2.train.interrupt import Interrupt, Interrupted
 from fastgpt2.train.metrics import MetricsLog, plot
+from fastgpt2.train.optimizers import build_optimizer, set_momentum
 from fastgpt2.train.schedules import learning_rate, progress
 from fastgpt2.train.state import RunState, check_data
 from fastgpt2.train.step import Batch, TrainingStep
@@ -47,6 +49,7 @@ class Outcome:
     validation: Validation | None
     best_step: int
     exit_code: int
+    drawn: bool
 
 
 class Trainer:
@@ -74,7 +77,7 @@ class Trainer:
         self.dtype = resolve_dtype(config.dtype, self.device)
         self.kernels = resolve_kernels(self.device, self.dtype, config.impl, fp8=config.fp8)
         torch.set_float32_matmul_precision("high")
-        folder = runs.latest(run) if resume else None
+        folder = checkpoint.newest_intact(run, notify) if resume else None
         self.dataset = build_dataset(
             config.data,
             load_tokenizer(run) if resume else config.tokenizer,
@@ -95,9 +98,7 @@ class Trainer:
             GPT(shape) if folder is None else checkpoint.load_model(folder, **asdict(shape))
         )
         self.model.to(self.device)
-        optimizer = self.model.configure_optimizers(
-            config.weight_decay, config.lr, (config.beta1, config.beta2), self.device.type
-        )
+        optimizer = build_optimizer(self.model, config)
         self.loader = BlockLoader(
             self.dataset.train,
             block_size=shape.block_size,
@@ -109,14 +110,13 @@ class Trainer:
         if self.dataset.val is not None:
             check_eval_tokens(self.dataset.val, shape.vocab_size)
         self.tokens_per_step = config.grad_accum * config.batch_size * shape.block_size
-        self.total_steps = config.total_steps(self.loader.blocks_per_epoch)
         self.interrupt = Interrupt()
         self.training_step = TrainingStep(
             self.model,
             optimizer,
             dtype=self.dtype,
             grad_clip=config.grad_clip,
-            forward=self._compiled(),
+            forward=self.model,
             poll=self.interrupt.poll,
         )
         self.state = RunState(
@@ -132,9 +132,17 @@ class Trainer:
         )
         if folder is not None:
             self.state.restore(folder)
+        self.total_steps = config.total_steps(
+            self.loader.blocks_per_epoch, step=self.state.step, blocks=self.loader.blocks_used
+        )
 
     def run(self) -> Outcome:
         """Train to the end, or to a signal; either way the run folder is left complete."""
+        # a caller's terminal may go away, too
+        with steady_streams():
+            return self._run()
+
+    def _run(self) -> Outcome:
         exit_code = 0
         config, run, state = self.config, self.run_folder, self.state
         try:
@@ -144,6 +152,7 @@ class Trainer:
             log = MetricsLog(run, state.step)
         except OSError as error:
             raise UserError(f"{run}: cannot be written: {error.strerror}") from None
+        drawn = False
         self.console.introduce(
             self.dataset,
             self.tokenizer_id,
@@ -153,6 +162,10 @@ class Trainer:
             kernels=self.kernels,
         )
         self.model.train()
+        if config.compile:
+            self.training_step.forward = compiled(
+                self.model, config.batch_size, self.dtype, self.console.notify
+            )
         try:
             with (
                 self.interrupt,
@@ -167,17 +180,23 @@ class Trainer:
                     state.rewind()
                     state.save(run, config.keep_last)
                     self.console.write(f"stopped by {signal}: step {state.step} is saved")
+                except OSError:
+                    # the log could not be written; the weights may still find room
+                    state.rewind()
+                    state.save(run, config.keep_last)
+                    raise
         finally:
             # of a run that went wrong, too: the curves say how
-            plot(run)
+            drawn = plot(run, self.console.notify)
         return Outcome(
             step=state.step,
-            tokens=state.step * self.tokens_per_step,
+            tokens=state.tokens,
             elapsed=state.elapsed,
             train_loss=state.train_loss,
             validation=state.validation,
             best_step=int(runs.best(run).name.removeprefix("step_")),
             exit_code=exit_code,
+            drawn=drawn,
         )
 
     def _loop(self, log: MetricsLog) -> None:
@@ -192,14 +211,24 @@ class Trainer:
                 mark += time.perf_counter() - began
             if self._progress() >= 1.0:
                 return
+            if self.interrupt.save_is_wanted():
+                state.save(self.run_folder, config.keep_last)
+                self.console.write(f"step {state.step} is saved")
             state.mark()
             lr = learning_rate(
                 config.schedule,
                 state.step,
                 self._progress(),
                 lr=config.lr,
-                min_lr=config.min_lr,
+                min_lr=config.final_lr,
                 warmup_steps=config.warmup_steps,
+                wsd_decay=config.wsd_decay,
+            )
+            set_momentum(
+                state.optimizer,
+                state.step,
+                momentum=config.muon_momentum,
+                warmup_steps=config.muon_warmup_steps,
             )
             batches: list[Batch] = [next(self.loader) for _ in range(config.grad_accum)]
             state.pending.append(self.training_step(batches, lr))
@@ -225,15 +254,23 @@ class Trainer:
         """Check the results of the last steps; returns the last gradient norm."""
         results = self.state.read_pending()
         for step, (loss, norm) in enumerate(results, self.state.step - len(results) + 1):
-            self.training_step.check(loss, norm, step)
+            self._check(loss, norm, step)
         return results[-1][1]
+
+    def _check(self, loss: float, norm: float, step: int) -> None:
+        try:
+            self.training_step.check(loss, norm, step)
+        except UserError as error:
+            if not runs.saved_steps(self.run_folder):
+                raise
+            raise UserError(f"{error}; the last checkpoint is untouched") from None
 
     def _log(self, log: MetricsLog, lr: float, speed: float, grad_norm: float) -> None:
         state, peak = self.state, peak_flops(self.device)
         mfu = None if peak is None else self.model.flops_per_token() * speed / peak
         log.write(
             step=state.step,
-            tokens=state.step * self.tokens_per_step,
+            tokens=state.tokens,
             train_loss=state.train_loss,
             lr=lr,
             grad_norm=grad_norm,
@@ -259,7 +296,7 @@ class Trainer:
             result = state.validation
             log.write(
                 step=state.step,
-                tokens=state.step * self.tokens_per_step,
+                tokens=state.tokens,
                 val_loss=result.loss,
                 val_perplexity=result.perplexity,
                 val_bits_per_byte=result.bits_per_byte,
@@ -287,16 +324,6 @@ class Trainer:
             text = config.sample_prompt + "".join(pieces)
         self.model.train()
         return text
-
-    def _compiled(self) -> Callable[..., Any]:
-        if not self.config.compile:
-            return self.model
-        obstacle = summary.compiler_obstacle(self.device)
-        if obstacle is not None:
-            self.console.notify(f"compile: {obstacle}; training without it")
-            return self.model
-        self.console.notify("compile: on; the first step takes a minute or so")
-        return torch.compile(self.model, fullgraph=True, dynamic=False)
 
     def _progress(self) -> float:
         """How much of the run is done, 0 to 1."""

@@ -12,6 +12,7 @@ from fastgpt2.devices import autocast
 from fastgpt2.model import GPT
 from fastgpt2.text.dataset import Dataset
 from fastgpt2.text.loaders import iter_eval_batches
+from fastgpt2.units import perplexity
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Validation:
     @property
     def perplexity(self) -> float:
         """exp(loss); infinite where that overflows."""
-        return math.inf if self.loss > 700 else math.exp(self.loss)
+        return perplexity(self.loss)
 
     @property
     def nats_per_byte(self) -> float:
@@ -49,7 +50,15 @@ def validate(
 ) -> Validation | None:
     """Score every validation token once, in blocks of the model's block_size.
 
-    ``poll`` is called before each batch. None where the data keeps no validation split.
+    Args:
+        model: scored in evaluation mode, and put back into the mode it was in.
+        dataset: whose validation split is scored.
+        batch_size: rows of block_size tokens per batch.
+        dtype: autocast's, of the computation; losses are summed in fp64.
+        poll: called before each batch; what it raises ends the scoring.
+
+    Returns:
+        The loss in nats per token; None where the data keeps no validation split.
     """
     if dataset.val is None:
         return None

@@ -5,7 +5,7 @@
 """
 
 from fastgpt2.weights.checkpoint import Checkpoint
-from fastgpt2.weights.formats import FORMATS, load, save
+from fastgpt2.weights.formats import FORMATS, load, save, save_model
 from fastgpt2.weights.hub import RELEASES, load_pretrained
 
-__all__ = ["FORMATS", "RELEASES", "Checkpoint", "load", "load_pretrained", "save"]
+__all__ = ["FORMATS", "RELEASES", "Checkpoint", "load", "load_pretrained", "save", "save_model"]

@@ -17,7 +17,7 @@ from fastgpt2.weights.metadata import shown
 from fastgpt2.weights.tensors import LazyTensor
 
 WTE, HEAD = "transformer.wte.weight", "lm_head.weight"
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+STORED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def parameter_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
@@ -61,6 +61,8 @@ class Checkpoint:
             the module's order.
         source: the file or folder, for messages.
         notes: what was left out or changed in reading, one line each.
+        quantization: how the file keeps matrices, ``int8``, or None; ``tensors`` gives the weights
+            that its integers stand for.
 
     Raises:
         UserError: a tensor is missing, too many, or of a wrong shape or dtype; all of these are
@@ -71,6 +73,7 @@ class Checkpoint:
     tensors: Mapping[str, LazyTensor]
     source: Path
     notes: tuple[str, ...] = ()
+    quantization: str | None = None
 
     def __post_init__(self) -> None:
         # a forged number of layers must not make us list billions of names
@@ -90,7 +93,7 @@ class Checkpoint:
                 raise UserError(
                     f"{self.source}: {name!r} has shape {tensor.shape}, expected {shape}"
                 )
-            if tensor.dtype not in DTYPES:
+            if tensor.dtype not in STORED_DTYPES:
                 raise UserError(
                     f"{self.source}: {name!r} has dtype {tensor.dtype}, "
                     "expected float32, float16 or bfloat16"
@@ -122,14 +125,17 @@ class Checkpoint:
 
     def state_dict(self) -> "LazyStateDict":
         """The tensors; loading them one by one needs no more memory than they do."""
-        return LazyStateDict(self.tensors)
+        return LazyStateDict(self.tensors, self.quantization)
 
 
 class LazyStateDict(Mapping[str, Tensor]):
-    """Name to tensor; each access reads the file and gives contiguous memory of the caller's."""
+    """Name to tensor; each access reads the file and gives contiguous memory of the caller's.
 
-    def __init__(self, tensors: Mapping[str, LazyTensor]) -> None:
-        self._tensors = tensors
+    ``quantization`` says how the file keeps matrices, None is without any.
+    """
+
+    def __init__(self, tensors: Mapping[str, LazyTensor], quantization: str | None = None) -> None:
+        self._tensors, self.quantization = tensors, quantization
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name].read().clone(memory_format=torch.contiguous_format)

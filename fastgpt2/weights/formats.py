@@ -1,17 +1,21 @@
 """The formats by name: which one a path has, and reading and writing any of them."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from fastgpt2 import runs
+from fastgpt2.config import GPTConfig
 from fastgpt2.errors import UserError
 from fastgpt2.files import atomic_folder
+from fastgpt2.quantize import KINDS
 from fastgpt2.weights import huggingface, llmc, nanogpt, openai, run
-from fastgpt2.weights.checkpoint import DTYPES, Checkpoint
+from fastgpt2.weights.checkpoint import HEAD, STORED_DTYPES, Checkpoint
 from fastgpt2.weights.metadata import file_size
+from fastgpt2.weights.tensors import LazyTensor
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,7 @@ class Format:
 
     read: Callable[[Path], Checkpoint]
     write: Callable[[Checkpoint, Path], None]
-    dtypes: tuple[torch.dtype, ...] = DTYPES
+    dtypes: tuple[torch.dtype, ...] = STORED_DTYPES
     file: str | None = None
 
 
@@ -90,12 +94,33 @@ def load(path: str | Path) -> Checkpoint:
     return FORMATS[format].read(path)
 
 
+def save_model(
+    config: GPTConfig, state_dict: Mapping[str, Tensor], path: str | Path, format: str
+) -> Path:
+    """Write a model that is in memory, as ``save`` writes one from a file.
+
+    Args:
+        config: the model's.
+        state_dict: its tensors by their canonical names.
+        path: a folder, or for ``nanogpt`` and ``llmc`` a file.
+        format: one of ``FORMATS``.
+
+    Raises:
+        UserError: as ``save``; or there is no such format.
+    """
+    if format not in FORMATS:
+        raise UserError(f"format {format!r}: expected one of {', '.join(FORMATS)}")
+    tensors = {name: LazyTensor.of(x.detach()) for name, x in state_dict.items() if name != HEAD}
+    return save(Checkpoint(config, tensors, Path(path)), path, format)
+
+
 def save(
     checkpoint: Checkpoint,
     path: str | Path,
     format: str,
     *,
     dtype: torch.dtype | None = None,
+    quantize: str | None = None,
     beside: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write ``checkpoint`` as ``format``; it appears under ``path`` whole or not at all.
@@ -107,6 +132,8 @@ def save(
         format: ``hf``, ``nanogpt``, ``llmc``, ``openai`` or ``fastgpt2``.
         dtype: round the weights to this; by default they keep theirs, or widen to float32 where
             the format does not know it.
+        quantize: ``int8``: keep the matrices in 8 bits; ``fastgpt2`` alone holds that. A quantized
+            checkpoint stays one in ``fastgpt2``; other formats get the weights it stands for.
         beside: called with the folder, to write more files into it.
 
     Returns:
@@ -119,8 +146,16 @@ def save(
     if dtype is not None and dtype not in target.dtypes:
         known = ", ".join(str(known).removeprefix("torch.") for known in target.dtypes)
         raise UserError(f"format {format} holds {known}, not {str(dtype).removeprefix('torch.')}")
+    if quantize is not None and (quantize not in KINDS or format != "fastgpt2"):
+        raise UserError(
+            f"only the format fastgpt2 can be quantized, as {', '.join(KINDS)}; "
+            f"got {quantize} for {format}"
+        )
     if dtype is not None:
-        checkpoint = checkpoint.to(dtype)
+        # a dtype that is asked for is that of the matrices too
+        checkpoint = replace(checkpoint.to(dtype), quantization=None)
+    if quantize is not None:
+        checkpoint = replace(checkpoint, quantization=quantize)
     try:
         if target.file is not None and path.suffix == Path(target.file).suffix:
             if path.exists():

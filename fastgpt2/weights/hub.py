@@ -41,7 +41,17 @@ HUB_FILES = ("config.json", "vocab.json", "merges.txt", "model.safetensors")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-def _from_openai(name: str, folder: Path, timeout: float) -> None:
+def download_openai(name: str, folder: Path, timeout: float = 30.0) -> None:
+    """Fetch OpenAI's own files of a release into ``folder``; those that are there are kept.
+
+    Args:
+        name: one of ``RELEASES``.
+        folder: where the files go.
+        timeout: seconds that a server may take to answer.
+
+    Raises:
+        DownloadError: no mirror gave a file.
+    """
     for file in OPENAI_FILES:
         urls = [f"{mirror}/{RELEASES[name]}/{file}" for mirror in OPENAI_MIRRORS]
         download(urls, folder / file, timeout=timeout)
@@ -72,7 +82,7 @@ def _from_hub(name: str, folder: Path, timeout: float) -> None:
 
 SOURCES: dict[str, tuple[Callable[[str, Path, float], None], tuple[str, ...]]] = {
     "huggingface": (_from_hub, HUB_FILES),
-    "openai": (_from_openai, OPENAI_FILES),
+    "openai": (download_openai, OPENAI_FILES),
 }
 
 

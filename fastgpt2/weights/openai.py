@@ -55,8 +55,15 @@ def openai_name(name: str) -> str:
     return f"model/{_NAMES[name]}"
 
 
-def _prefix(folder: Path) -> Path:
-    """Path of the newest checkpoint in ``folder`` without its endings."""
+def newest_checkpoint(folder: Path) -> Path:
+    """Path of the newest TensorFlow checkpoint in ``folder``, without its endings.
+
+    Args:
+        folder: holds one, and perhaps TensorFlow's file ``checkpoint``, which names it.
+
+    Raises:
+        UserError: there is none, or which one it is cannot be said.
+    """
     path = folder / "checkpoint"
     if path.is_file():
         try:
@@ -84,7 +91,7 @@ def read(folder: Path) -> Checkpoint:
     config = make_config(
         path, **{ours: require(hparams, theirs, path) for ours, theirs in HPARAMS.items()}
     )
-    bundle = Bundle(_prefix(folder))
+    bundle = Bundle(newest_checkpoint(folder))
     if config.n_layer > len(bundle.entries):
         raise UserError(
             f"{path}: n_layer is {config.n_layer}, "

@@ -1,18 +1,25 @@
 """Our own folders as a format: a checkpoint, or the best one of a run.
 
-``fastgpt2.runs`` says what lies where.
+``fastgpt2.runs`` says what lies where. A quantized checkpoint has the same files: a matrix
+``NAME.weight`` (F, C) is I8, and ``NAME.scales`` (F,) in F32 holds the scale of each row.
 """
 
 import json
 from dataclasses import asdict, fields
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from fastgpt2 import runs
 from fastgpt2.config import GPTConfig, unknown_key
+from fastgpt2.errors import UserError
 from fastgpt2.files import write_text
+from fastgpt2.quantize import dequantize_rows, quantize_rows
 from fastgpt2.weights.checkpoint import Checkpoint
-from fastgpt2.weights.metadata import make_config, read_json
+from fastgpt2.weights.metadata import make_config, read_json, shown
 from fastgpt2.weights.safetensors_file import read_safetensors, write_safetensors
+from fastgpt2.weights.tensors import LazyTensor
 
 
 def read(folder: Path) -> Checkpoint:
@@ -25,13 +32,65 @@ def read(folder: Path) -> Checkpoint:
     for key in record:
         if key not in known:
             raise unknown_key(key, known, str(path))
-    return Checkpoint(make_config(path, **record), read_safetensors(folder / runs.MODEL), folder)
+    tensors = read_safetensors(folder / runs.MODEL)
+    quantized = [name for name, tensor in tensors.items() if tensor.dtype == torch.int8]
+    for name in quantized:
+        _dequantize(tensors, name, folder / runs.MODEL)
+    quantization = "int8" if quantized else None
+    return Checkpoint(make_config(path, **record), tensors, folder, quantization=quantization)
 
 
 def write(checkpoint: Checkpoint, run: Path) -> None:
     """Write a run folder whose one checkpoint, of step 0, has no training state."""
     folder = runs.step_folder(run, 0)
     folder.mkdir(parents=True)
-    write_safetensors(folder / runs.MODEL, checkpoint.tensors, {"format": "pt"})
+    tensors = dict(checkpoint.tensors)
+    metadata = {"format": "pt"}
+    if checkpoint.quantization is not None:
+        for name in (name for name in checkpoint.tensors if _is_quantized(checkpoint, name)):
+            _quantize(tensors, name)
+        metadata["quantization"] = checkpoint.quantization
+    write_safetensors(folder / runs.MODEL, tensors, metadata)
     write_text(folder / runs.MODEL_CONFIG, json.dumps(asdict(checkpoint.config), indent=2) + "\n")
     write_text(folder / runs.STATE, json.dumps({"step": 0}) + "\n")
+
+
+def _is_quantized(checkpoint: Checkpoint, name: str) -> bool:
+    """Matrices, but for the positions."""
+    return len(checkpoint.tensors[name].shape) == 2 and name != "transformer.wpe.weight"
+
+
+def _scales_of(name: str) -> str:
+    return name.removesuffix("weight") + "scales"
+
+
+def _quantize(tensors: dict[str, LazyTensor], name: str) -> None:
+    """Replace a matrix by its integers and their scales."""
+    weight = tensors[name]
+
+    def integers() -> Tensor:
+        return quantize_rows(weight.read())[0]
+
+    def scales() -> Tensor:
+        return quantize_rows(weight.read())[1]
+
+    tensors[name] = LazyTensor(weight.shape, torch.int8, integers)
+    tensors[_scales_of(name)] = LazyTensor(weight.shape[:1], torch.float32, scales)
+
+
+def _dequantize(tensors: dict[str, LazyTensor], name: str, path: Path) -> None:
+    """Replace integers and their scales by the matrix that they stand for."""
+    integers, scales = tensors[name], tensors.pop(_scales_of(name), None)
+    if scales is None:
+        raise UserError(f"{path}: {shown(name)} is int8, but its scales are missing")
+    if len(integers.shape) != 2 or scales.shape != integers.shape[:1]:
+        raise UserError(
+            f"{path}: {shown(name)} has shape {integers.shape}, its scales {scales.shape}"
+        )
+    if scales.dtype != torch.float32:
+        raise UserError(f"{path}: the scales of {shown(name)} must be float32, got {scales.dtype}")
+
+    def weight() -> Tensor:
+        return dequantize_rows(integers.read(), scales.read())
+
+    tensors[name] = LazyTensor(integers.shape, torch.float32, weight)

@@ -18,7 +18,7 @@ from fastgpt2.errors import UserError
 from fastgpt2.weights.metadata import file_size, shown
 from fastgpt2.weights.tensors import LazyTensor, as_bytes
 
-DTYPES = {
+NAMED_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -30,7 +30,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAMES = {dtype: name for name, dtype in NAMED_DTYPES.items()}
 
 
 def read_safetensors(path: Path) -> dict[str, LazyTensor]:
@@ -41,7 +41,7 @@ def read_safetensors(path: Path) -> dict[str, LazyTensor]:
     """
 
     def lazy(name: str, part: Any) -> LazyTensor:
-        if part.get_dtype() not in DTYPES:
+        if part.get_dtype() not in NAMED_DTYPES:
             raise UserError(f"{path}: {shown(name)} has dtype {part.get_dtype()}, not supported")
 
         # opened anew for every tensor: what was read can be unmapped
@@ -50,7 +50,7 @@ def read_safetensors(path: Path) -> dict[str, LazyTensor]:
                 tensor: Tensor = _checked(path, file.get_tensor, name)
                 return tensor
 
-        return LazyTensor(tuple(part.get_shape()), DTYPES[part.get_dtype()], read)
+        return LazyTensor(tuple(part.get_shape()), NAMED_DTYPES[part.get_dtype()], read)
 
     with _open(path) as file:
         return {name: lazy(name, file.get_slice(name)) for name in file.keys()}  # noqa: SIM118

@@ -27,7 +27,7 @@ from fastgpt2.weights.sstable import read_table, write_table
 from fastgpt2.weights.tensors import LazyTensor, as_bytes, map_tensor
 
 # tensorflow/core/framework/types.proto; strings, resources and the like have no fixed size
-DTYPES = {
+NUMBERED_DTYPES = {
     1: torch.float32,
     2: torch.float64,
     3: torch.int32,
@@ -44,7 +44,7 @@ DTYPES = {
     22: torch.uint32,
     23: torch.uint64,
 }
-NUMBERS = {dtype: number for number, dtype in DTYPES.items()}
+NUMBERS = {dtype: number for number, dtype in NUMBERED_DTYPES.items()}
 
 # an index holds names and numbers only: gpt2-xl's takes some 20 kB
 MAX_INDEX_BYTES = 16 << 20
@@ -154,13 +154,13 @@ class Bundle:
         if name not in self.entries:
             raise UserError(f"{self.index}: has no variable {name!r}")
         entry = self.entries[name]
-        if entry.dtype not in DTYPES:
+        if entry.dtype not in NUMBERED_DTYPES:
             raise UserError(
                 f"{self.index}: {name!r} has TensorFlow's type {entry.dtype}, no number"
             )
         if entry.sliced:
             raise UserError(f"{self.index}: {name!r} is a partitioned variable, not supported")
-        dtype = DTYPES[entry.dtype]
+        dtype = NUMBERED_DTYPES[entry.dtype]
         if prod(entry.shape) * dtype.itemsize != entry.size:
             raise UserError(
                 f"{self.index}: {name!r} of shape {entry.shape} and type {dtype} "

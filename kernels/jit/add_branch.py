@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt2.kernels import tuning
-from fastgpt2.kernels.cases import SIZES, CompileCase, case, configs
+from fastgpt2.kernels.cases import SIZES, CompileCase, Work, case, configs
 from fastgpt2.kernels.jit.launch import launch_kernel
 from fastgpt2.kernels.jit.rows import (
     as_rows,
@@ -51,7 +51,7 @@ def _add_branch_fwd_kernel(
         update += tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
     offs_out = offs_n[:, None] * C + offs_c[None, :]
     if dropout is not None:
-        update = dropout_tile(update, dropout, offs_out)
+        update = dropout_tile(update, dropout, offs_n, C, pid % column_blocks * BLOCK_C)
     x_ptrs = x_ptr + offs_n[:, None] * x_stride + offs_c[None, :]
     x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
     tl.store(y_ptr + offs_out, x + update, mask=mask)
@@ -80,7 +80,7 @@ def _add_branch_bwd_kernel(
         dbranch = tl.load(dy_ptrs, mask=mask, other=0.0).to(tl.float32)
         offs_out = offs_n[:, None] * C + offs_c[None, :]
         if dropout is not None:
-            dbranch = dropout_tile(dbranch, dropout, offs_out)
+            dbranch = dropout_tile(dbranch, dropout, offs_n, C, tl.program_id(0) * BLOCK_C)
         if dbranch_ptr is not None:
             tl.store(dbranch_ptr + offs_out, dbranch, mask=mask)
         if partial_ptr is not None:
@@ -134,7 +134,7 @@ def launch_bwd(
     N, C = rows.shape
     config = tuning.pick("add_branch_bwd", tuning.arch_of(dy.device))
     column_blocks = triton.cdiv(C, config["BLOCK_C"])
-    P = row_programs(triton.cdiv(N, config["BLOCK_N"]), dy.device, columns=column_blocks)
+    P = row_programs(config, N, dy.device, columns=column_blocks)
     partial = None if bias is None else dy.new_empty(1, P, C, dtype=torch.float32)
     launch_kernel(
         _add_branch_bwd_kernel,
@@ -179,7 +179,18 @@ def _case(op: str, config: tuning.Config, stream: str, branch: str, dropout: boo
         }
     elements = float(_TOKENS * _C)
     name = f"{stream} + {branch}" + " dropout" * dropout
-    return case(kernel, op, config, name, arguments, bytes=elements * moved, flops=3 * elements)
+    turn = config["BLOCK_N"] * config["BLOCK_C"]
+    grid = int(elements) // turn if op == "add_branch_fwd" else None
+    return case(
+        kernel,
+        op,
+        config,
+        name,
+        arguments,
+        bytes=elements * moved,
+        flops=3 * elements,
+        work=Work(elements, turn, grid),
+    )
 
 
 def compile_cases(arch: str) -> list[CompileCase]:

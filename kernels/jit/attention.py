@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt2.kernels.cases import CompileCase
+from fastgpt2.kernels.jit.attention_dropout import bit_rows, load_keep
 from fastgpt2.kernels.jit.attention_parts import (
     attention_cases,
     hide,
@@ -29,7 +30,6 @@ from fastgpt2.kernels.jit.primitives import (
     HIDDEN,
     LOG2E,
     LOWEST,
-    keep_mask,
     load_tile,
     store_tile,
 )
@@ -77,6 +77,8 @@ def _attention_fwd_kernel(
     q = load_tile(q_ptr, offs_m, stride_t, T - first_q, D, EVEN)
     m = tl.full([BLOCK_M], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
+    if dropout is not None:
+        bits_ptrs = bit_rows(dropout[0], b * H + h, queries, T, EVEN)[:, None]
     acc = tl.zeros([BLOCK_M, q.shape[1]], tl.float32)
     for first_k in range(begin, tl.minimum(first_q + BLOCK_M, key_range[1]), BLOCK_N):
         k = load_tile(k_ptr, offs_n, stride_t, T - first_k, D, EVEN)
@@ -88,7 +90,8 @@ def _attention_fwd_kernel(
         s = hide(s, HIDDEN, row, col, crosses, ids_m[:, None], ids_n, key_range, MASKED)
         p, m, total, acc = _online_softmax(s, m, total, acc, scale * LOG2E)
         if dropout is not None:
-            p = tl.where(keep_mask(dropout, ((b * H + h) * T + row) * T + col), p, 0.0)
+            keep = load_keep(bits_ptrs + (first_k >> 5), first_k, offs_n[None, :], BLOCK_N)
+            p = tl.where(keep, p, 0.0)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
         k_ptr += BLOCK_N * stride_t
     # a query that sees nothing has a total of 0 and acc = 0: its output is zero
@@ -103,7 +106,7 @@ def _attention_fwd_kernel(
 
 def launch_fwd(
     qkv: Tensor,
-    seed: Tensor | None,
+    bits: Tensor | None,
     segment_ids: Tensor | None,
     key_range: Tensor | None,
     n_head: int,
@@ -115,7 +118,7 @@ def launch_fwd(
     out = qkv.new_empty(B, T, three_C // 3)
     lse = qkv.new_empty(B, n_head, T, dtype=torch.float32)
     if out.numel() > 0:
-        options = (seed, segment_ids, key_range, n_head, dropout_p, scale)
+        options = (bits, segment_ids, key_range, n_head, dropout_p, scale)
         tensors = (qkv, out, lse)
         launch(_attention_fwd_kernel, "attention_fwd", "BLOCK_M", tensors, qkv, *options)
     return out, lse
@@ -124,4 +127,4 @@ def launch_fwd(
 def compile_cases(arch: str) -> list[CompileCase]:
     """The forward kernel with every config of the table."""
     tensors = {"qkv_ptr": "*{}", "out_ptr": "*{}", "lse_ptr": "*fp32"}
-    return attention_cases(_attention_fwd_kernel, "attention_fwd", arch, tensors, 2, 4)
+    return attention_cases(_attention_fwd_kernel, "attention_fwd", arch, tensors, 2, 4, "BLOCK_M")

@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt2.kernels.cases import CompileCase
+from fastgpt2.kernels.jit.attention_dropout import bit_rows, load_keep
 from fastgpt2.kernels.jit.attention_parts import (
     attention_cases,
     hide,
@@ -32,7 +33,7 @@ from fastgpt2.kernels.jit.attention_parts import (
     load_key_range,
     my_block,
 )
-from fastgpt2.kernels.jit.primitives import LOG2E, keep_mask, load_tile, store_tile
+from fastgpt2.kernels.jit.primitives import LOG2E, load_tile, store_tile
 
 
 @triton.jit
@@ -73,6 +74,8 @@ def _attention_bwd_dq_kernel(
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
     tl.store(stats_ptrs[1] + offs_stats, delta, mask=queries < T)
     lse = tl.load(stats_ptrs[0] + offs_stats, mask=queries < T, other=0.0)
+    if dropout is not None:
+        bits_ptrs = bit_rows(dropout[0], b * H + h, queries, T, EVEN)[:, None]
     dq = tl.zeros([BLOCK_M, q.shape[1]], tl.float32)
     for first_k in range(begin, tl.minimum(first_q + BLOCK_M, key_range[1]), BLOCK_N):
         k = load_tile(k_ptr, offs_n, stride_t, T - first_k, D, EVEN)
@@ -84,10 +87,12 @@ def _attention_bwd_dq_kernel(
         crosses = first_k + BLOCK_N > first_q
         p = hide(p, 0.0, row, col, crosses, ids_m[:, None], ids_n, key_range, MASKED)
         dp = tl.dot(do, v.T, input_precision=PRECISION)
+        slope = dp - delta[:, None]
         if dropout is not None:
-            keep = keep_mask(dropout, ((b * H + h) * T + row) * T + col)
-            dp = tl.where(keep, dp * (1.0 / (1.0 - dropout[1])), 0.0)
-        ds = p * (dp - delta[:, None])
+            keep = load_keep(bits_ptrs + (first_k >> 5), first_k, offs_n[None, :], BLOCK_N)
+            scaled = dp * (1.0 / (1.0 - dropout[1])) - delta[:, None]
+            slope = tl.where(keep, scaled, -delta[:, None])
+        ds = p * slope
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
         k_ptr += BLOCK_N * stride_t
     dq_ptr = qkv_ptrs[1] + (b * T + first_q) * 3 * C + h * D
@@ -141,18 +146,24 @@ def _attention_bwd_dkv_kernel(
         ids_m = load_ids(segment_ptr, b, row, T)
         crosses = first_q < first_k + BLOCK_N
         p = hide(p, 0.0, row, col, crosses, ids_m, ids_n[:, None], key_range, MASKED)
-        kept, gain = p, 1.0
+        kept = p
         if dropout is not None:
-            keep = keep_mask(dropout, ((b * H + h) * T + row) * T + col)
-            gain = tl.where(keep, 1.0 / (1.0 - dropout[1]), 0.0)
-            kept = p * gain
+            bits_ptrs = bit_rows(dropout[0] + (first_k >> 5), b * H + h, row, T, EVEN)
+            keep = load_keep(bits_ptrs, first_k, offs_n[:, None], BLOCK_N)
+            kept = tl.where(keep, p, 0.0)
         dv = tl.dot(kept.to(do.dtype), do, dv, input_precision=PRECISION)
         dp = tl.dot(v, do.T, input_precision=PRECISION)
-        ds = p * (dp * gain - delta)
+        slope = dp - delta
+        if dropout is not None:
+            slope = tl.where(keep, dp * (1.0 / (1.0 - dropout[1])) - delta, -delta)
+        ds = p * slope
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
         q_ptr += BLOCK_M * stride_t
         do_ptr += BLOCK_M * C
     dk_ptr = qkv_ptrs[1] + (b * T + first_k) * 3 * C + C + h * D
+    if dropout is not None:
+        # what the kept probabilities are multiplied by, once for all of them
+        dv *= 1.0 / (1.0 - dropout[1])
     store_tile(dk_ptr, dk * scale, offs_n, 3 * C, T - first_k, D)
     store_tile(dk_ptr + C, dv, offs_n, 3 * C, T - first_k, D)
 
@@ -162,7 +173,7 @@ def launch_bwd(
     qkv: Tensor,
     out: Tensor,
     lse: Tensor,
-    seed: Tensor | None,
+    bits: Tensor | None,
     segment_ids: Tensor | None,
     key_range: Tensor | None,
     n_head: int,
@@ -174,7 +185,7 @@ def launch_bwd(
     if dqkv.numel() > 0:
         # .sum() and the like hand down one number with strides of zero
         tensors = ((qkv, dqkv), (out, dout.contiguous()), (lse, torch.empty_like(lse)))
-        options = (seed, segment_ids, key_range, n_head, dropout_p, scale)
+        options = (bits, segment_ids, key_range, n_head, dropout_p, scale)
         # in this order: the second reads the delta of the first
         launch(_attention_bwd_dq_kernel, "attention_bwd_dq", "BLOCK_M", tensors, qkv, *options)
         launch(_attention_bwd_dkv_kernel, "attention_bwd_dkv", "BLOCK_N", tensors, qkv, *options)
@@ -187,6 +198,6 @@ def compile_cases(arch: str) -> list[CompileCase]:
     tensors = {"qkv_ptrs": pair, "out_ptrs": pair, "stats_ptrs": ("*fp32", "*fp32")}
     dq, dkv = _attention_bwd_dq_kernel, _attention_bwd_dkv_kernel
     return [
-        *attention_cases(dq, "attention_bwd_dq", arch, tensors, 3, 6),
-        *attention_cases(dkv, "attention_bwd_dkv", arch, tensors, 4, 6),
+        *attention_cases(dq, "attention_bwd_dq", arch, tensors, 3, 6, "BLOCK_M"),
+        *attention_cases(dkv, "attention_bwd_dkv", arch, tensors, 4, 6, "BLOCK_N"),
     ]

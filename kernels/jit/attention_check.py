@@ -4,27 +4,52 @@ Up to CUDA 12.9, ptxas may overwrite the registers of an asynchronous wgmma whos
 in registers (triton-lang/triton#11781); in flash-linear-attention#1262, 13.0 still failed and 13.1
 passed. The products P V, P^T dO, dS^T Q and dS K are of that kind, and Triton 3.6 and 3.7 ship
 ptxas 12.8. So on an sm_90 with a ptxas older than 13.1, what attention computes there is held
-against the reference, once per process and kind of kernel, before anyone gets to see it.
+against the reference before anyone gets to see it: once per process and ``Kind``, which is all that
+Triton builds another binary for.
 """
 
 import math
 import warnings
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from triton import knobs
 
 from fastgpt2.kernels import reference
+from fastgpt2.kernels.dropout_bits import bits_size
 from fastgpt2.kernels.jit.attention import launch_fwd
 from fastgpt2.kernels.jit.attention_bwd import launch_bwd
 
 SAFE_PTXAS = (13, 1)
 HOPPER = (9, 0)
-# several tiles of every kernel, in one piece and with a rest
-LENGTHS = (512, 500)
+# several tiles of every kernel: whole ones; a rest, of a length that is a multiple of 16, one that
+# makes a stride a multiple of 16, and an odd one; one token. Triton builds a binary for each, and
+# all are checked at once, because a length is not known when compiling.
+LENGTHS = (512, 528, 504, 501, 1)
 # of the norm of the gradients: 16-bit rounding errs by half a percent, lost registers by far more
 GRADIENT_TOLERANCE = 0.02
+
+
+class Kind(NamedTuple):
+    """What decides, beside the length, which of attention's binaries run.
+
+    Attributes:
+        dtype: of queries, keys and values.
+        D: the head size.
+        n_head: H, because Triton builds binaries of their own for 1 and for multiples of 16.
+        segments: dtype of the segment ids, None without them.
+        key_range: dtype of the key range, None without it.
+        dropout: whether there is any.
+    """
+
+    dtype: torch.dtype
+    D: int
+    n_head: int
+    segments: torch.dtype | None
+    key_range: torch.dtype | None
+    dropout: bool
 
 
 def is_suspect(dtype: torch.dtype, capability: tuple[int, int], ptxas: str) -> bool:
@@ -39,16 +64,16 @@ def _integers(shape: tuple[int, ...], largest: int, device: torch.device) -> Ten
     return torch.randint(-largest, largest + 1, shape, generator=generator).to(device)
 
 
-def passes(
-    device: torch.device, dtype: torch.dtype, D: int, *, masked: bool, dropout: bool
-) -> bool:
+def passes(device: torch.device, kind: Kind) -> bool:
     """Whether attention's kernels of this kind are right, held against fp64 on small integers.
 
     At a scale of ln 2 integer scores give powers of two as probabilities: every sum of the forward
     kernel is exact and only its last division rounds. Masks that hide nothing and dropout that
     drops nothing leave the numbers as they are and choose the kernels that have them.
     """
-    B, H = 1, 2
+    dtype, D, H, segments_dtype, range_dtype, dropout = kind
+    # two rows: the stride of a batch of one would not matter
+    B = 2
     for T in LENGTHS:
         qkv = _integers((B, T, 3, H, D), 3, device)
         # few dimensions with scores of at most 4, spread over the head
@@ -56,9 +81,15 @@ def passes(
         qkv[:, :, 0].masked_fill_(torch.arange(D, device=device) % math.ceil(D / 4) != 0, 0)
         qkv = qkv.view(B, T, 3 * H * D).to(dtype)
         dout = _integers((B, T, H * D), 3, device).to(dtype)
-        seed = torch.zeros((), dtype=torch.int64, device=device) if dropout else None
-        segments = torch.zeros(B, T, dtype=torch.int32, device=device) if masked else None
-        options = (seed, segments, None, H, 1e-12, math.log(2.0))
+        # every bit set: nothing is dropped
+        size = bits_size(B, H, T)
+        bits = torch.full((size,), -1, dtype=torch.int32, device=device) if dropout else None
+        segments = key_range = None
+        if segments_dtype is not None:
+            segments = torch.zeros(B, T, dtype=segments_dtype, device=device)
+        if range_dtype is not None:
+            key_range = torch.tensor([[0, T]] * B, dtype=range_dtype, device=device)
+        options = (bits, segments, key_range, H, 1e-12, math.log(2.0))
         out, lse = launch_fwd(qkv, *options)
         dqkv = launch_bwd(dout, qkv, out, lse, *options)
         with torch.inference_mode(False), torch.enable_grad():
@@ -75,18 +106,28 @@ def passes(
 
 
 @lru_cache
-def obstacle(index: int, dtype: torch.dtype, D: int, masked: bool, dropout: bool) -> str | None:
-    """Why attention's kernels must not run on GPU ``index``, or None; warns the first time."""
+def obstacle(index: int, kind: Kind) -> str | None:
+    """Why attention's kernels must not run on GPU ``index``, or None; warns the first time.
+
+    Raises:
+        RuntimeError: the kind has not been checked, and a CUDA graph is being captured.
+    """
     if torch.version.hip is not None:
         return None
     ptxas = knobs.nvidia.ptxas.version
-    if not is_suspect(dtype, torch.cuda.get_device_capability(index), ptxas):
+    if not is_suspect(kind.dtype, torch.cuda.get_device_capability(index), ptxas):
         return None
-    if passes(torch.device("cuda", index), dtype, D, masked=masked, dropout=dropout):
+    if torch.cuda.is_current_stream_capturing():
+        # the check waits for the GPU, which would break the capture
+        raise RuntimeError(
+            "attention: its self-check cannot run while a CUDA graph is captured; run attention "
+            f"once before, with the same arguments but any length ({kind})"
+        )
+    if passes(torch.device("cuda", index), kind):
         return None
     fault = (
-        f"ptxas {ptxas} builds kernels that compute wrong numbers here (head size {D}, {dtype}); "
-        "point TRITON_PTXAS_PATH to ptxas 13.1 or newer"
+        f"ptxas {ptxas} builds kernels that compute wrong numbers here (head size {kind.D}, "
+        f"{kind.dtype}); point TRITON_PTXAS_PATH to ptxas 13.1 or newer"
     )
     warnings.warn(f"attention: {fault}; impl='auto' takes PyTorch's attention", stacklevel=2)
     return fault

@@ -1,7 +1,7 @@
 """What attention's forward and backward kernels share: who does what, which key is seen, launching.
 
 All three kernels take, after their tensors, the same arguments: the two masks, each None where
-there is none; dropout, (seed, p) or None; the strides (batch, token) of qkv; the shape (H, T); and
+there is none; dropout, (bits, p) or None; the strides (batch, token) of qkv; the shape (H, T); and
 the scale. All run on a grid (H, blocks, B), which the hardware walks through from the left: the
 heads of one sequence together, so that its k and v stay in the L2 cache, and block by block with
 the longest first, so that the short ones fill the gaps at the end.
@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt2.kernels import tuning
-from fastgpt2.kernels.cases import SIZES, CompileCase, case, configs
+from fastgpt2.kernels.cases import SIZES, CompileCase, Work, case, configs
 from fastgpt2.kernels.jit.launch import launch_kernel
 from fastgpt2.kernels.jit.primitives import allows_tf32
 
@@ -71,7 +71,7 @@ def launch(
     block: str,
     tensors: tuple[Any, ...],
     qkv: Tensor,
-    seed: Tensor | None,
+    bits: Tensor | None,
     segment_ids: Tensor | None,
     key_range: Tensor | None,
     n_head: int,
@@ -86,7 +86,7 @@ def launch(
         tuning.arch_of(qkv.device),
         D=D,
         bytes=qkv.element_size(),
-        dropout=int(seed is not None),
+        dropout=int(bits is not None),
         masked=int(segment_ids is not None or key_range is not None),
     )
     launch_kernel(
@@ -95,8 +95,8 @@ def launch(
         *tensors,
         None if segment_ids is None else segment_ids.contiguous(),
         None if key_range is None else key_range.contiguous(),
-        # p = 0 is a kernel of its own, without the random numbers
-        None if seed is None else (seed, dropout_p),
+        # p = 0 is a kernel of its own, without the mask
+        None if bits is None else (bits, dropout_p),
         (qkv.stride(0), qkv.stride(1)),
         (n_head, T),
         scale,
@@ -109,35 +109,48 @@ def launch(
 
 @dataclass(frozen=True)
 class Variant:
-    """What a kernel is compiled for besides its tiles; ``full``: masks, dropout and a ragged T."""
+    """What a kernel is compiled for besides its tiles; ``even``: T is a multiple of the tile."""
 
     dtype: str
     D: int
-    full: bool
-    even: bool
+    masked: bool = False
+    dropout: bool = False
+    even: bool = True
     tf32: bool = False
 
     def __str__(self) -> str:
-        words = ("masks dropout",) * self.full + ("ragged",) * (not self.even)
+        words = (
+            ("masks",) * self.masked + ("dropout",) * self.dropout + ("ragged",) * (not self.even)
+        )
         number = "tf32" if self.tf32 else self.dtype
         return " ".join((f"D{self.D}", number, *words))
 
 
 def _variants(limits: Mapping[str, int]) -> list[Variant]:
-    """The hardest launches that a rule of the table stands for, and the usual one."""
+    """The hardest launches that a rule of the table stands for, and the usual ones."""
+
+    def full(dtype: str, D: int, tf32: bool = False) -> Variant:
+        return Variant(dtype, D, masked=True, dropout=True, even=False, tf32=tf32)
+
     if "bytes" not in limits:
-        ieee = [Variant("fp32", 64, False, True), Variant("fp32", 128, True, False)]
-        return [*ieee, Variant("fp32", 128, True, False, tf32=True)]
-    if "dropout" in limits:
-        return [Variant("bf16", 64, False, True), Variant("bf16", 64, False, False)]
+        return [Variant("fp32", 64), full("fp32", 128), full("fp32", 128, tf32=True)]
+    if "masked" in limits:
+        plain = [Variant("bf16", 64), Variant("bf16", 64, even=False)]
+        dropout = [Variant("bf16", 64, dropout=True)]
+        return {0: plain, 1: dropout}.get(limits.get("dropout", 2), plain + dropout)
     if limits["D"] == 64:
-        return [Variant("bf16", 64, True, False)]
-    wide, odd = Variant("bf16", 128, True, False), Variant("bf16", 80, False, False)
-    return [Variant("bf16", 128, False, True), wide, odd]
+        return [full("bf16", 64)]
+    return [Variant("bf16", 128), full("bf16", 128), Variant("bf16", 80, even=False)]
 
 
 def attention_cases(
-    kernel: Any, op: str, arch: str, tensors: dict[str, Any], products: int, passes: int
+    kernel: Any,
+    op: str,
+    arch: str,
+    tensors: dict[str, Any],
+    products: int,
+    passes: int,
+    block: str,
 ) -> list[CompileCase]:
     """Compile cases of one kernel: every config with every variant that its rule stands for.
 
@@ -148,9 +161,10 @@ def attention_cases(
         tensors: types of its own arguments, ``{}`` where the dtype of qkv goes.
         products: matrix products in its walk.
         passes: tensors (B, T, C) that it reads or writes.
+        block: which of its blocks the grid divides the tokens by.
     """
     return [
-        _case(kernel, op, config, variant, tensors, products, passes)
+        _case(kernel, op, config, variant, tensors, products, passes, block)
         for limits, config in configs(op, arch)
         for variant in _variants(limits)
     ]
@@ -170,13 +184,19 @@ def _case(
     tensors: dict[str, Any],
     products: int,
     passes: int,
+    block: str,
 ) -> CompileCase:
     B, T, C = 16, 1024, 768
+    heads = B * C // variant.D
+    block_m, block_n = config["BLOCK_M"], config["BLOCK_N"]
+    # causal: half of all tiles, and those that the diagonal crosses in full
+    crossing = heads * T / min(block_m, block_n)
+    tiles = heads * (T * T / (block_m * block_n) - T / max(block_m, block_n)) / 2 + crossing
     own = {name: _typed(kind, variant.dtype) for name, kind in tensors.items()}
     shared = {
-        "segment_ptr": "*i64" if variant.full else None,
-        "range_ptr": "*i64" if variant.full else None,
-        "dropout": ("*i64", "fp32") if variant.full else None,
+        "segment_ptr": "*i64" if variant.masked else None,
+        "range_ptr": "*i64" if variant.masked else None,
+        "dropout": ("*i32", "fp32") if variant.dropout else None,
         "strides": ("i32", "i32"),
         "shape": ("i32", "i32"),
         "scale": "fp32",
@@ -194,5 +214,6 @@ def _case(
         bytes=float(passes * B * T * C * SIZES[variant.dtype]),
         # the FMA units do fp32 unless tf32 is allowed
         wants_mma=variant.dtype != "fp32" or variant.tf32,
+        work=Work(tiles, grid=int(heads * T / config[block]), unit="tile", crossing=crossing),
         odd=("shape.0",) if variant.even else ("shape.0", "shape.1"),
     )

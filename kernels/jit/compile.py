@@ -22,6 +22,7 @@ from triton.compiler import ASTSource
 from fastgpt2.kernels.cases import CompileCase
 from fastgpt2.kernels.gpus import ARCHITECTURES
 from fastgpt2.kernels.jit.launch import COMPILER_OPTIONS
+from fastgpt2.kernels.machine_code import SPLIT, count_loops
 
 TRITON_VERSION: str = triton.__version__
 
@@ -54,6 +55,8 @@ class Resources:
         mma: ``tcgen05``, ``wgmma`` (``wgmma-rs`` if any takes its first operand from registers),
             ``mma.sync``, ``mfma``, or empty without tensor cores.
         serialized: ptxas waits after every wgmma instead of overlapping them.
+        units: instructions of the loops by the unit that executes them, per warp; NVIDIA only.
+        skipped: how many of those a branch may skip.
     """
 
     registers: int
@@ -61,6 +64,8 @@ class Resources:
     shared_bytes: int
     mma: str
     serialized: bool
+    units: dict[str, int]
+    skipped: int
 
 
 def _constant_paths(case: CompileCase) -> dict[tuple[int, ...], Any]:
@@ -106,27 +111,22 @@ def _run_tool(tool: str, *arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _mma_kind(ptx: str, cubin: str) -> str:
-    # disassembling takes as long as compiling: only where there is something to find
-    if "mma" not in ptx:
-        return ""
-    sass = _run_tool("nvdisasm", "-c", cubin)
-    return next((kind for kind, opcode in _NVIDIA_MMA if opcode.search(sass)), "")
-
-
 def _nvidia_resources(compiled: Any, assembler_log: str) -> Resources:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
         usage = _run_tool("cuobjdump", "-res-usage", cubin.name)
-        mma = _mma_kind(compiled.asm["ptx"], cubin.name)
+        sass = _run_tool("nvdisasm", "-c", cubin.name)
+    loops = count_loops(sass)
     counts = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     return Resources(
         registers=counts["REG"],
         spill_bytes=counts["STACK"] + counts["LOCAL"],
         shared_bytes=compiled.metadata.shared,
-        mma=mma,
+        mma=next((kind for kind, opcode in _NVIDIA_MMA if opcode.search(sass)), ""),
         serialized="wgmma.mma_async instructions are serialized" in assembler_log,
+        units={unit: sum(loop.units.get(unit, 0) for loop in loops) for unit in SPLIT},
+        skipped=sum(loop.skipped for loop in loops),
     )
 
 
@@ -144,6 +144,8 @@ def _amd_resources(compiled: Any) -> Resources:
         shared_bytes=compiled.metadata.shared,
         mma="mfma" if "v_mfma" in assembly else "",
         serialized=False,
+        units={},
+        skipped=0,
     )
 
 

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt2.kernels import tuning
-from fastgpt2.kernels.cases import SIZES, CompileCase, case, configs
+from fastgpt2.kernels.cases import SIZES, CompileCase, Work, case, configs
 from fastgpt2.kernels.jit.launch import launch_kernel
 from fastgpt2.kernels.jit.primitives import HIDDEN, LOG2E, LOWEST, load_tile, store_tile
 
@@ -249,6 +249,8 @@ def _case(config: tuning.Config, dtype: str, D: int, *, split: bool) -> CompileC
         arguments,
         bytes=elements * SIZES[dtype],
         flops=2 * elements,
+        # per element of the keys: a product with q, and one of the weight with the value's
+        work=Work(elements / 2, config["BLOCK_N"] * D, B * H * (4 if split else 1)),
     )
 
 
@@ -271,6 +273,7 @@ def _merge_case(config: tuning.Config) -> CompileCase:
         arguments,
         bytes=4 * elements,
         flops=2 * elements,
+        work=Work(elements, MAX_SHARES * D, rows),
         odd=("shares",),
     )
 
@@ -294,6 +297,7 @@ def _append_case(config: tuning.Config) -> CompileCase:
         arguments,
         bytes=8.0 * B * H * D,
         flops=0.0,
+        work=Work(2.0 * B * H * D, 2 * H * D, B),
         odd=("shape.1",),
     )
 

@@ -17,9 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt2.kernels import tuning
-from fastgpt2.kernels.cases import SIZES, CompileCase, case, configs
+from fastgpt2.kernels.cases import SIZES, CompileCase, Work, case, configs
 from fastgpt2.kernels.jit.launch import launch_kernel
-from fastgpt2.kernels.jit.rows import as_rows, dropout_argument, dropout_tile
+from fastgpt2.kernels.jit.rows import as_rows, dropout_argument, dropout_tile, row_width
 
 
 @triton.jit
@@ -57,7 +57,7 @@ def _embedding_fwd_kernel(
     x += _gather(wpe_ptr, positions, row_strides[1], table_rows[1], mask, offs_c)
     offs_out = offs_n[:, None] * C + offs_c[None, :]
     if dropout is not None:
-        x = dropout_tile(x, dropout, offs_out)
+        x = dropout_tile(x, dropout, offs_n, C, 0)
     tl.store(x_ptr + offs_out, x, mask=mask)
 
 
@@ -88,7 +88,7 @@ def _segment_sum_kernel(
             ptrs = dx_ptr + tokens[:, None] * dx_stride + offs_c[None, :]
             dx = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
             if dropout is not None:
-                dx = dropout_tile(dx, dropout, tokens[:, None] * C + offs_c[None, :])
+                dx = dropout_tile(dx, dropout, tokens, C, pid % column_blocks * BLOCK_C)
             total += tl.sum(dx, axis=0)
         tl.store(dtable_ptrs, total, mask=mask_c)
 
@@ -119,7 +119,7 @@ def launch_fwd(
             (wte.shape[0], wpe.shape[0]),
             (B * T, T, C),
             dropout_argument(seed, dropout_p),
-            BLOCK_C=triton.next_power_of_2(C),
+            BLOCK_C=row_width(C),
             **config.meta(),
         )
     return x
@@ -202,8 +202,20 @@ def compile_cases(arch: str) -> list[CompileCase]:
             ("embedding_fwd", _embedding_fwd_kernel, fwd, 2 * _TOKENS),
             ("segment_sum", _segment_sum_kernel, bwd, _TOKENS + 2 * _V),
         ):
-            cases += [
-                case(kernel, op, c, variant, arguments, bytes=rows * row_bytes, flops=_TOKENS * _C)
-                for _, c in configs(op, arch)
-            ]
+            for _, config in configs(op, arch):
+                width, grid = (_C, _TOKENS // config["BLOCK_N"])
+                if op == "segment_sum":
+                    width, grid = config["BLOCK_C"], _V * triton.cdiv(_C, config["BLOCK_C"])
+                cases.append(
+                    case(
+                        kernel,
+                        op,
+                        config,
+                        variant,
+                        arguments,
+                        bytes=rows * row_bytes,
+                        flops=_TOKENS * _C,
+                        work=Work(_TOKENS * _C, config["BLOCK_N"] * width, grid),
+                    )
+                )
     return cases

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt2.kernels import tuning
-from fastgpt2.kernels.cases import SIZES, CompileCase, case, configs
+from fastgpt2.kernels.cases import SIZES, CompileCase, Work, case, configs
 from fastgpt2.kernels.jit.launch import launch_kernel
 from fastgpt2.kernels.jit.rows import (
     as_rows,
@@ -29,6 +29,7 @@ from fastgpt2.kernels.jit.rows import (
     dropout_tile,
     launch_column_sum,
     row_programs,
+    row_width,
 )
 
 
@@ -51,33 +52,36 @@ def _layer_norm_fwd_kernel(
 ):
     N, C = shape
     x_stride, branch_stride = row_strides
-    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_c = tl.arange(0, BLOCK_C)
-    mask_n, mask_c = offs_n < N, offs_c < C
+    first = tl.program_id(0).to(tl.int64) * BLOCK_N
+    # within a block, offsets are int32: fewer instructions per element
+    offs_n, offs_c = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_C)
+    mask_n, mask_c = offs_n < N - first, offs_c < C
     mask = mask_n[:, None] & mask_c[None, :]
-    offs_out = offs_n[:, None] * C + offs_c[None, :]
-    x_ptrs = x_ptr + offs_n[:, None] * x_stride + offs_c[None, :]
+    offs = offs_n[:, None] * C + offs_c[None, :]
+    x_ptrs = x_ptr + first * x_stride + (offs_n[:, None] * x_stride + offs_c[None, :])
     s = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
     if branch_ptr is not None:
-        branch_ptrs = branch_ptr + offs_n[:, None] * branch_stride + offs_c[None, :]
+        branch_ptr += first * branch_stride
+        branch_ptrs = branch_ptr + (offs_n[:, None] * branch_stride + offs_c[None, :])
         update = tl.load(branch_ptrs, mask=mask, other=0.0).to(tl.float32)
         if branch_bias_ptr is not None:
             update += tl.load(branch_bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
         if dropout is not None:
-            update = dropout_tile(update, dropout, offs_out)
+            update = dropout_tile(update, dropout, first + offs_n, C, 0)
         stream = (s + update).to(stream_ptr.dtype.element_ty)
-        tl.store(stream_ptr + offs_out, stream, mask=mask)
+        tl.store(stream_ptr + first * C + offs, stream, mask=mask)
         # backward will see the stream as it was stored: normalise just that
         s = stream.to(tl.float32)
     mean = tl.sum(s, axis=1) / C
     centred = tl.where(mask_c[None, :], s - mean[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / C + eps)
+    stats_ptr += first
     tl.store(stats_ptr + offs_n, mean, mask=mask_n)
     tl.store(stats_ptr + N + offs_n, rstd, mask=mask_n)
     y = centred * rstd[:, None] * tl.load(weight_ptr + offs_c, mask=mask_c, other=0.0)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0)
-    tl.store(y_ptr + offs_out, y, mask=mask)
+    tl.store(y_ptr + first * C + offs, y, mask=mask)
 
 
 @triton.jit
@@ -129,7 +133,7 @@ def _layer_norm_bwd_kernel(
         offs_out = offs_n[:, None] * C + offs_c[None, :]
         tl.store(dx_ptr + offs_out, ds, mask=mask)
         if dropout is not None:
-            ds = dropout_tile(ds, dropout, offs_out)
+            ds = dropout_tile(ds, dropout, offs_n, C, 0)
         if dbranch_ptr is not None:
             tl.store(dbranch_ptr + offs_out, ds, mask=mask)
         if HAS_BRANCH_BIAS:
@@ -178,7 +182,7 @@ def launch_fwd(
         dropout_argument(seed, dropout_p),
         (N, C),
         eps,
-        BLOCK_C=triton.next_power_of_2(C),
+        BLOCK_C=row_width(C),
         **config.meta(),
     )
     return stream, y, stats
@@ -207,7 +211,7 @@ def launch_bwd(
         sums.append(torch.empty_like(branch_bias))
     shape_class = {"C": C, "dropout": int(seed is not None)}
     config = tuning.pick("layer_norm_bwd", tuning.arch_of(stream.device), **shape_class)
-    P = row_programs(triton.cdiv(N, config["BLOCK_N"]), stream.device)
+    P = row_programs(config, N, stream.device)
     partial = stream.new_empty(len(sums), P, C, dtype=torch.float32)
     if P > 0:
         dstream_stride = 0 if dstream_rows is None else dstream_rows.stride(0)
@@ -226,7 +230,7 @@ def launch_bwd(
             dropout_argument(seed, dropout_p),
             (N, C),
             HAS_BRANCH_BIAS=branch_bias is not None,
-            BLOCK_C=triton.next_power_of_2(C),
+            BLOCK_C=row_width(C),
             **config.meta(),
         )
     launch_column_sum(partial, sums)
@@ -283,7 +287,17 @@ def _case(
         kernel = _layer_norm_bwd_kernel
         moved = (2 + fused) * SIZES[stream] + (1 + own_dbranch) * SIZES[y]
     elements = float(_TOKENS * C)
-    return case(kernel, op, config, name, arguments, bytes=elements * moved, flops=10 * elements)
+    grid = _TOKENS // config["BLOCK_N"] if op == "layer_norm_fwd" else None
+    return case(
+        kernel,
+        op,
+        config,
+        name,
+        arguments,
+        bytes=elements * moved,
+        flops=10 * elements,
+        work=Work(elements, config["BLOCK_N"] * C, grid),
+    )
 
 
 def compile_cases(arch: str) -> list[CompileCase]:

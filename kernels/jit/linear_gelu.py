@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt2.kernels import tuning
-from fastgpt2.kernels.cases import SIZES, CompileCase, case, configs
+from fastgpt2.kernels.cases import SIZES, CompileCase, Work, case, configs
 from fastgpt2.kernels.jit.gelu import gelu_tile
 from fastgpt2.kernels.jit.launch import launch_kernel
 from fastgpt2.kernels.jit.primitives import allows_tf32
@@ -143,6 +143,8 @@ def compile_cases(arch: str) -> list[CompileCase]:
             "TF32": False,
         }
         moved = _TOKENS * (_C + 2 * _F) + _F * _C
+        blocks = _TOKENS * _F // (config["BLOCK_M"] * config["BLOCK_N"])
+        turns = blocks * _C // config["BLOCK_K"]
         cases.append(
             case(
                 _linear_gelu_fwd_kernel,
@@ -153,6 +155,7 @@ def compile_cases(arch: str) -> list[CompileCase]:
                 bytes=float(moved * SIZES[dtype]),
                 flops=2.0 * _TOKENS * _C * _F,
                 wants_mma=dtype == "bf16",
+                work=Work(turns, grid=blocks, unit="tile"),
             )
         )
     return cases

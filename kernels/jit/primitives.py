@@ -6,6 +6,7 @@ import triton.language as tl
 
 # softmax in base 2: exp2 is one instruction, and log2(e) goes into a factor that is there anyway
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 # the score of a hidden key, and where a running maximum starts: below any score but so far above
 # HIDDEN that a tile of hidden keys alone gives exp2(HIDDEN - LOWEST) = 0, not exp2(0) = 1
 HIDDEN = tl.constexpr(-3.0e38)
@@ -19,10 +20,19 @@ def allows_tf32(dtype: torch.dtype) -> bool:
 
 
 @triton.jit
-def keep_mask(dropout, offsets):
-    """Where dropout keeps an element; ``dropout`` is (seed_ptr, p), offsets global and int64."""
+def keep_words(dropout, rows, width, groups):
+    """Where dropout keeps each fourth of a tile: four [rows, groups] for columns 4 group + 0 ... 3.
+
+    ``dropout`` is (seed_ptr, p); rows are int64 and global, ``width`` is that of a whole row.
+    One Philox counter gives four words, and none is thrown away.
+    """
     seed_ptr, p = dropout
-    return tl.rand(tl.load(seed_ptr), offsets) >= p
+    counters = rows[:, None] * tl.cdiv(width, 4) + groups[None, :]
+    a, b, c, d = tl.randint4x(tl.load(seed_ptr), counters)
+    # as a tensor: the interpreter hands the numbers in a tuple on as Python's
+    share = tl.full([1, 1], p, tl.float32) * 4294967296.0
+    threshold = tl.minimum(share.to(tl.int64), 4294967295).to(tl.uint32)
+    return a >= threshold, b >= threshold, c >= threshold, d >= threshold
 
 
 @triton.jit

@@ -14,13 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt2.kernels import tuning
-from fastgpt2.kernels.cases import CompileCase, case, configs
+from fastgpt2.kernels.cases import CompileCase, Work, case, configs
 from fastgpt2.kernels.jit.launch import launch_kernel
-from fastgpt2.kernels.jit.primitives import keep_mask
-
-# of a backward kernel that sums over rows: enough to hide memory latency, as in flash-attention's
-# LayerNorm; one per multiprocessor leaves most of the bandwidth unused
-PROGRAMS_PER_MULTIPROCESSOR = 8
+from fastgpt2.kernels.jit.primitives import keep_words
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -29,10 +25,18 @@ def as_rows(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def row_programs(n_blocks: int, device: torch.device, *, columns: int = 1) -> int:
-    """P: how many programs share ``n_blocks`` blocks of rows, for each of ``columns`` columns."""
-    wanted = PROGRAMS_PER_MULTIPROCESSOR * tuning.multiprocessors(device)
-    return min(n_blocks, triton.cdiv(wanted, columns))
+def row_programs(config: tuning.Config, N: int, device: torch.device, *, columns: int = 1) -> int:
+    """P: how many programs share the blocks of N rows, for each of ``columns`` blocks of columns.
+
+    As many as are resident at a time: fewer leave bandwidth unused, more wait for a second wave.
+    """
+    resident = config.per_sm * tuning.multiprocessors(device)
+    return min(triton.cdiv(N, config["BLOCK_N"]), max(1, resident // columns))
+
+
+def row_width(C: int) -> int:
+    """BLOCK_C of a kernel that holds rows whole: a power of two, and whole Philox groups."""
+    return max(4, triton.next_power_of_2(C))
 
 
 def dropout_argument(seed: Tensor | None, p: float) -> tuple[Tensor, float] | None:
@@ -41,9 +45,17 @@ def dropout_argument(seed: Tensor | None, p: float) -> tuple[Tensor, float] | No
 
 
 @triton.jit
-def dropout_tile(x, dropout, offsets):
-    """Philox dropout of a tile; ``dropout`` is (seed_ptr, p), offsets are global, int64."""
-    return tl.where(keep_mask(dropout, offsets), x / (1.0 - dropout[1]), 0.0)
+def dropout_tile(x, dropout, rows, width, first_column):
+    """Philox dropout of a tile of rows of ``width`` elements, from ``first_column`` on.
+
+    ``dropout`` is (seed_ptr, p); rows are global and int64, the first column a multiple of 4.
+    """
+    groups = first_column // 4 + tl.arange(0, x.shape[1] // 4)
+    a, b, c, d = keep_words(dropout, rows, width, groups)
+    # columns 0 ... 3 of each group side by side: join adds a last dimension
+    keep = tl.join(tl.join(a.to(tl.int8), c.to(tl.int8)), tl.join(b.to(tl.int8), d.to(tl.int8)))
+    keep = tl.reshape(keep, x.shape)
+    return tl.where(keep != 0, x * (1.0 / (1.0 - dropout[1])), 0.0)
 
 
 @triton.jit
@@ -78,6 +90,15 @@ def compile_cases(arch: str) -> list[CompileCase]:
     arguments = {"partial_ptr": "*fp32", "out_ptrs": ("*bf16",) * 3, "P": "i32", "C": "i32"}
     moved, name = 3.0 * P * C * 4, "column_sum"
     return [
-        case(_column_sum_kernel, name, config, "bf16", arguments, bytes=moved, flops=moved / 4)
+        case(
+            _column_sum_kernel,
+            name,
+            config,
+            "bf16",
+            arguments,
+            bytes=moved,
+            flops=moved / 4,
+            work=Work(moved / 4, config["BLOCK_P"] * config["BLOCK_C"], 3 * C // config["BLOCK_C"]),
+        )
         for _, config in configs(name, arch)
     ]

@@ -55,7 +55,7 @@ def test_a_run_is_untouched_when_the_next_one_fails_its_checks(
         (["--epochs", "inf"], "config: epochs must be finite, got inf"),
         (["--config", "cpux"], "config 'cpux': no such file, and none of cpu, cuda"),
         (["--resume"], "--resume continues the run given by --out"),
-        (["--resume", "--out", "nowhere"], "--resume: nowhere is no run folder"),
+        (["--resume", "--out", "nowhere"], "--resume: nowhere is not a run folder"),
         (["--resume", "--out", "x", "--config", "cpu"], "with its own configuration"),
         (["--device", "gpu"], "device 'gpu': "),
         (["--fp8"], "fp8 wants n_embd to be a multiple of 16, got 8"),
@@ -122,7 +122,7 @@ def test_mistakes_about_the_folder(
     argv = ["--data", data, *TINY]
     assert "is a file" in complaint(train, [*argv, "--out", str(file)], capsys)
     said = complaint(train, [*argv, "--out", str(tmp_path), "--overwrite"], capsys)
-    assert "no run folder, so --overwrite does not delete it" in said
+    assert "not a run folder, so --overwrite does not delete it" in said
     assert file.read_text(encoding="utf-8") == "mine"
     (tmp_path / "config.toml").write_text("steps = 1", encoding="utf-8")
     said = complaint(train, ["--out", str(tmp_path), "--resume"], capsys)

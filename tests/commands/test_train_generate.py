@@ -168,7 +168,7 @@ def test_as_a_program_of_its_own(tmp_path: Path) -> None:
     """Nothing else on stderr: no warning of a library, no traceback."""
     result = run_program("fastgpt2.train", "--out", "x", "--resume", cwd=tmp_path)
     assert result.returncode == 2
-    said = "fastgpt2 train: error: --resume: x is no run folder (it has no config.toml)\n"
+    said = "fastgpt2 train: error: --resume: x is not a run folder (it has no config.toml)\n"
     assert (result.stdout, result.stderr) == ("", said)
 
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fastgpt2.kernels.cases import CompileCase
+from fastgpt2.kernels.cases import CompileCase, Work
 
 
 @triton.jit
@@ -49,6 +49,7 @@ def _case(name: str, blocks: tuple[int, int, int], num_warps: int, num_stages: i
         wants_mma=True,
         flops=1e9,
         bytes=1e6,
+        work=Work(1.0, unit="tile"),
     )
 
 

@@ -17,7 +17,11 @@ OTHERS = {"Impl", "explain", "use_impl"}
 # of these, a scalar and no elements at all are inputs like any other
 ELEMENTWISE = {"gelu"}
 # what PyTorch says, or we do, where there is no second derivative
-REFUSALS = ("no autograd formula was registered", "create_graph=True", "is not implemented")
+REFUSALS = (
+    "no autograd formula was registered",
+    "double backward is not supported",
+    "is not implemented",
+)
 # wrong values, the error's type, and what it says of the option
 OPTIONS: dict[str, list[tuple[Any, type[Exception], str]]] = {
     "dropout_p": [(p, ValueError, "must be in [0, 1)") for p in (-0.1, 1.0, NAN)],

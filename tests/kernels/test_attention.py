@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastgpt2.kernels import philox, tuning
-from fastgpt2.kernels.attention import _attention_bwd, _attention_fwd, attention
+from fastgpt2.kernels.attention import _attention_bwd, _attention_fwd, _dropout_bits, attention
 from fastgpt2.kernels.jit import attention_check
 from tests.kernels import budget
 from tests.kernels.budget import DEVICE
@@ -189,7 +189,7 @@ def test_every_config_is_exact_on_integers(
     if DEVICE.type == "cpu":
         monkeypatch.setattr(attention_check, "LENGTHS", (72,))
     with tuning.overriding(kernel, config):
-        assert attention_check.passes(DEVICE, dtype, 64, masked=False, dropout=False)
+        assert attention_check.passes(DEVICE, attention_check.Kind(dtype, 64, 2, None, None, False))
 
 
 @pytest.mark.parametrize("blocks", [(16, 64), (64, 16)], ids=str)
@@ -275,6 +275,17 @@ def test_offsets_beyond_32_bits(full: bool) -> None:
     assert torch.equal(_op(2)("triton", qkv), expected)
 
 
+@pytest.mark.parametrize("T", [1, 31, 32, 33, 100])
+@pytest.mark.parametrize("p", [0.0001, 0.3, 0.999])
+def test_packed_bits_are_the_mask(T: int, p: float) -> None:
+    """Every bit on and below the diagonal; what comes after it is never used."""
+    seed = torch.tensor(SEED, device=DEVICE)
+    words = _dropout_bits(seed, 2, 3, T, p)[: 6 * T * -(-T // 32)].view(2, 3, T, -1)
+    keys = torch.arange(T, device=DEVICE)
+    bits = words[..., keys // 32] >> (keys % 32) & 1 == 1
+    assert torch.equal(bits.tril(), philox.keep_mask(seed, (2, 3, T, T), p).tril())
+
+
 @budget.rehearsed
 def test_dropout_offsets_beyond_32_bits(full: bool) -> None:
     # the last head's mask begins at B H T^2 = 3.2e9 elements
@@ -284,9 +295,9 @@ def test_dropout_offsets_beyond_32_bits(full: bool) -> None:
     qkv[:, :D, 2] = torch.eye(D, dtype=torch.float16, device=DEVICE)[:, None]
     out = _op(H, dropout_p=p, seed=SEED)("triton", qkv.view(B, T, -1)).view(B, T, H, D)
     queries = torch.arange(T - 64, T, device=DEVICE)
-    offsets = ((B * H - 1) * T + queries[:, None]) * T + torch.arange(D, device=DEVICE)
-    assert not full or int(offsets.min()) > 2**31
-    keep = philox.uniform(torch.tensor(SEED, device=DEVICE), offsets) >= p
+    rows = (B * H - 1) * T + queries
+    assert not full or int(rows.min()) * T > 2**31
+    keep = philox.keep_rows(torch.tensor(SEED, device=DEVICE), rows, T, p)[:, :D]
     assert torch.equal(out[-1, -64:, -1] != 0, keep)
 
 
@@ -295,10 +306,12 @@ def test_opcheck() -> None:
     seed = torch.tensor(SEED, device=DEVICE)
     torch.library.opcheck(_attention_fwd, (qkv, None, None, None, 2, 0.0, 0.3))
     masks = _segments(2, 9).contiguous(), _key_range(9)
-    torch.library.opcheck(_attention_fwd, (qkv, seed, *masks, 2, 0.2, 0.3))
+    torch.library.opcheck(_dropout_bits, (seed, 2, 2, 9, 0.2))
+    bits = _dropout_bits(seed, 2, 2, 9, 0.2)
+    torch.library.opcheck(_attention_fwd, (qkv, bits, *masks, 2, 0.2, 0.3))
     x = qkv.detach()
-    out, lse = _attention_fwd(x, seed, *masks, 2, 0.2, 0.3)
-    torch.library.opcheck(_attention_bwd, (out, x, out, lse, seed, *masks, 2, 0.2, 0.3))
+    out, lse = _attention_fwd(x, bits, *masks, 2, 0.2, 0.3)
+    torch.library.opcheck(_attention_bwd, (out, x, out, lse, bits, *masks, 2, 0.2, 0.3))
 
 
 @pytest.mark.parametrize("name", [None, "all"])

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgpt2.kernels import attention, backend
-from fastgpt2.kernels.jit import attention_check
+from fastgpt2.kernels import attention, backend, reference, tuning
+from fastgpt2.kernels.jit import attention_check, attention_parts
 from fastgpt2.kernels.jit.attention import launch_fwd
 from fastgpt2.kernels.jit.attention_bwd import launch_bwd
 from tests.kernels import budget
@@ -19,6 +19,10 @@ from tests.kernels.budget import DEVICE, on_gpu
 
 # the package's attribute of that name is the op
 contract = sys.modules["fastgpt2.kernels.attention"]
+
+
+real_passes = attention_check.passes
+KIND = attention_check.Kind(torch.bfloat16, 64, 2, None, None, False)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +56,9 @@ def test_right_kernels_pass(
     if DEVICE.type == "cpu":
         monkeypatch.setattr(attention_check, "LENGTHS", (32, 41))
     with torch.inference_mode():
-        assert attention_check.passes(DEVICE, dtype, D, masked=masked, dropout=dropout)
+        ids, ranges = (torch.int64, torch.int32) if masked else (None, None)
+        kind = attention_check.Kind(dtype, D, 2, ids, ranges, dropout)
+        assert attention_check.passes(DEVICE, kind)
 
 
 def _nudged(x: Tensor) -> Tensor:
@@ -79,7 +85,7 @@ def test_wrong_kernels_do_not_pass(how: str, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(attention_check, "launch_bwd", wrong_bwd)
     else:
         monkeypatch.setattr(attention_check, "launch_fwd", wrong_fwd)
-    assert not attention_check.passes(DEVICE, torch.float16, 16, masked=False, dropout=False)
+    assert not attention_check.passes(DEVICE, KIND._replace(dtype=torch.float16, D=16))
 
 
 @dataclass
@@ -103,6 +109,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hopper]:
     monkeypatch.setattr(attention_check, "passes", gpu.passes)
     monkeypatch.setattr(attention_check, "knobs", tool)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=0: (9, 0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(contract, "INTERPRETED", False)
     attention_check.obstacle.cache_clear()
     yield gpu
@@ -112,21 +119,42 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hopper]:
 def test_a_new_assembler_is_not_checked(hopper: Hopper, monkeypatch: pytest.MonkeyPatch) -> None:
     new = SimpleNamespace(nvidia=SimpleNamespace(ptxas=SimpleNamespace(version="13.1")))
     monkeypatch.setattr(attention_check, "knobs", new)
-    assert attention_check.obstacle(0, torch.bfloat16, 64, False, False) is None
+    assert attention_check.obstacle(0, KIND) is None
     assert hopper.checks == 0
 
 
 def test_checked_once_a_process_and_kind(hopper: Hopper) -> None:
-    kinds = [(64, False, False), (64, False, False), (64, False, True), (32, False, False)]
-    for kind in kinds:
-        assert attention_check.obstacle(0, torch.bfloat16, *kind) is None
-    assert hopper.checks == 3
+    other = [
+        KIND._replace(D=32),
+        KIND._replace(n_head=1),
+        KIND._replace(dropout=True),
+        KIND._replace(segments=torch.int32),
+        KIND._replace(segments=torch.int64),
+        KIND._replace(key_range=torch.int64),
+    ]
+    for kind in (KIND, KIND, *other, KIND):
+        assert attention_check.obstacle(0, kind) is None
+    assert hopper.checks == 1 + len(other)
+
+
+def test_never_within_a_graph_capture(hopper: Hopper, monkeypatch: pytest.MonkeyPatch) -> None:
+    capturing = True
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    with pytest.raises(RuntimeError, match=r"while a CUDA graph is captured; run attention once"):
+        attention_check.obstacle(0, KIND)
+    assert hopper.checks == 0
+    capturing = False
+    assert attention_check.obstacle(0, KIND) is None
+    capturing = True
+    # checked before: nothing has to run
+    assert attention_check.obstacle(0, KIND) is None
+    assert hopper.checks == 1
 
 
 def test_wrong_numbers_warn_once_and_say_what_helps(hopper: Hopper) -> None:
     hopper.is_right = False
     with pytest.warns(UserWarning, match=r"ptxas 12\.8 builds .* TRITON_PTXAS_PATH") as warned:
-        faults = {attention_check.obstacle(0, torch.float16, 64, False, False) for _ in range(3)}
+        faults = {attention_check.obstacle(0, KIND) for _ in range(3)}
     assert len(warned) == len(faults) == 1
     assert "13.1" in str(faults.pop())
 
@@ -140,7 +168,7 @@ def test_what_runs(is_right: bool, hopper: Hopper, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(backend, "_triton_obstacle", lambda x: None)
     on_device: Any = SimpleNamespace(is_cuda=True)
     choice = backend.resolve(
-        "attention", "auto", on_device, lambda: contract._obstacle(x, 1, False, False)
+        "attention", "auto", on_device, lambda: contract._obstacle(x, 1, None, None, False)
     )
     assert choice is (backend.Impl.TRITON if is_right else backend.Impl.TORCH)
     if is_right:
@@ -157,3 +185,70 @@ def test_compiles_whole_with_the_check_inside(hopper: Hopper) -> None:
     outs = [f(x, n_head=1, impl="triton") for f in (compiled, attention)]
     assert torch.equal(*outs)
     assert hopper.checks == 1
+
+
+def _specialisation(argument: Any) -> Any:
+    """What Triton builds another binary for: types, ones, multiples of 16, what is not there."""
+    if isinstance(argument, tuple):
+        return tuple(_specialisation(part) for part in argument)
+    if isinstance(argument, Tensor):
+        return argument.dtype
+    if isinstance(argument, bool) or not isinstance(argument, int):
+        return type(argument)
+    return "one" if argument == 1 else "multiple of 16" if argument % 16 == 0 else "int"
+
+
+@pytest.mark.parametrize("T", [1, 64, 1000, 127])
+@pytest.mark.parametrize(("n_head", "D"), [(1, 16), (2, 64), (16, 16), (3, 20)])
+@pytest.mark.parametrize(
+    ("segments", "key_range", "dropout"),
+    [
+        (None, None, False),
+        (torch.int64, None, False),
+        (torch.int32, None, True),
+        (None, torch.int64, False),
+        (torch.int32, torch.int64, True),
+    ],
+    ids=str,
+)
+def test_it_checks_the_binaries_that_run(
+    T: int,
+    n_head: int,
+    D: int,
+    segments: torch.dtype | None,
+    key_range: torch.dtype | None,
+    dropout: bool,
+    hopper: Hopper,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[Any] = []
+
+    def record(kernel: Any, grid: Any, *arguments: Any, **meta: Any) -> None:
+        seen.append((kernel.fn.__name__, _specialisation(arguments), tuple(meta.items())))
+
+    monkeypatch.setattr(attention_parts, "launch_kernel", record)
+    # on a GPU's tiles
+    monkeypatch.setattr(tuning, "arch_of", lambda device: "sm_90")
+    monkeypatch.setattr(reference, "attention", lambda qkv, *_: qkv.chunk(3, -1)[0] * 1.0)
+    asked: list[attention_check.Kind] = []
+    monkeypatch.setattr(contract, "_miscompiled", lambda index, *k: asked.append(k))
+    B = 3
+    x = torch.zeros(B, T, 3 * n_head * D, dtype=torch.float16)
+    x.requires_grad_()
+    out = attention(
+        x,
+        n_head=n_head,
+        dropout_p=0.5 if dropout else 0.0,
+        seed=7 if dropout else None,
+        segment_ids=None if segments is None else torch.zeros(B, T, dtype=segments),
+        key_range=None if key_range is None else torch.zeros(B, 2, dtype=key_range),
+        impl="triton",
+    )
+    torch.autograd.grad(out.sum(), x)
+    run, seen[:] = list(seen), []
+    for length in attention_check.LENGTHS:
+        # nothing is computed here, so the check ends with the first length that it is given
+        monkeypatch.setattr(attention_check, "LENGTHS", (length,))
+        real_passes(torch.device("cpu"), attention_check.Kind(*asked[0]))
+    assert len(run) == 3
+    assert set(run) <= set(seen)

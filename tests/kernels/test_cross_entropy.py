@@ -59,7 +59,9 @@ def test_other_implementations_are_within_budget(options: dict[str, float], impl
     # each is the other's measure
     eager = "reference" if impl == "torch" else "torch"
     inputs = _inputs(13, 72, 65, torch.float32)
-    budget.check_op(_op(65, **options), inputs, impl=impl, eager=eager)
+    # autograd sums the reference's gradients of three terms, each of them rounded
+    roundings = 4.0 if impl == "reference" else 2.0
+    budget.check_op(_op(65, **options), inputs, impl=impl, eager=eager, roundings=roundings)
 
 
 def test_reference_is_pytorch_s_in_fp64() -> None:
@@ -93,6 +95,13 @@ def test_ignored_rows_and_padding_get_zero_gradients(impl: str) -> None:
     assert not dlogits[:, 65:].any()
     ignored = inputs["targets"] == IGNORE
     assert not dlogits[ignored].any() and dlogits[~ignored][:, :65].all()
+
+
+@pytest.mark.parametrize("V", [1, 127, 128, 129])
+def test_padding_of_several_tiles(V: int) -> None:
+    """The interpreter's tiles are of 128 columns: the last one with logits is not the last one."""
+    inputs = _inputs(4, 500, V, torch.float32)
+    budget.check_op(_op(V), inputs)
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)

@@ -13,8 +13,10 @@ import pytest
 
 from fastgpt2.errors import UserError
 from fastgpt2.kernels import report
+from fastgpt2.kernels.cases import Work
 from fastgpt2.kernels.gpus import ARCHITECTURES, GPUS, occupancy
-from fastgpt2.kernels.report import Row, expectation, render, violations
+from fastgpt2.kernels.machine_code import SPLIT
+from fastgpt2.kernels.report_rows import Row, expectation, render, violations
 
 # compiling is not possible where triton has been imported for interpreting
 PLANTED = """
@@ -58,7 +60,8 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], R
 def _good(row: Row) -> dict[str, dict[str, Any]]:
     """What would have been expected of the row before the fault was planted."""
     mma = {"sm_80": "mma.sync", "sm_90": "wgmma", "gfx942": "mfma"}[row.arch]
-    return {row.key: {"mma": mma, "spill_bytes": 0, "serialized": False}}
+    good = {"mma": mma, "spill_bytes": 0, "serialized": False, "instructions": row.instructions}
+    return {row.key: good}
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
@@ -87,6 +90,34 @@ def test_planted_faults_are_found(
     assert any(complaint in line for line in violations([row], _good(row)))
 
 
+def test_a_loop_that_grows_is_found(planted: dict[tuple[str, str], Row]) -> None:
+    """A planted product has 5 % more instructions than the expectation allows, or just not."""
+    row = planted["good", "sm_90"]
+    assert row.instructions > 50
+    for grown, complains in ((1.04, False), (1.06, True)):
+        before = _good(row)
+        before[row.key]["instructions"] = row.instructions / grown
+        found = violations([row], before)
+        assert any("instructions per tile" in line for line in found) == complains
+
+
+def test_the_loop_of_a_product_is_found_and_split(planted: dict[tuple[str, str], Row]) -> None:
+    row = planted["good", "sm_90"]
+    # one 64 x 64 x 64 product of a warp group: four wgmma of 16 in K
+    assert row.units["tensor"] == 4
+    assert row.units["memory"] > 0 and row.units["barrier"] > 0 and row.units["mufu"] == 0
+    assert sum(row.units.values()) == row.instructions
+    assert set(row.units) == set(SPLIT)
+
+
+def test_blocks_that_do_not_fit_are_found() -> None:
+    row = Row("k", "64 w4", "sm_90", 4, False, 0.0, 1.0, registers=72, per_sm=8)
+    assert row.resident == 7
+    (line,) = violations([row], expectation([row]))
+    assert "launches 8 blocks per multiprocessor, 7 fit" in line
+    assert not violations([replace(row, registers=64)], expectation([row]))
+
+
 def test_new_gone_and_broken_kernels_are_found() -> None:
     row = Row("k", "64 w4", "sm_90", 4, False, 0.0, 1.0, registers=32)
     assert violations([row], expectation([row])) == []
@@ -113,9 +144,16 @@ def test_roofline_and_table() -> None:
     h200 = GPUS["h200"]
     assert h200.roofline_us(989.4e6, 0.0) == pytest.approx(1.0)
     assert h200.roofline_us(1.0, 9.6e6) == pytest.approx(2.0)
+    # 128 threads with 8 elements each, 24 instructions a warp: 3 an element, in 1320 turns
     row = Row("k", "64 w4", "sm_90", 4, False, 1e15, 9.6e6, 32, 0, 1024, "", False)
+    row = replace(row, units={"fp32": 16, "memory": 8}, work=Work(1320 * 1024.0, 1024, 1320))
+    assert row.instructions == 3.0
+    # 4 warps of 24 instructions, 1320 times, by 528 schedulers at 1.7 GHz
+    assert h200.issue_us(row.warp_instructions) == pytest.approx(4 * 24 * 1320 / 528 / 1700)
     text = render([row], {"sm_90": h200})
-    assert "| k | 64 w4 | sm_90 | 32 | 0 | 1024 | - | 100% | 2.0 |" in text
+    assert (
+        "| 1024 | - | 100% | 16 | 0.62 | 3 per element | 0 2 0 0 1 0 0 | 0.1 | 2.2 | 2.0 |" in text
+    )
 
 
 def test_interpreting_is_refused() -> None:
@@ -152,6 +190,8 @@ def test_every_triton_has_an_expectation_of_its_own(
         ({"mma": "mma.sync"}, "uses mma.sync, not wgmma"),
         ({"mma": ""}, "uses no mma, not wgmma"),
         ({"serialized": True}, "serialises its wgmma"),
+        ({"units": {"fp32": 106}}, "106 instructions per tile, not 100"),
+        ({"per_sm": 17}, "launches 17 blocks per multiprocessor, 16 fit"),
         ({"error": "no"}, "does not compile"),
     ],
     ids=str,
@@ -163,6 +203,7 @@ def test_check_fails_on_each_fault(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     good = Row("k", "64 w4", "sm_90", 4, True, 1e9, 1e6, registers=32, mma="wgmma")
+    good = replace(good, units={"fp32": 100}, work=Work(1.0, unit="tile"))
     monkeypatch.setattr(report, "measure", lambda *arguments: [replace(good, **fault)])
     monkeypatch.setattr(report, "find_expectation", lambda triton: expectation([good]))
     assert report.main(["--check", "--arch", "sm_90"]) == bool(fault)

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -68,7 +69,9 @@ def test_what_the_files_hold(tmp_path: Path) -> None:
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
     moments = load_file(folder / "optimizer.safetensors")
     assert moments["exp_avg.transformer.wte.weight"].shape == (V, 48)
-    assert runs.read_state(folder) == {"step": 250, "elapsed": 1.5}
+    state = runs.read_state(folder)
+    assert (state["format"], state["step"], state["elapsed"]) == (runs.FORMAT, 250, 1.5)
+    assert set(state["sha256"]) == {runs.MODEL, runs.OPTIMIZER, runs.MODEL_CONFIG}
     assert list((tmp_path / "checkpoints").iterdir()) == [folder]
 
 
@@ -196,6 +199,45 @@ def test_a_damaged_state_is_named(folder: Path, damage: Callable[[Path], None]) 
     damage(folder / runs.STATE)
     with pytest.raises(UserError, match=f"^{folder / runs.STATE}: "):
         runs.read_state(folder)
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("file", [runs.MODEL, runs.OPTIMIZER, runs.MODEL_CONFIG])
+@pytest.mark.parametrize("damage", [flip_a_bit, truncate, Path.unlink])
+def test_a_damaged_newest_falls_back(
+    intact: Path, tmp_path: Path, file: str, damage: Callable[[Path], None]
+) -> None:
+    said: list[str] = []
+    for step in (1, 2):
+        shutil.copytree(intact, runs.step_folder(tmp_path, step))
+    assert checkpoint.newest_intact(tmp_path, said.append).name == "step_00000002"
+    assert said == []
+    damage(runs.step_folder(tmp_path, 2) / file)
+    assert checkpoint.newest_intact(tmp_path, said.append).name == "step_00000001"
+    assert len(said) == 1
+    assert file in said[0] and said[0].endswith("going on from step_00000001 instead")
+    # it is kept, but not as a checkpoint
+    assert runs.saved_steps(tmp_path) == [1]
+    assert (tmp_path / "checkpoints" / "damaged_step_00000002").is_dir()
+    damage(runs.step_folder(tmp_path, 1) / file)
+    with pytest.raises(UserError, match=file):
+        checkpoint.newest_intact(tmp_path, said.append)
+    assert runs.saved_steps(tmp_path) == [1]
+
+
+def test_older_formats_are_read_and_newer_ones_refused(tmp_path: Path) -> None:
+    path = tmp_path / runs.STATE
+    for older in ("{}", '{"format": 0}', '{"format": 1}'):
+        path.write_text(older, encoding="utf-8")
+        runs.read_state(tmp_path)
+    path.write_text('{"format": 99}', encoding="utf-8")
+    with pytest.raises(UserError, match="saved in format 99 by a newer fastgpt2; this one reads"):
+        runs.read_state(tmp_path)
 
 
 def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

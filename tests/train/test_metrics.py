@@ -57,14 +57,14 @@ def test_a_damaged_end_is_left_out(tmp_path: Path, tail: bytes) -> None:
 
 
 def test_picture(tmp_path: Path) -> None:
-    assert plot(tmp_path) is None
+    assert not plot(tmp_path)
     log = MetricsLog(tmp_path)
-    assert plot(tmp_path) is None
+    assert not plot(tmp_path)
     for step in range(1, 20):
         log.write(step=step, train_loss=3 / step, lr=1e-3, tokens_per_second=100.0)
     log.write(step=19, val_loss=1.0)
-    path = plot(tmp_path)
-    assert path == tmp_path / "loss.png"
+    path = tmp_path / "loss.png"
+    assert plot(tmp_path)
     assert path.read_bytes().startswith(b"\x89PNG")
     assert {p.name for p in tmp_path.iterdir()} == {"loss.png", "metrics.csv", "metrics.jsonl"}
 
@@ -74,4 +74,4 @@ def test_picture(tmp_path: Path) -> None:
 )
 def test_picture_of_very_little(tmp_path: Path, record: dict[str, float]) -> None:
     MetricsLog(tmp_path).write(**record)
-    assert plot(tmp_path) is not None
+    assert plot(tmp_path)

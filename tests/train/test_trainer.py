@@ -145,7 +145,7 @@ def test_speed_is_that_of_training_alone(
     monkeypatch.setattr(
         "fastgpt2.train.trainer.validate", spend(100.0, lambda *args, **options: None)
     )
-    monkeypatch.setattr("fastgpt2.train.trainer.plot", lambda run: None)
+    monkeypatch.setattr("fastgpt2.train.trainer.plot", lambda *_: False)
     train(tiny_train_config(data, steps=10, log_every=2, eval_every=3), tmp_path)
     records = read_metrics(tmp_path)
     assert [record["tokens_per_second"] for record in records] == [128.0] * len(records)

@@ -90,4 +90,4 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than a tiny run."""
-    monkeypatch.setattr("fastgpt2.train.trainer.plot", lambda run: None)
+    monkeypatch.setattr("fastgpt2.train.trainer.plot", lambda *_: False)

@@ -95,6 +95,22 @@ def test_transformers_finds_the_tokenizer(
         assert (tmp_path / "hf3" / path.name).read_bytes() == path.read_bytes()
 
 
+def test_hugging_face_to_hugging_face_keeps_the_other_options(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    converted(capsys, source, tmp_path / "hf", "--to", "hf")
+    options = {"bos_token_id": 3, "eos_token_id": 4, "pad_token_id": 5, "summary_type": "mean"}
+    config = json.loads((tmp_path / "hf" / "config.json").read_text("utf-8")) | options
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config), "utf-8")
+    (tmp_path / "hf" / "generation_config.json").write_text('{"eos_token_id": 4}', "utf-8")
+    flags = ("--to", "hf", "--dtype", "bfloat16")
+    converted(capsys, tmp_path / "hf", tmp_path / "hf2", *flags)
+    found = json.loads((tmp_path / "hf2" / "config.json").read_text("utf-8"))
+    assert found == config | {"torch_dtype": "bfloat16"}
+    generation = (tmp_path / "hf2" / "generation_config.json").read_text("utf-8")
+    assert json.loads(generation) == {"eos_token_id": 4}
+
+
 def test_tokenizer_that_other_programs_do_not_have(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -25,8 +25,8 @@ MUTANTS = [
     Mutant(
         "mask_of_the_next_element",
         _KERNEL,
-        "update = dropout_tile(update, dropout, offs_out)",
-        "update = dropout_tile(update, dropout, offs_out + 1)",
+        "dropout_tile(update, dropout, offs_n, C, pid % column_blocks * BLOCK_C)",
+        "dropout_tile(update, dropout, offs_n + 1, C, pid % column_blocks * BLOCK_C)",
         (f"{_TESTS}::test_mask_is_the_reference_s_bit_for_bit",),
     ),
     Mutant(
@@ -39,8 +39,8 @@ MUTANTS = [
     Mutant(
         "gradient_without_its_mask",
         _KERNEL,
-        "            dbranch = dropout_tile(dbranch, dropout, offs_out)\n",
-        "            dbranch = dbranch / (1.0 - dropout[1])\n",
+        "dropout_tile(dbranch, dropout, offs_n, C, tl.program_id(0) * BLOCK_C)",
+        "dbranch / (1.0 - dropout[1])",
         (_BUDGET,),
     ),
     Mutant(

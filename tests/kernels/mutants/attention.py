@@ -9,6 +9,8 @@ _CHECK = "kernels/jit/attention_check.py"
 _TESTS = "tests/kernels/test_attention.py"
 _PLAIN = f"{_TESTS}::test_within_budget[(1, 65, 2, 64)-torch.float32]"
 _OPTIONS = f"{_TESTS}::test_options_are_within_budget"
+_BITS = "kernels/jit/attention_dropout.py"
+_PACKED = f"{_TESTS}::test_packed_bits_are_the_mask"
 _MASK = f"{_TESTS}::test_dropout_mask_is_philox_bit_for_bit"
 _BLIND = f"{_TESTS}::test_blind_queries_give_zeros"
 _STRIDED = f"{_TESTS}::test_strided_inputs_and_gradients"
@@ -78,16 +80,16 @@ MUTANTS = [
     Mutant(
         "dropout_by_the_tile",
         _FWD,
-        "((b * H + h) * T + row) * T + col",
-        "((b * H + h) * T + row) * T + offs_n[None, :]",
+        "load_keep(bits_ptrs + (first_k >> 5), first_k, ",
+        "load_keep(bits_ptrs, 0, ",
         (_MASK,),
-        "offsets count from the tile's corner, so every tile drops the same keys",
+        "every tile drops the keys of the first",
     ),
     Mutant(
         "one_dropout_mask_for_all_heads",
         _FWD,
-        "((b * H + h) * T + row)",
-        "(b * H * T + row)",
+        "bit_rows(dropout[0], b * H + h, ",
+        "bit_rows(dropout[0], b * H, ",
         (_MASK,),
     ),
     Mutant(
@@ -105,17 +107,51 @@ MUTANTS = [
     ),
     Mutant("dq_not_scaled", _BWD, "dq * scale", "dq", (_PLAIN,)),
     Mutant("dk_not_scaled", _BWD, "dk * scale", "dk", (_PLAIN,)),
-    Mutant("delta_left_out_of_dq", _BWD, "(dp - delta[:, None])", "dp", (_PLAIN,)),
-    Mutant("delta_left_out_of_dk", _BWD, "(dp * gain - delta)", "(dp * gain)", (_PLAIN,)),
+    Mutant("delta_left_out_of_dq", _BWD, "slope = dp - delta[:, None]", "slope = dp", (_PLAIN,)),
+    Mutant("delta_left_out_of_dk", _BWD, "slope = dp - delta\n", "slope = dp\n", (_PLAIN,)),
     Mutant(
         "dropout_left_out_of_dp",
         _BWD,
-        "(dp * gain - delta)",
-        "(dp - delta)",
+        "slope = tl.where(keep, dp * (1.0 / (1.0 - dropout[1])) - delta, -delta)",
+        "slope = dp - delta",
         (_option("dropout"),),
         "dk must drop the same elements as the forward",
     ),
-    Mutant("dropout_left_out_of_dv", _BWD, "kept = p * gain", "kept = p", (_option("dropout"),)),
+    Mutant(
+        "dropout_left_out_of_dv",
+        _BWD,
+        "kept = tl.where(keep, p, 0.0)",
+        "kept = p",
+        (_option("dropout"),),
+    ),
+    Mutant(
+        "values_gradient_not_scaled_up",
+        _BWD,
+        "        dv *= 1.0 / (1.0 - dropout[1])\n",
+        "        dv *= 1.0\n",
+        (_option("dropout"),),
+    ),
+    Mutant(
+        "bits_of_a_word_in_another_order",
+        _BITS,
+        "(groups % GROUPS * 4)",
+        "(28 - groups % GROUPS * 4)",
+        (_PACKED,),
+    ),
+    Mutant(
+        "one_philox_word_for_four_keys",
+        _BITS,
+        "b.to(tl.int32) << 1",
+        "a.to(tl.int32) << 1",
+        (_PACKED,),
+    ),
+    Mutant(
+        "second_word_of_a_tile_is_the_first",
+        _BITS,
+        "tl.load(ptrs + i)",
+        "tl.load(ptrs)",
+        (f"{_TESTS}::test_result_does_not_depend_on_tiles",),
+    ),
     Mutant(
         "queries_of_the_diagonal_skipped",
         _BWD,
@@ -154,4 +190,11 @@ MUTANTS = [
         (_GUARD,),
     ),
     Mutant("guard_checks_every_call", _CHECK, "@lru_cache\n", "", (_GUARD,)),
+    Mutant(
+        "guard_checks_other_segments",
+        _CHECK,
+        "dtype=segments_dtype",
+        "dtype=torch.int32",
+        (_GUARD,),
+    ),
 ]

@@ -67,8 +67,8 @@ MUTANTS = [
     Mutant(
         "gradient_masked_by_sorted_place",
         _KERNEL,
-        "dx = dropout_tile(dx, dropout, tokens[:, None] * C + offs_c[None, :])",
-        "dx = dropout_tile(dx, dropout, offs[:, None] * C + offs_c[None, :])",
+        "dropout_tile(dx, dropout, tokens, C, ",
+        "dropout_tile(dx, dropout, offs, C, ",
         (f"{_TESTS}::test_dropout_is_within_budget",),
         "the mask belongs to the token's place in the batch",
     ),
@@ -103,7 +103,7 @@ MUTANTS = [
     Mutant(
         "second_derivative_lost",
         _CONTRACT,
-        '    checks.check_first_order("embedding")\n',
+        '    @first_order("tied_embedding")\n',
         "",
         (f"{SECOND_DERIVATIVES}[tied_embedding-triton]",),
         "autograd does not see what is added in place",

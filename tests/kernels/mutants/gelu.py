@@ -82,8 +82,8 @@ MUTANTS = [
     Mutant(
         "a_program_too_few",
         _ROWS,
-        "return min(n_blocks, triton.cdiv(wanted, columns))",
-        "return min(n_blocks, wanted // columns)",
+        "max(1, resident // columns)",
+        "resident // columns",
         (f"{_BUDGET}[(3, 768)-torch.float32]",),
         "more columns than programs wanted: none is launched",
     ),

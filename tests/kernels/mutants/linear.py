@@ -17,7 +17,7 @@ MUTANTS = [
     Mutant(
         "autocast_ignored",
         _CONTRACT,
-        ' and not torch.is_autocast_enabled("cpu")',
+        ' or torch.is_autocast_enabled("cpu")',
         "",
         (f"{_TESTS}::test_other_dtypes_are_pytorch_s",),
     ),

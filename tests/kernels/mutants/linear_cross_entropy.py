@@ -12,7 +12,7 @@ MUTANTS = [
     Mutant(
         "second_derivative_lost",
         _CONTRACT,
-        '    checks.check_first_order("linear_cross_entropy")\n',
+        '@first_order("linear_cross_entropy")\n',
         "",
         (f"{SECOND_DERIVATIVES}[linear_cross_entropy-triton]",),
         "the gradient of forward is taken for a constant",
@@ -58,7 +58,7 @@ MUTANTS = [
     Mutant(
         "upstream_gradient_ignored",
         _CONTRACT,
-        "    scale = dloss / count\n",
+        "    scale = gradient_scale(dloss, count)\n",
         "    scale = 1.0 / count\n",
         (f"{_BUDGET}[triton-(37, 48, 160, 129)-plain-torch.float32]",),
     ),

@@ -1,0 +1,24 @@
+"""What training itself has written below a folder of text is not text to train on."""
+
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+
+
+def without_runs(paths: Iterable[Path]) -> list[Path]:
+    """The paths that do not lie in a run folder of ``fastgpt2 train``.
+
+    A run that trains on the folder above its own (``--data .``) would else find its checkpoints
+    there when it resumes.
+
+    Args:
+        paths: files and folders.
+    """
+    is_run = cache(_is_run)
+    return [p for p in paths if not any(is_run(folder) for folder in p.absolute().parents)]
+
+
+def _is_run(folder: Path) -> bool:
+    # the second one may be missing where a run ended before its first evaluation
+    names = ("checkpoints", "metrics.jsonl")
+    return (folder / "config.toml").is_file() and any((folder / name).exists() for name in names)

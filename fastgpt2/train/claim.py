@@ -1,0 +1,128 @@
+"""The run folder belongs to one process at a time: claimed before anything slow."""
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from itertools import count
+from pathlib import Path
+
+from fastgpt2 import runs
+from fastgpt2.errors import UserError
+
+LOCK = ".lock"
+
+
+@contextmanager
+def claimed(folder: Path, *, made: bool = False) -> Iterator[None]:
+    """Within the block, no other process can claim the folder; a killed process leaves no claim.
+
+    A folder that did not exist, and is empty after the block, is removed.
+
+    Args:
+        folder: made if it is not there.
+        made: the caller has made it for this block.
+
+    Raises:
+        UserError: another process has it.
+    """
+    made = made or not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = _lock(folder)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            (folder / LOCK).unlink()
+        os.close(handle)
+        if made:
+            # only what is empty goes
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def new_folder(name: str) -> Path:
+    """A folder under ``runs/`` that nobody had before, named by the time and ``name``; made."""
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    first = Path("runs") / f"{stamp}_{name}"
+    first.parent.mkdir(exist_ok=True)
+    for number in count(1):
+        folder = first if number == 1 else first.with_name(f"{first.name}_{number}")
+        # one of two processes that try the same name gets an error
+        with suppress(FileExistsError):
+            folder.mkdir()
+            return folder
+    raise AssertionError
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether nothing but a claim is in it."""
+    return not any(entry.name != LOCK for entry in folder.iterdir())
+
+
+def empty(folder: Path) -> None:
+    """Delete what is in the folder, not the folder: it may be a mount point, a link, or ``.``."""
+    entries = [entry for entry in folder.iterdir() if entry.name != LOCK]
+    # what makes it a run folder goes last, so that a deletion that fails can be repeated
+    for entry in sorted(entries, key=lambda entry: entry.name == runs.RUN_CONFIG):
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def check_outside(folder: Path, paths: Iterable[Path], what: str) -> None:
+    """Refuse to empty a folder that holds what the new run needs.
+
+    Args:
+        folder: the run folder; links are followed, as in ``paths``.
+        paths: files or folders.
+        what: what the error calls them.
+
+    Raises:
+        UserError: one of them lies in the folder, or is the folder.
+    """
+    inside = folder.resolve()
+    for path in paths:
+        real = path.resolve()
+        if real == inside or inside in real.parents:
+            raise UserError(f"--overwrite: {what} {path} is in {folder}, which would be emptied")
+
+
+def _lock(folder: Path) -> int:
+    """An open file that holds the lock."""
+    path = folder / LOCK
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            _lock_file(handle)
+        except BlockingIOError:
+            os.close(handle)
+            raise UserError(f"{folder}: another process is training into it") from None
+        # the process before may have removed the file since it was opened
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), path.stat()):
+                return handle
+        os.close(handle)
+
+
+def _lock_file(handle: int) -> None:
+    """Lock, or raise ``BlockingIOError``; the system ends the lock with the process."""
+    try:
+        import fcntl
+    except ImportError:
+        import msvcrt
+
+        try:
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        except OSError as error:
+            raise BlockingIOError from error
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        # a file system without locks: the name alone is claimed
+        return

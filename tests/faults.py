@@ -1,0 +1,129 @@
+"""Faults to order: a disk that fails at its n-th write, a stream that breaks, a signal on cue.
+
+Each is a context manager or an object with a count; run the same small program for every n until
+the fault no longer happens (``fault.happened`` is False), and look at what is left.
+"""
+
+import builtins
+import errno
+import io
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
+from unittest.mock import patch
+
+import safetensors.torch
+
+from fastgpt2.train import checkpoint
+
+
+@dataclass
+class Fault:
+    """Strikes when ``happen`` is called for the n-th time; ``lasts``: and each time after."""
+
+    n: int
+    lasts: bool = False
+    calls: int = 0
+
+    def strikes(self) -> bool:
+        self.calls += 1
+        return self.calls == self.n or (self.lasts and self.calls > self.n)
+
+    @property
+    def happened(self) -> bool:
+        return self.calls >= self.n
+
+
+@contextmanager
+def failing_disk(n: int, folder: Path, *, lasts: bool = False) -> Iterator[Fault]:
+    """The n-th thing that is put on the disk under ``folder`` finds it full.
+
+    Files that are opened to be written, safetensors files (half of one is written), folders made,
+    renames and syncs count; deletions work, as they do on a full disk.
+    """
+    fault = Fault(n, lasts)
+
+    def check(path: Any) -> None:
+        if str(path).startswith(str(folder)) and fault.strikes():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    def checked(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(path: Any, *arguments: Any, **options: Any) -> Any:
+            check(path)
+            return function(path, *arguments, **options)
+
+        return call
+
+    def checked_open(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(path: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
+            if set(mode) & set("wax+"):
+                check(path)
+            return function(path, mode, *arguments, **options)
+
+        return call
+
+    def save_file(tensors: Any, path: Path, **options: Any) -> None:
+        safetensors.torch.save_file(tensors, path, **options)
+        try:
+            check(path)
+        except OSError:
+            os.truncate(path, path.stat().st_size // 2)
+            raise
+
+    def fsync(handle: int) -> None:
+        check(os.readlink(f"/proc/self/fd/{handle}"))
+        sync(handle)
+
+    sync = os.fsync
+    with ExitStack() as stack:
+        for target, name, function in (
+            (checkpoint, "save_file", save_file),
+            (os, "fsync", fsync),
+            *((os, name, checked(getattr(os, name))) for name in ("mkdir", "rename", "replace")),
+            (builtins, "open", checked_open(builtins.open)),
+            (io, "open", checked_open(io.open)),
+        ):
+            stack.enter_context(patch.object(target, name, function))
+        yield fault
+
+
+class BreakingStream(io.StringIO):
+    """A terminal or pipe that goes away at the n-th write."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.fault = Fault(n, lasts=True)
+
+    def write(self, text: str) -> int:
+        if self.fault.strikes():
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return super().write(text)
+
+    def flush(self) -> None:
+        if self.fault.happened:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+@contextmanager
+def signal_at(point: str, n: int, number: int) -> Iterator[Fault]:
+    """Send this process a signal before the n-th call of ``point``, a dotted name."""
+    fault = Fault(n)
+    module, _, name = point.rpartition(".")
+    owner: Any = resolve_name(module)
+    function = getattr(owner, name)
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        if fault.strikes():
+            os.kill(os.getpid(), number)
+        return function(*arguments, **options)
+
+    with patch.object(owner, name, call):
+        yield fault
+
+
+SIGNALS = [number for number in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, number)]

@@ -1,0 +1,70 @@
+"""A rival's kernel file, given by path, gets its row of the kernel report."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools import rival
+
+RIVAL = """
+import triton
+import triton.language as tl
+
+@triton.autotune([triton.Config({}, num_warps=4)], key=[])
+@triton.jit
+def _scale_kernel(x_ptr, y_ptr, factor, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y_ptr + offs, tl.load(x_ptr + offs) * factor)
+"""
+ARGUMENTS = ("x_ptr=*fp32", "y_ptr=*fp32", "factor=fp32", "BLOCK=:1024")
+
+
+@pytest.fixture
+def rival_file(tmp_path: Path) -> Path:
+    file = tmp_path / "rival_kernels.py"
+    file.write_text(RIVAL, encoding="utf-8")
+    return file
+
+
+def _run(file: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    # kernels cannot be compiled in a process that interprets them
+    variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tools.rival", str(file), *options]
+    return subprocess.run(command, env=variables, capture_output=True, text=True)
+
+
+def test_a_rival_s_kernel_has_the_same_row(rival_file: Path) -> None:
+    given = [part for text in ARGUMENTS for part in ("--argument", text)]
+    done = _run(rival_file, "--kernel", "_scale_kernel", *given, "--turn", "1024")
+    assert done.returncode == 0, done.stderr
+    head, _, row = done.stdout.splitlines()
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert len(cells) == len(head.strip("|").split("|"))
+    assert cells[:3] == ["_scale_kernel", "w4 s3", "sm_90"]
+    # 8 elements a thread: two loads and two stores of 16 bytes, eight products
+    count, split = cells[10].split(" per "), cells[11].split()
+    assert count[1] == "element" and 2 < float(count[0]) < 6
+    assert float(split[1]) == 1.0 and float(split[4]) >= 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--kernel", "nothing"), "has no Triton kernel 'nothing'"),
+        (("--kernel", "_scale_kernel", "--argument", "z=i32"), "must be NAME=TYPE or NAME=:VALUE"),
+        (("--kernel", "_scale_kernel", "--argument", "BLOCK=:1 +"), "is not a Python value"),
+    ],
+)
+def test_mistakes_are_one_line(rival_file: Path, options: tuple[str, ...], message: str) -> None:
+    done = _run(rival_file, *options)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert message in line
+
+
+def test_a_file_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert rival.main([str(tmp_path / "none.py"), "--kernel", "k"]) == 2
+    assert "not a Python file" in capsys.readouterr().err

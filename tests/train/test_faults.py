@@ -1,0 +1,166 @@
+"""A small run under every fault at every place: nothing is lost, and one line says why."""
+
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastgpt2 import runs
+from fastgpt2.train import checkpoint
+from fastgpt2.train.__main__ import main
+from tests.faults import SIGNALS, BreakingStream, failing_disk, signal_at
+from tests.train.tiny_run import measured, saved_tensors
+
+pytestmark = pytest.mark.usefixtures("no_picture")
+
+SHAPE = "--tokenizer=bytes --model=gpt2-nano --block-size=8 --n-layer=1 --n-head=1 --n-embd=8"
+LENGTH = "--batch-size=2 --steps=3 --warmup-steps=1 --log-every=1 --eval-every=2 --keep-last=1"
+FLAGS = [*SHAPE.split(), *LENGTH.split(), "--device=cpu", "--sample-tokens=2"]
+
+
+def begin(data: Path, run: Path) -> int:
+    return main(["--data", str(data), "--out", str(run), *FLAGS])
+
+
+def finish(data: Path, run: Path) -> int:
+    """Resume, or begin again where no checkpoint was reached."""
+    if run.exists() and runs.saved_steps(run):
+        return main(["--resume", "--out", str(run)])
+    again = ["--overwrite"] if runs.is_run(run) else []
+    return main(["--data", str(data), "--out", str(run), *FLAGS, *again])
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("short") / "text.txt"
+    path.write_text("".join(f"{i} cats\n" for i in range(20)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def sound(short: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("sound") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastgpt2.train.trainer.plot", lambda *_: True)
+        assert begin(short, run) == 0
+    return run
+
+
+def assert_sound(run: Path, sound: Path) -> None:
+    ours, theirs = saved_tensors(run), saved_tensors(sound)
+    assert all(ours[name].equal(theirs[name]) for name in theirs)
+    assert ours.keys() == theirs.keys()
+
+
+def assert_nothing_half(run: Path) -> None:
+    """No temporary file is left, and what has a checkpoint's name is one."""
+    left = [path for path in run.rglob(".*")] if run.exists() else []
+    assert not left
+    for step in runs.saved_steps(run):
+        checkpoint.load_model(runs.step_folder(run, step))
+
+
+@pytest.mark.parametrize("lasts", [False, True])
+def test_a_disk_that_fails_at_any_write(
+    short: Path, sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], lasts: bool
+) -> None:
+    failed = 0
+    for n in range(1, 500):
+        run = tmp_path / str(n)
+        with failing_disk(n, run, lasts=lasts) as fault:
+            code = begin(short, run)
+        said = [x for x in capsys.readouterr().err.splitlines() if "error" in x]
+        if not fault.happened:
+            break
+        # making a folder that is there already may fail
+        if code == 0:
+            assert_sound(run, sound)
+            continue
+        assert (code, len(said)) == (2, 1), n
+        assert "No space left on device" in said[0]
+        assert_nothing_half(run)
+        before = runs.saved_steps(run)
+        assert finish(short, run) == 0
+        assert runs.saved_steps(run)[-1] == 3 >= max(before, default=0)
+        assert_sound(run, sound)
+        failed += 1
+    assert code == 0
+    assert failed > 20
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_a_terminal_that_goes_away_at_any_line(
+    short: Path, sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    for n in range(1, 500):
+        stream = BreakingStream(n)
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, name, stream)
+            assert begin(short, tmp_path / str(n)) == 0
+            assert getattr(sys, name) is stream
+        assert_sound(tmp_path / str(n), sound)
+        assert measured(tmp_path / str(n)) == measured(sound)
+        if not stream.fault.happened:
+            break
+    assert n > 2
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+@pytest.mark.parametrize(
+    "point",
+    [
+        "fastgpt2.train.step.TrainingStep.__call__",
+        "fastgpt2.train.trainer.validate",
+        "fastgpt2.train.checkpoint.save",
+        "fastgpt2.train.checkpoint.prune",
+        "fastgpt2.train.trainer.stream_text",
+    ],
+)
+def test_a_signal_at_any_place(
+    short: Path, sound: Path, tmp_path: Path, point: str, name: str
+) -> None:
+    number = getattr(signal, name)
+    for n in range(1, 9):
+        run = tmp_path / str(n)
+        with signal_at(point, n, number) as fault:
+            code = begin(short, run)
+        if not fault.happened:
+            break
+        # the last evaluation may end the run before the signal is asked for
+        assert code in (128 + number, 0)
+        assert runs.saved_steps(run)
+        assert_nothing_half(run)
+        assert finish(short, run) == 0
+        assert_sound(run, sound)
+        assert measured(run) == measured(sound)
+    assert n > 1
+
+
+def test_an_ignored_signal_stays_ignored(short: Path, sound: Path, tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with signal_at("fastgpt2.train.trainer.validate", 1, signal.SIGHUP) as fault:
+            assert begin(short, tmp_path / "run") == 0
+        assert fault.happened
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert_sound(tmp_path / "run", sound)
+
+
+def test_sigusr1_saves_and_goes_on(short: Path, sound: Path, tmp_path: Path) -> None:
+    saved: list[int] = []
+    run = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        whole = checkpoint.save
+
+        def save(*arguments: object) -> Path:
+            saved.append(arguments[1])  # type: ignore[arg-type]
+            return whole(*arguments)  # type: ignore[arg-type]
+
+        patch.setattr(checkpoint, "save", save)
+        with signal_at("fastgpt2.train.step.TrainingStep.__call__", 1, signal.SIGUSR1):
+            assert begin(short, run) == 0
+    # the first step had no checkpoint of its own
+    assert saved == [1, 2, 3]
+    assert_sound(run, sound)

@@ -1,0 +1,146 @@
+"""Which optimizer and rates reach a loss in the fewest steps: a small sweep, its JSON and picture.
+
+python -m tools.optimizer_sweep TINYSHAKESPEARE.txt docs/optimizers
+
+The runs are those of ``fastgpt2 train --config shakespeare-char``, nanoGPT's setting for a CPU.
+A run that the JSON has already is skipped, so a sweep that was stopped goes on. ``--picture`` only
+draws.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from benchmarks.machine import machine
+from fastgpt2.errors import UserError
+from fastgpt2.files import atomic_path, write_text
+from fastgpt2.model import GPT
+from fastgpt2.train.__main__ import main as train
+from fastgpt2.train.config import TrainConfig, read_config
+from fastgpt2.train.metrics import read_metrics
+from fastgpt2.train.optimizers import build_optimizer
+
+# nanoGPT's validation loss in its README, after 2,000 steps
+TARGET = 1.886
+EVERY = 100
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One curve: flags of ``fastgpt2 train``, and how many seeds it is run with."""
+
+    name: str
+    flags: tuple[str, ...]
+    steps: int
+    seeds: int = 1
+
+
+def muon(muon_lr: float, lr: float, steps: int, seeds: int = 1, *more: str) -> Setting:
+    """Muon with these two learning rates; the rest is what the configuration ships."""
+    flags = ("--optimizer=muon", f"--muon-lr={muon_lr:g}", f"--lr={lr:g}", *more)
+    return Setting(f"Muon {muon_lr:g}, AdamW {lr:g}{' '.join(['', *more])}", flags, steps, seeds)
+
+
+SWEEP = (
+    muon(0.02, 4e-3, 500),
+    muon(0.04, 4e-3, 500),
+    muon(0.02, 8e-3, 500),
+    muon(0.03, 6e-3, 500, 1, "--muon-weight-decay=0.1"),
+    muon(0.03, 6e-3, 500, 1, "--muon-warmup-steps=100"),
+)
+
+
+def run_one(setting: Setting, seed: int, text: str) -> dict[str, Any]:
+    """Train once; the validation losses by step."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        length = [f"--steps={setting.steps}", f"--eval-every={EVERY}", "--sample-tokens=0"]
+        where = ["--config=shakespeare-char", f"--data={text}", f"--out={out}", "--device=cpu"]
+        if train([*where, *setting.flags, *length, f"--seed={seed}"]):
+            raise UserError(f"{setting.name}: the run failed")
+        curve = [[r["step"], round(r["val_loss"], 4)] for r in read_metrics(out) if "val_loss" in r]
+    return {"name": setting.name, "flags": setting.flags, "seed": seed, "curve": curve}
+
+
+def step_seconds(rounds: int = 15) -> dict[str, float]:
+    """Median seconds of one training step with each optimizer, by turns in one process."""
+    idx = torch.randint(65, (12, 65), generator=torch.Generator().manual_seed(0))
+    x, y = idx[:, :-1].contiguous(), idx[:, 1:].contiguous()
+    base = read_config("shakespeare-char")
+    steps = {}
+    for name in ("adamw", "muon"):
+        config = TrainConfig.from_layers(base, {"optimizer": name})
+        model = GPT(config.gpt_config(65))
+        steps[name] = (model, build_optimizer(model, config))
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, (model, optimizer) in steps.items():
+            began = time.perf_counter()
+            optimizer.zero_grad()
+            loss = model(x, y)[1]
+            assert loss is not None
+            torch.autograd.backward(loss)
+            optimizer.step()
+            times[name].append(time.perf_counter() - began)
+    return {name: round(statistics.median(values), 5) for name, values in times.items()}
+
+
+def draw(record: dict[str, Any], path: Path) -> None:
+    """Validation loss against steps, a line a setting: the mean over its seeds."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    curves: dict[str, list[list[list[float]]]] = {}
+    for run in record["runs"]:
+        curves.setdefault(run["name"], []).append(run["curve"])
+    for name, runs in curves.items():
+        steps = [step for step, _ in runs[0]]
+        columns = [[loss for _, loss in run] for run in runs]
+        losses = [statistics.mean(values) for values in zip(*columns, strict=True)]
+        said = f"{name}: {losses[-1]:.3f} after {steps[-1]:,.0f}"
+        said += f", {len(runs)} seeds" if len(runs) > 1 else ""
+        axes.plot(steps, losses, label=said, linewidth=2.2 if len(runs) > 1 else 1.0)
+    axes.axhline(TARGET, color="black", linestyle=":", label=f"nanoGPT: {TARGET} after 2,000")
+    axes.set_ylim(1.6, 2.8)
+    axes.set_xlabel("optimizer step, of 768 characters")
+    axes.set_ylabel("validation loss (nats per character)")
+    axes.set_title("Tiny Shakespeare, 0.8 M parameters")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run what is missing, one after the other; write ``sweep.json`` and ``sweep.png``."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("text", help="tinyshakespeare.txt, or the corpus's name")
+    parser.add_argument("folder", type=Path, help="where sweep.json and sweep.png are")
+    parser.add_argument("--picture", action="store_true", help="only draw")
+    args = parser.parse_args(argv)
+    path = args.folder / "sweep.json"
+    record: dict[str, Any] = {"machine": machine(torch.device("cpu")), "runs": []}
+    if path.exists():
+        record = json.loads(path.read_text(encoding="utf-8"))
+    done = {(run["name"], run["seed"]) for run in record["runs"]}
+    for setting in () if args.picture else SWEEP:
+        for seed in range(1, setting.seeds + 1):
+            if (setting.name, seed) not in done:
+                record["runs"].append(run_one(setting, seed, args.text))
+                record["seconds_per_step"] = step_seconds()
+                write_text(path, json.dumps(record, indent=1) + "\n")
+    draw(record, args.folder / "sweep.png")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
