@@ -52,8 +52,9 @@ class Generative(nn.Module):
         """
         from fastgpt2.generate.batch import generate
 
-        draws = {"temperature": temperature, "top_k": top_k, "generator": generator}
-        return generate(self, idx, max_new_tokens, **draws, **options)
+        model: Any = self
+        draws: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "generator": generator}
+        return generate(model, idx, max_new_tokens, **draws, **options)
 
     def log_probs(self, ids: Tensor | Sequence[Sequence[int]]) -> Any:
         """log p(token | the tokens before it) of every token but the first, in nats.
@@ -72,4 +73,5 @@ class Generative(nn.Module):
         """
         from fastgpt2.generate.batch import log_probs
 
-        return log_probs(self, ids)
+        model: Any = self
+        return log_probs(model, ids)
