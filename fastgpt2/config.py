@@ -94,7 +94,9 @@ class GPTConfig:
         if self.gelu not in GELUS:
             raise UserError(f"GPTConfig: gelu must be one of {', '.join(GELUS)}, got {self.gelu!r}")
         if self.gelu == "erf" and self.impl == "triton":
-            raise UserError("GPTConfig: impl='triton' has no erf GELU; impl='auto' takes PyTorch's for it")
+            raise UserError(
+                "GPTConfig: impl='triton' has no erf GELU; impl='auto' takes PyTorch's for it"
+            )
         if self.fp8 and self.n_embd % FP8_MULTIPLE:
             raise UserError(
                 f"GPTConfig: fp8 wants n_embd to be a multiple of {FP8_MULTIPLE}, got {self.n_embd}"

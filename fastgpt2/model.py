@@ -365,7 +365,7 @@ class GPT(Quantizable, Generative):
 
         Args:
             model_type: ``gpt2``, ``gpt2-medium``, ``gpt2-large``, ``gpt2-xl``, or a path.
-            override_args: fields of ``GPTConfig`` that the weights do not fix: ``dropout``, ``gelu``.
+            override_args: fields of ``GPTConfig`` that the weights do not fix, as ``gelu``.
         """
         from fastgpt2.weights import load_pretrained
 

@@ -97,7 +97,9 @@ CONTRACTS: dict[str, Contract] = {
     "linear_cross_entropy": Contract({"x": (2, 8), "weight": (9, 8)}, {"targets": (2,)}, _LOSS),
     "linear_fp8": Contract({"x": (2, 16), "weight": (32, 16), "bias": (32,)}, options=()),
     "linear_gelu": Contract({"x": (2, 8), "weight": (9, 8), "bias": (9,)}, options=_GELU),
-    "mlp": Contract({"x": (2, 8), "fc_weight": (9, 8), "fc_bias": (9,), "proj_weight": (7, 9)}, options=_GELU),
+    "mlp": Contract(
+        {"x": (2, 8), "fc_weight": (9, 8), "fc_bias": (9,), "proj_weight": (7, 9)}, options=_GELU
+    ),
     "stream_layer_norm": Contract(_AFFINE, options=("eps", "impl")),
     "tied_embedding": _EMBEDDING,
 }
