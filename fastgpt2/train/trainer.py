@@ -83,6 +83,7 @@ class Trainer:
             load_tokenizer(run) if resume else config.tokenizer,
             vocab_dir=config.vocab_dir,
             val_fraction=config.val_fraction,
+            text_column=config.text_column,
             notify=notify,
         )
         self.tokenizer = self.dataset.tokenizer
