@@ -113,13 +113,18 @@ def readme_table(folder: Path, root: Path) -> str:
 
 
 def measured_line(results: Sequence[Run]) -> str:
-    """What has been measured, and what has not."""
+    """What has been measured, what has not, and how to read the tables."""
     gpus = [run.machine["device"] for run in results if run.machine["scale"] == "cuda"]
-    if gpus:
-        return f"Measured on {', '.join(gpus)}, and on the processors below."
-    return (
-        "No GPU run yet: the Triton kernels are checked in the interpreter and compiled for "
+    measured = (
+        f"Measured on {', '.join(gpus)}, and on the processors below."
+        if gpus
+        else "No GPU run yet: the Triton kernels are checked in the interpreter and compiled for\n"
         "GPUs, and their speed is not measured. What follows was measured on processors."
+    )
+    return (
+        f"{measured}\n\nMore than 1 means that ours is faster, the brackets hold the range of the\n"
+        "20th to 80th percentiles, and where that range includes 1 the row says *no difference*.\n"
+        "Eager forms are compared with eager ones, compiled with compiled."
     )
 
 

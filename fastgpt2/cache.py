@@ -1,5 +1,7 @@
 """The key/value cache of generation: every key and value is computed once."""
 
+from copy import copy
+
 import torch
 from torch import Tensor
 
@@ -51,6 +53,39 @@ class KVCache:
     def is_empty(self) -> bool:
         """No prompt has been stored yet."""
         return self.layers[0].is_empty
+
+    def rows(self, first: int, stop: int, *, is_empty: bool) -> "KVCache":
+        """A view of neighbouring rows: what is written to it is written here.
+
+        Args:
+            first: the first row.
+            stop: one past the last.
+            is_empty: whether none of them holds a token: then a prompt is stored next.
+        """
+        view = copy(self)
+        view.lengths = self.lengths[first:stop]
+        view.layers = [
+            LayerCache(layer.k[first:stop], layer.v[first:stop], view.lengths)
+            for layer in self.layers
+        ]
+        for layer in view.layers:
+            layer.is_empty = is_empty
+        return view
+
+    def reorder(self, rows: Tensor) -> None:
+        """Row i becomes what row ``rows[i]`` was."""
+        count = len(rows)
+        self.lengths[:count] = self.lengths[rows]
+        for layer in self.layers:
+            layer.k[:count] = layer.k[rows]
+            layer.v[:count] = layer.v[rows]
+
+    def copy_row(self, source: int, target: int) -> None:
+        """Row ``target`` becomes what row ``source`` is."""
+        self.lengths[target] = self.lengths[source]
+        for layer in self.layers:
+            layer.k[target] = layer.k[source]
+            layer.v[target] = layer.v[source]
 
     def advance(self, count: int | Tensor) -> None:
         """Count tokens as stored: a prompt's lengths (B,), or 1 after each step."""

@@ -21,7 +21,7 @@ from fastgpt2.config import GPTConfig
 from fastgpt2.devices import peak_flops
 from fastgpt2.errors import UserError
 from fastgpt2.explanation import explain_gpt
-from fastgpt2.generate.sampling import next_token
+from fastgpt2.generative import Generative
 from fastgpt2.kernels import cross_entropy, embedding, linear_cross_entropy, tied_embedding
 from fastgpt2.layers import Block, normalize, project
 from fastgpt2.plain import is_plain
@@ -71,7 +71,11 @@ class Transformer(nn.Module):
         """
         dtype = self.wpe.weight.dtype if dtype is None else dtype
         past = cache is not None and not cache.is_empty
-        positions = cache.lengths[:, None] if cache is not None and past else None
+        positions = None
+        if cache is not None and past:
+            new = torch.arange(idx.shape[1], device=idx.device)
+            # padding after a row's own tokens may stand past the last position
+            positions = (cache.lengths[:, None] + new).clamp(max=self.wpe.num_embeddings - 1)
         if self.has_plain_embeddings:
             x: Tensor = self._embed(embedding, idx, dtype, positions)
             return self.run_blocks(x, dtype, cache)
@@ -116,7 +120,7 @@ class Transformer(nn.Module):
         return normalize(self.ln_f, x, dtype, impl=self.impl)
 
 
-class GPT(Quantizable):
+class GPT(Quantizable, Generative):
     """A GPT-2 language model.
 
     >>> model = GPT(GPTConfig.preset("gpt2-nano", vocab_size=65))
@@ -188,7 +192,7 @@ class GPT(Quantizable):
         """
         fused = self.training if fused_loss is None else fused_loss
         if targets is None:
-            return self._head(self.hidden_states(idx)[:, -1:]), None
+            return self.head(self.hidden_states(idx)[:, -1:]), None
         targets = targets.masked_fill(targets == _NANOGPT_IGNORE, _IGNORE)
         if fused and is_plain(self.lm_head, nn.Linear) and self.lm_head._parameters["bias"] is None:
             return None, self._fused_loss(idx, targets)
@@ -218,7 +222,7 @@ class GPT(Quantizable):
 
     def logits(self, idx: Tensor) -> Tensor:
         """Token ids ``idx`` (B, T) -> the logits of every position, (B, T, V)."""
-        return self._head(self.hidden_states(idx))
+        return self.head(self.hidden_states(idx))
 
     def hidden_states(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """(B, T) token ids -> what the head reads, (B, T, C) in the compute dtype.
@@ -241,45 +245,17 @@ class GPT(Quantizable):
             )
         return compute_dtype(self.transformer.wpe.weight, idx.device)
 
-    def _head(self, hidden: Tensor) -> Tensor:
+    def head(self, hidden: Tensor) -> Tensor:
+        """What ``hidden_states`` gives, (..., C) -> the logits, (..., V)."""
         with no_autocast(hidden):
             logits = project(self.lm_head, hidden)
         return logits[..., : self.config.vocab_size]
 
-    @torch.no_grad()
-    def generate(
-        self,
-        idx: Tensor,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Append ``max_new_tokens`` sampled tokens to ``idx``: (B, T) -> (B, T + max_new_tokens).
-
-        A key/value cache serves while all fits into block_size; behind it the model sees the last
-        block_size tokens, as nanoGPT does, and recomputes them, since learned positions shift.
-
-        Args:
-            idx: (B, T) token ids, the prompt.
-            max_new_tokens: how many are appended.
-            temperature: divides the logits; 0 takes the likeliest token.
-            top_k: sample among the k likeliest tokens; None among all.
-            generator: source of the random numbers; None is PyTorch's own.
-        """
-        was_training = self.training
-        self.eval()
-        try:
-            cache: KVCache | None = None
-            for _ in range(max_new_tokens):
-                logits, cache = self.next_logits(idx, cache, max_new_tokens)
-                token = next_token(
-                    logits, temperature=temperature, top_k=top_k, generator=generator
-                )
-                idx = torch.cat([idx, token], dim=1)
-            return idx
-        finally:
-            self.train(was_training)
+    def make_cache(self, batch_size: int, size: int) -> KVCache:
+        """An empty cache in the compute dtype: ``batch_size`` rows of ``size`` tokens."""
+        weight = self.transformer.wpe.weight
+        dtype = compute_dtype(weight, weight.device)
+        return KVCache(self.config, batch_size, size, weight.device, dtype)
 
     @torch.no_grad()
     def next_logits(
@@ -292,17 +268,16 @@ class GPT(Quantizable):
         """
         T, block_size = idx.shape[1], self.config.block_size
         if T > block_size:
-            return self._head(self.hidden_states(idx[:, -block_size:])[:, -1]), None
+            return self.head(self.hidden_states(idx[:, -block_size:])[:, -1]), None
         if cache is None:
             size = min(block_size, T + room)
-            dtype = compute_dtype(self.transformer.wpe.weight, idx.device)
-            cache = KVCache(self.config, idx.shape[0], size, idx.device, dtype)
+            cache = self.make_cache(idx.shape[0], size)
             hidden = self.hidden_states(idx, cache)
             cache.advance(T)
         else:
             hidden = self.hidden_states(idx[:, -1:], cache)
             cache.advance(1)
-        return self._head(hidden[:, -1]), cache
+        return self.head(hidden[:, -1]), cache
 
     def get_num_params(self, non_embedding: bool = True) -> int:
         """Number of parameters without padding; ``non_embedding`` leaves the positions out."""

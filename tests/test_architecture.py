@@ -35,11 +35,11 @@ FLOORS = {
     "fastgpt2.state_dict": 3,
     "fastgpt2.explanation": 3,
     "fastgpt2.cache": 3,
+    "fastgpt2.generative": 3,
     "fastgpt2.errors": 3,
     "fastgpt2.units": 3,
     "fastgpt2.cli": 3,
     "fastgpt2.devices": 3,
-    "fastgpt2.generate.sampling": 3,
     "fastgpt2.files": 3,
     "fastgpt2.picture": 3,
     "fastgpt2.streams": 3,
@@ -64,8 +64,12 @@ FLOORS = {
     "fastgpt2.evaluate.__main__": 7,
     "fastgpt2.ladder.__main__": 7,
 }
-# nanoGPT has from_pretrained on the class, so the class reaches for the readers when it is called
-ALLOWED_UP = {("fastgpt2.model", "fastgpt2.weights")}
+# nanoGPT has from_pretrained and generate on the class, so the class reaches for the readers and
+# for the generator when they are called
+ALLOWED_UP = {
+    ("fastgpt2.model", "fastgpt2.weights"),
+    ("fastgpt2.generative", "fastgpt2.generate.batch"),
+}
 
 
 def python_files(*folders: str) -> list[Path]:

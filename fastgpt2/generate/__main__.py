@@ -9,7 +9,7 @@ from fastgpt2.cli import run as run_command
 from fastgpt2.config import IMPLS
 from fastgpt2.devices import DTYPES, resolve_device, resolve_dtype, resolve_kernels
 from fastgpt2.errors import UserError
-from fastgpt2.generate.stream import check_prompt, stream_text
+from fastgpt2.generate.stream import encode_prompt, stream_text
 from fastgpt2.opener import open_model
 from fastgpt2.weights import RELEASES
 
@@ -83,7 +83,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     resolve_kernels(device, dtype, arguments.impl)
     opened = open_model(arguments.model, checkpoint=arguments.checkpoint)
     tokenizer = opened.tokenizer
-    check_prompt(tokenizer, arguments.prompt)
+    encode_prompt(tokenizer, arguments.prompt)
     model = opened.load(device, dtype, arguments.impl)
     # room above it, so that adding the number of a sample cannot leave what a generator takes
     seed = torch.seed() >> 2 if arguments.seed is None else arguments.seed

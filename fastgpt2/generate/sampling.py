@@ -1,7 +1,97 @@
-"""From logits to the next token."""
+"""From logits to the next token: temperature, processors, and the draw."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from fastgpt2.errors import UserError
+from fastgpt2.generate.processors import Processor, Temperature, TopK
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen from its logits.
+
+    Args:
+        temperature: below 1 sharper, above 1 flatter; 0 is greedy.
+        top_k: only the k most likely tokens can be drawn; None is all.
+        processors: callables ``(ids, logits) -> logits``; those with ``warps`` come after
+            temperature and top_k, and only where something is drawn.
+
+    Raises:
+        UserError: the temperature is negative or not finite, top_k is below 1, or a processor
+            cannot be called.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    processors: Sequence[Processor] = ()
+    # the two groups of processors, in their order
+    edits: tuple[Processor, ...] = field(init=False, repr=False)
+    warps: tuple[Processor, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        warps: list[Processor] = [Temperature(self.temperature)]
+        if self.top_k is not None:
+            warps.append(TopK(self.top_k))
+        edits: list[Processor] = []
+        for processor in self.processors:
+            if not callable(processor):
+                raise UserError(f"processors: expected callables, got {processor!r}")
+            (warps if getattr(processor, "warps", False) else edits).append(processor)
+        object.__setattr__(self, "edits", tuple(edits))
+        object.__setattr__(self, "warps", () if self.is_greedy else tuple(warps))
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the best token is taken."""
+        return self.temperature == 0
+
+    @property
+    def reads_ids(self) -> bool:
+        """Whether a processor may look at the tokens so far."""
+        return any(getattr(p, "reads_ids", True) for p in (*self.edits, *self.warps))
+
+    def process(self, ids: Tensor, logits: Tensor) -> Tensor:
+        """The logits that the choice is made from.
+
+        Args:
+            ids: (B, T), the tokens so far.
+            logits: (B, V).
+
+        Returns:
+            (B, V) fp32.
+        """
+        logits = logits.float()
+        for processor in (*self.edits, *self.warps):
+            logits = processor(ids, logits)
+        return logits
+
+
+def allows_some(logits: Tensor) -> list[bool]:
+    """Whether some token may follow, for each row of processed logits (B, V).
+
+    Raises:
+        UserError: logits are NaN or infinite.
+    """
+    best = logits.amax(dim=-1).tolist()
+    if any(math.isnan(value) or value == math.inf for value in best):
+        raise UserError("the logits are not finite: damaged weights, or too large for fp16")
+    return [value > -math.inf for value in best]
+
+
+def draw(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """(B, V) processed logits -> (B, 1) tokens, drawn from their softmax in fp32.
+
+    A row in which every token is forbidden gives any token.
+    """
+    logits = logits.float()
+    hopeless = logits.amax(dim=-1, keepdim=True) == -torch.inf
+    probs = torch.softmax(logits.masked_fill(hopeless, 0.0), dim=-1)
+    return torch.multinomial(probs, 1, generator=generator)
 
 
 def next_token(
@@ -23,18 +113,10 @@ def next_token(
         (B, 1) int64.
 
     Raises:
-        ValueError: temperature is negative or top_k below 1.
+        UserError: temperature is negative or not finite, or top_k below 1.
     """
-    if temperature < 0:
-        raise ValueError(f"temperature must be 0 or more, got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be 1 or more, got {top_k}")
-    if temperature == 0:
+    sampling = Sampling(temperature, top_k)
+    if sampling.is_greedy:
         return logits.argmax(dim=-1, keepdim=True)
-    logits = logits.float()
-    # with the largest at 0, a temperature near 0 makes the others -inf and nothing NaN
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
-    if top_k is not None and top_k < logits.shape[-1]:
-        kth_best = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < kth_best, -torch.inf)
-    return torch.multinomial(torch.softmax(logits, dim=-1), 1, generator=generator)
+    # no processor here reads the tokens so far
+    return draw(sampling.process(logits, logits), generator)

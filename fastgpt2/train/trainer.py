@@ -17,7 +17,7 @@ from fastgpt2.devices import (
 )
 from fastgpt2.errors import UserError
 from fastgpt2.files import write_text
-from fastgpt2.generate.stream import check_prompt, stream_text
+from fastgpt2.generate.stream import encode_prompt, stream_text
 from fastgpt2.model import GPT
 from fastgpt2.streams import steady_streams
 from fastgpt2.text import BlockLoader, build_dataset, load_tokenizer, save_tokenizer
@@ -90,7 +90,7 @@ class Trainer:
         self.tokenizer_id = f"{self.tokenizer.name} {self.tokenizer.fingerprint}"
         # what would fail at the first evaluation fails now
         if config.sample_tokens:
-            check_prompt(self.tokenizer, config.sample_prompt, name="sample_prompt")
+            encode_prompt(self.tokenizer, config.sample_prompt, name="sample_prompt")
         if folder is not None:
             check_data(folder, self.tokenizer_id, self.dataset.digest)
         torch.manual_seed(config.seed)

@@ -1,6 +1,3 @@
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 
@@ -13,21 +10,16 @@ from tests.tiny_gpt import tiny_gpt
 PROMPT = [5, 6, 7]
 
 
-def talking(ids: list[int]) -> Callable[..., Any]:
-    """What ``next_logits`` gives in a model that says ``ids``, whatever it is asked."""
-    said = iter(ids)
+def says(monkeypatch: pytest.MonkeyPatch, ids: list[int]) -> GPT:
+    """A model that says ``ids``, whatever it is asked."""
+    model, said = tiny_gpt(vocab_size=257), iter(ids)
 
-    def next_logits(idx: torch.Tensor, cache: None, room: int) -> Any:
+    def head(hidden: torch.Tensor) -> torch.Tensor:
         logits = torch.full((1, 257), -50.0)
         logits[0, next(said)] = 50.0
-        return logits, None
+        return logits
 
-    return next_logits
-
-
-def says(monkeypatch: pytest.MonkeyPatch, ids: list[int]) -> GPT:
-    model = tiny_gpt(vocab_size=257)
-    monkeypatch.setattr(model, "next_logits", talking(ids))
+    monkeypatch.setattr(model, "head", head)
     return model
 
 

@@ -52,7 +52,8 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], R
     script.write_text(PLANTED, encoding="utf-8")
     done = _run(str(script), XDG_CACHE_HOME=str(folder), PYTHONPATH=os.getcwd())
     assert done.returncode == 0, done.stderr
-    rows = [Row(**fields) for fields in json.loads(done.stdout.splitlines()[-1])]
+    found = json.loads(done.stdout.splitlines()[-1])
+    rows = [Row(**fields | {"work": Work(**fields["work"])}) for fields in found]
     assert len(list((folder / "fastgpt2" / "kernels").iterdir())) == len(rows)
     return {(row.config, row.arch): row for row in rows}
 

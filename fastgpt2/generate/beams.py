@@ -1,0 +1,171 @@
+"""Beam search: the likeliest texts found by following several at once.
+
+A finished text scores sum(log p) / length^length_penalty over its new tokens. The rules of what is
+kept and when to end are those of transformers' ``generate``, so that the texts are the same ones.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastgpt2.errors import UserError
+from fastgpt2.generate.checks import check_prompt, is_count, kept_tokens
+from fastgpt2.generate.processors import require
+from fastgpt2.generate.sampling import Sampling
+from fastgpt2.generate.slots import Slots
+
+
+class Beam(NamedTuple):
+    """A text.
+
+    Attributes:
+        ids: what follows the prompt, without the stop id.
+        score: that of the text, length penalty included, once it has ended.
+        finish_reason: ``stop`` or ``length``.
+    """
+
+    ids: list[int]
+    score: float
+    finish_reason: str
+
+
+class BeamSearch:
+    """Beam search from one prompt after another, in the first rows of a cache.
+
+    Args:
+        slots: at least ``num_beams`` rows.
+        num_beams: texts that are followed at once.
+        window: what happens past the context: see ``Generator``.
+        length_penalty: above 0 favours long texts, below 0 short ones.
+        early_stopping: end as soon as ``num_beams`` texts have ended, rather than when no running
+            one looks better than they do.
+
+    Raises:
+        UserError: an option is out of its range.
+    """
+
+    def __init__(
+        self,
+        slots: Slots,
+        num_beams: int,
+        window: str = "slide",
+        *,
+        length_penalty: float = 1.0,
+        early_stopping: bool = False,
+    ) -> None:
+        require("num_beams", num_beams, is_count(num_beams, 1), "an integer of 1 or more")
+        require("length_penalty", length_penalty, abs(length_penalty) < 1e4, "a finite number")
+        self.slots, self.num_beams, self.window = slots, num_beams, window
+        self.keep = kept_tokens(slots.model, window)
+        self.length_penalty, self.early_stopping = length_penalty, early_stopping
+
+    @torch.no_grad()
+    def search(
+        self,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        *,
+        sampling: Sampling,
+        stop: frozenset[int] = frozenset(),
+        ended: Callable[[list[int]], bool] | None = None,
+    ) -> list[Beam]:
+        """The best ``num_beams`` texts, the best one first; fewer if there are no more.
+
+        Args:
+            prompt: token ids.
+            max_new_tokens: the most that follow.
+            sampling: only its edits are used; they see the log-probabilities.
+            stop: ids that end a text.
+            ended: whether new ids, without the prompt, are a text that has ended otherwise.
+
+        Raises:
+            UserError: logits are not finite, or the prompt cannot be continued.
+        """
+        check_prompt(self.slots.model, prompt, self.window)
+        require(
+            "max_new_tokens", max_new_tokens, is_count(max_new_tokens, 0), "an integer of 0 or more"
+        )
+        if self.window == "stop":
+            # the last token is not fed any more
+            room = self.slots.model.config.block_size + 1 - len(prompt)
+            max_new_tokens = min(max_new_tokens, room)
+        if max_new_tokens == 0:
+            return [Beam([], 0.0, "length")]
+        context = list(prompt)[-self._context(len(prompt)) :]
+        self.slots.cut([0])
+        logits = self.slots.feed(0, [context])
+        running: list[tuple[list[int], float]] = [([], 0.0)]
+        finished: list[Beam] = []
+        for length in range(1, max_new_tokens + 1):
+            last_step = length == max_new_tokens
+            candidates = self._candidates(running, prompt, logits, sampling, len(stop))
+            running, parents = [], []
+            for rank, (score, parent, ids) in enumerate(candidates):
+                hits_stop = ids[-1] in stop
+                over = hits_stop or (ended is not None and ended(ids))
+                if (over or last_step) and rank < self.num_beams:
+                    reason = "stop" if over else "length"
+                    text = ids[:-1] if hits_stop else ids
+                    finished.append(Beam(text, score / length**self.length_penalty, reason))
+                elif not (over or last_step) and len(running) < self.num_beams:
+                    running.append((ids, score))
+                    parents.append(parent)
+            # a stable sort: of equal ones the earlier stays
+            finished = sorted(finished, key=lambda beam: -beam.score)[: self.num_beams]
+            if not running or self._is_done(finished, running[0][1], length):
+                break
+            logits = self._advance(prompt, running, parents)
+        return finished or [
+            Beam(ids, score / len(ids) ** self.length_penalty, "length") for ids, score in running
+        ]
+
+    def _context(self, length: int) -> int:
+        return length if length <= self.slots.model.config.block_size else self.keep
+
+    def _candidates(
+        self,
+        running: list[tuple[list[int], float]],
+        prompt: Sequence[int],
+        logits: Tensor,
+        sampling: Sampling,
+        stops: int,
+    ) -> list[tuple[float, int, list[int]]]:
+        """Score, beam and ids of the best continuations, the best first."""
+        ids = torch.tensor([[*prompt, *new] for new, _ in running], device=logits.device)
+        log_probs = logits.float().log_softmax(dim=-1)
+        if not log_probs.amax(dim=-1).isfinite().all():
+            raise UserError("the logits are not finite: damaged weights, or too large for fp16")
+        for edit in sampling.edits:
+            log_probs = edit(ids, log_probs)
+        scores = torch.tensor([score for _, score in running], device=logits.device)
+        flat = (log_probs + scores[:, None]).flatten()
+        # enough for num_beams running ones, even if the best of them all stop
+        count = min(max(2, 1 + stops) * self.num_beams, len(flat))
+        best, at = flat.topk(count)
+        V = logits.shape[-1]
+        return [
+            (score, i // V, [*running[i // V][0], i % V])
+            for score, i in zip(best.tolist(), at.tolist(), strict=True)
+            if score > -float("inf")
+        ]
+
+    def _is_done(self, finished: list[Beam], best_running: float, length: int) -> bool:
+        if len(finished) < self.num_beams:
+            return False
+        return self.early_stopping or (
+            best_running / length**self.length_penalty <= finished[-1].score
+        )
+
+    def _advance(
+        self, prompt: Sequence[int], running: list[tuple[list[int], float]], parents: list[int]
+    ) -> Tensor:
+        """The logits after the new last tokens."""
+        block_size = self.slots.model.config.block_size
+        if self.slots.lengths[parents[0]] == block_size:
+            whole = [[*prompt, *ids][-self.keep :] for ids, _ in running]
+            self.slots.cut([0] * len(running))
+            return self.slots.feed(0, whole)
+        self.slots.reorder(parents)
+        return self.slots.feed(0, [ids[-1:] for ids, _ in running])

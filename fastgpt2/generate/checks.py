@@ -1,0 +1,86 @@
+"""What the ways to generate have in common: checks of prompts and stops, the window, the seeds."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from fastgpt2.errors import UserError
+from fastgpt2.generate.processors import require
+from fastgpt2.model import GPT
+
+Stop = str | int | Iterable[str | int]
+# crop is nanoGPT's way: every token sees the last block_size ones, which are recomputed for it
+WINDOWS = ("slide", "stop", "crop")
+
+
+def is_count(value: Any, least: int) -> bool:
+    """Whether ``value`` is an integer of ``least`` or more."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def split_stops(model: GPT, stop: Stop) -> tuple[frozenset[int], frozenset[str]]:
+    """The ids and the strings that end a text, each once.
+
+    Raises:
+        UserError: one is empty, not in the vocabulary, or neither.
+    """
+    stops = [stop] if isinstance(stop, str | int) else list(stop)
+    for item in stops:
+        if isinstance(item, bool) or not isinstance(item, str | int):
+            raise UserError(f"stop: expected token ids and strings, got {item!r}")
+        if item == "":
+            raise UserError("stop: a stop string must not be empty")
+        if isinstance(item, int) and not 0 <= item < model.config.vocab_size:
+            raise UserError(f"stop: id {item} is not in [0, {model.config.vocab_size})")
+    ids = frozenset(item for item in stops if isinstance(item, int))
+    return ids, frozenset(item for item in stops if isinstance(item, str))
+
+
+def check_prompt(model: GPT, ids: Sequence[int], window: str) -> None:
+    """Refuse a prompt that the model cannot continue.
+
+    Raises:
+        UserError: it is empty, an id is not in the vocabulary, or it does not fit into a window
+            that stops.
+    """
+    vocab_size, block_size = model.config.vocab_size, model.config.block_size
+    if not ids:
+        raise UserError("prompt: must hold at least one token")
+    strange = [id_ for id_ in ids if not 0 <= id_ < vocab_size]
+    if strange:
+        raise UserError(f"prompt: id {strange[0]} is not in [0, {vocab_size}), the vocabulary")
+    if window == "stop" and len(ids) > block_size:
+        raise UserError(
+            f"prompt: {len(ids)} tokens, but the model's window holds {block_size}; "
+            "window 'slide' goes on with the last ones"
+        )
+
+
+@contextmanager
+def evaluating(model: GPT) -> Iterator[None]:
+    """The model in evaluation mode, then in the mode that it was in."""
+    was_training = model.training
+    if was_training:
+        model.eval()
+    try:
+        yield
+    finally:
+        if was_training:
+            model.train()
+
+
+def kept_tokens(model: GPT, window: str) -> int:
+    """How many tokens go on when a text outgrows the window."""
+    block_size = model.config.block_size
+    return block_size if window == "crop" else max(1, block_size // 2)
+
+
+def row_generator(device: torch.device, seed: int | None) -> torch.Generator:
+    """A source of randomness for one row; None is a new seed."""
+    if seed is not None:
+        require("seed", seed, is_count(seed, 0) and seed < 2**63, "an integer in [0, 2^63)")
+    generator = torch.Generator(device)
+    generator.manual_seed(generator.seed() if seed is None else seed)
+    return generator

@@ -1,0 +1,351 @@
+"""The generator: requests in, streams out; rows of one batch that come and go.
+
+A step is one forward pass of the model. Rows whose context is not in the cache yet, new ones and
+those whose window slid, go first, neighbours together; otherwise every row gets one token, or
+several where a proposal is verified. Active rows are the first ones of the cache: when a row
+leaves, the last one takes its place, and waiting requests enter at the end. Whatever a row holds,
+its tokens are those it would have alone: lengths, random numbers and processors are its own.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastgpt2.errors import UserError
+from fastgpt2.generate.checks import (
+    WINDOWS,
+    Stop,
+    check_prompt,
+    evaluating,
+    is_count,
+    kept_tokens,
+    row_generator,
+    split_stops,
+)
+from fastgpt2.generate.processors import Processor, require
+from fastgpt2.generate.request import Request, Stream
+from fastgpt2.generate.sampling import Sampling, allows_some, draw
+from fastgpt2.generate.slots import Slots
+from fastgpt2.generate.speculation import Draft, PromptLookup, Proposal, verify
+from fastgpt2.generate.text import TextPieces, encode_prompt
+from fastgpt2.model import GPT
+from fastgpt2.text.encoding import Tokenizer
+
+
+@dataclass(eq=False)
+class Row:
+    """An active request.
+
+    Attributes:
+        stream: what comes out.
+        ids: the prompt and what followed.
+        start: where in ``ids`` the model's context begins.
+    """
+
+    stream: Stream
+    ids: list[int]
+    start: int = 0
+
+
+class Generator:
+    """Continuous batching: prompts are submitted at any time and share the model's passes.
+
+    >>> generator = Generator(model, tokenizer, batch_size=4)
+    >>> streams = [generator.submit(prompt, 50, seed=1) for prompt in prompts]
+    >>> for piece in streams[0]:
+    ...     print(piece, end="")
+
+    It is for one thread. The model is used in evaluation mode.
+
+    Args:
+        model: the model.
+        tokenizer: for prompts and stop strings that are text.
+        batch_size: rows that run at once; further requests wait.
+        size: tokens that a row of the cache holds; None is the model's block_size.
+        window: when a text outgrows the context: ``slide`` goes on with the last half of it,
+            ``stop`` ends the text, ``crop`` recomputes the last block_size tokens for every token.
+        draft: a smaller model with the same vocabulary that proposes tokens.
+        prompt_lookup: propose what followed the last tokens earlier in the text, up to this many.
+        proposals: tokens that the draft model proposes at once.
+
+    Raises:
+        UserError: an option is out of its range, or the draft does not fit.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        tokenizer: Tokenizer | None = None,
+        *,
+        batch_size: int = 8,
+        size: int | None = None,
+        window: str = "slide",
+        draft: GPT | None = None,
+        prompt_lookup: int = 0,
+        proposals: int = 4,
+    ) -> None:
+        block_size = model.config.block_size
+        size = block_size if size is None else size
+        require("batch_size", batch_size, is_count(batch_size, 1), "an integer of 1 or more")
+        require("size", size, 1 <= size <= block_size, f"in [1, {block_size}]")
+        require("prompt_lookup", prompt_lookup, is_count(prompt_lookup, 0), "0 or more")
+        require("proposals", proposals, is_count(proposals, 1), "1 or more")
+        if window not in WINDOWS:
+            raise UserError(f"window must be one of {', '.join(WINDOWS)}, got {window!r}")
+        if draft is not None and prompt_lookup:
+            raise UserError("draft and prompt_lookup exclude each other")
+        self.model, self.tokenizer = model, tokenizer
+        self.batch_size, self.window = batch_size, window
+        self.keep = kept_tokens(model, window)
+        self._proposer: Draft | PromptLookup | None = None
+        if draft is not None:
+            self._proposer = Draft(draft, model, batch_size, proposals)
+        elif prompt_lookup:
+            self._proposer = PromptLookup(prompt_lookup)
+        # a pass writes as many keys into every row as the longest proposal needs
+        spare = 0 if self._proposer is None else self._proposer.count
+        self.slots = Slots(model, batch_size, size + spare)
+        self._rows: list[Row] = []
+        self._waiting: deque[Row] = deque()
+
+    def submit(
+        self,
+        prompt: str | Sequence[int],
+        max_new_tokens: int = 200,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        processors: Sequence[Processor] = (),
+        stop: Stop = (),
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+        log_probs: bool = False,
+    ) -> Stream:
+        """Add a request; it starts when a row is free.
+
+        Args:
+            prompt: text, or token ids; empty text starts a new one, if the vocabulary has a token
+                for that.
+            max_new_tokens: the most that follow.
+            temperature: below 1 sharper, above 1 flatter; 0 is greedy.
+            top_k: draw from the k most likely tokens only.
+            processors: callables ``(ids, logits) -> logits``.
+            stop: token ids and strings that end the text. For a prompt that is text, the
+                vocabulary's end-of-text token does so, too.
+            seed: of the row's own random numbers; None is a new one.
+            generator: a source of randomness in place of a seed.
+            log_probs: keep the tokens' log-probabilities.
+
+        Raises:
+            UserError: an argument is out of its range, or the prompt cannot be continued.
+        """
+        ids, is_text = self._encode(prompt)
+        stop_ids, stop_texts = split_stops(self.model, stop)
+        if stop_texts and not is_text:
+            raise UserError("stop: a string needs a prompt that is text; give token ids")
+        if is_text and self.tokenizer is not None and self.tokenizer.eot is not None:
+            stop_ids |= {self.tokenizer.eot}
+        require(
+            "max_new_tokens",
+            max_new_tokens,
+            is_count(max_new_tokens, 0),
+            "an integer of 0 or more",
+        )
+        sampling = Sampling(temperature, top_k, tuple(processors))
+        if generator is None:
+            generator = row_generator(self.slots.device, seed)
+        request = Request(tuple(ids), max_new_tokens, sampling, stop_ids, generator, log_probs)
+        pieces = None
+        if is_text:
+            assert self.tokenizer is not None
+            pieces = TextPieces(self.tokenizer, sorted(stop_texts))
+        stream = Stream(request, pieces, self.step)
+        if max_new_tokens == 0:
+            stream._finish("length")
+        else:
+            self._waiting.append(Row(stream, ids))
+        return stream
+
+    def _encode(self, prompt: str | Sequence[int]) -> tuple[list[int], bool]:
+        is_text = isinstance(prompt, str)
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise UserError("prompt: text needs a tokenizer; give one, or token ids")
+            ids = encode_prompt(self.tokenizer, prompt)
+        else:
+            ids = [int(id_) for id_ in prompt]
+        check_prompt(self.model, ids, self.window)
+        return ids, is_text
+
+    @torch.no_grad()
+    def step(self) -> bool:
+        """One pass of the model for the active rows; False if there was nothing to do."""
+        self._leave()
+        while self._waiting and len(self._rows) < self.batch_size:
+            row = self._waiting.popleft()
+            if row.stream.finish_reason is None:
+                self._rows.append(row)
+                self._reset(len(self._rows) - 1)
+        if not self._rows:
+            return False
+        with evaluating(self.model):
+            self._slide()
+            fresh = [len(self._pending(i)) > 1 for i in range(len(self._rows))]
+            if any(fresh):
+                for first, stop in _runs(fresh):
+                    pending = [self._pending(i) for i in range(first, stop)]
+                    self._choose(self._rows[first:stop], self.slots.feed(first, pending))
+            elif self._rows:
+                self._decode()
+        self._leave()
+        return True
+
+    def run(self) -> None:
+        """Finish every request."""
+        while self.step():
+            pass
+
+    def _pending(self, i: int) -> list[int]:
+        """The tokens of row i that the cache does not hold yet."""
+        row = self._rows[i]
+        return row.ids[row.start + self.slots.lengths[i] :]
+
+    def _reset(self, i: int) -> None:
+        self.slots.cut([0], i)
+        if isinstance(self._proposer, Draft):
+            self._proposer.reset(i)
+
+    def _slide(self) -> None:
+        """Apply the window's policy to rows whose next pass would not fit."""
+        for i, row in enumerate(self._rows):
+            if len(row.ids) - row.start > self.model.config.block_size:
+                if self.window == "stop":
+                    row.stream._finish("window")
+                row.start = len(row.ids) - self.keep
+                self.slots.cut([0], i)
+        self._leave()
+
+    def _leave(self) -> None:
+        """Free the rows of finished requests; the last row takes the place of each."""
+        for i in reversed(range(len(self._rows))):
+            if self._rows[i].stream.finish_reason is None:
+                continue
+            last = self._rows.pop()
+            if i < len(self._rows):
+                self._rows[i] = last
+                self.slots.copy(len(self._rows), i)
+                if isinstance(self._proposer, Draft):
+                    self._proposer.copy(len(self._rows), i)
+
+    def _decode(self) -> None:
+        """One token for every row, or several that were proposed and verified."""
+        rows = self._rows
+        proposals: list[Proposal] = [Proposal([], None)] * len(rows)
+        if self._proposer is not None:
+            # what a row proposes depends on the row alone, and so do its random numbers
+            context = self.model.config.block_size
+            limits = [
+                min(
+                    context - (len(row.ids) - row.start),
+                    row.stream.request.max_new_tokens - len(row.stream.ids) - 1,
+                )
+                for row in rows
+            ]
+            proposals = self._proposer.propose(rows, limits)
+        tokens = [[row.ids[-1], *p.tokens] for row, p in zip(rows, proposals, strict=True)]
+        if all(len(ids) == 1 for ids in tokens):
+            self._choose(rows, self.slots.feed(0, tokens))
+            return
+        logits = self.slots.feed(0, tokens, every=True)
+        for row, proposal, row_logits in zip(rows, proposals, logits, strict=True):
+            self._verify(row, proposal, row_logits[: len(proposal.tokens) + 1])
+        self.slots.cut([len(row.ids) - 1 - row.start for row in rows])
+
+    def _verify(self, row: Row, proposal: Proposal, logits: Tensor) -> None:
+        """Take the proposed tokens that hold, and one more."""
+        request = row.stream.request
+        processed = [
+            self._process(request.sampling, [[*row.ids, *proposal.tokens[:j]]], logits[j : j + 1])
+            for j in range(len(logits))
+        ]
+        chosen = verify(request, proposal, torch.cat(processed))
+        values = _log_probs(logits[: len(chosen)], chosen) if request.log_probs else None
+        for j, id_ in enumerate(chosen):
+            self._append(row, id_, None if values is None else values[j])
+
+    def _process(self, sampling: Sampling, ids: list[list[int]], logits: Tensor) -> Tensor:
+        """The logits that are drawn from, for rows of one length."""
+        if self.tokenizer is not None and self.tokenizer.vocab_size < logits.shape[-1]:
+            # ids that only pad the vocabulary have no text
+            logits = logits.index_fill(
+                1,
+                torch.arange(self.tokenizer.vocab_size, logits.shape[-1], device=logits.device),
+                -torch.inf,
+            )
+        seen = torch.tensor(ids, device=logits.device) if sampling.reads_ids else logits
+        processed = sampling.process(seen, logits)
+        if processed.shape != logits.shape:
+            raise UserError(
+                f"processors: expected logits of shape {tuple(logits.shape)}, "
+                f"got {tuple(processed.shape)}"
+            )
+        return processed
+
+    def _choose(self, rows: list[Row], logits: Tensor) -> None:
+        """The next token of each row, from its logits (rows, V)."""
+        groups: dict[tuple[int, int], list[int]] = {}
+        for i, row in enumerate(rows):
+            sampling = row.stream.request.sampling
+            length = len(row.ids) if sampling.reads_ids else 0
+            groups.setdefault((id(sampling), length), []).append(i)
+        chosen: list[int | None] = [None] * len(rows)
+        for members in groups.values():
+            sampling = rows[members[0]].stream.request.sampling
+            some = logits if len(members) == len(rows) else logits[members]
+            processed = self._process(sampling, [rows[i].ids for i in members], some)
+            tokens = _pick(processed, [rows[i].stream.request for i in members])
+            for i, id_ in zip(members, tokens, strict=True):
+                chosen[i] = id_
+        wanted = any(row.stream.request.log_probs for row in rows)
+        values = _log_probs(logits, chosen) if wanted else None
+        for i, (row, id_) in enumerate(zip(rows, chosen, strict=True)):
+            keep = values is not None and row.stream.request.log_probs
+            self._append(row, id_, values[i] if values is not None and keep else None)
+
+    def _append(self, row: Row, id_: int | None, log_prob: float | None) -> None:
+        if row.stream.finish_reason is not None:
+            return
+        if id_ is None:
+            row.stream._finish("no token left")
+            return
+        row.ids.append(id_)
+        row.stream._push(id_, log_prob)
+
+
+def _pick(processed: Tensor, requests: list[Request]) -> list[int | None]:
+    """A token for each row of processed logits, None where every token is forbidden."""
+    allowed = allows_some(processed)
+    if requests[0].sampling.is_greedy:
+        tokens = processed.argmax(dim=-1).tolist()
+    elif all(request.generator is requests[0].generator for request in requests):
+        tokens = draw(processed, requests[0].generator)[:, 0].tolist()
+    else:
+        drawn = [draw(processed[i : i + 1], r.generator) for i, r in enumerate(requests)]
+        tokens = torch.cat(drawn)[:, 0].tolist()
+    return [id_ if fine else None for id_, fine in zip(tokens, allowed, strict=True)]
+
+
+def _log_probs(logits: Tensor, chosen: list[int | None]) -> list[float]:
+    ids = torch.tensor([id_ or 0 for id_ in chosen], device=logits.device)
+    log_probs = logits.float().log_softmax(dim=-1).gather(1, ids[:, None])[:, 0]
+    return [float(value) for value in log_probs.tolist()]
+
+
+def _runs(flags: list[bool]) -> list[tuple[int, int]]:
+    """[first, stop) of each run of True."""
+    closed = [False, *flags, False]
+    edges = [i for i in range(len(flags) + 1) if closed[i] != closed[i + 1]]
+    return list(zip(edges[::2], edges[1::2], strict=True))

@@ -1,0 +1,294 @@
+"""Logit processors: small callables ``(ids, logits) -> logits`` that shape what is drawn.
+
+Each takes the token ids so far, (B, T) int64, and the next token's logits, (B, V) fp32, and returns
+new logits; a token that must not be drawn gets -inf. Any function with this signature serves as
+one. Those that have ``warps = True`` cut the tail of the distribution: they come after the
+temperature, and greedy decoding leaves them out. All others come before it. Where one has
+``reads_ids = False``, rows of unequal length can share a call.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastgpt2.errors import UserError
+
+Processor = Callable[[Tensor, Tensor], Tensor]
+
+
+def require(name: str, value: float, fine: bool, expected: str) -> None:
+    """Raise a ``UserError`` that names the option and what was expected, unless ``fine``."""
+    if isinstance(value, bool) or not fine:
+        raise UserError(f"{name} must be {expected}, got {value!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+@dataclass(frozen=True)
+class Temperature:
+    """logits / temperature, with the largest at 0; at 0 only the best token is left.
+
+    Raises:
+        UserError: the temperature is negative or not finite.
+    """
+
+    temperature: float
+    warps = True
+    reads_ids = False
+
+    def __post_init__(self) -> None:
+        fine = _is_number(self.temperature) and self.temperature >= 0
+        require("temperature", self.temperature, fine, "0 or more")
+
+    def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
+        # where every token is forbidden, it stays so
+        best = logits.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).min)
+        if self.temperature == 0:
+            return logits.masked_fill(logits < best, -torch.inf)
+        # with the largest at 0, a temperature near 0 makes the others -inf and nothing NaN
+        return (logits - best) / self.temperature
+
+
+@dataclass(frozen=True)
+class TopK:
+    """Keep the k most likely tokens, and those equal to the k-th (Fan et al., 2018).
+
+    Raises:
+        UserError: k is not an integer of 1 or more.
+    """
+
+    k: int
+    warps = True
+    reads_ids = False
+
+    def __post_init__(self) -> None:
+        require("top_k", self.k, isinstance(self.k, int) and self.k >= 1, "1 or more")
+
+    def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
+        if self.k >= logits.shape[-1]:
+            return logits
+        kth_best = logits.topk(self.k, dim=-1).values[:, -1:]
+        return logits.masked_fill(logits < kth_best, -torch.inf)
+
+
+@dataclass(frozen=True)
+class TopP:
+    """Keep the smallest set of likely tokens whose probability reaches p (Holtzman et al., 2020).
+
+    The most likely token is always kept.
+
+    Raises:
+        UserError: p is outside [0, 1].
+    """
+
+    p: float
+    warps = True
+    reads_ids = False
+
+    def __post_init__(self) -> None:
+        require("top_p", self.p, _is_number(self.p) and 0 <= self.p <= 1, "in [0, 1]")
+
+    def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
+        ascending, order = logits.sort(dim=-1)
+        drop = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - self.p
+        drop[:, -1] = False
+        return logits.masked_fill(drop.scatter(1, order, drop), -torch.inf)
+
+
+@dataclass(frozen=True)
+class MinP:
+    """Keep the tokens at least p times as likely as the best one (Nguyen et al., 2024).
+
+    Raises:
+        UserError: p is outside [0, 1].
+    """
+
+    p: float
+    warps = True
+    reads_ids = False
+
+    def __post_init__(self) -> None:
+        require("min_p", self.p, _is_number(self.p) and 0 <= self.p <= 1, "in [0, 1]")
+
+    def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
+        probs = logits.softmax(dim=-1)
+        return logits.masked_fill(probs < self.p * probs.amax(dim=-1, keepdim=True), -torch.inf)
+
+
+@dataclass(frozen=True)
+class Typical:
+    """Keep the tokens whose surprise is nearest to the entropy, up to the mass p.
+
+    Meister et al., "Locally typical sampling", 2022: sorted by | -log p(x) - H |.
+
+    Raises:
+        UserError: p is outside (0, 1].
+    """
+
+    p: float
+    warps = True
+    reads_ids = False
+
+    def __post_init__(self) -> None:
+        require("typical", self.p, _is_number(self.p) and 0 < self.p <= 1, "in (0, 1]")
+
+    def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
+        log_probs = logits.log_softmax(dim=-1)
+        entropy = -(log_probs * log_probs.exp()).nansum(dim=-1, keepdim=True)
+        distance, order = (-log_probs - entropy).abs().sort(dim=-1)
+        mass = log_probs.gather(1, order).exp().cumsum(dim=-1)
+        # the token that reaches the mass is kept, and those as far from the entropy as it is
+        last = (mass < self.p).sum(dim=-1, keepdim=True).clamp(max=logits.shape[-1] - 1)
+        drop = distance > distance.gather(1, last)
+        drop[:, 0] = False
+        return logits.masked_fill(drop.scatter(1, order, drop), -torch.inf)
+
+
+@dataclass(frozen=True)
+class RepetitionPenalty:
+    """Divide the positive logits of tokens in ``ids`` by the penalty, multiply the negative ones.
+
+    The prompt counts. Keskar et al., "CTRL", 2019.
+
+    Raises:
+        UserError: the penalty is not positive.
+    """
+
+    penalty: float
+
+    def __post_init__(self) -> None:
+        fine = _is_number(self.penalty) and self.penalty > 0
+        require("repetition_penalty", self.penalty, fine, "a positive number")
+
+    def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
+        seen = logits.gather(1, ids)
+        return logits.scatter(
+            1, ids, torch.where(seen < 0, seen * self.penalty, seen / self.penalty)
+        )
+
+
+def _counts(ids: Tensor, logits: Tensor) -> Tensor:
+    """(B, V): how often each token stands in ``ids``."""
+    return torch.zeros_like(logits).scatter_add_(1, ids, torch.ones_like(ids, dtype=logits.dtype))
+
+
+@dataclass(frozen=True)
+class PresencePenalty:
+    """Subtract the penalty from the logit of every token in ``ids``, the prompt included.
+
+    Raises:
+        UserError: the penalty is not finite.
+    """
+
+    penalty: float
+
+    def __post_init__(self) -> None:
+        require("presence_penalty", self.penalty, _is_number(self.penalty), "a finite number")
+
+    def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
+        return logits - self.penalty * (_counts(ids, logits) > 0)
+
+
+@dataclass(frozen=True)
+class FrequencyPenalty:
+    """Subtract the penalty once for each time the token stands in ``ids``, the prompt included.
+
+    Raises:
+        UserError: the penalty is not finite.
+    """
+
+    penalty: float
+
+    def __post_init__(self) -> None:
+        require("frequency_penalty", self.penalty, _is_number(self.penalty), "a finite number")
+
+    def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
+        return logits - self.penalty * _counts(ids, logits)
+
+
+@dataclass(frozen=True)
+class NoRepeatNgram:
+    """Forbid every token that would complete an n-gram which stands in ``ids`` already.
+
+    Raises:
+        UserError: n is not an integer of 1 or more.
+    """
+
+    n: int
+
+    def __post_init__(self) -> None:
+        fine = isinstance(self.n, int) and self.n >= 1
+        require("no_repeat_ngram", self.n, fine, "an integer of 1 or more")
+
+    def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
+        n, T = self.n, ids.shape[1]
+        if n > T:
+            return logits
+        # (B, T - n + 1, n), every n-gram so far
+        ngrams = ids.unfold(1, n, 1)
+        repeated = (ngrams[:, :, :-1] == ids[:, None, T - n + 1 :]).all(dim=-1)
+        banned = torch.zeros_like(logits).scatter_add_(1, ngrams[:, :, -1], repeated.to(logits))
+        return logits.masked_fill(banned > 0, -torch.inf)
+
+
+@dataclass(frozen=True)
+class LogitBias:
+    """Add a bias to the logits of single tokens; -inf forbids one.
+
+    Args:
+        bias: token id to bias.
+
+    Raises:
+        UserError: an id is negative, or a bias is NaN or +inf. When it is called: an id is not in
+            the vocabulary.
+    """
+
+    bias: Mapping[int, float]
+    reads_ids = False
+
+    def __post_init__(self) -> None:
+        for id_, value in self.bias.items():
+            require("logit_bias: an id", id_, isinstance(id_, int) and id_ >= 0, "0 or more")
+            fine = isinstance(value, int | float) and value < math.inf
+            require(f"logit_bias: the bias of {id_}", value, fine, "a number below infinity")
+
+    def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
+        if not self.bias:
+            return logits
+        if max(self.bias) >= logits.shape[-1]:
+            raise UserError(
+                f"logit_bias: id {max(self.bias)} is not in [0, {logits.shape[-1]}), the vocabulary"
+            )
+        index = torch.tensor(list(self.bias), device=logits.device)
+        values = torch.tensor(list(self.bias.values()), device=logits.device, dtype=logits.dtype)
+        return logits.index_add(1, index, values.expand(len(logits), -1))
+
+
+@dataclass(frozen=True)
+class MinLength:
+    """Forbid the tokens that end a text until ``ids``, prompt included, is ``length`` long.
+
+    Raises:
+        UserError: the length is not an integer of 0 or more.
+    """
+
+    length: int
+    stop: int | Iterable[int]
+
+    def __post_init__(self) -> None:
+        fine = isinstance(self.length, int) and self.length >= 0
+        require("min_length", self.length, fine, "an integer of 0 or more")
+        stop = (self.stop,) if isinstance(self.stop, int) else tuple(self.stop)
+        object.__setattr__(self, "stop", stop)
+
+    def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
+        stop = self.stop
+        assert isinstance(stop, tuple)
+        if ids.shape[1] >= self.length or not stop:
+            return logits
+        return logits.index_fill(1, torch.tensor(stop, device=logits.device), -torch.inf)

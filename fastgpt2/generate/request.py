@@ -1,0 +1,112 @@
+"""One request: what was asked for, what has come of it so far, and its pieces as they come."""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from fastgpt2.generate.sampling import Sampling
+from fastgpt2.generate.text import TextPieces
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a caller asked for.
+
+    Attributes:
+        prompt: token ids, at least one.
+        max_new_tokens: the most that follow.
+        sampling: how each token is chosen.
+        stop: ids that end the text; they are not part of it.
+        generator: source of randomness, shared by all rows that name the same one.
+        log_probs: whether the tokens' log-probabilities are kept.
+    """
+
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    sampling: Sampling
+    stop: frozenset[int]
+    generator: torch.Generator
+    log_probs: bool
+
+
+class Stream:
+    """What follows one prompt; iterate over it to get the pieces as they come.
+
+    A piece is text for a prompt that was text, and a token id for one that was ids. Iterating makes
+    every other request of the generator go on, too.
+
+    Attributes:
+        request: what was asked for.
+        ids: the token ids that followed so far.
+        text: the text that followed so far, for a prompt that was text; it ends before a stop
+            string, though ``ids`` holds the tokens that completed it.
+        log_probs: of each id, in nats, under the model itself: before temperature and processors.
+        finish_reason: ``length`` (max_new_tokens), ``stop`` (a stop id or string), ``window`` (the
+            window is full and does not slide), ``cancelled``, or None while it goes on.
+    """
+
+    def __init__(
+        self, request: Request, pieces: TextPieces | None, advance: Callable[[], bool]
+    ) -> None:
+        self.request = request
+        self.ids: list[int] = []
+        self.text = ""
+        self.log_probs: list[float] = []
+        self.finish_reason: str | None = None
+        self._pieces, self._advance = pieces, advance
+        self._queue: deque[str | int] = deque()
+
+    def __iter__(self) -> Iterator[str | int]:
+        while True:
+            while self._queue:
+                yield self._queue.popleft()
+            if self.finish_reason is not None:
+                return
+            self._advance()
+
+    def wait(self) -> "Stream":
+        """Run until this request is finished, and return it."""
+        while self.finish_reason is None:
+            self._advance()
+        return self
+
+    def poll(self) -> list[str | int]:
+        """The pieces that have come since the last look, without waiting for more."""
+        pieces = list(self._queue)
+        self._queue.clear()
+        return pieces
+
+    def cancel(self) -> None:
+        """Ask for no more; the row becomes free."""
+        self._finish("cancelled")
+
+    def _finish(self, reason: str) -> None:
+        if self.finish_reason is not None:
+            return
+        self.finish_reason = reason
+        if self._pieces is not None:
+            self._show(self._pieces.finish())
+
+    def _push(self, id_: int, log_prob: float | None) -> None:
+        """One more token, which may be the last."""
+        if id_ in self.request.stop:
+            self._finish("stop")
+            return
+        self.ids.append(id_)
+        if log_prob is not None:
+            self.log_probs.append(log_prob)
+        if self._pieces is None:
+            self._queue.append(id_)
+        else:
+            self._show(self._pieces.push(id_))
+            if self._pieces.stopped:
+                self._finish("stop")
+        if len(self.ids) >= self.request.max_new_tokens:
+            self._finish("length")
+
+    def _show(self, piece: str) -> None:
+        self.text += piece
+        if piece:
+            self._queue.append(piece)
