@@ -30,7 +30,7 @@ _GROUPS = {
     "log_every": "what is shown and saved",
 }
 _METAVARS: dict[type, str] = {int: "N", float: "X", str: "TEXT", tuple: "WHAT"}
-_OWN_METAVARS = {"vocab_dir": "DIR", "device": "NAME"}
+_OWN_METAVARS = {"text_column": "NAME", "vocab_dir": "DIR", "device": "NAME"}
 
 # a run keeps these to its end: they decide what its weights and its data stream mean
 _FIXED = (
@@ -44,8 +44,13 @@ _FIXED = (
     "n_embd",
     "bias",
     "optimizer",
+    "init_from",
     "seed",
 )
+# with --init-from, these are the weights' where the command line says nothing
+_OF_THE_WEIGHTS = ("tokenizer", "model", "block_size", "n_layer", "n_head", "n_embd", "bias")
+# what a run notes of itself
+_NOTED = ("init_sha256",)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -70,6 +75,8 @@ def build_parser() -> argparse.ArgumentParser:
     types = field_types()
     group = run
     for name, item in TrainConfig.__dataclass_fields__.items():
+        if name in _NOTED:
+            continue
         if name in _GROUPS:
             group = parser.add_argument_group(_GROUPS[name])
         plain, _ = types[name]
@@ -159,6 +166,9 @@ def _default_config() -> str:
 
 
 def _configuration(base: dict[str, Any], arguments: dict[str, Any]) -> TrainConfig:
+    if "init_from" in arguments and base.get("init_from") is None:
+        # the shape of a configuration from scratch is not one for these weights
+        base = {name: value for name, value in base.items() if name not in _OF_THE_WEIGHTS}
     config = TrainConfig.from_layers(base, _length(arguments), _share(base, arguments), arguments)
     # a resume may be given from another folder
     return replace(

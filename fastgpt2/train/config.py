@@ -42,8 +42,10 @@ class TrainConfig:
 
     data: tuple[str, ...] = _option(
         ("python-docs",),
-        "files, folders, globs, token shards, or a name: python-docs, the-verdict, tinyshakespeare",
+        "files (text, .jsonl, .parquet; .gz and .zst of text and .jsonl), folders, globs, token "
+        "shards, or a name: python-docs, the-verdict, tinyshakespeare",
     )
+    text_column: str = _option("text", "where a line of JSON or a Parquet table has its text")
     tokenizer: str = _option(
         "auto", "how text becomes tokens", choices=("auto", "gpt2", "bytes", "char")
     )
@@ -52,6 +54,12 @@ class TrainConfig:
     stride: int | None = _option(
         None, "tokens from one block to the next [T, with borders that move from epoch to epoch]"
     )
+    init_from: str | None = _option(
+        None,
+        "begin with these weights: a run, a folder or file in any format that convert reads, or "
+        "gpt2, gpt2-medium, gpt2-large, gpt2-xl; shape and tokenizer are theirs",
+    )
+    init_sha256: str | None = _option(None, "of the weights of --init-from, noted by the run")
     model: str = _option("gpt2", "shape of the model", choices=tuple(PRESETS))
     block_size: int | None = _option(None, "context length T in tokens [the model's]")
     n_layer: int | None = _option(None, "number of blocks [the model's]")

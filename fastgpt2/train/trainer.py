@@ -29,6 +29,7 @@ from fastgpt2.train.console import Console
 from fastgpt2.train.interrupt import Interrupt, Interrupted
 from fastgpt2.train.metrics import MetricsLog, plot
 from fastgpt2.train.optimizers import build_optimizer, set_momentum
+from fastgpt2.train.origin import open_origin
 from fastgpt2.train.schedules import learning_rate, progress
 from fastgpt2.train.state import RunState, check_data
 from fastgpt2.train.step import Batch, TrainingStep
@@ -71,6 +72,10 @@ class Trainer:
         resume: bool = False,
         notify: Callable[[str], None] = print,
     ) -> None:
+        origin = None
+        if config.init_from is not None and not resume:
+            origin = open_origin(config)
+            config = origin.config
         self.config, self.run_folder = config, run
         self.console = Console(notify)
         self.device = resolve_device(config.device)
@@ -80,9 +85,10 @@ class Trainer:
         folder = checkpoint.newest_intact(run, notify) if resume else None
         self.dataset = build_dataset(
             config.data,
-            load_tokenizer(run) if resume else config.tokenizer,
-            vocab_dir=config.vocab_dir,
+            load_tokenizer(run) if resume else origin.tokenizer if origin else config.tokenizer,
+            vocab_dir=None if origin else config.vocab_dir,
             val_fraction=config.val_fraction,
+            text_column=config.text_column,
             notify=notify,
         )
         self.tokenizer = self.dataset.tokenizer
@@ -94,9 +100,12 @@ class Trainer:
             check_data(folder, self.tokenizer_id, self.dataset.digest)
         torch.manual_seed(config.seed)
         shape = config.gpt_config(self.tokenizer.vocab_size)
-        self.model = (
-            GPT(shape) if folder is None else checkpoint.load_model(folder, **asdict(shape))
-        )
+        if folder is not None:
+            self.model = checkpoint.load_model(folder, **asdict(shape))
+        elif origin is not None:
+            self.model = origin.load()
+        else:
+            self.model = GPT(shape)
         self.model.to(self.device)
         optimizer = build_optimizer(self.model, config)
         self.loader = BlockLoader(

@@ -1,0 +1,121 @@
+"""The weights that a run begins with: ``--init-from``, in any format that the package reads."""
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from fastgpt2.errors import UserError
+from fastgpt2.model import GPT
+from fastgpt2.opener import OpenedModel, open_model
+from fastgpt2.text import Tokenizer, get_tokenizer
+from fastgpt2.train.config import TrainConfig
+
+# what a folder's weights are called in the formats that the package reads
+_WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.data-*")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Weights that have been looked at and not read yet.
+
+    Attributes:
+        config: the run, with the weights' shape, their absolute path and their sha256.
+        opened: the weights.
+    """
+
+    config: TrainConfig
+    opened: OpenedModel
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The one that the weights were trained with."""
+        return self.opened.tokenizer
+
+    def load(self) -> GPT:
+        """The model in fp32 on the CPU, its context cropped to the run's block_size."""
+        shape = replace(
+            self.opened.config,
+            vocab_size=self.tokenizer.vocab_size,
+            **{
+                name: getattr(self.config, name)
+                for name in ("dropout", "attn_dropout", "embd_dropout", "resid_dropout")
+            },
+            impl=self.config.impl,
+            fp32_residual=self.config.fp32_residual,
+            fp8=self.config.fp8,
+        )
+        # no memory and no time for an initialisation that is overwritten at once
+        with torch.device("meta"):
+            model = GPT(shape)
+        model.load_state_dict(self.opened.checkpoint.state_dict(), assign=True)
+        if self.config.block_size is not None and self.config.block_size < shape.block_size:
+            model.crop_block_size(self.config.block_size)
+        return model.to(torch.float32)
+
+
+def open_origin(config: TrainConfig) -> Origin:
+    """Look at the weights that ``config.init_from`` names, and take their shape into the run.
+
+    Args:
+        config: the run; its tokenizer serves weights that bring none.
+
+    Raises:
+        UserError: no such model, or the run asks for another shape or tokenizer than it has.
+    """
+    assert config.init_from is not None
+    given = None
+    if config.tokenizer in ("gpt2", "bytes"):
+        given = get_tokenizer(config.tokenizer, vocab_dir=config.vocab_dir)
+    opened = open_model(config.init_from, tokenizer=given)
+    if config.tokenizer not in ("auto", opened.tokenizer.name):
+        raise UserError(
+            f"--tokenizer {config.tokenizer}: the weights of {config.init_from} come with the "
+            f"tokenizer {opened.tokenizer.name}"
+        )
+    shape = opened.config
+    for name in ("n_layer", "n_head", "n_embd"):
+        asked, has = getattr(config, name), getattr(shape, name)
+        if asked not in (None, has):
+            raise UserError(
+                f"--init-from: the weights have {name} = {has}, the run asks for {asked}"
+            )
+    block_size = shape.block_size if config.block_size is None else config.block_size
+    if block_size > shape.block_size:
+        raise UserError(
+            f"--init-from: the weights have {shape.block_size} positions, "
+            f"block_size asks for {block_size}"
+        )
+    path = Path(config.init_from)
+    resolved = replace(
+        config,
+        tokenizer=opened.tokenizer.name,
+        # of a preset, no size is left but the ones that follow
+        model="gpt2",
+        n_layer=shape.n_layer,
+        n_head=shape.n_head,
+        n_embd=shape.n_embd,
+        block_size=block_size,
+        bias=shape.bias,
+        init_from=str(path.resolve()) if path.exists() else config.init_from,
+        init_sha256=weights_sha256(opened.path),
+    )
+    return Origin(resolved, opened)
+
+
+def weights_sha256(path: Path) -> str:
+    """The sha256 of a file, or of a folder's files of weights in the order of their names.
+
+    Args:
+        path: what holds the weights.
+    """
+    files = [path]
+    if path.is_dir():
+        files = sorted({file for pattern in _WEIGHT_FILES for file in path.glob(pattern)})
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while chunk := stream.read(2**20):
+                digest.update(chunk)
+    return digest.hexdigest()

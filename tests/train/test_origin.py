@@ -1,0 +1,122 @@
+"""Runs that begin with weights of another run or program."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastgpt2 import runs
+from fastgpt2.errors import UserError
+from fastgpt2.opener import open_model
+from fastgpt2.text import BytesTokenizer
+from fastgpt2.train.__main__ import main
+from fastgpt2.train.config import TrainConfig, read_config
+from fastgpt2.train.metrics import read_metrics
+from fastgpt2.train.validation import validate
+from fastgpt2.weights import load
+from tests.train.tiny_run import make_trainer, train
+
+# OpenAI's format: 2 layers, 2 heads, width 128, 64 positions, 257 ids, and no tokenizer
+OPENAI = Path(__file__).parents[1] / "golden" / "openai-tiny"
+
+pytestmark = pytest.mark.usefixtures("no_picture")
+
+
+def config(data: Path, **fields: Any) -> TrainConfig:
+    defaults: dict[str, Any] = dict(
+        data=(str(data),),
+        tokenizer="bytes",
+        init_from=str(OPENAI),
+        batch_size=2,
+        steps=12,
+        lr=1e-3,
+        warmup_steps=0,
+        schedule="constant",
+        log_every=1,
+        eval_every=100,
+        sample_tokens=0,
+        device="cpu",
+    )
+    return TrainConfig(**(defaults | fields))
+
+
+def test_the_loss_falls_from_that_of_the_weights(data: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(config(data), tmp_path)
+    weights = open_model(OPENAI, tokenizer=BytesTokenizer()).load(
+        torch.device("cpu"), torch.float32
+    )
+    scores = [
+        validate(
+            model,
+            trainer.dataset,
+            batch_size=2,
+            dtype=torch.float32,
+            poll=lambda: None,
+        )
+        for model in (trainer.model, weights)
+    ]
+    assert scores[0] is not None and scores[1] is not None
+    assert scores[0].loss == pytest.approx(scores[1].loss, rel=1e-6)
+    trainer.model.train()
+    trainer.run()
+    losses = [record["train_loss"] for record in read_metrics(tmp_path) if "train_loss" in record]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_a_run_notes_where_its_weights_came_from(data: Path, tmp_path: Path) -> None:
+    train(config(data, steps=1), tmp_path / "first")
+    noted = read_config(str(tmp_path / "first" / runs.RUN_CONFIG))
+    assert noted["init_from"] == str(OPENAI) and len(noted["init_sha256"]) == 64
+    # a run is a beginning, too, with its own tokenizer; and it resumes without it
+    second = config(data, steps=2, init_from=str(tmp_path / "first"), tokenizer="auto", lr=1e-9)
+    train(second, tmp_path / "second")
+    first, copied = (load(tmp_path / name).state_dict() for name in ("first", "second"))
+    assert all(torch.allclose(copied[name], x, atol=1e-6) for name, x in first.items())
+    noted = read_config(str(tmp_path / "second" / runs.RUN_CONFIG))
+    longer = TrainConfig.from_layers(noted, {"steps": 3})
+    (tmp_path / "first").rename(tmp_path / "gone")
+    assert train(longer, tmp_path / "second", resume=True).step == 3
+
+
+def test_the_context_may_be_shorter(data: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(config(data, block_size=16, dropout=0.1), tmp_path)
+    assert trainer.model.config.block_size == 16 and trainer.model.config.dropout == 0.1
+    wpe = load(OPENAI).state_dict()["transformer.wpe.weight"]
+    assert trainer.model.transformer.wpe.weight.equal(wpe[:16])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"block_size": 65}, "the weights have 64 positions, block_size asks for 65"),
+        ({"n_layer": 3}, "the weights have n_layer = 2, the run asks for 3"),
+        ({"tokenizer": "char"}, "no tokenizer beside it"),
+        ({"init_from": "nowhere"}, "nowhere: no such file or folder"),
+    ],
+)
+def test_what_cannot_begin_a_run(
+    data: Path, tmp_path: Path, fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        make_trainer(config(data, **fields), tmp_path)
+
+
+def test_the_command_leaves_the_shape_to_the_weights(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    flags = ["--init-from", str(OPENAI), "--tokenizer", "bytes", "--data", str(data)]
+    few = ["--steps", "1", "--batch-size", "2", "--sample-tokens", "0", "--device", "cpu"]
+    assert main([*flags, *few, "--config", "cpu", "--out", str(out)]) == 0, capsys.readouterr().err
+    noted = read_config(str(out / runs.RUN_CONFIG))
+    assert (noted["n_embd"], noted["block_size"]) == (128, 64)
+    assert main(["--out", str(out), "--resume", "--init-from", "other"]) == 2
+    assert "init_from" in capsys.readouterr().err
+
+
+def test_the_shipped_configuration_is_nanogpts() -> None:
+    shipped = TrainConfig.from_layers(read_config("finetune-shakespeare"))
+    assert shipped.init_from == "gpt2" and shipped.data == ("tinyshakespeare",)
+    assert (shipped.steps, shipped.batch_size, shipped.grad_accum) == (20, 1, 32)
+    assert (shipped.lr, shipped.schedule, shipped.warmup_steps) == (3e-5, "constant", 0)
