@@ -101,7 +101,9 @@ class Trainer:
         torch.manual_seed(config.seed)
         shape = config.gpt_config(self.tokenizer.vocab_size)
         if folder is not None:
-            self.model = checkpoint.load_model(folder, **asdict(shape))
+            # the weights' own: a run's configuration does not have it
+            own = {name: value for name, value in asdict(shape).items() if name != "gelu"}
+            self.model = checkpoint.load_model(folder, **own)
         elif origin is not None:
             self.model = origin.load()
         else:

@@ -1,5 +1,6 @@
 """Runs that begin with weights of another run or program."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from fastgpt2.train.__main__ import main
 from fastgpt2.train.config import TrainConfig, read_config
 from fastgpt2.train.metrics import read_metrics
 from fastgpt2.train.validation import validate
-from fastgpt2.weights import load
+from fastgpt2.weights import load, save
 from tests.train.tiny_run import make_trainer, train
 
 # OpenAI's format: 2 layers, 2 heads, width 128, 64 positions, 257 ids, and no tokenizer
@@ -120,3 +121,15 @@ def test_the_shipped_configuration_is_nanogpts() -> None:
     assert shipped.init_from == "gpt2" and shipped.data == ("tinyshakespeare",)
     assert (shipped.steps, shipped.batch_size, shipped.grad_accum) == (20, 1, 32)
     assert (shipped.lr, shipped.schedule, shipped.warmup_steps) == (3e-5, "constant", 0)
+
+
+def test_a_resumed_run_keeps_the_gelu_of_its_weights(data: Path, tmp_path: Path) -> None:
+    checkpoint = load(OPENAI)
+    erf = replace(checkpoint, config=replace(checkpoint.config, gelu="erf"))
+    start = save(erf, tmp_path / "start", "hf")
+    settings = config(data, init_from=str(start), steps=1)
+    train(settings, tmp_path / "run")
+    assert load(tmp_path / "run").config.gelu == "erf"
+    settings = TrainConfig(**read_config(str(tmp_path / "run" / runs.RUN_CONFIG)))
+    trainer = make_trainer(settings, tmp_path / "run", resume=True)
+    assert trainer.model.config.gelu == "erf"
