@@ -22,6 +22,7 @@ from fastgpt2.cli import Parser, run
 from fastgpt2.errors import UserError
 from fastgpt2.files import atomic_folder
 from fastgpt2.text.corpora import VAL_FRACTION, Corpus, Piece, load_corpus, split_pieces
+from fastgpt2.text.documents import TEXT_COLUMN
 from fastgpt2.text.encoding import Tokenizer
 from fastgpt2.text.prepared import PreparedWriter, open_prepared
 from fastgpt2.text.shards import dtype_for
@@ -42,7 +43,14 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         required=True,
         metavar="WHAT",
-        help="text files, folders, patterns, or a corpus's name",
+        help="files (text, .jsonl, .parquet; .gz and .zst of text and .jsonl), folders, patterns, "
+        "or a corpus's name",
+    )
+    parser.add_argument(
+        "--text-column",
+        default=TEXT_COLUMN,
+        metavar="NAME",
+        help="where a line of JSON or a Parquet table has its text [%(default)s]",
     )
     parser.add_argument(
         "--out", required=True, metavar="DIR", help="new folder, which appears when it is complete"
@@ -87,6 +95,7 @@ def prepare(
     tokenizer: str = "gpt2",
     vocab_dir: str | None = None,
     val_fraction: float = VAL_FRACTION,
+    text_column: str = TEXT_COLUMN,
     shard_tokens: int = 100_000_000,
     workers: int = 1,
 ) -> None:
@@ -103,7 +112,7 @@ def prepare(
         if value < 1:
             raise UserError(f"{flag} must be positive, got {value}")
     with atomic_folder(out) as folder:
-        corpus = load_corpus(data)
+        corpus = load_corpus(data, text_column=text_column)
         chosen = get_tokenizer(tokenizer, vocab_dir=vocab_dir, text=corpus.pieces())
         writer = PreparedWriter(folder, chosen, shard_tokens=shard_tokens, source=corpus.source)
         with writer:

@@ -35,11 +35,12 @@ from fastgpt2.evaluate.tasks import (
 from fastgpt2.evaluate.windows import Windows
 from fastgpt2.opener import OpenedModel, open_model
 from fastgpt2.text import Tokenizer, get_tokenizer
+from fastgpt2.text.documents import TEXT_COLUMN
 from fastgpt2.train.summary import dtype_name
 from fastgpt2.weights import RELEASES
 
 # flags that mean something for text alone
-_TEXT_FLAGS = ("context", "stride", "split", "detokenizer")
+_TEXT_FLAGS = ("text_column", "context", "stride", "split", "detokenizer")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -64,14 +65,20 @@ def build_parser() -> argparse.ArgumentParser:
         "--data",
         nargs="+",
         metavar="WHAT",
-        help="text files, folders, patterns, a corpus's name, a folder of token shards; for a "
-        "task its JSON Lines file [a task's is downloaded]",
+        help="files (text, .jsonl, .parquet; .gz and .zst of text and .jsonl), folders, patterns, "
+        "a corpus's name, a folder of token shards; for a task its JSON Lines file [a task's is "
+        "downloaded]",
     )
     what.add_argument(
         "--limit", type=int, metavar="N", help="only the first N tokens, or examples [all]"
     )
     what.add_argument("--out", type=Path, metavar="DIR", help="write JSON, a table, a picture")
     text = parser.add_argument_group("text")
+    text.add_argument(
+        "--text-column",
+        metavar="NAME",
+        help=f"where a line of JSON or a Parquet table has its text [{TEXT_COLUMN}]",
+    )
     text.add_argument(
         "--context",
         type=int,
@@ -147,7 +154,9 @@ def _check(arguments: argparse.Namespace) -> None:
         return
     for name in _TEXT_FLAGS:
         if getattr(arguments, name) is not None:
-            raise UserError(f"--{name} is for text, not for --task {arguments.task}")
+            raise UserError(
+                f"--{name.replace('_', '-')} is for text, not for --task {arguments.task}"
+            )
     if arguments.data is not None and len(arguments.data) > 1:
         raise UserError(f"--data: --task {arguments.task} takes one file")
 
@@ -162,7 +171,12 @@ def _device(name: str) -> torch.device:
 
 def _evaluate_text(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> None:
     detokenizer = arguments.detokenizer or "none"
-    source = open_data(arguments.data, split=arguments.split, detokenizer=detokenizer)
+    source = open_data(
+        arguments.data,
+        split=arguments.split,
+        detokenizer=detokenizer,
+        text_column=arguments.text_column or TEXT_COLUMN,
+    )
     candidates = _candidates(arguments, source.tokenizer)
     # everything is checked, and tokenized once for each tokenizer, before the first model is read
     texts: dict[str, Text] = {}

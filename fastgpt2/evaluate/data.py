@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from fastgpt2.errors import UserError
 from fastgpt2.evaluate.detokenizers import DETOKENIZERS
 from fastgpt2.text.corpora import VAL_FRACTION, load_corpus, split_pieces
+from fastgpt2.text.documents import TEXT_COLUMN
 from fastgpt2.text.encoding import Tokenizer
 from fastgpt2.text.loaders import TokenSequence
 from fastgpt2.text.prepared import find_prepared, open_prepared
@@ -92,7 +93,11 @@ class Shards:
 
 
 def open_data(
-    data: Sequence[str], *, split: str | None = None, detokenizer: str = "none"
+    data: Sequence[str],
+    *,
+    split: str | None = None,
+    detokenizer: str = "none",
+    text_column: str = TEXT_COLUMN,
 ) -> Documents | Shards:
     """Read what ``--data`` names.
 
@@ -101,6 +106,7 @@ def open_data(
         split: ``train`` or ``val``, as ``fastgpt2.train`` splits a text by default; None is all of
             a text, and of shards the validation tokens where there are some.
         detokenizer: a name in ``DETOKENIZERS``, for text.
+        text_column: where a line of JSON or a table has its text.
 
     Raises:
         UserError: nothing there, not UTF-8, or an option that token shards cannot serve.
@@ -108,7 +114,7 @@ def open_data(
     if folder := find_prepared(data):
         return _open_shards(folder, split, detokenizer)
     split = split or "all"
-    corpus = load_corpus(data)
+    corpus = load_corpus(data, text_column=text_column)
     texts: list[str] = []
     for piece in split_pieces(corpus, 0.0 if split == "all" else VAL_FRACTION):
         if split not in ("all", piece.split):

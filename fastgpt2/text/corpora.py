@@ -1,9 +1,11 @@
 """Where training text comes from: files, folders, patterns, and a few corpora known by name."""
 
+import codecs
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cached_property
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -11,6 +13,13 @@ from typing import Literal
 
 from fastgpt2.download import DownloadError, cache_dir, download
 from fastgpt2.errors import UserError
+from fastgpt2.text.documents import (
+    TEXT_COLUMN,
+    Records,
+    has_records,
+    is_compressed,
+    read_chunks,
+)
 from fastgpt2.text.matches import files_below, matching_files
 from fastgpt2.text.own_files import without_runs
 from fastgpt2.text.utf8 import Utf8Decoder
@@ -62,29 +71,30 @@ CORPUS_NAMES = (PYTHON_DOCS, *REMOTE)
 
 @dataclass(frozen=True)
 class Document:
-    """One text: a UTF-8 file, or a string that is in memory already."""
+    """One text: a UTF-8 file, compressed or not, or a string that is in memory already."""
 
     name: str
     content: Path | bytes
 
     @property
     def size(self) -> int:
-        """Length in bytes."""
+        """Length in bytes, of a compressed file those of its text."""
         if isinstance(self.content, bytes):
             return len(self.content)
+        if is_compressed(self.content):
+            return self._decompressed_size
         return self.content.stat().st_size
+
+    @cached_property
+    def _decompressed_size(self) -> int:
+        return sum(map(len, self.chunks(PIECE_BYTES)))
 
     def chunks(self, size: int) -> Iterator[bytes]:
         """The bytes in order, at most ``size`` at a time."""
         if isinstance(self.content, bytes):
             yield from (self.content[i : i + size] for i in range(0, len(self.content), size))
-            return
-        try:
-            with self.content.open("rb") as file:
-                while chunk := file.read(size):
-                    yield chunk
-        except OSError as error:
-            raise UserError(f"data: cannot read {self.name}: {error.strerror}") from error
+        else:
+            yield from read_chunks(self.content, size)
 
 
 @dataclass(frozen=True)
@@ -92,7 +102,7 @@ class Corpus:
     """Documents in a fixed order, and what to call them together."""
 
     source: str
-    documents: tuple[Document, ...]
+    documents: tuple[Document | Records, ...]
 
     @property
     def size(self) -> int:
@@ -109,7 +119,8 @@ class Piece:
     """A stretch of one document in one split.
 
     ``after_document`` is true where it begins a document and the split has one before it: the
-    place of an end-of-text id.
+    place of an end-of-text id. A split whose last document is a record (a line of JSON, a row of a
+    table) ends with such a piece without text: every record ends with an end-of-text id.
     """
 
     split: Split
@@ -117,26 +128,30 @@ class Piece:
     after_document: bool
 
 
-def load_corpus(data: str | Sequence[str]) -> Corpus:
+def load_corpus(data: str | Sequence[str], *, text_column: str = TEXT_COLUMN) -> Corpus:
     """The documents that ``data`` names: corpus names, files, folders, glob patterns.
 
     Folders are searched to the bottom, through symbolic links; hidden files are left out, and files
     come in the order of their names: a folder is the same corpus as the pattern ``folder/**/*``.
-    What training runs have written is left out. One file is one document. A pipe (``/dev/stdin``,
-    process substitution) is read into memory.
+    What training runs have written is left out. One file is one document, but for JSON lines
+    (``.jsonl``) and tables (``.parquet``), where each line or row is one. ``.gz`` and ``.zst`` are
+    decompressed. Such files are read once here, to count the bytes of their texts. A pipe
+    (``/dev/stdin``, process substitution) is read into memory.
 
     Args:
         data: one of these, or several.
+        text_column: where a line of JSON or a table has its text.
 
     Raises:
-        UserError: something is not there, is empty, or cannot be downloaded.
+        UserError: something is not there, is empty, cannot be downloaded, or holds no text where a
+            line or row should have it.
     """
     items = [data] if isinstance(data, str) else list(data)
     if not items:
         raise UserError("data: nothing given")
-    documents: list[Document] = []
+    documents: list[Document | Records] = []
     for item in items:
-        found = _resolve(item)
+        found = _resolve(item, text_column)
         if not any(document.size for document in found):
             raise UserError(f"data: {item} is empty")
         documents += [document for document in found if document.size]
@@ -152,7 +167,7 @@ def absolute(item: str) -> str:
     return item if item in CORPUS_NAMES else str(Path(item).absolute())
 
 
-def _resolve(item: str) -> list[Document]:
+def _resolve(item: str, text_column: str) -> Sequence[Document | Records]:
     if item == PYTHON_DOCS:
         return python_docs()
     if item in REMOTE:
@@ -173,7 +188,7 @@ def _resolve(item: str) -> list[Document]:
         files = without_runs(files)
     if not files:
         raise UserError(f"data: {item} has no files (those of runs are left out)")
-    return [Document(str(p), p) for p in files]
+    return [Records(p, text_column) if has_records(p) else Document(str(p), p) for p in files]
 
 
 def corpus_paths(item: str) -> list[Path]:
@@ -256,18 +271,23 @@ def split_pieces(corpus: Corpus, val_fraction: float) -> Iterator[Piece]:
     anything (see ``cut_point``).
 
     Raises:
-        UserError: a document is not UTF-8 or has a NUL, naming the file and the offset.
+        UserError: a file is not UTF-8 text, naming the file and the place.
     """
     if not 0 <= val_fraction < 1:
         raise UserError(f"val_fraction must be in [0, 1), got {val_fraction}")
     begun: set[Split] = set()
     # a document of a byte-order mark alone has no text
     chunks = (chunk for chunk in _decoded(corpus, val_fraction) if chunk[2])
-    for (_, split), group in groupby(chunks, key=itemgetter(0, 1)):
+    # the record that the pieces so far end with, if it is one
+    record: tuple[int, Split] | None = None
+    for (number, split, is_record), group in groupby(chunks, key=itemgetter(0, 1, 3)):
+        if record is not None and record[0] != number and record[1] != split:
+            yield Piece(record[1], "", after_document=True)
+        record = (number, split) if is_record else None
         after_document = split in begun
         begun.add(split)
         buffer = ""
-        for _, _, text in group:
+        for _, _, text, _ in group:
             buffer += text
             if len(buffer) > PIECE_BYTES // 2:
                 cut = cut_point(buffer)
@@ -275,25 +295,40 @@ def split_pieces(corpus: Corpus, val_fraction: float) -> Iterator[Piece]:
                 after_document, buffer = False, buffer[cut:]
         if buffer:
             yield Piece(split, buffer, after_document)
+    if record is not None:
+        yield Piece(record[1], "", after_document=True)
 
 
-def _decoded(corpus: Corpus, val_fraction: float) -> Iterator[tuple[int, Split, str]]:
-    """All text as (number of the document, split, text), a chunk of a file at a time."""
+def _texts(
+    corpus: Corpus,
+) -> Iterator[tuple[Iterator[bytes], codecs.IncrementalDecoder | Utf8Decoder]]:
+    """Each text of ``corpus`` in chunks, and what decodes it."""
+    utf8 = codecs.getincrementaldecoder("utf-8")
+    for document in corpus.documents:
+        if isinstance(document, Document):
+            yield document.chunks(PIECE_BYTES), Utf8Decoder(document.name)
+        else:
+            for text in document.texts():
+                yield Document(document.name, text).chunks(PIECE_BYTES), utf8()
+
+
+def _decoded(corpus: Corpus, val_fraction: float) -> Iterator[tuple[int, Split, str, bool]]:
+    """All text as (number of the document, split, text, is a record), a chunk at a time."""
     left = int(corpus.size * (1 - val_fraction))
     training = True
-    for number, document in enumerate(corpus.documents):
-        decoder = Utf8Decoder(document.name)
-        for chunk in document.chunks(PIECE_BYTES):
+    for number, (chunks, decoder) in enumerate(_texts(corpus)):
+        is_record = not isinstance(decoder, Utf8Decoder)
+        for chunk in chunks:
             border = max(0, min(left, len(chunk))) if training else 0
             # the character that the border falls into goes to the training text
             while training and border < len(chunk) and chunk[border] & 0xC0 == 0x80:
                 border += 1
             left -= border
             if border > 0:
-                yield number, "train", decoder.decode(chunk[:border])
+                yield number, "train", decoder.decode(chunk[:border]), is_record
             if border < len(chunk):
                 training = False
-                yield number, "val", decoder.decode(chunk[border:])
+                yield number, "val", decoder.decode(chunk[border:]), is_record
         decoder.decode(b"", final=True)
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from fastgpt2.errors import UserError
 from fastgpt2.text.corpora import VAL_FRACTION, load_corpus, split_pieces
+from fastgpt2.text.documents import TEXT_COLUMN
 from fastgpt2.text.encoding import Tokenizer
 from fastgpt2.text.prepared import find_prepared, open_prepared
 from fastgpt2.text.shards import TokenShards, dtype_for
@@ -58,6 +59,7 @@ def build_dataset(
     *,
     vocab_dir: str | Path | None = None,
     val_fraction: float = VAL_FRACTION,
+    text_column: str = TEXT_COLUMN,
     notify: Callable[[str], None] | None = None,
 ) -> Dataset:
     """Read and tokenize a corpus, or open and verify one that ``fastgpt2.prepare`` tokenized.
@@ -68,6 +70,7 @@ def build_dataset(
         tokenizer: a name for ``get_tokenizer``, or the tokenizer itself (of a run that resumes).
         vocab_dir: folder with GPT-2's vocabulary files.
         val_fraction: the last part of the text, kept for validation; shards have theirs.
+        text_column: where a line of JSON or a table has its text.
         notify: called with lines that a person should see.
 
     Raises:
@@ -75,7 +78,7 @@ def build_dataset(
     """
     if folder := find_prepared(data):
         return _prepared_dataset(folder, tokenizer)
-    corpus = load_corpus(data)
+    corpus = load_corpus(data, text_column=text_column)
     if isinstance(tokenizer, str):
         tokenizer = get_tokenizer(
             tokenizer, vocab_dir=vocab_dir, text=corpus.pieces(), notify=notify

@@ -30,7 +30,7 @@ _GROUPS = {
     "log_every": "what is shown and saved",
 }
 _METAVARS: dict[type, str] = {int: "N", float: "X", str: "TEXT", tuple: "WHAT"}
-_OWN_METAVARS = {"vocab_dir": "DIR", "device": "NAME"}
+_OWN_METAVARS = {"text_column": "NAME", "vocab_dir": "DIR", "device": "NAME"}
 
 # a run keeps these to its end: they decide what its weights and its data stream mean
 _FIXED = (

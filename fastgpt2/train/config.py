@@ -42,8 +42,10 @@ class TrainConfig:
 
     data: tuple[str, ...] = _option(
         ("python-docs",),
-        "files, folders, globs, token shards, or a name: python-docs, the-verdict, tinyshakespeare",
+        "files (text, .jsonl, .parquet; .gz and .zst of text and .jsonl), folders, globs, token "
+        "shards, or a name: python-docs, the-verdict, tinyshakespeare",
     )
+    text_column: str = _option("text", "where a line of JSON or a Parquet table has its text")
     tokenizer: str = _option(
         "auto", "how text becomes tokens", choices=("auto", "gpt2", "bytes", "char")
     )

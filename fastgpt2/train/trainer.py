@@ -88,6 +88,7 @@ class Trainer:
             load_tokenizer(run) if resume else origin.tokenizer if origin else config.tokenizer,
             vocab_dir=None if origin else config.vocab_dir,
             val_fraction=config.val_fraction,
+            text_column=config.text_column,
             notify=notify,
         )
         self.tokenizer = self.dataset.tokenizer

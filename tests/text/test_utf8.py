@@ -34,7 +34,7 @@ IDS = np.arange(64, dtype=np.uint16)
         ("a.txt", codecs.BOM_UTF8 + b"text\0", "NUL byte at offset 7"),
         ("a.txt", codecs.BOM_UTF8 + b"text\xff", "byte 0xff at offset 7"),
         ("a.txt", b"text\0\xff", "NUL byte at offset 4"),
-        ("a.txt.gz", gzip.compress(b"text", mtime=0), "it looks like compressed by gzip"),
+        ("a.txt", gzip.compress(b"text", mtime=0), "it looks like compressed by gzip"),
     ],
 )
 def test_binary_is_named_with_file_and_offset(

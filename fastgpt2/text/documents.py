@@ -1,0 +1,237 @@
+"""Compressed text, JSON lines and Parquet tables, read as streams."""
+
+import codecs
+import json
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from fastgpt2.errors import UserError
+
+TEXT_COLUMN = "text"
+# what a suffix says about the bytes of a file; everything else is taken as it is
+_COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
+# compressed bytes decompressed at once: 512 of repeated text may become megabytes
+_COMPRESSED_BYTES = 512
+# rows of a Parquet table in memory at once
+_BATCH_ROWS = 256
+
+
+def is_compressed(path: Path) -> bool:
+    """Whether ``path`` ends in ``.gz`` or ``.zst``, in either case of letters.
+
+    Args:
+        path: a file.
+    """
+    return path.suffix.lower() in _COMPRESSED
+
+
+def has_records(path: Path) -> bool:
+    """Whether a file has many documents: ``.jsonl``, ``.jsonl.gz``, ``.jsonl.zst``, ``.parquet``.
+
+    Args:
+        path: a file.
+    """
+    return _is_table(path) or _inner_suffix(path) == ".jsonl"
+
+
+def read_chunks(path: Path, size: int) -> Iterator[bytes]:
+    """The bytes of a file in order, decompressed where its suffix says so.
+
+    Args:
+        path: the file.
+        size: bytes in a chunk; the last one may have fewer.
+
+    Raises:
+        UserError: the file cannot be read, is cut off or damaged, or zstd has no library here.
+    """
+    kind = _COMPRESSED.get(path.suffix.lower())
+    try:
+        with path.open("rb") as file:
+            if kind is None:
+                while chunk := file.read(size):
+                    yield chunk
+                return
+            buffer = bytearray()
+            for chunk in _decompressed(file, path, kind):
+                buffer += chunk
+                while len(buffer) >= size:
+                    yield bytes(buffer[:size])
+                    del buffer[:size]
+            if buffer:
+                yield bytes(buffer)
+    except OSError as error:
+        raise UserError(f"data: cannot read {path}: {error.strerror}") from error
+
+
+@dataclass(frozen=True)
+class Records:
+    """A file in which every line of JSON, or every row of a Parquet table, is one document.
+
+    Args:
+        path: the file.
+        column: the key of a JSON object, or the column of a table, that has the text.
+    """
+
+    path: Path
+    column: str = TEXT_COLUMN
+
+    @property
+    def name(self) -> str:
+        """The file, for error messages."""
+        return str(self.path)
+
+    @cached_property
+    def size(self) -> int:
+        """UTF-8 bytes of all texts, counted once by reading the whole file.
+
+        Raises:
+            UserError: as for ``texts``.
+        """
+        return sum(map(len, self.texts()))
+
+    def texts(self) -> Iterator[bytes]:
+        """The texts in order, as UTF-8; one at a time is in memory (a batch of rows of a table).
+
+        Raises:
+            UserError: the file cannot be read, or a line or row has no text: file and number.
+        """
+        rows = self._rows() if _is_table(self.path) else self._json_lines()
+        for where, value in rows:
+            if not isinstance(value, str):
+                kind = "null" if value is None else type(value).__name__
+                raise UserError(f"data: {where}: {self.column!r} must be text, got {kind}")
+            try:
+                yield value.encode("utf-8")
+            except UnicodeEncodeError:
+                raise UserError(
+                    f"data: {where}: {self.column!r} has a lone surrogate, which is not text"
+                ) from None
+
+    def _json_lines(self) -> Iterator[tuple[str, Any]]:
+        """Each line's value in the column, with its place; blank lines are passed over."""
+        for number, line in enumerate(_lines(read_chunks(self.path, 1 << 16)), start=1):
+            where = f"{self.path}, line {number}"
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                byte = line[error.start]
+                raise UserError(f"data: {where}: not UTF-8: byte 0x{byte:02x}") from None
+            except json.JSONDecodeError as error:
+                raise UserError(
+                    f"data: {where}: not JSON: {error.msg} at column {error.colno}"
+                ) from None
+            # nested too deeply, or a number of too many digits
+            except (RecursionError, ValueError) as error:
+                raise UserError(f"data: {where}: not JSON that can be read: {error}") from None
+            if not isinstance(value, dict):
+                kind = "null" if value is None else type(value).__name__
+                raise UserError(f"data: {where}: expected a JSON object, got {kind}")
+            if self.column not in value:
+                raise UserError(f"data: {where}: {self._no_column(value)}")
+            yield where, value[self.column]
+
+    def _rows(self) -> Iterator[tuple[str, Any]]:
+        """Each row's value in the column, with its place."""
+        try:
+            import pyarrow
+            from pyarrow import parquet
+        except ImportError:
+            raise UserError(
+                f"data: {self.path} needs pyarrow: pip install 'fastgpt2[parquet]'"
+            ) from None
+        number = 0
+        try:
+            with parquet.ParquetFile(self.path) as file:
+                names = file.schema_arrow.names
+                if self.column not in names:
+                    raise UserError(f"data: {self.path}: {self._no_column(names)}")
+                for batch in file.iter_batches(_BATCH_ROWS, columns=[self.column]):
+                    for value in batch.column(0).to_pylist():
+                        number += 1
+                        yield f"{self.path}, row {number}", value
+        # a damaged page is an OSError without a number, bytes that are not UTF-8 a ValueError
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"data: {self.path}: cannot read the Parquet table after row {number}: {first}"
+            ) from error
+
+    def _no_column(self, names: Any) -> str:
+        there = ", ".join(map(repr, names)) or "none"
+        return f"no column {self.column!r} (--text-column); there is {there}"
+
+
+def _is_table(path: Path) -> bool:
+    return path.suffix.lower() == ".parquet"
+
+
+def _inner_suffix(path: Path) -> str:
+    """The suffix, without that of a compression: ``.jsonl`` of ``a.jsonl.gz``."""
+    return (Path(path.stem) if is_compressed(path) else path).suffix.lower()
+
+
+def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """The lines of a text, without their ends; a line may span many chunks."""
+    begun: list[bytes] = []
+    for chunk in chunks:
+        end, *others = chunk.split(b"\n")
+        begun.append(end)
+        for line in others:
+            yield b"".join(begun)
+            begun = [line]
+    yield b"".join(begun)
+
+
+def _decompressed(file: BinaryIO, path: Path, kind: str) -> Iterator[bytes]:
+    """The content of all streams in a compressed file, one after the other."""
+    start, damage = _decompressor(path, kind)
+    stream: Any = None
+    lines = 0
+    while raw := file.read(_COMPRESSED_BYTES):
+        while raw:
+            if stream is None:
+                # tapes and disks pad files with zeros, which begin no stream
+                raw = raw.lstrip(b"\0")
+                if not raw:
+                    break
+                stream = start()
+            try:
+                chunk = stream.decompress(raw)
+            except damage as error:
+                raise UserError(
+                    f"data: {path} is not {kind}, or damaged, after line {lines}: {error}"
+                ) from None
+            lines += chunk.count(b"\n")
+            yield chunk
+            raw = b""
+            if stream.eof:
+                raw, stream = stream.unused_data, None
+    if stream is not None:
+        raise UserError(f"data: {path} is cut off: its {kind} stream ends after line {lines}")
+
+
+def _decompressor(path: Path, kind: str) -> tuple[Callable[[], Any], type[Exception]]:
+    """What starts to decompress one stream, and the error of a damaged one."""
+    if kind == "gzip":
+        # 16 + 15: a gzip header and the largest window
+        return lambda: zlib.decompressobj(wbits=31), zlib.error
+    if sys.version_info >= (3, 14):
+        from compression import zstd
+
+        return zstd.ZstdDecompressor, zstd.ZstdError
+    try:
+        import zstandard
+    except ImportError:
+        raise UserError(f"data: {path} needs zstandard: pip install 'fastgpt2[zstd]'") from None
+    return lambda: zstandard.ZstdDecompressor().decompressobj(), zstandard.ZstdError
