@@ -9,6 +9,8 @@ from fastgpt2.errors import UserError
 # fastgpt2.kernels.linear_fp8 wants widths that are multiples of it
 FP8_MULTIPLE = 16
 IMPLS = ("auto", "triton", "torch", "reference")
+# of fastgpt2.kernels.gelu
+GELUS = ("tanh", "erf")
 
 GPT2_VOCAB = 50257
 # a vocabulary of at least this size is padded in memory; a smaller head gains nothing from it
@@ -42,7 +44,9 @@ class GPTConfig:
     stream in fp32 when the model computes in bf16 or fp16 (default: compute dtype), ``fp8`` makes
     the products of the linear layers and the head in FP8 while the model is in training mode.
     ``pad_vocab`` rounds the rows of a vocabulary of 4096 or more up in memory (50257 -> 50304): who
-    reads ``named_parameters`` sees the padded rows, who reads the state dict does not.
+    reads ``named_parameters`` sees the padded rows, who reads the state dict does not. ``gelu`` is
+    the form of the activation, part of the function that the weights were trained for: ``tanh`` is
+    OpenAI's, ``erf`` nanoGPT's; ``erf`` runs on PyTorch's operator, for there is no Triton kernel.
 
     Raises:
         UserError: a field is out of its range, with its name, its value and what was expected.
@@ -62,6 +66,7 @@ class GPTConfig:
     fp32_residual: bool = False
     fp8: bool = False
     pad_vocab: bool = True
+    gelu: str = "tanh"
 
     def __post_init__(self) -> None:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
@@ -86,6 +91,12 @@ class GPTConfig:
                 )
         if self.impl not in IMPLS:
             raise UserError(f"GPTConfig: impl must be one of {', '.join(IMPLS)}, got {self.impl!r}")
+        if self.gelu not in GELUS:
+            raise UserError(f"GPTConfig: gelu must be one of {', '.join(GELUS)}, got {self.gelu!r}")
+        if self.gelu == "erf" and self.impl == "triton":
+            raise UserError(
+                "GPTConfig: impl='triton' has no erf GELU; impl='auto' takes PyTorch's for it"
+            )
         if self.fp8 and self.n_embd % FP8_MULTIPLE:
             raise UserError(
                 f"GPTConfig: fp8 wants n_embd to be a multiple of {FP8_MULTIPLE}, got {self.n_embd}"

@@ -19,7 +19,7 @@ from fastgpt2.files import write_text
 from fastgpt2.quantize import KINDS
 from fastgpt2.runs import find_tokenizer
 from fastgpt2.text import GPT2Tokenizer, save_tokenizer
-from fastgpt2.weights import FORMATS, RELEASES, Checkpoint, load, save
+from fastgpt2.weights import FORMATS, RELEASES, Checkpoint, load, nanogpt, save
 from fastgpt2.weights.formats import detect
 from fastgpt2.weights.hub import locate
 from fastgpt2.weights.metadata import read_json
@@ -74,6 +74,12 @@ def convert(
     checkpoint = load(path)
     folder = path if path.is_dir() else path.parent
     notes = list(checkpoint.notes)
+    gelu = checkpoint.config.gelu
+    if to == "nanogpt" and gelu != nanogpt.EXACT:
+        notes.append(
+            f"the model has the {gelu} GELU, nanoGPT computes the {nanogpt.EXACT} GELU: its logits "
+            "differ by about 1e-3"
+        )
 
     def beside(target: Path) -> None:
         if to == "hf" and detect(path)[0] == "hf":

@@ -113,10 +113,11 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers with a tanh GELU between them, four times as wide inside."""
+    """Two linear layers with a GELU between them, four times as wide inside."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
+        self.form = config.gelu
         self.impl = config.impl
         self.fp8 = config.fp8
         C = config.n_embd
@@ -133,10 +134,15 @@ class MLP(nn.Module):
     def branch(self, x: Tensor) -> Branch:
         """``forward`` without the last bias, and that bias."""
         fc, proj, fp8 = self.c_fc, self.c_proj, self.fp8 and self.training
+        form, impl = self.form, self.impl
         if not fp8 and is_plain(fc, nn.Linear) and is_plain(proj, nn.Linear):
-            return mlp(x, fc.weight, fc.bias, proj.weight, impl=self.impl), proj.bias
+            out = mlp(x, fc.weight, fc.bias, proj.weight, form=form, impl=impl)
+            return out, proj.bias
         z, bias = project_without_bias(fc, x, fp8=fp8)
-        hidden = gelu(z, impl=self.impl) if bias is None else bias_gelu(z, bias, impl=self.impl)
+        if bias is None:
+            hidden = gelu(z, form=form, impl=impl)
+        else:
+            hidden = bias_gelu(z, bias, form=form, impl=impl)
         return project_without_bias(proj, hidden, fp8=fp8)
 
 

@@ -1,7 +1,7 @@
 """GPT: embeddings, blocks, final LayerNorm, tied head, loss.
 
 OpenAI's graph exactly (Radford et al., "Language Models are Unsupervised Multitask Learners",
-2019): learned positions, pre-LayerNorm, tanh GELU, head tied to the token embedding. The surface
+2019): learned positions, pre-LayerNorm, GELU, head tied to the token embedding. The surface
 is nanoGPT's, so programs written for its ``model.py`` run on this class; state-dict keys are those
 of nanoGPT and Hugging Face. Shapes: B batch, T tokens, C width, V vocabulary.
 """
@@ -365,7 +365,7 @@ class GPT(Quantizable, Generative):
 
         Args:
             model_type: ``gpt2``, ``gpt2-medium``, ``gpt2-large``, ``gpt2-xl``, or a path.
-            override_args: fields of ``GPTConfig`` that do not change the weights, such as dropout.
+            override_args: fields of ``GPTConfig`` that the weights do not fix, as ``gelu``.
         """
         from fastgpt2.weights import load_pretrained
 

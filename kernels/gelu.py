@@ -1,5 +1,6 @@
-"""GELU in GPT-2's tanh form, alone and with the bias of the projection before it."""
+"""GELU in GPT-2's tanh form or the exact one, alone and with the bias of the projection before."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,6 +9,9 @@ from torch import Tensor
 
 from fastgpt2.kernels import checks, reference
 from fastgpt2.kernels.backend import Impl, resolve
+
+# a form's name, and PyTorch's name for it
+APPROXIMATIONS = {"tanh": "tanh", "erf": "none"}
 
 
 @torch.library.custom_op("fastgpt2::gelu_fwd", mutates_args=())
@@ -49,30 +53,46 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None]:
 gelu_fwd.register_autograd(_backward, setup_context=_save)
 
 
-def gelu(x: Tensor, *, impl: str = "auto") -> Tensor:
-    """y = x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), elementwise.
+def check_form(op: str, form: str) -> None:
+    """Refuse a form of the GELU that does not exist."""
+    if form not in APPROXIMATIONS:
+        raise ValueError(f"{op}: form must be one of {', '.join(APPROXIMATIONS)}, got {form!r}")
+
+
+def form_obstacle(form: str) -> Callable[[], str | None]:
+    """What ``resolve`` asks: why Triton has no kernel for ``form``, or None if it has one."""
+    return lambda: None if form == "tanh" else f"the kernels have the tanh GELU, not {form}"
+
+
+def gelu(x: Tensor, *, form: str = "tanh", impl: str = "auto") -> Tensor:
+    """y = x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), elementwise, or x/2 (1 + erf(x/sqrt(2))).
 
     Computed in fp32, y in x's dtype. Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016;
-    the tanh form is the one in OpenAI's GPT-2.
+    the tanh form is the one in OpenAI's GPT-2, the erf form the one in nanoGPT.
 
     Args:
         x: any shape.
+        form: ``tanh``, OpenAI's, or ``erf``, the exact GELU x/2 (1 + erf(x/sqrt(2))), which has no
+            Triton kernel: ``auto`` takes PyTorch's.
         impl: ``auto``, ``triton``, ``torch`` or ``reference``.
 
     Raises:
-        TypeError: x is no floating-point tensor.
+        TypeError: x is not a floating-point tensor.
+        ValueError: there is no such form.
+        RuntimeError: ``triton`` was asked for by name and cannot run, as with ``erf``.
     """
     checks.check_floating("gelu", "x", x)
-    match resolve("gelu", impl, x):
+    check_form("gelu", form)
+    match resolve("gelu", impl, x, form_obstacle(form)):
         case Impl.REFERENCE:
-            return reference.gelu(x)
+            return reference.gelu(x, form)
         case Impl.TORCH:
-            return F.gelu(x, approximate="tanh")
+            return F.gelu(x, approximate=APPROXIMATIONS[form])
     y: Tensor = gelu_fwd(x, None)
     return y
 
 
-def bias_gelu(x: Tensor, bias: Tensor, *, impl: str = "auto") -> Tensor:
+def bias_gelu(x: Tensor, bias: Tensor, *, form: str = "tanh", impl: str = "auto") -> Tensor:
     """gelu(x + bias): the bias of a projection and the activation after it, in one pass.
 
     Computed in fp32, y in x's dtype; the gradient of the bias comes from the same backward pass.
@@ -80,18 +100,21 @@ def bias_gelu(x: Tensor, bias: Tensor, *, impl: str = "auto") -> Tensor:
     Args:
         x: (..., F), a projection without its bias.
         bias: (F,).
+        form: ``tanh`` or ``erf``, as in ``gelu``.
         impl: ``auto``, ``triton``, ``torch`` or ``reference``.
 
     Raises:
-        TypeError: x or bias is no floating-point tensor.
-        ValueError: bias does not match x's last dimension or device.
+        TypeError: x or bias is not a floating-point tensor.
+        ValueError: bias does not match x's last dimension or device; there is no such form.
+        RuntimeError: as ``gelu``.
     """
     checks.check_rows("bias_gelu", "x", x)
     checks.check_operand("bias_gelu", "bias", bias, x.shape[-1:], x)
-    match resolve("bias_gelu", impl, x):
+    check_form("bias_gelu", form)
+    match resolve("bias_gelu", impl, x, form_obstacle(form)):
         case Impl.REFERENCE:
-            return reference.bias_gelu(x, bias)
+            return reference.bias_gelu(x, bias, form)
         case Impl.TORCH:
-            return F.gelu(x + bias.to(x.dtype), approximate="tanh")
+            return F.gelu(x + bias.to(x.dtype), approximate=APPROXIMATIONS[form])
     y: Tensor = gelu_fwd(x, bias.contiguous())
     return y

@@ -8,7 +8,14 @@ from torch import Tensor
 
 from fastgpt2.kernels import checks, reference
 from fastgpt2.kernels.backend import Impl, resolve, wants_gradient
-from fastgpt2.kernels.gelu import bias_gelu, gelu, gelu_bwd
+from fastgpt2.kernels.gelu import (
+    APPROXIMATIONS,
+    bias_gelu,
+    check_form,
+    form_obstacle,
+    gelu,
+    gelu_bwd,
+)
 from fastgpt2.kernels.linear import in_autocast_dtype, unchecked_linear
 
 
@@ -60,9 +67,10 @@ def linear_gelu(
     bias: Tensor | None,
     *,
     fused: bool = False,
+    form: str = "tanh",
     impl: str = "auto",
 ) -> Tensor:
-    """gelu(x @ weight.T + bias), tanh form.
+    """gelu(x @ weight.T + bias).
 
     Products accumulate in fp32; weight and bias are taken in x's dtype (under autocast, in
     autocast's), which is y's. ``triton`` is the library's product followed by ``bias_gelu``, or
@@ -74,23 +82,26 @@ def linear_gelu(
         bias: (F,) or None.
         fused: whether ``triton`` computes product, bias and GELU in one kernel. The benchmarks time
             both ways. The other implementations have one way and ignore this.
+        form: ``tanh`` or ``erf``, as in ``gelu``.
         impl: ``auto``, ``triton``, ``torch`` or ``reference``.
 
     Raises:
         TypeError: x is not a floating-point tensor.
-        ValueError: weight or bias does not match.
+        ValueError: weight or bias does not match; there is no such form.
+        RuntimeError: as ``gelu``.
     """
     op = "linear_gelu"
     checks.check_vectors(op, "x", x)
     checks.check_layer(op, x, weight, bias)
+    check_form(op, form)
     x = in_autocast_dtype(x)
     weight = weight.to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
-    match resolve(op, impl, x):
+    match resolve(op, impl, x, form_obstacle(form)):
         case Impl.REFERENCE:
-            return reference.linear_gelu(x, weight, bias)
+            return reference.linear_gelu(x, weight, bias, form)
         case Impl.TORCH:
-            return F.gelu(unchecked_linear(x, weight, bias), approximate="tanh")
+            return F.gelu(unchecked_linear(x, weight, bias), approximate=APPROXIMATIONS[form])
     if not fused:
         z = unchecked_linear(x, weight)
         return gelu(z, impl=impl) if bias is None else bias_gelu(z, bias, impl=impl)

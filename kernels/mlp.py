@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastgpt2.kernels import checks, reference
 from fastgpt2.kernels.backend import Impl, resolve, wants_gradient
-from fastgpt2.kernels.gelu import gelu_fwd
+from fastgpt2.kernels.gelu import check_form, form_obstacle, gelu_fwd
 from fastgpt2.kernels.linear import in_autocast_dtype, unchecked_linear
 from fastgpt2.kernels.linear_gelu import linear_gelu
 
@@ -75,9 +75,10 @@ def mlp(
     fc_bias: Tensor | None,
     proj_weight: Tensor,
     *,
+    form: str = "tanh",
     impl: str = "auto",
 ) -> Tensor:
-    """gelu(x @ fc_weight.T + fc_bias) @ proj_weight.T, tanh form: GPT-2's MLP but its last bias.
+    """gelu(x @ fc_weight.T + fc_bias) @ proj_weight.T: GPT-2's MLP but its last bias.
 
     That bias is added with the branch, by ``add_layer_norm``. Products accumulate in fp32; weights
     and bias are taken in x's dtype (under autocast, in autocast's), which is the result's.
@@ -89,14 +90,16 @@ def mlp(
         fc_weight: (F, C).
         fc_bias: (F,) or None.
         proj_weight: (C', F).
+        form: ``tanh`` or ``erf``, as in ``gelu``.
         impl: ``auto``, ``triton``, ``torch`` or ``reference``.
 
     Returns:
         (..., C').
 
     Raises:
-        TypeError: x is no floating-point tensor.
-        ValueError: a weight or the bias does not match.
+        TypeError: x is not a floating-point tensor.
+        ValueError: a weight or the bias does not match; there is no such form.
+        RuntimeError: as ``gelu``.
     """
     op = "mlp"
     checks.check_vectors(op, "x", x)
@@ -104,15 +107,17 @@ def mlp(
     checks.check_dim(op, "proj_weight", proj_weight, 2, "(C', F)")
     expected = (proj_weight.shape[0], fc_weight.shape[0])
     checks.check_operand(op, "proj_weight", proj_weight, expected, x)
+    check_form(op, form)
     x = in_autocast_dtype(x)
     if fc_bias is not None:
         fc_bias = fc_bias.to(x.dtype).contiguous()
     fc_weight, proj_weight = fc_weight.to(x.dtype), proj_weight.to(x.dtype)
-    choice = resolve(op, impl, x)
+    choice = resolve(op, impl, x, form_obstacle(form))
     if choice is Impl.REFERENCE:
-        return reference.mlp(x, fc_weight, fc_bias, proj_weight)
+        return reference.mlp(x, fc_weight, fc_bias, proj_weight, form)
     if choice is Impl.TORCH or not wants_gradient(x, fc_weight, fc_bias, proj_weight):
-        return unchecked_linear(linear_gelu(x, fc_weight, fc_bias, impl=impl), proj_weight)
+        hidden = linear_gelu(x, fc_weight, fc_bias, form=form, impl=impl)
+        return unchecked_linear(hidden, proj_weight)
     rows = x.reshape(-1, x.shape[-1])
     y: Tensor = _mlp_fwd(rows, fc_weight, fc_bias, proj_weight)[0]
     return y.view(*x.shape[:-1], proj_weight.shape[0])

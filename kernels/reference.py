@@ -61,27 +61,35 @@ def add_layer_norm(
     return stream, layer_norm(up(stream), weight, bias, eps).to(branch.dtype)
 
 
-def gelu(x: Tensor) -> Tensor:
-    """y = x/2 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3))), GPT-2's tanh form."""
+def gelu(x: Tensor, form: str = "tanh") -> Tensor:
+    """y = x/2 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3))), or x/2 * (1 + erf(x / sqrt(2)))."""
     xf = up(x)
+    if form == "erf":
+        return (0.5 * xf * (1.0 + torch.erf(xf * math.sqrt(0.5)))).to(x.dtype)
     inner = math.sqrt(2.0 / math.pi) * (xf + 0.044715 * xf * xf * xf)
     return (0.5 * xf * (1.0 + torch.tanh(inner))).to(x.dtype)
 
 
-def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+def bias_gelu(x: Tensor, bias: Tensor, form: str = "tanh") -> Tensor:
     """gelu(x + bias), the sum not rounded in between."""
-    return gelu(up(x) + up(bias)).to(x.dtype)
+    return gelu(up(x) + up(bias), form).to(x.dtype)
 
 
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, form: str = "tanh") -> Tensor:
     """gelu(x @ weight.T + bias), the pre-activation not rounded in between."""
     z = up(x) @ up(weight).T
-    return gelu(z if bias is None else z + up(bias)).to(x.dtype)
+    return gelu(z if bias is None else z + up(bias), form).to(x.dtype)
 
 
-def mlp(x: Tensor, fc_weight: Tensor, fc_bias: Tensor | None, proj_weight: Tensor) -> Tensor:
+def mlp(
+    x: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor | None,
+    proj_weight: Tensor,
+    form: str = "tanh",
+) -> Tensor:
     """gelu(x @ fc_weight.T + fc_bias) @ proj_weight.T, nothing rounded in between."""
-    hidden = linear_gelu(up(x), fc_weight, fc_bias)
+    hidden = linear_gelu(up(x), fc_weight, fc_bias, form)
     return (hidden @ up(proj_weight).T).to(x.dtype)
 
 

@@ -34,6 +34,12 @@ from fastgpt2.model import GPT
             "GPTConfig: fp8 wants n_embd to be a multiple of 16, got 40",
         ),
         ({"fp8": True, "impl": "reference"}, "GPTConfig: fp8 has no reference implementation"),
+        ({"gelu": "none"}, "GPTConfig: gelu must be one of tanh, erf, got 'none'"),
+        ({"gelu": ["erf"]}, "GPTConfig: gelu must be one of tanh, erf, got ['erf']"),
+        (
+            {"gelu": "erf", "impl": "triton"},
+            "GPTConfig: impl='triton' has no erf GELU; impl='auto' takes PyTorch's for it",
+        ),
         (
             {"impl": "cuda"},
             "GPTConfig: impl must be one of auto, triton, torch, reference, got 'cuda'",

@@ -90,7 +90,14 @@ def openai_params(gpt: GPT) -> dict[str, Any]:
     """The parameters of a ``fastgpt2.GPT`` as OpenAI's nested dictionaries; biases it lacks are 0.
 
     ``openai_params(GPT.from_pretrained("gpt2"))`` is what the ladder's model needs of GPT-2.
+
+    Raises:
+        UserError: the model has the erf GELU, where these parameters mean the tanh form.
     """
+    if gpt.config.gelu != "tanh":
+        raise UserError(
+            f"openai_params: the ladder has the tanh GELU, the model has the {gpt.config.gelu} GELU"
+        )
     tensors = gpt.state_dict()
 
     def layer(name: str, weight: str = "w") -> dict[str, Tensor]:
@@ -121,7 +128,8 @@ def from_fastgpt2(gpt: GPT) -> GPTModel:
     """A ladder model with the weights of ``gpt``, in its dtype, on its device: the same logits.
 
     Raises:
-        UserError: ``gpt`` has three different dropout rates, where the ladder knows one.
+        UserError: ``gpt`` has three different dropout rates, where the ladder knows one; or the
+            erf GELU.
     """
     config = gpt.config
     rates = {config.attn_p, config.embd_p, config.resid_p}

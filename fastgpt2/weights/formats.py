@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastgpt2 import runs
-from fastgpt2.config import GPTConfig
+from fastgpt2.config import GELUS, GPTConfig
 from fastgpt2.errors import UserError
 from fastgpt2.files import atomic_folder
 from fastgpt2.quantize import KINDS
@@ -20,19 +20,20 @@ from fastgpt2.weights.tensors import LazyTensor
 
 @dataclass(frozen=True)
 class Format:
-    """One format: its reader and writer, the dtypes it holds, and its file if it is one file."""
+    """One format: its reader and writer, dtypes and GELUs it holds, its file if it is one file."""
 
     read: Callable[[Path], Checkpoint]
     write: Callable[[Checkpoint, Path], None]
     dtypes: tuple[torch.dtype, ...] = STORED_DTYPES
     file: str | None = None
+    gelus: tuple[str, ...] = GELUS
 
 
 FORMATS = {
     "hf": Format(huggingface.read, huggingface.write),
     "nanogpt": Format(nanogpt.read, nanogpt.write, file="ckpt.pt"),
-    "llmc": Format(llmc.read, llmc.write, (torch.float32, torch.bfloat16), "model.bin"),
-    "openai": Format(openai.read, openai.write, (torch.float32,)),
+    "llmc": Format(llmc.read, llmc.write, (torch.float32, torch.bfloat16), "model.bin", ("tanh",)),
+    "openai": Format(openai.read, openai.write, (torch.float32,), gelus=("tanh",)),
     "fastgpt2": Format(run.read, run.write),
 }
 
@@ -140,9 +141,16 @@ def save(
         The folder or file written.
 
     Raises:
-        UserError: the path is taken or cannot be written, or the format does not hold ``dtype``.
+        UserError: the path is taken or cannot be written, or the format does not hold ``dtype`` or
+            the model's GELU.
     """
     path, target = Path(path), FORMATS[format]
+    if checkpoint.config.gelu not in target.gelus:
+        raise UserError(
+            f"format {format} means the {target.gelus[0]} GELU, and {checkpoint.source} has the "
+            f"{checkpoint.config.gelu} GELU: logits would change (formats hf, nanogpt and fastgpt2 "
+            "keep it)"
+        )
     if dtype is not None and dtype not in target.dtypes:
         known = ", ".join(str(known).removeprefix("torch.") for known in target.dtypes)
         raise UserError(f"format {format} holds {known}, not {str(dtype).removeprefix('torch.')}")

@@ -38,7 +38,6 @@ END_OF_TEXT = 50256
 # reorder_and_upcast_attn, computes the scores in fp32: so do we, always
 FIXED: dict[str, tuple[Any, ...]] = {
     "model_type": ("gpt2",),
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "layer_norm_epsilon": (1e-5,),
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
@@ -46,6 +45,9 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "tie_word_embeddings": (True,),
     "quantization_config": (None,),
 }
+# transformers' names of the form of the GELU; the first of each form is the one we write
+ACTIVATIONS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "erf"}
+ACTIVATION = "activation_function"
 WEIGHTS = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -64,12 +66,18 @@ def _read_config(path: Path) -> GPTConfig:
             raise UserError(
                 f"{path}: {key} = {shown(value)} is not GPT-2's {allowed[0]!r}: unsupported"
             )
+    activation = record.get(ACTIVATION, "gelu_new")
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        raise UserError(
+            f"{path}: {ACTIVATION} = {shown(activation)} is not one of {', '.join(ACTIVATIONS)}: "
+            "unsupported"
+        )
     sizes = {ours: require(record, theirs, path) for ours, theirs in SIZES.items()}
     rates = {ours: record.get(theirs, DEFAULT_DROPOUT) for ours, theirs in DROPOUTS.items()}
     # one rate for all three is what `dropout` says
     common = len(set(map(repr, rates.values()))) == 1
     dropouts = {"dropout": rates["attn_dropout"]} if common else rates
-    config = make_config(path, **sizes, **dropouts)
+    config = make_config(path, **sizes, **dropouts, gelu=ACTIVATIONS[activation])
     if record.get("n_inner") not in (None, 4 * config.n_embd):
         raise UserError(
             f"{path}: n_inner = {shown(record['n_inner'])}, expected {4 * config.n_embd}"
@@ -137,6 +145,7 @@ def write(checkpoint: Checkpoint, folder: Path) -> None:
     record = {
         "architectures": ["GPT2LMHeadModel"],
         **{key: allowed[0] for key, allowed in FIXED.items() if allowed[0] is not None},
+        ACTIVATION: next(name for name, form in ACTIVATIONS.items() if form == config.gelu),
         **{theirs: getattr(config, ours) for ours, theirs in SIZES.items()},
         "n_ctx": config.block_size,
         "n_inner": None,

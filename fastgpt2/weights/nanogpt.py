@@ -2,8 +2,10 @@
 
 Keys and layout are ours. Differences of the files: a compiled model's keys start with
 ``_orig_mod.``, old ones hold the causal mask as ``attn.bias``, and GPT-2's vocabulary is often
-padded to 50304. nanoGPT's own model has the exact GELU where OpenAI's and ours have its tanh form:
-the same weights give logits that differ a little. Format: ``train.py`` of https://github.com/karpathy/nanoGPT
+padded to 50304. nanoGPT computes the erf GELU, OpenAI's GPT-2 the tanh form. The file does not say
+which: it is read as ``erf``, unless we wrote it from a model with another form. nanoGPT before June
+2023 had the tanh form: override ``gelu`` for its files.
+Format: ``train.py`` of https://github.com/karpathy/nanoGPT
 """
 
 import re
@@ -22,6 +24,10 @@ from fastgpt2.weights.torch_file import lazy_tensors, read_torch
 FIELDS = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "dropout")
 # nanoGPT's training from scratch rounds GPT-2's 50257 up to this; ids above never occur
 PADDED_VOCAB, VOCAB = 50304, 50257
+# our key in the file's `config`, which nanoGPT ignores
+GELU = "fastgpt2_gelu"
+# nanoGPT's form
+EXACT = "erf"
 MASK = re.compile(r"transformer\.h\.\d+\.attn\.bias")
 
 
@@ -35,7 +41,9 @@ def read(path: Path) -> Checkpoint:
     fields = {"bias": True, "dropout": 0.0} | {key: args[key] for key in FIELDS if key in args}
     for key in FIELDS:
         require(fields, key, path)
-    config = make_config(path, **fields)
+    training = content.get("config")
+    gelu = training.get(GELU, EXACT) if isinstance(training, dict) else EXACT
+    config = make_config(path, **fields, gelu=gelu)
     tensors = lazy_tensors(path, {str(k).removeprefix("_orig_mod."): v for k, v in state.items()})
     tensors = {name: tensor for name, tensor in tensors.items() if not MASK.fullmatch(name)}
     tensors = drop_tied_head(tensors, path)
@@ -61,7 +69,7 @@ def write(checkpoint: Checkpoint, path: Path) -> None:
         "optimizer": _fresh_optimizer([tensor.dim() for tensor in state.values()]),
         "iter_num": 0,
         "best_val_loss": 1e9,
-        "config": {},
+        "config": {} if config.gelu == EXACT else {GELU: config.gelu},
     }
     with atomic_path(path) as temporary:
         torch.save(content, temporary)

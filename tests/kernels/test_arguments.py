@@ -38,6 +38,7 @@ OPTIONS: dict[str, list[tuple[Any, type[Exception], str]]] = {
     "vocab_size": [(2.5, TypeError, "must be an integer"), (0, ValueError, "must be in [1, ")],
     "n_head": [(2.0, TypeError, "must be an integer"), (0, ValueError, "n_head=0")],
     "dtype": [(torch.int64, TypeError, "must be floating point")],
+    "form": [("none", ValueError, "must be one of tanh, erf")],
     "impl": [("cuda", ValueError, "must be one of auto, triton, torch, reference")],
 }
 
@@ -60,6 +61,7 @@ class Contract:
 
 _DROPOUT = ("dropout_p", "seed", "impl")
 _LOSS = ("vocab_size", "label_smoothing", "z_loss", "impl")
+_GELU = ("form", "impl")
 _AFFINE = {"x": (2, 8), "weight": (8,), "bias": (8,)}
 _EMBEDDING = Contract(
     {"wte": (9, 8), "wpe": (6, 8)},
@@ -81,7 +83,7 @@ CONTRACTS: dict[str, Contract] = {
         ("n_head", "scale", *_DROPOUT),
         {"n_head": 2},
     ),
-    "bias_gelu": Contract({"x": (2, 8), "bias": (8,)}),
+    "bias_gelu": Contract({"x": (2, 8), "bias": (8,)}, options=_GELU),
     "cross_entropy": Contract({"logits": (2, 8)}, {"targets": (2,)}, _LOSS),
     "decode_attention": Contract(
         {"q": (2, 1, 3, 8), "k_cache": (2, 3, 5, 8), "v_cache": (2, 3, 5, 8)},
@@ -89,13 +91,15 @@ CONTRACTS: dict[str, Contract] = {
         ("scale", "impl"),
     ),
     "embedding": _EMBEDDING,
-    "gelu": Contract({"x": (2, 8)}),
+    "gelu": Contract({"x": (2, 8)}, options=_GELU),
     "layer_norm": Contract(_AFFINE, options=("eps", "impl")),
     "linear": Contract({"x": (2, 8), "weight": (9, 8), "bias": (9,)}, options=()),
     "linear_cross_entropy": Contract({"x": (2, 8), "weight": (9, 8)}, {"targets": (2,)}, _LOSS),
     "linear_fp8": Contract({"x": (2, 16), "weight": (32, 16), "bias": (32,)}, options=()),
-    "linear_gelu": Contract({"x": (2, 8), "weight": (9, 8), "bias": (9,)}),
-    "mlp": Contract({"x": (2, 8), "fc_weight": (9, 8), "fc_bias": (9,), "proj_weight": (7, 9)}),
+    "linear_gelu": Contract({"x": (2, 8), "weight": (9, 8), "bias": (9,)}, options=_GELU),
+    "mlp": Contract(
+        {"x": (2, 8), "fc_weight": (9, 8), "fc_bias": (9,), "proj_weight": (7, 9)}, options=_GELU
+    ),
     "stream_layer_norm": Contract(_AFFINE, options=("eps", "impl")),
     "tied_embedding": _EMBEDDING,
 }

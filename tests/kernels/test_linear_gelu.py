@@ -85,7 +85,8 @@ def test_routes_are_what_they_claim(
         op_module, "unchecked_linear", counted("linear", linear_module.unchecked_linear)
     )
     monkeypatch.setattr(linear_module, "_onednn", counted("oneDNN", linear_module._onednn))
-    linear_gelu(**_inputs(5, 16, 20, torch.float32), fused=fused, impl="triton")
+    inputs = _inputs(5, 16, 20, torch.float32)
+    linear_gelu(inputs["x"], inputs["weight"], inputs["bias"], fused=fused, impl="triton")
     by_library = not fused
     # 5 rows are oneDNN's wherever any are, but on a GPU none is
     built = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]

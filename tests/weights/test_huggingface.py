@@ -97,7 +97,8 @@ def test_forms_of_hugging_face_folders(tmp_path: Path, form: str) -> None:
     ("change", "message"),
     [
         ({"model_type": "llama"}, "model_type = 'llama'"),
-        ({"activation_function": "gelu"}, "activation_function = 'gelu' is not GPT-2's 'gelu_new'"),
+        ({"activation_function": "relu"}, "activation_function = 'relu' is not one of gelu_new,"),
+        ({"activation_function": ["gelu"]}, r"activation_function = \['gelu'\] is not one of"),
         ({"n_inner": 100}, "n_inner = 100, expected 128"),
         ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon = 1e-06"),
         ({"scale_attn_weights": False}, "scale_attn_weights = False"),
