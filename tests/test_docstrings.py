@@ -33,8 +33,9 @@ def _functions(module_name: str) -> Iterator[tuple[str, Callable[..., Any]]]:
         if name.startswith("_") or not getattr(thing, "__module__", "").startswith("fastgpt2"):
             continue
         if inspect.isclass(thing):
-            for method, function in vars(thing).items():
-                if inspect.isfunction(function) and (method == "__call__" or method[0] != "_"):
+            for method, function in inspect.getmembers(thing, inspect.isfunction):
+                ours = function.__module__.startswith("fastgpt2")
+                if ours and (method == "__call__" or method[0] != "_"):
                     yield f"{module_name}.{name}.{method}", function
         elif inspect.isfunction(thing):
             yield f"{module_name}.{name}", thing

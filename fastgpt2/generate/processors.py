@@ -46,6 +46,7 @@ class Temperature:
         require("temperature", self.temperature, fine, "0 or more")
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
+        """Scores ``logits`` (B, V) of the token after ``ids`` (B, T), changed as said above."""
         # where every token is forbidden, it stays so
         best = logits.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).min)
         if self.temperature == 0:
@@ -70,6 +71,7 @@ class TopK:
         require("top_k", self.k, isinstance(self.k, int) and self.k >= 1, "1 or more")
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
+        """Scores ``logits`` (B, V) of the token after ``ids`` (B, T), changed as said above."""
         if self.k >= logits.shape[-1]:
             return logits
         kth_best = logits.topk(self.k, dim=-1).values[:, -1:]
@@ -94,6 +96,7 @@ class TopP:
         require("top_p", self.p, _is_number(self.p) and 0 <= self.p <= 1, "in [0, 1]")
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
+        """Scores ``logits`` (B, V) of the token after ``ids`` (B, T), changed as said above."""
         ascending, order = logits.sort(dim=-1)
         drop = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - self.p
         drop[:, -1] = False
@@ -116,6 +119,7 @@ class MinP:
         require("min_p", self.p, _is_number(self.p) and 0 <= self.p <= 1, "in [0, 1]")
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
+        """Scores ``logits`` (B, V) of the token after ``ids`` (B, T), changed as said above."""
         probs = logits.softmax(dim=-1)
         return logits.masked_fill(probs < self.p * probs.amax(dim=-1, keepdim=True), -torch.inf)
 
@@ -138,6 +142,7 @@ class Typical:
         require("typical", self.p, _is_number(self.p) and 0 < self.p <= 1, "in (0, 1]")
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
+        """Scores ``logits`` (B, V) of the token after ``ids`` (B, T), changed as said above."""
         log_probs = logits.log_softmax(dim=-1)
         entropy = -(log_probs * log_probs.exp()).nansum(dim=-1, keepdim=True)
         distance, order = (-log_probs - entropy).abs().sort(dim=-1)
@@ -166,6 +171,7 @@ class RepetitionPenalty:
         require("repetition_penalty", self.penalty, fine, "a positive number")
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
+        """Scores ``logits`` (B, V) of the token after ``ids`` (B, T), changed as said above."""
         seen = logits.gather(1, ids)
         return logits.scatter(
             1, ids, torch.where(seen < 0, seen * self.penalty, seen / self.penalty)
@@ -191,6 +197,7 @@ class PresencePenalty:
         require("presence_penalty", self.penalty, _is_number(self.penalty), "a finite number")
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
+        """Scores ``logits`` (B, V) of the token after ``ids`` (B, T), changed as said above."""
         return logits - self.penalty * (_counts(ids, logits) > 0)
 
 
@@ -208,6 +215,7 @@ class FrequencyPenalty:
         require("frequency_penalty", self.penalty, _is_number(self.penalty), "a finite number")
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
+        """Scores ``logits`` (B, V) of the token after ``ids`` (B, T), changed as said above."""
         return logits - self.penalty * _counts(ids, logits)
 
 
@@ -226,6 +234,7 @@ class NoRepeatNgram:
         require("no_repeat_ngram", self.n, fine, "an integer of 1 or more")
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
+        """Scores ``logits`` (B, V) of the token after ``ids`` (B, T), changed as said above."""
         n, T = self.n, ids.shape[1]
         if n > T:
             return logits
@@ -258,6 +267,7 @@ class LogitBias:
             require(f"logit_bias: the bias of {id_}", value, fine, "a number below infinity")
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
+        """Scores ``logits`` (B, V) of the token after ``ids`` (B, T), changed as said above."""
         if not self.bias:
             return logits
         if max(self.bias) >= logits.shape[-1]:
@@ -287,6 +297,7 @@ class MinLength:
         object.__setattr__(self, "stop", stop)
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
+        """Scores ``logits`` (B, V) of the token after ``ids`` (B, T), changed as said above."""
         stop = self.stop
         assert isinstance(stop, tuple)
         if ids.shape[1] >= self.length or not stop:
