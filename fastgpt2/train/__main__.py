@@ -166,6 +166,8 @@ def _default_config() -> str:
 
 
 def _configuration(base: dict[str, Any], arguments: dict[str, Any]) -> TrainConfig:
+    if "init_from" in arguments and "model" in arguments:
+        raise UserError("--model and --init-from exclude each other: the shape is the weights'")
     if "init_from" in arguments and base.get("init_from") is None:
         # the shape of a configuration from scratch is not one for these weights
         base = {name: value for name, value in base.items() if name not in _OF_THE_WEIGHTS}
@@ -175,7 +177,13 @@ def _configuration(base: dict[str, Any], arguments: dict[str, Any]) -> TrainConf
         config,
         data=tuple(absolute(item) for item in config.data),
         vocab_dir=None if config.vocab_dir is None else str(Path(config.vocab_dir).absolute()),
+        init_from=None if config.init_from is None else _source(config.init_from),
     )
+
+
+def _source(weights: str) -> str:
+    """A path as the run notes it; a release's name stays one."""
+    return str(Path(weights).resolve()) if Path(weights).exists() else weights
 
 
 def _share(base: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
@@ -192,6 +200,8 @@ def _length(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_unchanged(base: dict[str, Any], arguments: dict[str, Any]) -> None:
+    if "init_from" in arguments:
+        arguments = arguments | {"init_from": _source(arguments["init_from"])}
     for name in _FIXED:
         if name in arguments and arguments[name] != base.get(name):
             raise UserError(
@@ -221,6 +231,8 @@ def _check_keeps_sources(folder: Path, config: TrainConfig, name: str | None) ->
     check_outside(folder, (path for item in config.data for path in corpus_paths(item)), "data")
     if config.vocab_dir is not None:
         check_outside(folder, [Path(config.vocab_dir)], "vocabulary")
+    if config.init_from is not None and Path(config.init_from).exists():
+        check_outside(folder, [Path(config.init_from)], "weights")
     # the old run's own configuration is written anew
     if name is not None and Path(name).is_file() and Path(name).name != runs.RUN_CONFIG:
         check_outside(folder, [Path(name)], "configuration")

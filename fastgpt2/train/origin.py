@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from fastgpt2 import runs
 from fastgpt2.errors import UserError
 from fastgpt2.model import GPT
 from fastgpt2.opener import OpenedModel, open_model
@@ -112,7 +113,8 @@ def weights_sha256(path: Path) -> str:
     """
     files = [path]
     if path.is_dir():
-        files = sorted({file for pattern in _WEIGHT_FILES for file in path.glob(pattern)})
+        found = {file for pattern in _WEIGHT_FILES for file in path.glob(pattern)}
+        files = sorted(file for file in found if file.name != runs.OPTIMIZER)
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:

@@ -1,5 +1,6 @@
 """Runs that begin with weights of another run or program."""
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from fastgpt2.text import BytesTokenizer
 from fastgpt2.train.__main__ import main
 from fastgpt2.train.config import TrainConfig, read_config
 from fastgpt2.train.metrics import read_metrics
+from fastgpt2.train.origin import weights_sha256
 from fastgpt2.train.validation import validate
 from fastgpt2.weights import load, save
 from tests.train.tiny_run import make_trainer, train
@@ -114,6 +116,21 @@ def test_the_command_leaves_the_shape_to_the_weights(
     assert (noted["n_embd"], noted["block_size"]) == (128, 64)
     assert main(["--out", str(out), "--resume", "--init-from", "other"]) == 2
     assert "init_from" in capsys.readouterr().err
+
+
+def test_the_weights_are_not_overwritten_by_the_run_that_wants_them(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    train(config(data, steps=1), out)
+    saved = runs.latest(out)
+    digest = hashlib.sha256((saved / runs.MODEL).read_bytes()).hexdigest()
+    for source in (out, saved):
+        flags = ["--init-from", str(source), "--data", str(data), "--out", str(out)]
+        assert main([*flags, "--overwrite", "--steps", "1"]) == 2
+        assert "weights" in capsys.readouterr().err
+    # the optimizer's file beside the weights is not part of them
+    assert weights_sha256(saved) == digest
 
 
 def test_the_shipped_configuration_is_nanogpts() -> None:
