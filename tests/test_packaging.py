@@ -160,7 +160,7 @@ def test_type_checkers_see_through_the_mapping(tmp_path: Path) -> None:
         cwd=tmp_path,
         MYPYPATH=str(ROOT),
     )
-    assert 'Revealed type is "def (x: Any, *, impl: str =) -> Any"' in found.replace(
+    assert 'Revealed type is "def (x: Any, *, form: str =, impl: str =) -> Any"' in found.replace(
         "builtins.", ""
     )
 
