@@ -24,7 +24,7 @@ from fastgpt2.explanation import explain_gpt
 from fastgpt2.generative import Generative
 from fastgpt2.kernels import cross_entropy, embedding, linear_cross_entropy, tied_embedding
 from fastgpt2.layers import Block, normalize, project
-from fastgpt2.plain import is_plain
+from fastgpt2.plain import execution_device, is_plain
 from fastgpt2.precision import compute_dtype, no_autocast
 from fastgpt2.quantize import Quantizable
 from fastgpt2.state_dict import head_is_tied, register_hooks
@@ -254,8 +254,8 @@ class GPT(Quantizable, Generative):
     def make_cache(self, batch_size: int, size: int) -> KVCache:
         """An empty cache in the compute dtype: ``batch_size`` rows of ``size`` tokens."""
         weight = self.transformer.wpe.weight
-        dtype = compute_dtype(weight, weight.device)
-        return KVCache(self.config, batch_size, size, weight.device, dtype)
+        device = execution_device(self.transformer.wpe)
+        return KVCache(self.config, batch_size, size, device, compute_dtype(weight, device))
 
     @torch.no_grad()
     def next_logits(

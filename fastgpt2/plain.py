@@ -70,3 +70,9 @@ def call(module: nn.Module, x: Tensor, *others: Any) -> Tensor:
     else:
         out = module(x.to(dtypes.pop()), *others)
     return out.to(x.dtype)
+
+
+def execution_device(module: nn.Embedding) -> torch.device:
+    """Where the module computes: where its weight is, unless accelerate's hook fetches that."""
+    fetched = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    return module.weight.device if fetched is None else torch.device(fetched)

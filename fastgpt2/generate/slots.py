@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastgpt2.model import GPT
+from fastgpt2.plain import execution_device
 
 
 class Slots:
@@ -22,7 +23,7 @@ class Slots:
 
     def __init__(self, model: GPT, count: int, size: int) -> None:
         self.model, self.size = model, size
-        self.device = model.transformer.wpe.weight.device
+        self.device = execution_device(model.transformer.wpe)
         self.cache = model.make_cache(count, size)
         self.lengths = [0] * count
 

@@ -175,6 +175,11 @@ def load_training_state(folder: Path, model: GPT, optimizer: torch.optim.Optimiz
                     state[moment] = torch.zeros_like(parameter)
                     rows = _true_rows(model, name, parameter)
                     state[moment][:rows] = tensors[f"{moment}.{name}"]
+            # AdamW's three come together, Muon's buffer alone
+            if (adamw := {"step", "exp_avg", "exp_avg_sq"}) & set(state) and not adamw <= set(
+                state
+            ):
+                raise KeyError(f"{(adamw - set(state)).pop()}.{name}")
             # a parameter that has never had a gradient has no moments
             if state:
                 optimizer.state[parameter] = state
