@@ -116,6 +116,7 @@ def test_offloaded_weights_are_fetched() -> None:
     expected = model.generate(idx[:, :4], 3, top_k=1), model(idx, targets)[1]
     cpu_offload(model, execution_device=torch.device("cpu"))
     assert torch.equal(model.generate(idx[:, :4], 3, top_k=1), expected[0])
+    assert model.log_probs(idx).isfinite().all()
     torch.testing.assert_close(model(idx, targets)[1], expected[1])
 
 

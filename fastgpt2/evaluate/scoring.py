@@ -10,6 +10,7 @@ from torch import Tensor
 from fastgpt2.devices import autocast
 from fastgpt2.errors import UserError
 from fastgpt2.model import GPT
+from fastgpt2.plain import execution_device
 from fastgpt2.text.loaders import IGNORE_INDEX
 
 # fp32 logits that are held at once: 64 MB
@@ -40,7 +41,7 @@ def score(model: GPT, idx: Tensor, targets: Tensor, dtype: torch.dtype) -> Token
     Raises:
         UserError: a loss is not finite.
     """
-    device = model.lm_head.weight.device
+    device = execution_device(model.transformer.wpe)
     with autocast(device, dtype):
         hidden = model.hidden_states(idx.to(device))
     targets = targets.to(device)

@@ -18,6 +18,7 @@ from fastgpt2.generate.processors import Processor
 from fastgpt2.generate.sampling import Sampling
 from fastgpt2.generate.slots import Slots
 from fastgpt2.model import GPT
+from fastgpt2.plain import execution_device
 
 # rows that run at once where each has random numbers of its own
 _BATCH_SIZE = 64
@@ -106,7 +107,8 @@ def generate(
 def log_probs(model: GPT, ids: Prompts) -> Tensor | list[list[float]]:
     """See ``GPT.log_probs``."""
     rows = _rows(ids, None)
-    device, block_size = model.transformer.wpe.weight.device, model.config.block_size
+    device = execution_device(model.transformer.wpe)
+    block_size = model.config.block_size
     results: list[list[float]] = []
     with evaluating(model):
         for row in rows:

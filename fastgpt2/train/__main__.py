@@ -19,6 +19,7 @@ from fastgpt2.train import summary
 from fastgpt2.train.allocator import keep_freed_memory
 from fastgpt2.train.claim import check_outside, claimed, empty, is_empty, new_folder
 from fastgpt2.train.config import TrainConfig, field_types, named_configs, read_config
+from fastgpt2.train.origin import noted_source
 from fastgpt2.train.trainer import Outcome, Trainer
 
 # the flags of the help text, in groups: the first field of each
@@ -177,13 +178,8 @@ def _configuration(base: dict[str, Any], arguments: dict[str, Any]) -> TrainConf
         config,
         data=tuple(absolute(item) for item in config.data),
         vocab_dir=None if config.vocab_dir is None else str(Path(config.vocab_dir).absolute()),
-        init_from=None if config.init_from is None else _source(config.init_from),
+        init_from=None if config.init_from is None else noted_source(config.init_from),
     )
-
-
-def _source(weights: str) -> str:
-    """A path as the run notes it; a release's name stays one."""
-    return str(Path(weights).resolve()) if Path(weights).exists() else weights
 
 
 def _share(base: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
@@ -201,7 +197,7 @@ def _length(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def _check_unchanged(base: dict[str, Any], arguments: dict[str, Any]) -> None:
     if "init_from" in arguments:
-        arguments = arguments | {"init_from": _source(arguments["init_from"])}
+        arguments = arguments | {"init_from": noted_source(arguments["init_from"])}
     for name in _FIXED:
         if name in arguments and arguments[name] != base.get(name):
             raise UserError(

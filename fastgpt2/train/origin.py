@@ -88,7 +88,6 @@ def open_origin(config: TrainConfig) -> Origin:
             f"--init-from: the weights have {shape.block_size} positions, "
             f"block_size asks for {block_size}"
         )
-    path = Path(config.init_from)
     resolved = replace(
         config,
         tokenizer=opened.tokenizer.name,
@@ -99,10 +98,19 @@ def open_origin(config: TrainConfig) -> Origin:
         n_embd=shape.n_embd,
         block_size=block_size,
         bias=shape.bias,
-        init_from=str(path.resolve()) if path.exists() else config.init_from,
+        init_from=noted_source(config.init_from),
         init_sha256=weights_sha256(opened.path),
     )
     return Origin(resolved, opened)
+
+
+def noted_source(weights: str) -> str:
+    """How a run notes where its weights came from: a path in full, a release by its name.
+
+    Args:
+        weights: what ``--init-from`` was given.
+    """
+    return str(Path(weights).resolve()) if Path(weights).exists() else weights
 
 
 def weights_sha256(path: Path) -> str:
