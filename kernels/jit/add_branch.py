@@ -70,7 +70,8 @@ def _add_branch_bwd_kernel(
 ):
     N, C = shape
     pid_n, P = tl.program_id(1).to(tl.int64), tl.num_programs(1)
-    offs_c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    first_c = tl.program_id(0).to(tl.int64) * BLOCK_C
+    offs_c = first_c + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     dbias = tl.zeros([BLOCK_C], tl.float32)
     for start in range(pid_n * BLOCK_N, N, P * BLOCK_N):
@@ -80,7 +81,7 @@ def _add_branch_bwd_kernel(
         dbranch = tl.load(dy_ptrs, mask=mask, other=0.0).to(tl.float32)
         offs_out = offs_n[:, None] * C + offs_c[None, :]
         if dropout is not None:
-            dbranch = dropout_tile(dbranch, dropout, offs_n, C, tl.program_id(0) * BLOCK_C)
+            dbranch = dropout_tile(dbranch, dropout, offs_n, C, first_c)
         if dbranch_ptr is not None:
             tl.store(dbranch_ptr + offs_out, dbranch, mask=mask)
         if partial_ptr is not None:

@@ -100,6 +100,22 @@ def _attention_bwd_dq_kernel(
 
 
 @triton.jit
+def _load_stats(stats_ptrs, first, row, mask):
+    """The saved lse and delta of the queries ``row`` of a head, whose own begin at ``first``."""
+    lse = tl.load(stats_ptrs[0] + first + row, mask=mask, other=0.0)
+    delta = tl.load(stats_ptrs[1] + first + row, mask=mask, other=0.0)
+    return lse, delta
+
+
+@triton.jit
+def _rescaled(dv, dropout):
+    """What dropout multiplies the kept probabilities by, once for all of them."""
+    if dropout is not None:
+        dv *= 1.0 / (1.0 - dropout[1])
+    return dv
+
+
+@triton.jit
 def _attention_bwd_dkv_kernel(
     qkv_ptrs,
     out_ptrs,
@@ -139,8 +155,7 @@ def _attention_bwd_dkv_kernel(
         q = load_tile(q_ptr, offs_m, stride_t, T - first_q, D, EVEN)
         do = load_tile(do_ptr, offs_m, C, T - first_q, D, EVEN)
         row, col = first_q + offs_m[None, :], keys[:, None]
-        lse = tl.load(stats_ptrs[0] + (b * H + h) * T + row, mask=row < T, other=0.0)
-        delta = tl.load(stats_ptrs[1] + (b * H + h) * T + row, mask=row < T, other=0.0)
+        lse, delta = _load_stats(stats_ptrs, (b * H + h) * T, row, row < T)
         s = tl.dot(k, q.T, input_precision=PRECISION)
         p = tl.exp2(s * (scale * LOG2E) - lse)
         ids_m = load_ids(segment_ptr, b, row, T)
@@ -156,16 +171,11 @@ def _attention_bwd_dkv_kernel(
         slope = dp - delta
         if dropout is not None:
             slope = tl.where(keep, dp * (1.0 / (1.0 - dropout[1])) - delta, -delta)
-        ds = p * slope
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-        q_ptr += BLOCK_M * stride_t
-        do_ptr += BLOCK_M * C
+        dk = tl.dot((p * slope).to(q.dtype), q, dk, input_precision=PRECISION)
+        q_ptr, do_ptr = q_ptr + BLOCK_M * stride_t, do_ptr + BLOCK_M * C
     dk_ptr = qkv_ptrs[1] + (b * T + first_k) * 3 * C + C + h * D
-    if dropout is not None:
-        # what the kept probabilities are multiplied by, once for all of them
-        dv *= 1.0 / (1.0 - dropout[1])
     store_tile(dk_ptr, dk * scale, offs_n, 3 * C, T - first_k, D)
-    store_tile(dk_ptr + C, dv, offs_n, 3 * C, T - first_k, D)
+    store_tile(dk_ptr + C, _rescaled(dv, dropout), offs_n, 3 * C, T - first_k, D)
 
 
 def launch_bwd(

@@ -27,7 +27,7 @@ WORD = tl.constexpr(32)
 def _dropout_bits_kernel(bits_ptr, dropout, shape, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr):
     rows, T = shape
     words = tl.cdiv(T, WORD)
-    first_w = tl.program_id(1) * BLOCK_W
+    first_w = (tl.program_id(1).to(tl.int64) * BLOCK_W).to(tl.int32)
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     # a program all of whose queries come before its keys has nothing to do
     last_t = tl.max(offs_n % T, 0)
