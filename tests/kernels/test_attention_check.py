@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastgpt2.kernels import attention, backend, reference, tuning
-from fastgpt2.kernels.jit import attention_check, attention_parts
+from fastgpt2.kernels.jit import attention_check, attention_dropout, attention_parts
 from fastgpt2.kernels.jit.attention import launch_fwd
 from fastgpt2.kernels.jit.attention_bwd import launch_bwd
 from tests.kernels import budget
@@ -227,6 +227,8 @@ def test_it_checks_the_binaries_that_run(
         seen.append((kernel.fn.__name__, _specialisation(arguments), tuple(meta.items())))
 
     monkeypatch.setattr(attention_parts, "launch_kernel", record)
+    # nothing reads the mask, which takes the interpreter minutes
+    monkeypatch.setattr(attention_dropout, "launch_kernel", lambda *_, **__: None)
     # on a GPU's tiles
     monkeypatch.setattr(tuning, "arch_of", lambda device: "sm_90")
     monkeypatch.setattr(reference, "attention", lambda qkv, *_: qkv.chunk(3, -1)[0] * 1.0)
