@@ -142,6 +142,14 @@ def _with_tokens(draw: Draw, name: str, shape: tuple[int, ...], limit: int) -> D
     }
 
 
+def _with_lengths(draw: Draw, batch: int, S: int) -> Draw:
+    """What ``draw`` draws, and lengths that leave one slot of S."""
+    return lambda device, dtype: {
+        **draw(device, dtype),
+        "lengths": torch.full((batch,), S - 1, device=device),
+    }
+
+
 def _attention(s: Sizes, dropout_p: float) -> OpCase:
     def run(impl: str, qkv: Tensor) -> Tensor:
         return kernels.attention(qkv, n_head=s.H, dropout_p=dropout_p, seed=1, impl=impl)
@@ -319,13 +327,29 @@ def _decode_attention(s: Sizes, batch: int) -> OpCase:
     D = s.C // s.H
     cache = (batch, s.H, s.S, D)
 
-    def inputs(device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-        drawn = _draw(q=(batch, 1, s.H, D), k=cache, v=cache)(device, dtype)
-        return {**drawn, "lengths": torch.full((batch,), s.S - 1, device=device)}
-
+    inputs = _with_lengths(_draw(q=(batch, 1, s.H, D), k=cache, v=cache), batch, s.S)
     elements = 2.0 * batch * s.S * s.C
     cost = Cost(2 * elements, 2 * elements)
     return OpCase("decode_attention", f"{s.name} B{batch} S{s.S} H{s.H}", run, plain, inputs, cost)
+
+
+def _append_kv(s: Sizes, batch: int) -> OpCase:
+    def run(impl: str, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, **kv: Tensor) -> Any:
+        kernels.append_kv(k_cache, v_cache, **kv, lengths=lengths, impl=impl)
+        return k_cache, v_cache
+
+    def plain(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Any:
+        rows = torch.arange(batch, device=k.device)[:, None]
+        k_cache[rows, :, lengths[:, None]] = k
+        v_cache[rows, :, lengths[:, None]] = v
+        return k_cache, v_cache
+
+    D = s.C // s.H
+    cache, new = (batch, s.H, s.S, D), (batch, 1, s.H, D)
+    inputs = _with_lengths(_draw(k_cache=cache, v_cache=cache, k=new, v=new), batch, s.S)
+    # two rows are read and two written
+    cost = Cost(4 * 2.0 * batch * s.C)
+    return OpCase("append_kv", f"{s.name} B{batch} S{s.S} H{s.H}", run, plain, inputs, cost)
 
 
 def cases_at(s: Sizes, decode_batches: Sequence[int], *, on_kernels: bool) -> list[OpCase]:
@@ -333,7 +357,8 @@ def cases_at(s: Sizes, decode_batches: Sequence[int], *, on_kernels: bool) -> li
     cases = [_attention(s, 0.0), _add_layer_norm(s), _add_branch(s), _layer_norm(s)]
     cases += [_bias_gelu(s), _linear_gelu(s, fused=False)]
     cases += [_cross_entropy(s), _linear_cross_entropy(s), _embedding(s)]
-    cases += [_decode_attention(s, batch) for batch in decode_batches]
+    for batch in decode_batches:
+        cases += [_append_kv(s, batch), _decode_attention(s, batch)]
     if on_kernels:
         cases += [_linear_gelu(s, fused=True), _attention(s, 0.1)]
     return cases

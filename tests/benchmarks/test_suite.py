@@ -110,7 +110,8 @@ def test_summary_names_every_stage(folder: Path) -> None:
 
 def test_a_report_of_all_of_it(folder: Path, tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n", encoding="utf-8")
+    last = f"before\n{report.BEGIN}\nlast table\n{report.END}\nafter\n"
+    readme.write_text(last, encoding="utf-8")
     files = [str(folder / "kernels.json"), str(folder / "decode.json")]
     results = tmp_path / "results"
     options = ["--results", str(results), "--readme", str(readme)]
@@ -124,7 +125,7 @@ def test_a_report_of_all_of_it(folder: Path, tmp_path: Path) -> None:
     for word in (*(p.name for p in pictures), "## train step", "more than `import torch`"):
         assert word in text
     table = readme.read_text(encoding="utf-8")
-    assert table.startswith("before\n") and table.endswith("after\n") and "old" not in table
+    assert table.startswith("before\n") and table.endswith("after\n") and "last table" not in table
     assert "| train step" in table and f"results/{page.name}" in table
 
 

@@ -39,7 +39,7 @@ MUTANTS = [
     Mutant(
         "gradient_without_its_mask",
         _KERNEL,
-        "dropout_tile(dbranch, dropout, offs_n, C, tl.program_id(0) * BLOCK_C)",
+        "dropout_tile(dbranch, dropout, offs_n, C, first_c)",
         "dbranch / (1.0 - dropout[1])",
         (_BUDGET,),
     ),

@@ -162,7 +162,7 @@ MUTANTS = [
     Mutant(
         "dk_and_dv_swapped",
         _BWD,
-        "store_tile(dk_ptr + C, dv",
+        "store_tile(dk_ptr + C, _rescaled(dv, dropout)",
         "store_tile(dk_ptr + C, dk",
         (_PLAIN,),
     ),
