@@ -1,5 +1,6 @@
 """Tokens to batches: the book's sliding window, and the training and evaluation streams."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
@@ -12,13 +13,12 @@ from torch.utils.data import Dataset as TorchDataset
 from fastgpt2.errors import UserError
 from fastgpt2.text.encoding import Tokenizer, encode_special
 from fastgpt2.text.permutation import Permutation
-from fastgpt2.text.shards import TokenShards, check_ids
+from fastgpt2.text.stored import StoredTokens, TokenSequence, check_ids
 from fastgpt2.text.tokenizers import get_tokenizer
 
 IGNORE_INDEX = -100
 
 
-TokenSequence = NDArray[Any] | TokenShards
 Tokens = TokenSequence | torch.Tensor | Sequence[int]
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -32,7 +32,7 @@ def as_sequence(
         UserError: fewer than ``at_least`` ids, not one-dimensional, or an id outside
             [0, vocab_size).
     """
-    sequence = tokens if isinstance(tokens, TokenShards) else np.asarray(tokens)
+    sequence = tokens if isinstance(tokens, StoredTokens) else np.asarray(tokens)
     if isinstance(sequence, np.ndarray) and sequence.ndim != 1:
         raise UserError(f"{name}: expected ids in one dimension, got shape {sequence.shape}")
     if len(sequence) < at_least:
@@ -45,16 +45,92 @@ def as_sequence(
     if isinstance(sequence, np.ndarray):
         check_ids(sequence, vocab_size, name)
     elif sequence.vocab_size > vocab_size:
-        # the shards check each id against their own vocabulary as they read it
+        # stored tokens check each id against their own vocabulary as they read it
         raise UserError(
-            f"{name}: token shards of a vocabulary of {sequence.vocab_size} for a model of "
+            f"{name}: {sequence.kind}s of a vocabulary of {sequence.vocab_size} for a model of "
             f"{vocab_size}"
         )
     return sequence
 
 
-class BlockLoader:
+class BlockStream(ABC):
     """An endless stream of training batches, each a pure function of its place in the stream.
+
+    Its state is one number, the blocks used so far. Resuming is exact, and goes on in the same
+    order even with another batch size or number of processes.
+
+    Args:
+        block_size: T, tokens.
+        batch_size: B, blocks a batch and process.
+        blocks_per_epoch: blocks in one pass over the data.
+        rank, world_size: this process and how many there are; each gets other blocks.
+    """
+
+    def __init__(
+        self, block_size: int, batch_size: int, blocks_per_epoch: int, rank: int, world_size: int
+    ) -> None:
+        self.block_size = block_size
+        self.batch_size = batch_size
+        self.blocks_per_epoch = blocks_per_epoch
+        self._rank = rank
+        self._world_size = world_size
+        self._position = 0
+
+    @abstractmethod
+    def blocks(self, first: int, count: int) -> NDArray[Any]:
+        """The blocks at these places of the stream, (count, T + 1): inputs and the token after."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, int]:
+        """The place in the stream, and what it is only valid for; plain integers."""
+
+    @property
+    def tokens_per_epoch(self) -> int:
+        """Targets in one epoch, over all processes."""
+        return self.blocks_per_epoch * self.block_size
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches each process takes to see all blocks once, rounded up."""
+        return -(-self.blocks_per_epoch // (self.batch_size * self._world_size))
+
+    @property
+    def blocks_used(self) -> int:
+        """Blocks taken from the stream so far, over all processes."""
+        return self._position
+
+    @property
+    def epoch(self) -> float:
+        """Epochs gone through, with the fraction of the current one."""
+        return self._position / self.blocks_per_epoch
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Batch:
+        """Inputs and targets, int64 ``(B, T)`` each."""
+        first = self._position + self._rank * self.batch_size
+        self._position += self._world_size * self.batch_size
+        batch = torch.from_numpy(self.blocks(first, self.batch_size).astype(np.int64))
+        return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on where ``state_dict`` was taken.
+
+        Raises:
+            UserError: the state belongs to another seed, block size or number of tokens.
+        """
+        for key, ours in self.state_dict().items():
+            if key != "position" and state.get(key) != ours:
+                raise UserError(
+                    f"resume: the data stream was saved with {key} {state.get(key)}, "
+                    f"now it is {ours}"
+                )
+        self._position = state["position"]
+
+
+class BlockLoader(BlockStream):
+    """The stream of one corpus.
 
     N tokens hold n = (N - 1) // T blocks of T inputs and T targets (the inputs moved by one). Each
     epoch goes through the n blocks once, in an order of its own, with the borders between blocks
@@ -64,9 +140,7 @@ class BlockLoader:
     and the beginning of the next, so nothing is dropped and a corpus of fewer blocks than a batch
     works too.
 
-    Order and borders come from ``seed`` and the number of the epoch alone. The state is therefore
-    one number, the blocks used so far; resuming is exact, and goes on in the same order even with
-    another batch size or number of processes.
+    Order and borders come from ``seed`` and the number of the epoch alone.
 
     Args:
         tokens: ids; numpy array, tensor or ``TokenShards``.
@@ -104,46 +178,15 @@ class BlockLoader:
         self._tokens = as_sequence(
             tokens, at_least=block_size + 1, vocab_size=vocab_size, name=name
         )
-        self.block_size = block_size
-        self.batch_size = batch_size
-        self.blocks_per_epoch = 1 + (len(self._tokens) - 1 - block_size) // self._stride
+        blocks_per_epoch = 1 + (len(self._tokens) - 1 - block_size) // self._stride
+        super().__init__(block_size, batch_size, blocks_per_epoch, rank, world_size)
         self._seed = seed
-        self._rank = rank
-        self._world_size = world_size
         self._random_phase = stride is None
-        self._position = 0
 
-    @property
-    def tokens_per_epoch(self) -> int:
-        """Targets in one epoch, over all processes."""
-        return self.blocks_per_epoch * self.block_size
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Batches each process takes to see all blocks once, rounded up."""
-        return -(-self.blocks_per_epoch // (self.batch_size * self._world_size))
-
-    @property
-    def blocks_used(self) -> int:
-        """Blocks taken from the stream so far, over all processes."""
-        return self._position
-
-    @property
-    def epoch(self) -> float:
-        """Epochs gone through, with the fraction of the current one."""
-        return self._position / self.blocks_per_epoch
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> Batch:
-        """Inputs and targets, int64 ``(B, T)`` each."""
-        first = self._position + self._rank * self.batch_size
-        self._position += self._world_size * self.batch_size
-        starts = self._starts(np.arange(first, first + self.batch_size))
-        blocks = np.stack([self._tokens[s : s + self.block_size + 1] for s in starts.tolist()])
-        batch = torch.from_numpy(blocks.astype(np.int64))
-        return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+    def blocks(self, first: int, count: int) -> NDArray[Any]:
+        """The blocks at these places of the stream, (count, T + 1)."""
+        starts = self._starts(np.arange(first, first + count)).tolist()
+        return np.stack([self._tokens[s : s + self.block_size + 1] for s in starts])
 
     def _starts(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
         """Where in the tokens the blocks at these places of the endless stream begin."""
@@ -164,20 +207,6 @@ class BlockLoader:
             "block_size": self.block_size,
             "num_tokens": len(self._tokens),
         }
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where ``state_dict`` was taken.
-
-        Raises:
-            UserError: the state belongs to another seed, block size or number of tokens.
-        """
-        for key, ours in self.state_dict().items():
-            if key != "position" and state.get(key) != ours:
-                raise UserError(
-                    f"resume: the data stream was saved with {key} {state.get(key)}, "
-                    f"now it is {ours}"
-                )
-        self._position = state["position"]
 
 
 def iter_eval_batches(

@@ -20,8 +20,9 @@ from fastgpt2.files import write_text
 from fastgpt2.generate.stream import encode_prompt, stream_text
 from fastgpt2.model import GPT
 from fastgpt2.streams import steady_streams
-from fastgpt2.text import BlockLoader, build_dataset, load_tokenizer, save_tokenizer
+from fastgpt2.text import build_dataset, load_tokenizer, save_tokenizer
 from fastgpt2.text.loaders import check_eval_tokens
+from fastgpt2.text.mixture_loader import mixture_lines, open_loader
 from fastgpt2.train import checkpoint
 from fastgpt2.train.compiled import compiled
 from fastgpt2.train.config import TrainConfig
@@ -89,6 +90,7 @@ class Trainer:
             vocab_dir=None if origin else config.vocab_dir,
             val_fraction=config.val_fraction,
             text_column=config.text_column,
+            vocab_size=config.vocab_size,
             notify=notify,
         )
         self.tokenizer = self.dataset.tokenizer
@@ -110,7 +112,7 @@ class Trainer:
             self.model = GPT(shape)
         self.model.to(self.device)
         optimizer = build_optimizer(self.model, config)
-        self.loader = BlockLoader(
+        self.loader = open_loader(
             self.dataset.train,
             block_size=shape.block_size,
             batch_size=config.batch_size,
@@ -172,6 +174,10 @@ class Trainer:
             dtype=self.dtype,
             kernels=self.kernels,
         )
+        left = 0 if self.total_steps is None else self.total_steps - state.step
+        planned = self.loader.blocks_used + left * self.tokens_per_step // self.loader.block_size
+        for line in mixture_lines(self.loader, planned):
+            self.console.notify(line)
         self.model.train()
         if config.compile:
             self.training_step.forward = compiled(

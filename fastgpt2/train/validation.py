@@ -30,7 +30,12 @@ class Validation:
 
     @property
     def nats_per_byte(self) -> float:
-        """Loss a UTF-8 byte of the text, comparable between tokenizers."""
+        """Loss per UTF-8 byte of the text, comparable between tokenizers.
+
+        NaN where the ids have no text.
+        """
+        if not self.text_bytes:
+            return math.nan
         return self.loss * self.targets / self.text_bytes
 
     @property
