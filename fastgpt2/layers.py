@@ -83,14 +83,19 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(C, 3 * C, bias=config.bias)
         self.c_proj = nn.Linear(C, C, bias=config.bias)
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, cache: LayerCache | None = None, segment_ids: Tensor | None = None
+    ) -> Tensor:
         """(B, T, C) -> (B, T, C); with a cache, T = 1 once it holds a prompt.
 
+        With ``segment_ids`` (B, T), tokens of different documents do not see each other.
         The block applies the dropout of the result, when it adds it to the residual stream.
         """
-        return _with_bias(self.branch(x, cache))
+        return _with_bias(self.branch(x, cache, segment_ids))
 
-    def branch(self, x: Tensor, cache: LayerCache | None = None) -> Branch:
+    def branch(
+        self, x: Tensor, cache: LayerCache | None = None, segment_ids: Tensor | None = None
+    ) -> Branch:
         """``forward`` without the last bias, and that bias."""
         fp8 = self.fp8 and self.training
         qkv = project(self.c_attn, x, fp8=fp8)
@@ -100,7 +105,13 @@ class CausalSelfAttention(nn.Module):
             if cache is not None:
                 cache.fill(qkv, self.n_head)
             dropout_p = self.dropout_p if self.training else 0.0
-            out = attention(qkv, n_head=self.n_head, dropout_p=dropout_p, impl=self.impl)
+            out = attention(
+                qkv,
+                n_head=self.n_head,
+                dropout_p=dropout_p,
+                segment_ids=segment_ids,
+                impl=self.impl,
+            )
         return project_without_bias(self.c_proj, out, fp8=fp8)
 
     def _decode(self, qkv: Tensor, cache: LayerCache) -> Tensor:
@@ -159,7 +170,11 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, dtype: torch.dtype | None = None, cache: LayerCache | None = None
+        self,
+        x: Tensor,
+        dtype: torch.dtype | None = None,
+        cache: LayerCache | None = None,
+        segment_ids: Tensor | None = None,
     ) -> Tensor:
         """The residual stream after the block.
 
@@ -168,6 +183,7 @@ class Block(nn.Module):
             dtype: what attention and MLP compute in; None is x's.
             cache: keys and values of this layer, for generation; with a cache that holds a prompt,
                 T is 1.
+            segment_ids: (B, T), the document of each token; they do not see each other.
 
         Returns:
             (B, T, C), in x's dtype.
@@ -175,9 +191,11 @@ class Block(nn.Module):
         dtype = x.dtype if dtype is None else dtype
         x, normed = self._norm_1(x, dtype)
         if is_plain(self.attn, CausalSelfAttention):
-            branch = self.attn.branch(normed, cache)
+            branch = self.attn.branch(normed, cache, segment_ids)
         else:
-            branch = call(self.attn, normed, *(() if cache is None else (cache,))), None
+            cached = () if cache is None else (cache,)
+            documents = {} if segment_ids is None else {"segment_ids": segment_ids}
+            branch = call(self.attn, normed, *cached, **documents), None
         x, normed = self._add_and_norm_2(x, branch, dtype)
         if is_plain(self.mlp, MLP):
             branch = self.mlp.branch(normed)

@@ -33,6 +33,20 @@ from fastgpt2.state_dict import head_is_tied, register_hooks
 _NANOGPT_IGNORE, _IGNORE = -1, -100
 
 
+def positions_in_segments(segment_ids: Tensor) -> Tensor:
+    """The position of each token in its document: 0 where the segment id changes.
+
+    Args:
+        segment_ids: (B, T) integers.
+
+    Returns:
+        (B, T) int64.
+    """
+    places = torch.arange(segment_ids.shape[1], device=segment_ids.device)
+    begins = F.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0))
+    return places - torch.where(begins, places, 0).cummax(1).values
+
+
 class Embedded(NamedTuple):
     """The embeddings of some tokens.
 
@@ -60,7 +74,11 @@ class Transformer(nn.Module):
         self.impl = config.impl
 
     def forward(
-        self, idx: Tensor, dtype: torch.dtype | None = None, cache: KVCache | None = None
+        self,
+        idx: Tensor,
+        dtype: torch.dtype | None = None,
+        cache: KVCache | None = None,
+        segment_ids: Tensor | None = None,
     ) -> Tensor:
         """(B, T) token ids -> (B, T, C) in ``dtype``, what the head reads.
 
@@ -68,25 +86,27 @@ class Transformer(nn.Module):
             idx: (B, T), token ids.
             dtype: what the blocks compute in; None is the position embedding's.
             cache: for generation; its lengths are the positions.
+            segment_ids: (B, T), the document of each token; not with a cache.
         """
         dtype = self.wpe.weight.dtype if dtype is None else dtype
         past = cache is not None and not cache.is_empty
-        positions = None
+        positions = None if segment_ids is None else positions_in_segments(segment_ids)
         if cache is not None and past:
             new = torch.arange(idx.shape[1], device=idx.device)
             # padding after a row's own tokens may stand past the last position
             positions = (cache.lengths[:, None] + new).clamp(max=self.wpe.num_embeddings - 1)
         if self.has_plain_embeddings:
             x: Tensor = self._embed(embedding, idx, dtype, positions)
-            return self.run_blocks(x, dtype, cache)
+            return self.run_blocks(x, dtype, cache, segment_ids)
         if positions is None:
             positions = torch.arange(idx.shape[1], device=idx.device)
         x = F.dropout(self.wte(idx) + self.wpe(positions), self._embedding_p)
-        return self.run_blocks(x.to(self._stream_dtype(dtype)), dtype, cache)
+        return self.run_blocks(x.to(self._stream_dtype(dtype)), dtype, cache, segment_ids)
 
-    def embed(self, idx: Tensor, dtype: torch.dtype) -> Embedded:
+    def embed(self, idx: Tensor, dtype: torch.dtype, segment_ids: Tensor | None = None) -> Embedded:
         """(B, T) token ids -> the sum of their two plain embeddings, after its dropout."""
-        return Embedded(*self._embed(tied_embedding, idx, dtype, None))
+        positions = None if segment_ids is None else positions_in_segments(segment_ids)
+        return Embedded(*self._embed(tied_embedding, idx, dtype, positions))
 
     @property
     def has_plain_embeddings(self) -> bool:
@@ -113,10 +133,18 @@ class Transformer(nn.Module):
             impl=self.impl,
         )
 
-    def run_blocks(self, x: Tensor, dtype: torch.dtype, cache: KVCache | None = None) -> Tensor:
+    def run_blocks(
+        self,
+        x: Tensor,
+        dtype: torch.dtype,
+        cache: KVCache | None = None,
+        segment_ids: Tensor | None = None,
+    ) -> Tensor:
         """(B, T, C), the residual stream -> (B, T, C) in ``dtype``, after the final LayerNorm."""
+        # what is not there is not handed on: hooks and replaced blocks see the call as ever
+        documents = {} if segment_ids is None else {"segment_ids": segment_ids}
         for i, block in enumerate(self.h):
-            x = block(x, dtype, None if cache is None else cache.layers[i])
+            x = block(x, dtype, None if cache is None else cache.layers[i], **documents)
         return normalize(self.ln_f, x, dtype, impl=self.impl)
 
 
@@ -174,7 +202,12 @@ class GPT(Quantizable, Generative):
             self.transformer.wte.weight[self.config.vocab_size :] = 0.0
 
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None, *, fused_loss: bool | None = None
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        *,
+        fused_loss: bool | None = None,
+        segment_ids: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Logits and loss.
 
@@ -182,6 +215,9 @@ class GPT(Quantizable, Generative):
             idx: (B, T) token ids, T <= block_size.
             targets: (B, T) token ids; -1 and -100 are ignored.
             fused_loss: compute the loss without the full logits; None is ``self.training``.
+            segment_ids: (B, T) integers, the document of each token, for several in a row:
+                attention stays within a document, and positions begin at 0 in each. Targets are
+                the caller's: that of a document's last token is not to be in the next.
 
         Returns:
             Without targets: the last position's logits (B, 1, V), and None.
@@ -192,24 +228,24 @@ class GPT(Quantizable, Generative):
         """
         fused = self.training if fused_loss is None else fused_loss
         if targets is None:
-            return self.head(self.hidden_states(idx)[:, -1:]), None
+            return self.head(self.hidden_states(idx, segment_ids=segment_ids)[:, -1:]), None
         targets = targets.masked_fill(targets == _NANOGPT_IGNORE, _IGNORE)
         if fused and is_plain(self.lm_head, nn.Linear) and self.lm_head._parameters["bias"] is None:
-            return None, self._fused_loss(idx, targets)
-        logits = self.logits(idx)
+            return None, self._fused_loss(idx, targets, segment_ids)
+        logits = self.head(self.hidden_states(idx, segment_ids=segment_ids))
         loss = cross_entropy(logits, targets, impl=self.config.impl)
         return None if fused else logits, loss
 
-    def _fused_loss(self, idx: Tensor, targets: Tensor) -> Tensor:
+    def _fused_loss(self, idx: Tensor, targets: Tensor, segment_ids: Tensor | None) -> Tensor:
         transformer, head = self.transformer, self.lm_head.weight
         plain = is_plain(transformer, Transformer) and transformer.has_plain_embeddings
         if plain and head_is_tied(self):
             dtype = self._check_tokens(idx)
             with no_autocast(idx):
-                x, head = transformer.embed(idx, dtype)
-                hidden = transformer.run_blocks(x, dtype)
+                x, head = transformer.embed(idx, dtype, segment_ids)
+                hidden = transformer.run_blocks(x, dtype, segment_ids=segment_ids)
         else:
-            hidden = self.hidden_states(idx)
+            hidden = self.hidden_states(idx, segment_ids=segment_ids)
         with no_autocast(hidden):
             return linear_cross_entropy(
                 hidden,
@@ -224,7 +260,9 @@ class GPT(Quantizable, Generative):
         """Token ids ``idx`` (B, T) -> the logits of every position, (B, T, V)."""
         return self.head(self.hidden_states(idx))
 
-    def hidden_states(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+    def hidden_states(
+        self, idx: Tensor, cache: KVCache | None = None, segment_ids: Tensor | None = None
+    ) -> Tensor:
         """(B, T) token ids -> what the head reads, (B, T, C) in the compute dtype.
 
         The compute dtype is autocast's where autocast is on, else that of the parameters. With a
@@ -232,7 +270,8 @@ class GPT(Quantizable, Generative):
         """
         dtype = self._check_tokens(idx)
         with no_autocast(idx):
-            hidden: Tensor = self.transformer(idx, dtype, cache)
+            documents = {} if segment_ids is None else {"segment_ids": segment_ids}
+            hidden: Tensor = self.transformer(idx, dtype, cache, **documents)
         return hidden
 
     def _check_tokens(self, idx: Tensor) -> torch.dtype:

@@ -113,9 +113,7 @@ def test_what_does_not_read_back_gets_no_name(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A disk that loses the last id."""
-    monkeypatch.setattr(
-        "fastgpt2.text.token_formats._Uint16Writer.sha256", property(lambda writer: bytes(32))
-    )
+    monkeypatch.setattr("fastgpt2.text.shards.IdWriter.sha256", property(lambda writer: bytes(32)))
     args = ["--data", str(text), "--out", str(tmp_path / "out"), "--tokenizer", "bytes"]
     assert main([*args, "--to", "nanogpt", "--workers", "1"]) == 2
     assert "does not read back as it was written" in capsys.readouterr().err

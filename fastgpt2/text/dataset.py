@@ -17,7 +17,7 @@ from fastgpt2.text.encoding import Tokenizer, token_bytes
 from fastgpt2.text.mixture import Mixture, split_weights
 from fastgpt2.text.prepared import find_prepared, open_prepared
 from fastgpt2.text.shards import TokenShards, dtype_for
-from fastgpt2.text.stored import StoredTokens
+from fastgpt2.text.stored import JoinedTokens, StoredTokens, TokenSequence
 from fastgpt2.text.token_files import (
     FoundFiles,
     find_token_files,
@@ -36,8 +36,8 @@ class Dataset:
     ``val`` is None when nothing is kept for validation.
     """
 
-    train: NDArray[Any] | StoredTokens | Mixture
-    val: NDArray[Any] | StoredTokens | None
+    train: TokenSequence
+    val: TokenSequence | None
     tokenizer: Tokenizer
     train_bytes: int
     val_bytes: int
@@ -50,10 +50,11 @@ class Dataset:
         A folder of token shards and the text it was made from have different digests.
         """
         digest = hashlib.sha256()
-        parts = [self.train, self.val]
         if isinstance(self.train, Mixture):
             digest.update(repr(self.train.weights).encode())
-            parts = [*self.train.tokens, self.val]
+        parts: list[NDArray[Any] | StoredTokens | None] = []
+        for split in (self.train, self.val):
+            parts += split.tokens if isinstance(split, JoinedTokens) else [split]
         for tokens in parts:
             if isinstance(tokens, TokenShards):
                 for header in tokens.headers:
@@ -220,12 +221,12 @@ def _mixed_dataset(
             )
     options |= {"vocab_dir": None, "vocab_size": None}
     parts = [build_dataset(name, tokenizer, notify=notify, **options) for name in names]
-    validation = [_ended(part.val, tokenizer)[:] for part in parts if part.val is not None]
+    validation = [_ended(part.val, tokenizer) for part in parts if part.val is not None]
     return Dataset(
         train=Mixture(
-            tuple(names), tuple(weights), tuple(_ended(part.train, tokenizer) for part in parts)
+            tuple(_ended(part.train, tokenizer) for part in parts), tuple(names), tuple(weights)
         ),
-        val=np.concatenate(validation) if validation else None,
+        val=JoinedTokens(tuple(validation)) if validation else None,
         tokenizer=tokenizer,
         train_bytes=sum(part.train_bytes for part in parts),
         val_bytes=sum(part.val_bytes for part in parts),

@@ -12,12 +12,10 @@ from torch.utils.data import Dataset as TorchDataset
 
 from fastgpt2.errors import UserError
 from fastgpt2.text.encoding import Tokenizer, encode_special
+from fastgpt2.text.packing import IGNORE_INDEX, inside_documents
 from fastgpt2.text.permutation import Permutation
-from fastgpt2.text.stored import StoredTokens, TokenSequence, check_ids
+from fastgpt2.text.stored import JoinedTokens, StoredTokens, TokenSequence, check_ids
 from fastgpt2.text.tokenizers import get_tokenizer
-
-IGNORE_INDEX = -100
-
 
 Tokens = TokenSequence | torch.Tensor | Sequence[int]
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -32,7 +30,10 @@ def as_sequence(
         UserError: fewer than ``at_least`` ids, not one-dimensional, or an id outside
             [0, vocab_size).
     """
-    sequence = tokens if isinstance(tokens, StoredTokens) else np.asarray(tokens)
+    if isinstance(tokens, StoredTokens | JoinedTokens):
+        sequence: TokenSequence = tokens
+    else:
+        sequence = np.asarray(tokens)
     if isinstance(sequence, np.ndarray) and sequence.ndim != 1:
         raise UserError(f"{name}: expected ids in one dimension, got shape {sequence.shape}")
     if len(sequence) < at_least:
@@ -42,7 +43,10 @@ def as_sequence(
         )
     if vocab_size is None:
         return sequence
-    if isinstance(sequence, np.ndarray):
+    if isinstance(sequence, JoinedTokens):
+        for part in sequence.tokens:
+            as_sequence(part, at_least=0, vocab_size=vocab_size, name=name)
+    elif isinstance(sequence, np.ndarray):
         check_ids(sequence, vocab_size, name)
     elif sequence.vocab_size > vocab_size:
         # stored tokens check each id against their own vocabulary as they read it
@@ -64,16 +68,24 @@ class BlockStream(ABC):
         batch_size: B, blocks a batch and process.
         blocks_per_epoch: blocks in one pass over the data.
         rank, world_size: this process and how many there are; each gets other blocks.
+        eot: the id that ends a document, if its targets, of the next document, do not count.
     """
 
     def __init__(
-        self, block_size: int, batch_size: int, blocks_per_epoch: int, rank: int, world_size: int
+        self,
+        block_size: int,
+        batch_size: int,
+        blocks_per_epoch: int,
+        rank: int,
+        world_size: int,
+        eot: int | None,
     ) -> None:
         self.block_size = block_size
         self.batch_size = batch_size
         self.blocks_per_epoch = blocks_per_epoch
         self._rank = rank
         self._world_size = world_size
+        self._eot = eot
         self._position = 0
 
     @abstractmethod
@@ -112,7 +124,8 @@ class BlockStream(ABC):
         first = self._position + self._rank * self.batch_size
         self._position += self._world_size * self.batch_size
         batch = torch.from_numpy(self.blocks(first, self.batch_size).astype(np.int64))
-        return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+        idx, targets = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+        return idx, targets if self._eot is None else inside_documents(idx, targets, self._eot)
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on where ``state_dict`` was taken.
@@ -150,6 +163,7 @@ class BlockLoader(BlockStream):
         rank, world_size: this process and how many there are; each gets other blocks.
         stride: tokens from one block to the next; None is T, with borders that move.
         vocab_size: V; ids are checked against it, if given.
+        eot: the id that ends a document, if its targets, of the next document, do not count.
         name: what error messages call the tokens.
 
     Raises:
@@ -167,6 +181,7 @@ class BlockLoader(BlockStream):
         world_size: int = 1,
         stride: int | None = None,
         vocab_size: int | None = None,
+        eot: int | None = None,
         name: str = "training tokens",
     ) -> None:
         self._stride = block_size if stride is None else stride
@@ -179,7 +194,7 @@ class BlockLoader(BlockStream):
             tokens, at_least=block_size + 1, vocab_size=vocab_size, name=name
         )
         blocks_per_epoch = 1 + (len(self._tokens) - 1 - block_size) // self._stride
-        super().__init__(block_size, batch_size, blocks_per_epoch, rank, world_size)
+        super().__init__(block_size, batch_size, blocks_per_epoch, rank, world_size, eot)
         self._seed = seed
         self._random_phase = stride is None
 

@@ -7,25 +7,21 @@ from pathlib import Path
 
 from fastgpt2.errors import UserError
 from fastgpt2.text.corpora import absolute, corpus_paths
-from fastgpt2.text.stored import TokenSequence
+from fastgpt2.text.stored import JoinedTokens
 
 
 @dataclass(frozen=True)
-class Mixture:
+class Mixture(JoinedTokens):
     """Training tokens of several sources.
 
     Attributes:
+        tokens: the ids of each.
         names: of the sources, as they were given.
         weights: share of the blocks that each gives; they add up to 1.
-        tokens: the ids of each.
     """
 
     names: tuple[str, ...]
     weights: tuple[float, ...]
-    tokens: tuple[TokenSequence, ...]
-
-    def __len__(self) -> int:
-        return sum(map(len, self.tokens))
 
 
 def split_weight(item: str) -> tuple[str, float | None]:

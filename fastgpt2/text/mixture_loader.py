@@ -15,7 +15,7 @@ _RANGE = 1 << 32
 _STEP = 2654435769
 
 
-def open_loader(tokens: TokenSequence | Mixture, **options: Any) -> BlockStream:
+def open_loader(tokens: TokenSequence, **options: Any) -> BlockStream:
     """The stream of one corpus or of a mixture.
 
     Args:
@@ -57,8 +57,9 @@ class MixtureLoader(BlockStream):
 
     Args:
         mixture: sources and weights.
-        block_size, batch_size, seed, rank, world_size, stride, vocab_size, name: as for
-            ``BlockLoader``.
+        block_size, batch_size, seed, rank, world_size, name: as for ``BlockLoader``.
+        eot: likewise.
+        options: its others, for each source.
 
     Raises:
         UserError: a source has fewer than T + 1 tokens, or an id outside the vocabulary.
@@ -73,9 +74,9 @@ class MixtureLoader(BlockStream):
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
-        stride: int | None = None,
-        vocab_size: int | None = None,
+        eot: int | None = None,
         name: str = "training tokens",
+        **options: Any,
     ) -> None:
         self.mixture = mixture
         self.sources = [
@@ -85,16 +86,15 @@ class MixtureLoader(BlockStream):
                 batch_size=batch_size,
                 # orders of their own, also of a source that is given twice
                 seed=int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0]),
-                stride=stride,
-                vocab_size=vocab_size,
                 name=f"{name} of {source}",
+                **options,
             )
             for number, (source, tokens) in enumerate(
                 zip(mixture.names, mixture.tokens, strict=True)
             )
         ]
         blocks_per_epoch = sum(source.blocks_per_epoch for source in self.sources)
-        super().__init__(block_size, batch_size, blocks_per_epoch, rank, world_size)
+        super().__init__(block_size, batch_size, blocks_per_epoch, rank, world_size, eot)
         self._seed = seed
         self._offset = int(np.random.SeedSequence([seed]).generate_state(1)[0])
         # where the share of each source ends

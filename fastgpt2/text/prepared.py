@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from fastgpt2.errors import UserError
 from fastgpt2.files import write_text
 from fastgpt2.text.encoding import Tokenizer, token_bytes
-from fastgpt2.text.shards import SUFFIX, TokenShards
+from fastgpt2.text.shards import SUFFIX, IdWriter, TokenShards
 from fastgpt2.text.stored import StoredTokens
 from fastgpt2.text.token_files import read_header
-from fastgpt2.text.token_formats import TOKEN_FORMATS, IdWriter
+from fastgpt2.text.token_formats import TOKEN_FORMATS
 from fastgpt2.text.tokenizers import load_tokenizer, save_tokenizer
 
 FILE_NAME = "manifest.json"

@@ -124,21 +124,28 @@ class ShardHeader:
         return cls(itemsize, vocab_size, count, sha256, *texts)
 
 
-class ShardWriter:
-    """What ``create_shard`` gives: appends ids and keeps count and checksum."""
+class IdWriter:
+    """Appends ids to a file, and keeps count and checksum.
 
-    def __init__(self, file: BinaryIO, name: str, tokenizer: Tokenizer, dtype: DType) -> None:
+    Args:
+        file: takes them.
+        name: what errors call it.
+        vocab_size: V; every id is in [0, V).
+        dtype: of the ids in the file.
+    """
+
+    def __init__(self, file: BinaryIO, name: str, vocab_size: int, dtype: DType) -> None:
         self.count = 0
         self._file = file
         self._name = name
-        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
         self._dtype = dtype
         self._digest = hashlib.sha256()
 
     def write(self, ids: ArrayLike) -> None:
         """Append ids; a UserError names one that is not in the vocabulary."""
         array = np.asarray(ids)
-        check_ids(array, self._tokenizer.vocab_size, self._name, first=self.count)
+        check_ids(array, self._vocab_size, self._name, first=self.count)
         data = array.astype(self._dtype).tobytes()
         self._digest.update(data)
         self._file.write(data)
@@ -148,6 +155,14 @@ class ShardWriter:
     def sha256(self) -> bytes:
         """Of the ids written so far."""
         return self._digest.digest()
+
+
+class ShardWriter(IdWriter):
+    """What ``create_shard`` gives: it knows the header of what is written."""
+
+    def __init__(self, file: BinaryIO, name: str, tokenizer: Tokenizer, dtype: DType) -> None:
+        super().__init__(file, name, tokenizer.vocab_size, dtype)
+        self._tokenizer = tokenizer
 
     @property
     def header(self) -> ShardHeader:

@@ -164,7 +164,38 @@ class StoredTokens:
         return _reopen, (type(self), (self.files, self.vocab_size), options)
 
 
-TokenSequence = NDArray[Any] | StoredTokens
+@dataclass(frozen=True)
+class JoinedTokens:
+    """Several sequences of ids, one after the other, as one: nothing is copied but slices.
+
+    Attributes:
+        tokens: the sequences.
+    """
+
+    tokens: tuple[NDArray[Any] | StoredTokens, ...]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.tokens))
+
+    @property
+    def dtype(self) -> DType:
+        """One that holds the ids of all."""
+        return np.result_type(*(part.dtype for part in self.tokens))
+
+    def __getitem__(self, key: slice) -> NDArray[Any]:
+        start, stop, step = key.indices(len(self))
+        if step != 1:
+            raise ValueError(f"joined tokens: slices have step 1, got {step}")
+        parts, begin = [np.empty(0, self.dtype)], 0
+        for part in self.tokens:
+            first, last = max(start - begin, 0), min(stop - begin, len(part))
+            if first < last:
+                parts.append(part[first:last])
+            begin += len(part)
+        return np.concatenate(parts)
+
+
+TokenSequence = NDArray[Any] | StoredTokens | JoinedTokens
 
 
 def _reopen(kind: type[StoredTokens], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:

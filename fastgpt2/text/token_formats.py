@@ -1,22 +1,17 @@
 """The formats that ``prepare --to`` writes: ours, llm.c's, nanoGPT's."""
 
-import hashlib
 import pickle
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol
-
-import numpy as np
-from numpy.typing import ArrayLike
+from typing import BinaryIO
 
 from fastgpt2.errors import UserError
 from fastgpt2.files import atomic_path
 from fastgpt2.text.encoding import Tokenizer
-from fastgpt2.text.shards import SUFFIX, create_shard
-from fastgpt2.text.stored import check_ids
+from fastgpt2.text.shards import SUFFIX, IdWriter, create_shard
 from fastgpt2.text.token_files import (
     LLMC_HEADER_BYTES,
     LLMC_MAGIC,
@@ -25,19 +20,6 @@ from fastgpt2.text.token_files import (
     UINT16,
 )
 from fastgpt2.text.tokenizers import CharTokenizer
-
-
-class IdWriter(Protocol):
-    """Appends ids to a file."""
-
-    count: int
-
-    def write(self, ids: ArrayLike) -> None:
-        """Append ids; a UserError names one that is not in the vocabulary."""
-
-    @property
-    def sha256(self) -> bytes:
-        """Of the ids written so far, in the file's type."""
 
 
 @dataclass(frozen=True)
@@ -57,30 +39,11 @@ class TokenFormat:
     one_file: bool = False
 
 
-class _Uint16Writer:
-    """Ids as uint16, little-endian."""
-
-    def __init__(self, file: BinaryIO, name: str, tokenizer: Tokenizer) -> None:
-        self.count = 0
-        self._file, self._name = file, name
-        self._vocab_size = tokenizer.vocab_size
-        self._digest = hashlib.sha256()
-        if self._vocab_size > 1 << 16:
-            raise UserError(f"{name}: uint16 cannot hold the vocabulary of {self._vocab_size}")
-
-    def write(self, ids: ArrayLike) -> None:
-        """Append ids; a UserError names one that is not in the vocabulary."""
-        array = np.asarray(ids)
-        check_ids(array, self._vocab_size, self._name, first=self.count)
-        data = array.astype(UINT16).tobytes()
-        self._digest.update(data)
-        self._file.write(data)
-        self.count += array.size
-
-    @property
-    def sha256(self) -> bytes:
-        """Of the ids written so far."""
-        return self._digest.digest()
+def _uint16_writer(file: BinaryIO, path: Path, tokenizer: Tokenizer) -> IdWriter:
+    name = f"token file {path}"
+    if tokenizer.vocab_size > 1 << 16:
+        raise UserError(f"{name}: uint16 cannot hold the vocabulary of {tokenizer.vocab_size}")
+    return IdWriter(file, name, tokenizer.vocab_size, UINT16)
 
 
 @contextmanager
@@ -96,7 +59,7 @@ def create_llmc(path: Path, tokenizer: Tokenizer) -> Iterator[IdWriter]:
     """
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         file.write(bytes(LLMC_HEADER_BYTES))
-        writer = _Uint16Writer(file, f"token file {path}", tokenizer)
+        writer = _uint16_writer(file, path, tokenizer)
         yield writer
         file.seek(0)
         file.write(struct.pack("<3i", LLMC_MAGIC, LLMC_VERSION, writer.count))
@@ -116,7 +79,7 @@ def create_nanogpt(path: Path, tokenizer: Tokenizer) -> Iterator[IdWriter]:
         UserError: the vocabulary does not fit uint16.
     """
     with atomic_path(path) as temporary, temporary.open("wb") as file:
-        yield _Uint16Writer(file, f"token file {path}", tokenizer)
+        yield _uint16_writer(file, path, tokenizer)
     if isinstance(tokenizer, CharTokenizer):
         stoi = {char: id_ for id_, char in enumerate(tokenizer.chars)}
         meta = {

@@ -39,6 +39,7 @@ _FIXED = (
     "vocab_size",
     "val_fraction",
     "stride",
+    "pack",
     "model",
     "block_size",
     "n_layer",

@@ -58,6 +58,10 @@ class TrainConfig:
     stride: int | None = _option(
         None, "tokens from one block to the next [T, with borders that move from epoch to epoch]"
     )
+    pack: bool = _option(
+        False,
+        "documents packed into blocks: attention stays within each, positions begin anew",
+    )
     init_from: str | None = _option(
         None,
         "begin with these weights: a run, a folder or file in any format that convert reads, or "

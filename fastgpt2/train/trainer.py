@@ -23,6 +23,7 @@ from fastgpt2.streams import steady_streams
 from fastgpt2.text import build_dataset, load_tokenizer, save_tokenizer
 from fastgpt2.text.loaders import check_eval_tokens
 from fastgpt2.text.mixture_loader import mixture_lines, open_loader
+from fastgpt2.text.packing import packed
 from fastgpt2.train import checkpoint
 from fastgpt2.train.compiled import compiled
 from fastgpt2.train.config import TrainConfig
@@ -95,6 +96,12 @@ class Trainer:
         )
         self.tokenizer = self.dataset.tokenizer
         self.tokenizer_id = f"{self.tokenizer.name} {self.tokenizer.fingerprint}"
+        self.eot = self.tokenizer.eot if config.pack else None
+        if config.pack and self.eot is None:
+            raise UserError(
+                f"--pack: the tokenizer {self.tokenizer.name} has no end-of-text id, so nothing "
+                "says where a document ends"
+            )
         # what would fail at the first evaluation fails now
         if config.sample_tokens:
             encode_prompt(self.tokenizer, config.sample_prompt, name="sample_prompt")
@@ -118,6 +125,7 @@ class Trainer:
             batch_size=config.batch_size,
             seed=config.seed,
             stride=config.stride,
+            eot=self.eot,
             vocab_size=shape.vocab_size,
         )
         if self.dataset.val is not None:
@@ -181,8 +189,10 @@ class Trainer:
         self.model.train()
         if config.compile:
             self.training_step.forward = compiled(
-                self.model, config.batch_size, self.dtype, self.console.notify
+                self.model, config.batch_size, self.dtype, self.console.notify, eot=self.eot
             )
+        if self.eot is not None:
+            self.training_step.forward = packed(self.training_step.forward, self.eot)
         try:
             with (
                 self.interrupt,
@@ -307,6 +317,7 @@ class Trainer:
             batch_size=max(config.batch_size, EVAL_TOKENS // self.model.config.block_size),
             dtype=self.dtype,
             poll=self.interrupt.poll,
+            eot=self.eot,
         )
         seconds = time.perf_counter() - began
         if state.validation is not None:
