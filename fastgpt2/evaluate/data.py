@@ -12,10 +12,10 @@ from fastgpt2.evaluate.detokenizers import DETOKENIZERS
 from fastgpt2.text.corpora import VAL_FRACTION, load_corpus, split_pieces
 from fastgpt2.text.documents import TEXT_COLUMN
 from fastgpt2.text.encoding import Tokenizer, token_bytes
-from fastgpt2.text.loaders import TokenSequence
 from fastgpt2.text.mixture import refuse_weights
 from fastgpt2.text.prepared import find_prepared, open_prepared
 from fastgpt2.text.shards import TokenShards, dtype_for
+from fastgpt2.text.stored import TokenSequence
 from fastgpt2.text.token_files import (
     FoundFiles,
     find_token_files,

@@ -1,6 +1,7 @@
 """Mixtures: what a weight is, which source gives which block, and that nothing depends on ranks."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,15 +11,16 @@ from fastgpt2.prepare import prepare
 from fastgpt2.text import build_dataset
 from fastgpt2.text.mixture import Mixture, absolute_item, item_paths, split_weight, split_weights
 from fastgpt2.text.mixture_loader import MixtureLoader, mixture_lines
+from fastgpt2.text.stored import JoinedTokens
 from tests.text.other_programs import write_llmc
 
 # ids of each source tell where a block comes from
 SOURCES = tuple(np.arange(size, dtype=np.uint16) + start for size, start in ((70, 0), (200, 1000)))
 
 
-def loader(**options: int) -> MixtureLoader:
-    mixture = Mixture(("a", "b"), (0.3, 0.7), SOURCES)
-    return MixtureLoader(mixture, **({"block_size": 8, "batch_size": 4, "seed": 5} | options))
+def loader(**options: Any) -> MixtureLoader:
+    mixture = Mixture(SOURCES, ("a", "b"), (0.3, 0.7))
+    return MixtureLoader(mixture, **(dict[str, Any](block_size=8, batch_size=4, seed=5) | options))
 
 
 @pytest.mark.parametrize(
@@ -117,9 +119,18 @@ def test_ranks_share_one_stream_and_resuming_is_exact() -> None:
 
 
 def test_a_state_is_of_its_weights() -> None:
-    other = MixtureLoader(Mixture(("a", "b"), (0.5, 0.5), SOURCES), block_size=8, batch_size=4)
+    other = MixtureLoader(Mixture(SOURCES, ("a", "b"), (0.5, 0.5)), block_size=8, batch_size=4)
     with pytest.raises(UserError, match="resume: the data stream was saved with"):
         other.load_state_dict(loader(seed=0).state_dict())
+
+
+def test_joined_tokens_are_one_sequence() -> None:
+    joined = JoinedTokens(SOURCES)
+    whole = np.concatenate(SOURCES)
+    assert len(joined) == 270
+    for start, stop in ((0, 270), (60, 80), (69, 70), (70, 71), (-5, None), (8, 3)):
+        assert np.array_equal(joined[start:stop], whole[start:stop])
+    assert joined[:].dtype == np.uint16
 
 
 @pytest.fixture
@@ -161,6 +172,6 @@ def test_the_digest_is_of_tokens_and_weights(texts: list[str]) -> None:
 
 
 def test_a_source_that_is_too_short_is_named() -> None:
-    mixture = Mixture(("a", "b"), (0.5, 0.5), (SOURCES[0], SOURCES[1][:5]))
+    mixture = Mixture((SOURCES[0], SOURCES[1][:5]), ("a", "b"), (0.5, 0.5))
     with pytest.raises(UserError, match="training tokens of b: too short: 5 tokens"):
         MixtureLoader(mixture, block_size=8, batch_size=1)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgpt2.kernels import use_impl
+from fastgpt2.layers import CausalSelfAttention
 from fastgpt2.model import positions_in_segments
 from fastgpt2.text.loaders import BlockLoader
 from fastgpt2.text.packing import document_ids, inside_documents, packed
@@ -99,8 +100,9 @@ def test_modules_that_are_called_get_the_documents() -> None:
     expected = packed(tiny_gpt(0, block_size=32, vocab_size=65).eval(), EOT)(idx, targets)[1]
     model = tiny_gpt(0, block_size=32, vocab_size=65).eval()
     seen = []
-    for layer in model.transformer.h:
-        layer.attn.register_forward_hook(lambda *call: seen.append(call))
+    for module in model.modules():
+        if isinstance(module, CausalSelfAttention):
+            module.register_forward_hook(lambda *call: seen.append(call))
     model.transformer.wte.register_forward_hook(lambda *call: seen.append(call))
     loss = packed(model, EOT)(idx, targets)[1]
     torch.testing.assert_close(loss, expected, rtol=2e-6, atol=0)
