@@ -60,12 +60,19 @@ class TrainConfig:
         "gpt2, gpt2-medium, gpt2-large, gpt2-xl; shape and tokenizer are theirs",
     )
     init_sha256: str | None = _option(None, "of the weights of --init-from, noted by the run")
+    freeze: tuple[str, ...] = _option(
+        (),
+        "parameters or modules that are not trained, by name, with the shell's * ? [..]: "
+        "transformer.wte, 'transformer.h.[0-5].*', '*.ln_?.*'",
+    )
     model: str = _option("gpt2", "shape of the model", choices=tuple(PRESETS))
     block_size: int | None = _option(None, "context length T in tokens [the model's]")
     n_layer: int | None = _option(None, "number of blocks [the model's]")
     n_head: int | None = _option(None, "attention heads [the model's]")
     n_embd: int | None = _option(None, "width C [the model's]")
-    bias: bool = _option(True, "biases in linear layers and LayerNorms, as GPT-2 has them")
+    bias: bool | None = _option(
+        None, "biases in linear layers and LayerNorms [yes, as GPT-2 has them]"
+    )
     dropout: float = _option(0.0, "rate of all three dropouts")
     attn_dropout: float | None = _option(None, "rate on attention probabilities [--dropout]")
     embd_dropout: float | None = _option(None, "rate on the embeddings [--dropout]")
@@ -139,7 +146,7 @@ class TrainConfig:
                 _check(self, item.name, value in choices, f"one of {', '.join(choices)}")
             if isinstance(value, float):
                 _check(self, item.name, math.isfinite(value), "finite")
-            # a file name may hold bytes that are no text, which TOML cannot store
+            # a file's name may hold bytes that are no text, which TOML cannot store
             for text in value if isinstance(value, tuple) else (value,):
                 _check(self, item.name, not isinstance(text, str) or _is_utf8(text), "UTF-8 text")
         if self.steps is None and self.epochs is None and self.minutes is None:
@@ -153,7 +160,7 @@ class TrainConfig:
         return GPTConfig.preset(
             self.model,
             vocab_size=vocab_size,
-            bias=self.bias,
+            bias=self.bias is not False,
             dropout=self.dropout,
             attn_dropout=self.attn_dropout,
             embd_dropout=self.embd_dropout,

@@ -76,7 +76,7 @@ def open_origin(config: TrainConfig) -> Origin:
             f"tokenizer {opened.tokenizer.name}"
         )
     shape = opened.config
-    for name in ("n_layer", "n_head", "n_embd"):
+    for name in ("n_layer", "n_head", "n_embd", "bias"):
         asked, has = getattr(config, name), getattr(shape, name)
         if asked not in (None, has):
             raise UserError(
