@@ -31,7 +31,13 @@ _GROUPS = {
     "log_every": "what is shown and saved",
 }
 _METAVARS: dict[type, str] = {int: "N", float: "X", str: "TEXT", tuple: "WHAT"}
-_OWN_METAVARS = {"text_column": "NAME", "vocab_dir": "DIR", "device": "NAME", "freeze": "PATTERN"}
+_OWN_METAVARS = {
+    "text_column": "NAME",
+    "vocab_dir": "DIR",
+    "device": "NAME",
+    "freeze": "PATTERN",
+    "lora_target": "NAME",
+}
 
 # a run keeps these to its end: they decide what its weights and its data stream mean
 _FIXED = (
@@ -47,6 +53,10 @@ _FIXED = (
     "optimizer",
     "init_from",
     "freeze",
+    "lora_rank",
+    "lora_alpha",
+    "lora_target",
+    "lora_dropout",
     "seed",
 )
 # with --init-from, these are the weights' where the command line says nothing

@@ -9,6 +9,7 @@ import torch
 from fastgpt2.config import GPTConfig
 from fastgpt2.devices import device_name
 from fastgpt2.kernels.linear_cross_entropy import TORCH_CHUNK_BYTES, TRITON_CHUNK_BYTES
+from fastgpt2.lora import adapters
 from fastgpt2.model import GPT
 
 _DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -84,19 +85,29 @@ def model_lines(
     """The model, what of it is trained, its memory and where it runs, a line each."""
     config = model.config
     parameters = model.get_num_params(non_embedding=False)
+    # a checkpoint has the adapters alone, and names the weights that they belong to
+    layers = adapters(model).values()
+    stored = sum(x.lora_A.numel() + x.lora_B.numel() for x in layers) or parameters
     trained, moments = trained_parameters(model), optimizer_bytes(optimizer)
     device = model.lm_head.weight.device
     tokens, on_gpu = batch_size * config.block_size, device.type == "cuda"
     memory = training_memory(config, parameters, trained, moments, tokens, dtype, on_gpu)
-    return [
+    lines = [
         f"model: {human(parameters)} parameters ({config.n_layer} layers, {config.n_head} heads, "
         f"width {config.n_embd}, context {config.block_size}, vocabulary {config.vocab_size})",
         f"trained: {human(trained)} parameters ({trained / parameters:.3g} of all); optimizer "
-        f"{human(moments, 'B')}, a checkpoint {human(4 * parameters + moments, 'B')}",
+        f"{human(moments, 'B')}, a checkpoint {human(4 * stored + moments, 'B')}",
         f"memory: about {human(memory, 'B')} for training",
         f"device: {device_name(device)}, {dtype_name(dtype)}, "
         f"{torch.get_num_threads()} CPU threads, PyTorch {torch.__version__}",
     ]
+    if model.lora is not None:
+        lora = model.lora
+        lines.append(
+            f"LoRA: rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.targets)}; a "
+            f"checkpoint holds the adapters, the weights stay in {lora.base}"
+        )
+    return lines
 
 
 def compiler_obstacle(device: torch.device) -> str | None:

@@ -15,9 +15,9 @@ from fastgpt2.text import BytesTokenizer
 from fastgpt2.train.__main__ import main
 from fastgpt2.train.config import TrainConfig, read_config
 from fastgpt2.train.metrics import read_metrics
-from fastgpt2.train.origin import weights_sha256
 from fastgpt2.train.validation import validate
 from fastgpt2.weights import load, save
+from fastgpt2.weights.digest import weights_sha256
 from tests.train.tiny_run import make_trainer, tiny_train_config, train
 
 # OpenAI's format: 2 layers, 2 heads, width 128, 64 positions, 257 ids, and no tokenizer
