@@ -27,7 +27,7 @@ def with_adapters(seed: int = 0, **options: Any) -> GPT:
 def test_an_adapted_model_begins_as_it_was() -> None:
     plain, model = tiny_gpt(), tiny_gpt()
     add_lora(model, rank=4, targets=EVERY)
-    idx, targets = tiny_batch()
+    idx, _ = tiny_batch()
     assert torch.equal(model.eval().logits(idx), plain.eval().logits(idx))
     assert all(layer.lora_A.abs().max() > 0 for layer in adapters(model).values())
 
@@ -156,7 +156,8 @@ def test_adapters_are_not_added_twice_nor_below_a_hook() -> None:
     merge_lora(model)
     with pytest.raises(UserError, match="no adapters"):
         merge_lora(model)
-    model.transformer.h[1].attn.c_attn.register_forward_hook(lambda *_: None)
+    layer = model.get_submodule("transformer.h.1.attn.c_attn")
+    layer.register_forward_hook(lambda *_: None)
     with pytest.raises(UserError, match=r"h\.1\.attn\.c_attn cannot be adapted: it has hooks"):
         add_lora(model, rank=2)
 

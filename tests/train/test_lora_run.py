@@ -160,12 +160,14 @@ def test_other_weights_than_it_began_with_are_one_line(
     train(config(data, copy, steps=1), tmp_path / "run")
     damage(copy)
     capsys.readouterr()
-    for command in (
-        lambda: generate([f"--model={tmp_path / 'run'}", "--prompt=a"]),
-        lambda: convert([str(tmp_path / "run"), str(tmp_path / "out"), "--to=hf"]),
-        lambda: main([f"--out={tmp_path / 'run'}", "--resume", "--steps=2"]),
-    ):
-        assert command() == 2
+    run = str(tmp_path / "run")
+    commands: list[tuple[Callable[[list[str]], int], list[str]]] = [
+        (generate, [f"--model={run}", "--prompt=a"]),
+        (convert, [run, str(tmp_path / "out"), "--to=hf"]),
+        (main, [f"--out={run}", "--resume", "--steps=2"]),
+    ]
+    for command, flags in commands:
+        assert command(flags) == 2
         [line] = capsys.readouterr().err.splitlines()
         assert re.search(message, line), line
 

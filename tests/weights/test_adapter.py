@@ -71,8 +71,7 @@ def test_the_loss_curve_is_pefts(base: Path, tmp_path: Path, start: str) -> None
     assert count == sum(p.numel() for p in ours.parameters() if p.requires_grad) > 0
 
     def our_loss(tokens: torch.Tensor) -> torch.Tensor:
-        loss = ours(tokens[:, :-1], tokens[:, 1:].contiguous())[1]
-        assert loss is not None
+        loss: torch.Tensor = ours(tokens[:, :-1], tokens[:, 1:].contiguous())[1]
         return loss
 
     def their_loss(tokens: torch.Tensor) -> torch.Tensor:
