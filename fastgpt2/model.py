@@ -10,10 +10,9 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgpt2.cache import KVCache
@@ -22,8 +21,9 @@ from fastgpt2.devices import peak_flops
 from fastgpt2.errors import UserError
 from fastgpt2.explanation import explain_gpt
 from fastgpt2.generative import Generative
-from fastgpt2.kernels import cross_entropy, embedding, linear_cross_entropy, tied_embedding
-from fastgpt2.layers import Block, normalize, project
+from fastgpt2.kernels import cross_entropy, linear_cross_entropy
+from fastgpt2.layers import Transformer, project
+from fastgpt2.lora import LoRASettings
 from fastgpt2.plain import execution_device, is_plain
 from fastgpt2.precision import compute_dtype, no_autocast
 from fastgpt2.quantize import Quantizable
@@ -31,121 +31,6 @@ from fastgpt2.state_dict import head_is_tied, register_hooks
 
 # nanoGPT ignores targets of -1, Hugging Face those of -100
 _NANOGPT_IGNORE, _IGNORE = -1, -100
-
-
-def positions_in_segments(segment_ids: Tensor) -> Tensor:
-    """The position of each token in its document: 0 where the segment id changes.
-
-    Args:
-        segment_ids: (B, T) integers.
-
-    Returns:
-        (B, T) int64.
-    """
-    places = torch.arange(segment_ids.shape[1], device=segment_ids.device)
-    begins = F.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0))
-    return places - torch.where(begins, places, 0).cummax(1).values
-
-
-class Embedded(NamedTuple):
-    """The embeddings of some tokens.
-
-    Attributes:
-        x: (B, T, C), the residual stream before the first block.
-        head: (V, C), the token embedding for the head that is tied to it: the gradient of the
-            embedding is added in place to the one that the head computes.
-    """
-
-    x: Tensor
-    head: Tensor
-
-
-class Transformer(nn.Module):
-    """Everything before the head: token and position embeddings, blocks, final LayerNorm."""
-
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
-        self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
-        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.dropout_p = config.embd_p
-        self.fp32_residual = config.fp32_residual
-        self.impl = config.impl
-
-    def forward(
-        self,
-        idx: Tensor,
-        dtype: torch.dtype | None = None,
-        cache: KVCache | None = None,
-        segment_ids: Tensor | None = None,
-    ) -> Tensor:
-        """(B, T) token ids -> (B, T, C) in ``dtype``, what the head reads.
-
-        Args:
-            idx: (B, T), token ids.
-            dtype: what the blocks compute in; None is the position embedding's.
-            cache: for generation; its lengths are the positions.
-            segment_ids: (B, T), the document of each token; not with a cache.
-        """
-        dtype = self.wpe.weight.dtype if dtype is None else dtype
-        past = cache is not None and not cache.is_empty
-        positions = None if segment_ids is None else positions_in_segments(segment_ids)
-        if cache is not None and past:
-            new = torch.arange(idx.shape[1], device=idx.device)
-            # padding after a row's own tokens may stand past the last position
-            positions = (cache.lengths[:, None] + new).clamp(max=self.wpe.num_embeddings - 1)
-        if self.has_plain_embeddings:
-            x: Tensor = self._embed(embedding, idx, dtype, positions)
-            return self.run_blocks(x, dtype, cache, segment_ids)
-        if positions is None:
-            positions = torch.arange(idx.shape[1], device=idx.device)
-        x = F.dropout(self.wte(idx) + self.wpe(positions), self._embedding_p)
-        return self.run_blocks(x.to(self._stream_dtype(dtype)), dtype, cache, segment_ids)
-
-    def embed(self, idx: Tensor, dtype: torch.dtype, segment_ids: Tensor | None = None) -> Embedded:
-        """(B, T) token ids -> the sum of their two plain embeddings, after its dropout."""
-        positions = None if segment_ids is None else positions_in_segments(segment_ids)
-        return Embedded(*self._embed(tied_embedding, idx, dtype, positions))
-
-    @property
-    def has_plain_embeddings(self) -> bool:
-        """Whether a kernel may look both embeddings up."""
-        return is_plain(self.wte, nn.Embedding) and is_plain(self.wpe, nn.Embedding)
-
-    @property
-    def _embedding_p(self) -> float:
-        return self.dropout_p if self.training else 0.0
-
-    def _stream_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        return torch.float32 if self.fp32_residual else dtype
-
-    def _embed(
-        self, op: Callable[..., Any], idx: Tensor, dtype: torch.dtype, positions: Tensor | None
-    ) -> Any:
-        return op(
-            idx,
-            self.wte.weight,
-            self.wpe.weight,
-            positions=positions,
-            dropout_p=self._embedding_p,
-            dtype=self._stream_dtype(dtype),
-            impl=self.impl,
-        )
-
-    def run_blocks(
-        self,
-        x: Tensor,
-        dtype: torch.dtype,
-        cache: KVCache | None = None,
-        segment_ids: Tensor | None = None,
-    ) -> Tensor:
-        """(B, T, C), the residual stream -> (B, T, C) in ``dtype``, after the final LayerNorm."""
-        # what is not there is not handed on: hooks and replaced blocks see the call as ever
-        documents = {} if segment_ids is None else {"segment_ids": segment_ids}
-        for i, block in enumerate(self.h):
-            x = block(x, dtype, None if cache is None else cache.layers[i], **documents)
-        return normalize(self.ln_f, x, dtype, impl=self.impl)
 
 
 class GPT(Quantizable, Generative):
@@ -159,6 +44,7 @@ class GPT(Quantizable, Generative):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
+        self.lora: LoRASettings | None = None
         self.transformer = Transformer(config)
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         self.tie_weights()
@@ -267,6 +153,7 @@ class GPT(Quantizable, Generative):
 
         The compute dtype is autocast's where autocast is on, else that of the parameters. With a
         cache, ``idx`` is a prompt for an empty one, or one new token a row; the caller advances it.
+        ``segment_ids`` are those of ``forward``.
         """
         dtype = self._check_tokens(idx)
         with no_autocast(idx):
@@ -394,6 +281,8 @@ class GPT(Quantizable, Generative):
 
         if not head_is_tied(self):
             raise UserError("save_pretrained: the head is not tied; save its state_dict instead")
+        if self.lora is not None:
+            raise UserError("save_pretrained: the model has adapters; merge_lora or save_adapter")
         save_model(self.config, self.state_dict(), save_directory, format)
 
     @classmethod

@@ -90,7 +90,10 @@ class BlockStream(ABC):
 
     @abstractmethod
     def blocks(self, first: int, count: int) -> NDArray[Any]:
-        """The blocks at these places of the stream, (count, T + 1): inputs and the token after."""
+        """``count`` blocks from place ``first`` of the stream on, (count, T + 1).
+
+        A block has T inputs and the token after them.
+        """
 
     @abstractmethod
     def state_dict(self) -> dict[str, int]:
@@ -199,7 +202,7 @@ class BlockLoader(BlockStream):
         self._random_phase = stride is None
 
     def blocks(self, first: int, count: int) -> NDArray[Any]:
-        """The blocks at these places of the stream, (count, T + 1)."""
+        """``count`` blocks from place ``first`` of the stream on, (count, T + 1)."""
         starts = self._starts(np.arange(first, first + count)).tolist()
         return np.stack([self._tokens[s : s + self.block_size + 1] for s in starts])
 

@@ -103,7 +103,7 @@ class MixtureLoader(BlockStream):
         self._ends: list[int] = ends.tolist()
 
     def blocks(self, first: int, count: int) -> NDArray[Any]:
-        """The blocks at these places of the stream, (count, T + 1)."""
+        """``count`` blocks from place ``first`` of the stream on, (count, T + 1)."""
         chosen = self._sources_at(first, count)
         out = np.empty((count, self.block_size + 1), np.int64)
         for number, (source, before) in enumerate(

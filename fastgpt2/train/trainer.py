@@ -28,6 +28,7 @@ from fastgpt2.train import checkpoint
 from fastgpt2.train.compiled import compiled
 from fastgpt2.train.config import TrainConfig
 from fastgpt2.train.console import Console
+from fastgpt2.train.freeze import freeze
 from fastgpt2.train.interrupt import Interrupt, Interrupted
 from fastgpt2.train.metrics import MetricsLog, plot
 from fastgpt2.train.optimizers import build_optimizer, set_momentum
@@ -118,6 +119,7 @@ class Trainer:
         else:
             self.model = GPT(shape)
         self.model.to(self.device)
+        self.frozen = freeze(self.model, config.freeze)
         optimizer = build_optimizer(self.model, config)
         self.loader = open_loader(
             self.dataset.train,
@@ -178,13 +180,14 @@ class Trainer:
             self.dataset,
             self.tokenizer_id,
             self.model,
+            state.optimizer,
             batch_size=config.batch_size,
             dtype=self.dtype,
             kernels=self.kernels,
         )
         left = 0 if self.total_steps is None else self.total_steps - state.step
         planned = self.loader.blocks_used + left * self.tokens_per_step // self.loader.block_size
-        for line in mixture_lines(self.loader, planned):
+        for line in (*self.frozen, *mixture_lines(self.loader, planned)):
             self.console.notify(line)
         self.model.train()
         if config.compile:
