@@ -17,7 +17,6 @@ _NUMBERS = (
     ("batch_size", 1),
     ("temperature", 0),
     ("top_k", 1),
-    ("no_repeat_ngram", 1),
     ("seed", 0),
 )
 _OPTIONS = tuple(field.name for field in fields(Options))
