@@ -17,7 +17,7 @@ from fastgpt2.text.encoding import Tokenizer, token_bytes
 from fastgpt2.text.mixture import Mixture, split_weights
 from fastgpt2.text.prepared import find_prepared, open_prepared
 from fastgpt2.text.shards import TokenShards, dtype_for
-from fastgpt2.text.stored import JoinedTokens, StoredTokens, TokenSequence
+from fastgpt2.text.stored import BLOCK_IDS, JoinedTokens, StoredTokens, TokenSequence
 from fastgpt2.text.token_files import (
     FoundFiles,
     find_token_files,
@@ -42,6 +42,22 @@ class Dataset:
     train_bytes: int
     val_bytes: int
     source: str
+
+    @cached_property
+    def first_bytes(self) -> int:
+        """UTF-8 bytes of the validation tokens that come right after an end-of-text id.
+
+        They begin a document: where each document is scored alone, nothing predicts them.
+        """
+        eot, total, previous = self.tokenizer.eot, 0, np.empty(0, np.int64)
+        if self.val is None or eot is None:
+            return 0
+        lengths = token_bytes(self.tokenizer)
+        for start in range(0, len(self.val), BLOCK_IDS):
+            ids = np.concatenate([previous, self.val[start : start + BLOCK_IDS]])
+            total += int(lengths[ids[1:][ids[:-1] == eot]].sum())
+            previous = ids[-1:]
+        return total
 
     @cached_property
     def digest(self) -> str:
