@@ -70,7 +70,7 @@ class Dataset:
             digest.update(repr(self.train.weights).encode())
         parts: list[NDArray[Any] | StoredTokens | None] = []
         for split in (self.train, self.val):
-            parts += split.tokens if isinstance(split, JoinedTokens) else [split]
+            parts += split.leaves() if isinstance(split, JoinedTokens) else [split]
         for tokens in parts:
             if isinstance(tokens, TokenShards):
                 for header in tokens.headers:
@@ -252,9 +252,9 @@ def _mixed_dataset(
     )
 
 
-def _ended(tokens: Any, tokenizer: Tokenizer) -> Any:
-    """The tokens with an end-of-text id after their last document; stored ones are as they are."""
+def _ended(tokens: TokenSequence, tokenizer: Tokenizer) -> TokenSequence:
+    """The tokens with an end-of-text id after their last document."""
     eot = tokenizer.eot
-    if isinstance(tokens, StoredTokens) or eot is None or not len(tokens) or tokens[-1] == eot:
+    if eot is None or not len(tokens) or tokens[len(tokens) - 1 : len(tokens)][0] == eot:
         return tokens
-    return np.append(tokens, np.array([eot], tokens.dtype))
+    return JoinedTokens((tokens, np.array([eot], tokens.dtype)))
