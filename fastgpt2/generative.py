@@ -41,7 +41,9 @@ class Generative(nn.Module):
                 block_size, recomputed), ``slide`` (go on with the last half) or ``stop``;
                 ``num_beams``, ``length_penalty``, ``early_stopping``: beam search;
                 ``draft``, a smaller model that proposes tokens, or ``prompt_lookup``, how many to
-                propose from the text itself: the same greedy tokens, the same distribution.
+                propose from the text itself: the same greedy tokens, the same distribution;
+                ``compile``, whether the decoding step is compiled (on a CPU; it takes a minute or
+                so, and is kept on disk): a warning says so where it cannot be.
 
         Returns:
             A tensor for a tensor, with as many new columns as the longest row has new tokens; a
