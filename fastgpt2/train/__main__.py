@@ -31,7 +31,13 @@ _GROUPS = {
     "log_every": "what is shown and saved",
 }
 _METAVARS: dict[type, str] = {int: "N", float: "X", str: "TEXT", tuple: "WHAT"}
-_OWN_METAVARS = {"text_column": "NAME", "vocab_dir": "DIR", "device": "NAME"}
+_OWN_METAVARS = {
+    "text_column": "NAME",
+    "vocab_dir": "DIR",
+    "device": "NAME",
+    "freeze": "PATTERN",
+    "lora_target": "NAME",
+}
 
 # a run keeps these to its end: they decide what its weights and its data stream mean
 _FIXED = (
@@ -46,6 +52,11 @@ _FIXED = (
     "bias",
     "optimizer",
     "init_from",
+    "freeze",
+    "lora_rank",
+    "lora_alpha",
+    "lora_target",
+    "lora_dropout",
     "seed",
 )
 # with --init-from, these are the weights' where the command line says nothing
@@ -90,14 +101,15 @@ def build_parser() -> argparse.ArgumentParser:
             metavar = _OWN_METAVARS.get(name, _METAVARS[plain])
             extra["metavar"] = None if extra["choices"] else metavar
         if plain is tuple:
-            extra["nargs"] = "+"
+            # given twice, a flag names more
+            extra |= {"nargs": "+", "action": "extend"}
         group.add_argument("--" + name.replace("_", "-"), **extra)
     return parser
 
 
 def _help(text: str, default: Any) -> str:
-    if default is None:
-        return text
+    if default is None or default == ():
+        return text.replace("%", "%%")
     if isinstance(default, bool):
         default = "yes" if default else "no"
     elif isinstance(default, tuple):
@@ -120,15 +132,14 @@ def _train(arguments: dict[str, Any]) -> int:
     arguments = dict(arguments)
     name, out = arguments.pop("config", None), arguments.pop("out", None)
     resume, overwrite = arguments.pop("resume", False), arguments.pop("overwrite", False)
-    if "data" in arguments:
-        arguments["data"] = tuple(arguments["data"])
+    arguments |= {name: tuple(x) for name, x in arguments.items() if isinstance(x, list)}
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other")
     if resume and (out is None or name is not None):
         raise UserError("--resume continues the run given by --out, with its own configuration")
     if out is None:
         base = read_config(name or _default_config())
-        config = _configuration(base, arguments)
+        config = _configuration(base, arguments, resume=False)
         folder = new_folder(Path(name or "default").stem)
     else:
         folder = Path(out)
@@ -139,7 +150,7 @@ def _train(arguments: dict[str, Any]) -> int:
         base = read_config(str(folder / "config.toml") if resume else name or _default_config())
         if resume:
             _check_unchanged(base, arguments)
-        config = _configuration(base, arguments)
+        config = _configuration(base, arguments, resume=resume)
     with claimed(folder, made=out is None):
         if out is not None and not resume:
             _check_unused(folder, overwrite)
@@ -166,13 +177,31 @@ def _default_config() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _configuration(base: dict[str, Any], arguments: dict[str, Any]) -> TrainConfig:
-    if "init_from" in arguments and "model" in arguments:
+def _for_the_weights(base: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    """The configuration without a shape that is not that of the weights of --init-from.
+
+    Raises:
+        UserError: a preset is asked for beside weights.
+    """
+    source = base.get("init_from")
+    if arguments.get("init_from", source) is None:
+        return base
+    # the configuration of a run that began with weights notes their shape beside their sha256
+    asked = source is not None and "init_sha256" not in base
+    if "model" in arguments or (asked and "model" in base):
         raise UserError("--model and --init-from exclude each other: the shape is the weights'")
-    if "init_from" in arguments and base.get("init_from") is None:
-        # the shape of a configuration from scratch is not one for these weights
-        base = {name: value for name, value in base.items() if name not in _OF_THE_WEIGHTS}
+    if asked or arguments.get("init_from", source) == source:
+        return base
+    # the shape of a configuration from scratch, or of other weights, is not one for these
+    return {name: value for name, value in base.items() if name not in _OF_THE_WEIGHTS}
+
+
+def _configuration(base: dict[str, Any], arguments: dict[str, Any], *, resume: bool) -> TrainConfig:
+    if not resume:
+        base = _for_the_weights(base, arguments)
     config = TrainConfig.from_layers(base, _length(arguments), _share(base, arguments), arguments)
+    if config.init_from is None and config.bias is None:
+        config = replace(config, bias=True)
     # a resume may be given from another folder
     return replace(
         config,

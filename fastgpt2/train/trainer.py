@@ -26,6 +26,7 @@ from fastgpt2.train import checkpoint
 from fastgpt2.train.compiled import compiled
 from fastgpt2.train.config import TrainConfig
 from fastgpt2.train.console import Console
+from fastgpt2.train.freeze import freeze
 from fastgpt2.train.interrupt import Interrupt, Interrupted
 from fastgpt2.train.metrics import MetricsLog, plot
 from fastgpt2.train.optimizers import build_optimizer, set_momentum
@@ -109,6 +110,7 @@ class Trainer:
         else:
             self.model = GPT(shape)
         self.model.to(self.device)
+        self.frozen = freeze(self.model, config.freeze)
         optimizer = build_optimizer(self.model, config)
         self.loader = BlockLoader(
             self.dataset.train,
@@ -168,10 +170,13 @@ class Trainer:
             self.dataset,
             self.tokenizer_id,
             self.model,
+            state.optimizer,
             batch_size=config.batch_size,
             dtype=self.dtype,
             kernels=self.kernels,
         )
+        for line in self.frozen:
+            self.console.notify(line)
         self.model.train()
         if config.compile:
             self.training_step.forward = compiled(
