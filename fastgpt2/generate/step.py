@@ -217,4 +217,5 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q[:, :, None], k, v, mask)[:, :, 0]
     scores = (q.float()[:, :, None] * k.float()).sum(dim=-1) * q.shape[-1] ** -0.5
     probs = scores.masked_fill(~mask[:, :, 0], -torch.inf).softmax(dim=-1)
-    return (probs[..., None] * v.float()).sum(dim=2).to(q.dtype)
+    out: Tensor = (probs[..., None] * v.float()).sum(dim=2).to(q.dtype)
+    return out
