@@ -18,8 +18,8 @@ from fastgpt2.kernels.few_rows import MAX_ROWS, few_rows_linear, many_rows_linea
 from fastgpt2.kernels.gelu import APPROXIMATIONS
 from fastgpt2.kernels.linear import unchecked_linear
 from fastgpt2.kernels.modes import autocasts
-from fastgpt2.layers import MLP, Block, CausalSelfAttention
-from fastgpt2.model import GPT, Transformer
+from fastgpt2.layers import MLP, Block, CausalSelfAttention, Transformer
+from fastgpt2.model import GPT
 from fastgpt2.plain import is_plain
 from fastgpt2.quantize import QuantizedEmbedding, QuantizedLinear
 
