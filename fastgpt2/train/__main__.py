@@ -14,7 +14,7 @@ from fastgpt2 import runs
 from fastgpt2.cli import Parser
 from fastgpt2.cli import run as run_command
 from fastgpt2.errors import UserError
-from fastgpt2.text.corpora import absolute, corpus_paths
+from fastgpt2.text.mixture import absolute_item, item_paths
 from fastgpt2.train import summary
 from fastgpt2.train.allocator import keep_freed_memory
 from fastgpt2.train.claim import check_outside, claimed, empty, is_empty, new_folder
@@ -31,13 +31,21 @@ _GROUPS = {
     "log_every": "what is shown and saved",
 }
 _METAVARS: dict[type, str] = {int: "N", float: "X", str: "TEXT", tuple: "WHAT"}
-_OWN_METAVARS = {"text_column": "NAME", "vocab_dir": "DIR", "device": "NAME"}
+_OWN_METAVARS = {
+    "text_column": "NAME",
+    "vocab_dir": "DIR",
+    "device": "NAME",
+    "freeze": "PATTERN",
+    "lora_target": "NAME",
+}
 
 # a run keeps these to its end: they decide what its weights and its data stream mean
 _FIXED = (
     "tokenizer",
+    "vocab_size",
     "val_fraction",
     "stride",
+    "pack",
     "model",
     "block_size",
     "n_layer",
@@ -46,6 +54,11 @@ _FIXED = (
     "bias",
     "optimizer",
     "init_from",
+    "freeze",
+    "lora_rank",
+    "lora_alpha",
+    "lora_target",
+    "lora_dropout",
     "seed",
 )
 # with --init-from, these are the weights' where the command line says nothing
@@ -90,14 +103,15 @@ def build_parser() -> argparse.ArgumentParser:
             metavar = _OWN_METAVARS.get(name, _METAVARS[plain])
             extra["metavar"] = None if extra["choices"] else metavar
         if plain is tuple:
-            extra["nargs"] = "+"
+            # given twice, a flag names more
+            extra |= {"nargs": "+", "action": "extend"}
         group.add_argument("--" + name.replace("_", "-"), **extra)
     return parser
 
 
 def _help(text: str, default: Any) -> str:
-    if default is None:
-        return text
+    if default is None or default == ():
+        return text.replace("%", "%%")
     if isinstance(default, bool):
         default = "yes" if default else "no"
     elif isinstance(default, tuple):
@@ -120,15 +134,14 @@ def _train(arguments: dict[str, Any]) -> int:
     arguments = dict(arguments)
     name, out = arguments.pop("config", None), arguments.pop("out", None)
     resume, overwrite = arguments.pop("resume", False), arguments.pop("overwrite", False)
-    if "data" in arguments:
-        arguments["data"] = tuple(arguments["data"])
+    arguments |= {name: tuple(x) for name, x in arguments.items() if isinstance(x, list)}
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other")
     if resume and (out is None or name is not None):
         raise UserError("--resume continues the run given by --out, with its own configuration")
     if out is None:
         base = read_config(name or _default_config())
-        config = _configuration(base, arguments)
+        config = _configuration(base, arguments, resume=False)
         folder = new_folder(Path(name or "default").stem)
     else:
         folder = Path(out)
@@ -139,7 +152,7 @@ def _train(arguments: dict[str, Any]) -> int:
         base = read_config(str(folder / "config.toml") if resume else name or _default_config())
         if resume:
             _check_unchanged(base, arguments)
-        config = _configuration(base, arguments)
+        config = _configuration(base, arguments, resume=resume)
     with claimed(folder, made=out is None):
         if out is not None and not resume:
             _check_unused(folder, overwrite)
@@ -166,17 +179,35 @@ def _default_config() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _configuration(base: dict[str, Any], arguments: dict[str, Any]) -> TrainConfig:
-    if "init_from" in arguments and "model" in arguments:
+def _for_the_weights(base: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    """The configuration without a shape that is not that of the weights of --init-from.
+
+    Raises:
+        UserError: a preset is asked for beside weights.
+    """
+    source = base.get("init_from")
+    if arguments.get("init_from", source) is None:
+        return base
+    # the configuration of a run that began with weights notes their shape beside their sha256
+    asked = source is not None and "init_sha256" not in base
+    if "model" in arguments or (asked and "model" in base):
         raise UserError("--model and --init-from exclude each other: the shape is the weights'")
-    if "init_from" in arguments and base.get("init_from") is None:
-        # the shape of a configuration from scratch is not one for these weights
-        base = {name: value for name, value in base.items() if name not in _OF_THE_WEIGHTS}
+    if asked or arguments.get("init_from", source) == source:
+        return base
+    # the shape of a configuration from scratch, or of other weights, is not one for these
+    return {name: value for name, value in base.items() if name not in _OF_THE_WEIGHTS}
+
+
+def _configuration(base: dict[str, Any], arguments: dict[str, Any], *, resume: bool) -> TrainConfig:
+    if not resume:
+        base = _for_the_weights(base, arguments)
     config = TrainConfig.from_layers(base, _length(arguments), _share(base, arguments), arguments)
+    if config.init_from is None and config.bias is None:
+        config = replace(config, bias=True)
     # a resume may be given from another folder
     return replace(
         config,
-        data=tuple(absolute(item) for item in config.data),
+        data=tuple(absolute_item(item) for item in config.data),
         vocab_dir=None if config.vocab_dir is None else str(Path(config.vocab_dir).absolute()),
         init_from=None if config.init_from is None else noted_source(config.init_from),
     )
@@ -224,7 +255,7 @@ def _check_unused(folder: Path, overwrite: bool) -> None:
 
 def _check_keeps_sources(folder: Path, config: TrainConfig, name: str | None) -> None:
     """What the new run is made from must outlive the old run."""
-    check_outside(folder, (path for item in config.data for path in corpus_paths(item)), "data")
+    check_outside(folder, (path for item in config.data for path in item_paths(item)), "data")
     if config.vocab_dir is not None:
         check_outside(folder, [Path(config.vocab_dir)], "vocabulary")
     if config.init_from is not None and Path(config.init_from).exists():
@@ -243,9 +274,14 @@ def _report(outcome: Outcome, folder: Path, prompt: str) -> None:
     )
     if outcome.validation is not None:
         result = outcome.validation
+        per_byte = (
+            f", {result.nats_per_byte:.4f} nats/byte, {result.bits_per_byte:.4f} bits/byte"
+            if result.text_bytes
+            else ""
+        )
         print(
-            f"validation: {result.loss:.4f} nats/token, perplexity {result.perplexity:.2f}, "
-            f"{result.nats_per_byte:.4f} nats/byte, {result.bits_per_byte:.4f} bits/byte"
+            f"validation: {result.loss:.4f} nats/token, perplexity {result.perplexity:.2f}"
+            + per_byte
         )
     curves = f"; curves: {folder / 'loss.png'}" if outcome.drawn else ""
     print(f"best checkpoint: step {outcome.best_step:,}{curves}")

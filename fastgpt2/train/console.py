@@ -30,6 +30,7 @@ class Console:
         dataset: Dataset,
         tokenizer_id: str,
         model: GPT,
+        optimizer: torch.optim.Optimizer,
         *,
         batch_size: int,
         dtype: torch.dtype,
@@ -41,8 +42,7 @@ class Console:
             f"data: {dataset.source}; {len(dataset.train):,} training and {val_tokens:,} "
             f"validation tokens (tokenizer {tokenizer_id})"
         )
-        device = model.lm_head.weight.device
-        for line in summary.model_lines(model, batch_size, dtype, device):
+        for line in summary.model_lines(model, optimizer, batch_size, dtype):
             self.notify(line)
         self.notify(f"kernels: {kernels}")
 
@@ -100,9 +100,10 @@ class Console:
 
     def evaluation(self, step: int, result: Validation, seconds: float) -> None:
         """An evaluation's losses, and how long it took."""
+        per_byte = f", {result.nats_per_byte:.4f} nats/byte" if result.text_bytes else ""
         self.write(
             f"step {step}: validation loss {result.loss:.4f} nats/token, perplexity "
-            f"{result.perplexity:.2f}, {result.nats_per_byte:.4f} nats/byte ({seconds:.1f} s)"
+            f"{result.perplexity:.2f}{per_byte} ({seconds:.1f} s)"
         )
 
     def sample(self, text: str) -> None:
