@@ -37,6 +37,8 @@ _OWN_METAVARS = {
     "device": "NAME",
     "freeze": "PATTERN",
     "lora_target": "NAME",
+    "log": "NAME",
+    "profile": "STEPS",
 }
 
 # a run keeps these to its end: they decide what its weights and its data stream mean

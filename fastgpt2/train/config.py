@@ -14,6 +14,7 @@ from fastgpt2.config import IMPLS, PRESETS, GPTConfig, unknown_key
 from fastgpt2.devices import DTYPES
 from fastgpt2.errors import UserError
 from fastgpt2.lora import TARGETS
+from fastgpt2.train.loggers import LOGGERS
 from fastgpt2.train.schedules import SCHEDULES
 
 # the table of a TOML file with the values that hold where the optimizer is Muon
@@ -123,6 +124,12 @@ class TrainConfig:
     compile: bool = _option(False, "torch.compile the forward and backward pass")
     seed: int = _option(1337, "of initialisation, data order and dropout")
     log_every: int = _option(10, "steps between records in metrics.jsonl")
+    log: tuple[str, ...] = _option(
+        (), "also show the run in tensorboard, wandb (offline unless WANDB_MODE says else)"
+    )
+    profile: int = _option(
+        0, "after a few steps, record this many: trace.json and a table of where their time went"
+    )
     eval_every: int = _option(250, "steps between evaluations, each with a sample and a checkpoint")
     keep_last: int = _option(2, "checkpoints kept beside the best one")
     sample_tokens: int = _option(100, "length of the sample shown at each evaluation")
@@ -133,13 +140,16 @@ class TrainConfig:
             _check(self, name, getattr(self, name) >= 1, "1 or more")
         for name in (
             *("lr", "weight_decay", "warmup_steps", "grad_clip", "sample_tokens"),
-            *("muon_lr", "muon_weight_decay", "muon_warmup_steps"),
+            *("muon_lr", "muon_weight_decay", "muon_warmup_steps", "profile"),
         ):
             _check(self, name, getattr(self, name) >= 0, "0 or more")
         _check(self, "wsd_decay", 0 < self.wsd_decay <= 1, "in (0, 1]")
         if self.optimizer == "muon":
             _check(self, "lr", self.lr > 0, "greater than 0 with the optimizer muon")
         self._check_lora()
+        for name in self.loggers:
+            if name not in LOGGERS:
+                raise UserError(f"config: log must be of {', '.join(LOGGERS)}, got {name!r}")
         for name in ("beta1", "beta2", "muon_momentum"):
             _check(self, name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         for name in ("stride", "steps", "epochs", "minutes"):
@@ -179,8 +189,12 @@ class TrainConfig:
     @property
     def lora_targets(self) -> tuple[str, ...]:
         """Names of the layers with adapters; a text may hold several, between commas."""
-        names = (name.strip() for text in self.lora_target for name in text.split(","))
-        return tuple(dict.fromkeys(name for name in names if name))
+        return _split(self.lora_target)
+
+    @property
+    def loggers(self) -> tuple[str, ...]:
+        """Names of the programs that show the run; a text may hold several, between commas."""
+        return _split(self.log)
 
     def gpt_config(self, vocab_size: int) -> GPTConfig:
         """The model's shape: the preset with this run's overrides."""
@@ -251,6 +265,12 @@ class TrainConfig:
 def _check(config: TrainConfig, name: str, ok: bool, expected: str) -> None:
     if not ok:
         raise UserError(f"config: {name} must be {expected}, got {getattr(config, name)!r}")
+
+
+def _split(texts: tuple[str, ...]) -> tuple[str, ...]:
+    """Every name once, in order."""
+    names = (name.strip() for text in texts for name in text.split(","))
+    return tuple(dict.fromkeys(name for name in names if name))
 
 
 def _is_utf8(text: str) -> bool:

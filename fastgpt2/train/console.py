@@ -82,6 +82,10 @@ class Console:
         assert self._bar is not None
         self._bar.update(1)
 
+    def say(self, text: str) -> None:
+        """Lines above the bar, or before there is one."""
+        (self.notify if self._bar is None else self._bar.write)(text)
+
     def write(self, text: str) -> None:
         """Lines above the bar."""
         assert self._bar is not None

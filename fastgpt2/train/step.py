@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from fastgpt2.devices import autocast
 from fastgpt2.errors import UserError
@@ -73,13 +74,15 @@ class TrainingStep:
             self.poll()
             idx = idx.to(self.device, non_blocking=True)
             targets = targets.to(self.device, non_blocking=True)
-            with autocast(self.device, self.dtype):
+            with record_function("forward"), autocast(self.device, self.dtype):
                 loss = self.forward(idx, targets)[1]
             weight = count / total
-            scaled = self.scaler.scale(loss if weight == 1.0 else loss * weight)
-            torch.autograd.backward(scaled)
+            with record_function("backward"):
+                scaled = self.scaler.scale(loss if weight == 1.0 else loss * weight)
+                torch.autograd.backward(scaled)
             loss_sum += loss.detach() * weight
-        return StepResult(loss_sum, self._update())
+        with record_function("update"):
+            return StepResult(loss_sum, self._update())
 
     def _update(self) -> Tensor:
         if self.scaler.is_enabled():

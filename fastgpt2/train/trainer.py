@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch.profiler import record_function
 
 from fastgpt2 import runs
 from fastgpt2.devices import (
@@ -28,9 +29,11 @@ from fastgpt2.train.config import TrainConfig
 from fastgpt2.train.console import Console
 from fastgpt2.train.freeze import freeze
 from fastgpt2.train.interrupt import Interrupt, Interrupted
-from fastgpt2.train.metrics import MetricsLog, plot
+from fastgpt2.train.loggers import Log
+from fastgpt2.train.metrics import plot
 from fastgpt2.train.optimizers import build_optimizer, set_momentum
 from fastgpt2.train.origin import open_origin
+from fastgpt2.train.profiling import StepProfile
 from fastgpt2.train.schedules import learning_rate, progress
 from fastgpt2.train.state import RunState, check_data
 from fastgpt2.train.step import Batch, TrainingStep
@@ -124,6 +127,7 @@ class Trainer:
             check_eval_tokens(self.dataset.val, shape.vocab_size)
         self.tokens_per_step = config.grad_accum * config.batch_size * shape.block_size
         self.interrupt = Interrupt()
+        self.profile = StepProfile(config.profile, run, self.device, self.console.say)
         self.training_step = TrainingStep(
             self.model,
             optimizer,
@@ -162,10 +166,10 @@ class Trainer:
             run.mkdir(parents=True, exist_ok=True)
             write_text(run / "config.toml", config.to_toml())
             save_tokenizer(self.tokenizer, run)
-            log = MetricsLog(run, state.step)
+            log = Log(run, state.step, config.loggers, asdict(config), self.console.say)
         except OSError as error:
             raise UserError(f"{run}: cannot be written: {error.strerror}") from None
-        drawn = False
+        drawn, ended = False, 1
         self.console.introduce(
             self.dataset,
             self.tokenizer_id,
@@ -201,7 +205,10 @@ class Trainer:
                     state.rewind()
                     state.save(run, config.keep_last)
                     raise
+            ended = exit_code
         finally:
+            self.profile.close()
+            log.close(ended)
             # of a run that went wrong, too: the curves say how
             drawn = plot(run, self.console.notify)
         return Outcome(
@@ -215,7 +222,7 @@ class Trainer:
             drawn=drawn,
         )
 
-    def _loop(self, log: MetricsLog) -> None:
+    def _loop(self, log: Log) -> None:
         config, state = self.config, self.state
         mark, mark_step = time.perf_counter(), state.step
         started = mark - state.elapsed
@@ -246,7 +253,9 @@ class Trainer:
                 momentum=config.muon_momentum,
                 warmup_steps=config.muon_warmup_steps,
             )
-            batches: list[Batch] = [next(self.loader) for _ in range(config.grad_accum)]
+            self.profile.step()
+            with record_function("data"):
+                batches: list[Batch] = [next(self.loader) for _ in range(config.grad_accum)]
             state.pending.append(self.training_step(batches, lr))
             state.step += 1
             state.validation = None
@@ -281,7 +290,7 @@ class Trainer:
                 raise
             raise UserError(f"{error}; the last checkpoint is untouched") from None
 
-    def _log(self, log: MetricsLog, lr: float, speed: float, grad_norm: float) -> None:
+    def _log(self, log: Log, lr: float, speed: float, grad_norm: float) -> None:
         state, peak = self.state, peak_flops(self.device)
         mfu = None if peak is None else self.model.flops_per_token() * speed / peak
         log.write(
@@ -296,7 +305,7 @@ class Trainer:
         )
         self.console.record(state.train_loss, lr, grad_norm, speed, mfu)
 
-    def _evaluate(self, log: MetricsLog) -> None:
+    def _evaluate(self, log: Log) -> None:
         """Score the weights, save them, and only then show what came out."""
         state, config = self.state, self.config
         began = time.perf_counter()
