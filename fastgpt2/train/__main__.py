@@ -8,11 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fastgpt2 import runs
 from fastgpt2.cli import Parser
 from fastgpt2.cli import run as run_command
+from fastgpt2.devices import device_kind, resolve_device
 from fastgpt2.errors import UserError
 from fastgpt2.text.corpora import absolute, corpus_paths
 from fastgpt2.train import summary
@@ -165,7 +164,7 @@ def _train_in(folder: Path, config: TrainConfig, *, resume: bool, overwrite: boo
     print(f"run: {folder}")
     print("".join(f"  {line}\n" for line in config.to_toml().splitlines()), end="")
     trainer = Trainer(config, folder, resume=resume)
-    if trainer.device.type == "cpu":
+    if device_kind(trainer.device).host:
         keep_freed_memory()
     if overwrite:
         # everything has been checked: only now is the old run given up
@@ -176,7 +175,7 @@ def _train_in(folder: Path, config: TrainConfig, *, resume: bool, overwrite: boo
 
 
 def _default_config() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return "cuda" if device_kind(resolve_device("auto")).cuda else "cpu"
 
 
 def _for_the_weights(base: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:

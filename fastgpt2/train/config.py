@@ -113,7 +113,7 @@ class TrainConfig:
     beta2: float = _option(0.95, "AdamW's second moment")
     grad_clip: float = _option(1.0, "largest gradient norm; 0 does not clip")
     dtype: str = _option("auto", "of the computation; weights are kept in fp32", choices=DTYPES)
-    device: str = _option("auto", "auto, cpu, cuda, cuda:1, ...")
+    device: str = _option("auto", "auto, cpu, cuda, cuda:1, ...; mps and xpu are untested")
     impl: str = _option("auto", "implementation of the kernels", choices=IMPLS)
     fp32_residual: bool = _option(False, "keep the residual stream in fp32")
     fp8: bool = _option(

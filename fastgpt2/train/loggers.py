@@ -69,18 +69,18 @@ class WeightsAndBiases:
     def __init__(self, run: Path, step: int, config: dict[str, Any]) -> None:
         import wandb
 
-        name = run.absolute().name
+        mode: Any = os.environ.get("WANDB_MODE", "offline")
         identity = run / "wandb-id"
         if not identity.exists():
             identity.write_text(os.urandom(4).hex(), encoding="utf-8")
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "fastgpt2"),
-            name=name,
+            name=run.absolute().name,
             id=identity.read_text(encoding="utf-8").strip(),
             resume="allow",
             dir=run,
             config=config,
-            mode=os.environ.get("WANDB_MODE", "offline"),
+            mode=mode,
             settings=wandb.Settings(console="off", silent=True),
         )
 

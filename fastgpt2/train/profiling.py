@@ -9,9 +9,9 @@ from textwrap import shorten
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from fastgpt2.devices import device_kind
 from fastgpt2.files import atomic_path, write_text
 
 TRACE, TABLE = "trace.json", "profile.txt"
@@ -59,7 +59,7 @@ class StepProfile:
 
     def _start(self) -> None:
         activities = [ProfilerActivity.CPU]
-        if self._device.type == "cuda":
+        if device_kind(self._device).cuda:
             activities.append(ProfilerActivity.CUDA)
         self._profiler = profile(activities=activities)
         self._profiler.start()
@@ -90,7 +90,7 @@ def step_table(averages: Any, steps: int) -> str:
         averages: what ``torch.profiler``'s ``key_averages()`` gives.
         steps: steps that were recorded.
     """
-    host = {event.key: event for event in averages if event.device_type == DeviceType.CPU}
+    host = {event.key: event for event in averages if event.device_type.name == "CPU"}
     on_device = any(event.self_device_time_total for event in averages)
     lines = [f"{steps} steps recorded; ms per step{': host, device' if on_device else ''}"]
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from fastgpt2.devices import autocast
+from fastgpt2.devices import autocast, device_kind
 from fastgpt2.errors import UserError
 from fastgpt2.model import GPT
 from fastgpt2.train.optimizers import set_learning_rate
@@ -28,10 +28,10 @@ class StepResult(NamedTuple):
 class TrainingStep:
     """Runs optimizer steps on a model whose parameters are fp32.
 
-    A step whose gradient is not finite leaves the weights and the optimizer untouched, decided on
-    the device. Gradients of micro-batches are weighted by their number of valid targets, so 4x1
-    equals 1x4. In fp16 a ``GradScaler`` scales the loss. ``poll`` is called before each
-    micro-batch.
+    A step whose gradient is not finite leaves the weights and the optimizer untouched; the device
+    decides it, where its AdamW is fused. Gradients of micro-batches are weighted by their number of
+    valid targets, so 4x1 equals 1x4. In fp16 a ``GradScaler`` scales the loss. ``poll`` is called
+    before each micro-batch.
     """
 
     def __init__(
@@ -95,6 +95,13 @@ class TrainingStep:
                 torch._foreach_div_(grads, clip)
             self.scaler.step(self.optimizer)
             self.scaler.update()
+            return grad_norm
+        if not device_kind(self.device).fused_adamw:
+            # any other AdamW knows neither scale nor guard, so the host waits and decides
+            if clip is not None:
+                torch._foreach_div_(grads, clip)
+            if torch.isfinite(grad_norm):
+                self.optimizer.step()
             return grad_norm
         # fused AdamW divides by grad_scale as it reads the gradient, so that clipping costs no
         # pass of its own, and leaves everything as it is where found_inf is 1

@@ -7,7 +7,7 @@ import sys
 import torch
 
 from fastgpt2.config import GPTConfig
-from fastgpt2.devices import device_name
+from fastgpt2.devices import device_kind, device_name
 from fastgpt2.kernels.linear_cross_entropy import TORCH_CHUNK_BYTES, TRITON_CHUNK_BYTES
 from fastgpt2.lora import adapters
 from fastgpt2.model import GPT
@@ -90,7 +90,7 @@ def model_lines(
     stored = sum(x.lora_A.numel() + x.lora_B.numel() for x in layers) or parameters
     trained, moments = trained_parameters(model), optimizer_bytes(optimizer)
     device = model.lm_head.weight.device
-    tokens, on_gpu = batch_size * config.block_size, device.type == "cuda"
+    tokens, on_gpu = batch_size * config.block_size, device_kind(device).cuda
     memory = training_memory(config, parameters, trained, moments, tokens, dtype, on_gpu)
     lines = [
         f"model: {human(parameters)} parameters ({config.n_layer} layers, {config.n_head} heads, "
@@ -112,7 +112,10 @@ def model_lines(
 
 def compiler_obstacle(device: torch.device) -> str | None:
     """Why ``torch.compile`` cannot work here, or None: it wants a compiler for its host code."""
-    on_cpu = device.type == "cpu"
+    language = device_kind(device).compiler
+    if language is None:
+        return f"not offered on {device.type}"
+    on_cpu = device_kind(device).host
     if on_cpu:
         # the one name that TorchInductor tries
         wanted = [os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")]
@@ -123,5 +126,4 @@ def compiler_obstacle(device: torch.device) -> str | None:
         wanted = ["cl"]
     if any(shutil.which(name) for name in wanted):
         return None
-    language = "C++" if on_cpu else "C"
     return f"no {language} compiler found ({', '.join(wanted)})"
