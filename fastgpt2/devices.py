@@ -76,7 +76,8 @@ def device_kind(device: torch.device | str) -> DeviceKind:
 
 def of_this_process(device: torch.device) -> torch.device:
     """The same device; under torchrun, of several GPUs the one that belongs to this process."""
-    if device_kind(device).cuda and device.index is None:
+    # a name without a number
+    if device_kind(device).cuda and device == torch.device(device.type):
         return torch.device(device.type, int(os.environ.get("LOCAL_RANK", 0)))
     return device
 
@@ -88,9 +89,10 @@ def default_generator(device: torch.device) -> torch.Generator:
     if device.type == "mps":
         generator: torch.Generator = torch.mps._get_default_mps_generator()
         return generator
-    module = torch.get_device_module(device)
-    index = module.current_device() if device.index is None else device.index
-    found: torch.Generator = module.default_generators[index]
+    module, index = torch.get_device_module(device), device.index
+    found: torch.Generator = module.default_generators[
+        module.current_device() if index is None else index
+    ]
     return found
 
 
