@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from fastgpt2 import devices
+from fastgpt2.compiler import compiler_obstacle
 from fastgpt2.devices import DEVICE_TYPES, default_generator, device_kind, of_this_process
 from fastgpt2.train.optimizers import build_optimizer
 from fastgpt2.train.step import TrainingStep
-from fastgpt2.train.summary import compiler_obstacle
 from tests.test_architecture import PACKAGE, parse
 from tests.tiny_gpt import tiny_batch, tiny_gpt
 from tests.train.tiny_run import tiny_train_config

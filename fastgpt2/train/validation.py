@@ -94,5 +94,6 @@ def validate(
         finally:
             model.train(was_training)
     # weighted by count, in fp64, with one transfer at the end
+    text_bytes = dataset.val_bytes - (0 if eot is None else dataset.first_bytes)
     weighted = torch.stack(losses).cpu().double() * torch.tensor(counts)
-    return Validation(weighted.sum().item() / sum(counts), sum(counts), dataset.val_bytes)
+    return Validation(weighted.sum().item() / sum(counts), sum(counts), text_bytes)
