@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastgpt2 import runs
+from fastgpt2 import distributed, runs
 from fastgpt2.devices import rng_states, set_rng_states
 from fastgpt2.errors import UserError
 from fastgpt2.model import GPT
@@ -80,6 +80,8 @@ class RunState:
     def save(self, run: Path, keep_last: int) -> None:
         """Write the checkpoint of ``step``, then delete those that are no longer kept.
 
+        All processes call it.
+
         Args:
             run: the run folder.
             keep_last: checkpoints kept beside the best one.
@@ -100,7 +102,7 @@ class RunState:
             **self.fixed,
         }
         checkpoint.save(run, self.step, self.model, self.optimizer, state)
-        checkpoint.prune(run, keep_last)
+        distributed.on_rank_0(lambda: checkpoint.prune(run, keep_last))
 
     def restore(self, folder: Path) -> None:
         """Take everything but the weights from the checkpoint in ``folder``.
