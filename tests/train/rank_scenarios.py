@@ -1,14 +1,16 @@
 """The scenarios of test_ranks.py, by name: how many ranks, and what each does."""
 
 import os
+import random
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from fastgpt2.errors import UserError
-from tests.train.ranks import COMMON, Fault, at_step, command, main
+from tests.train.ranks import COMMON, RESTARTS, Fault, at_step, command, main
 
 TWO_BY_TWO = ("--batch-size=2", "--grad-accum=2")
 DROPOUT = "--dropout=0.1"
@@ -25,6 +27,14 @@ def crash() -> None:
 
 def hang() -> None:
     time.sleep(600)
+
+
+def dying(rank: int) -> None:
+    """One rank is killed after a while, wherever it is then; not in the last attempt."""
+    attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    if rank == attempt % 2 and attempt < RESTARTS["soak"]:
+        wait = random.Random(attempt).uniform(0.05, 1.0)
+        threading.Timer(wait, sending(signal.SIGKILL)).start()
 
 
 def in_first_attempt(fault: Fault) -> Fault:
@@ -69,6 +79,7 @@ def scenarios(data: Path, folder: Path) -> dict[str, tuple[int, Callable[[int], 
                 in_first_attempt(at_step(3, 1, sending(signal.SIGKILL))),
             ),
         ),
+        "soak": (2, command(begin("soak", *TWO_BY_TWO, DROPOUT), dying)),
         "unknown flag": (2, command(["--no-such-flag"])),
     }
     # by one process, replicated, sharded; with AdamW and with Muon

@@ -22,10 +22,11 @@ from fastgpt2.train.step import TrainingStep
 SHAPE = "--tokenizer=bytes --model=gpt2-nano --block-size=16 --n-layer=2 --n-head=2 --n-embd=16"
 LENGTH = "--steps=4 --warmup-steps=1 --log-every=1 --eval-every=2 --sample-tokens=3"
 SCHEDULE = "--lr=1e-2 --schedule=constant"
-COMMON = [*SHAPE.split(), *LENGTH.split(), *SCHEDULE.split(), "--device=cpu", "--keep-last=9"]
+MACHINE = f"--device={os.environ.get('RANKS_DEVICE', 'cpu')} --dtype=fp32 --keep-last=9"
+COMMON = [*SHAPE.split(), *LENGTH.split(), *SCHEDULE.split(), *MACHINE.split()]
 
 # how often the ranks of a scenario are started again
-RESTARTS = {"elastic": 1}
+RESTARTS = {"elastic": 1, "soak": 5}
 
 Fault = Callable[[int], None]
 

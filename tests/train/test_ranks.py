@@ -36,15 +36,22 @@ class Ranks:
         return [line for text in self.outcomes[name]["err"] for line in text.splitlines()]
 
 
-@pytest.fixture(scope="module")
-def ranks(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+def run_scenarios(data: Path, folder: Path, *names: str, device: str = "cpu") -> Ranks:
     if not hasattr(os, "fork"):
         pytest.skip("needs os.fork")
-    folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "tests.train.rank_scenarios", str(data), str(folder)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    command = [sys.executable, "-m", "tests.train.rank_scenarios", str(data), str(folder), *names]
+    # a process that has asked CUDA how many GPUs there are cannot be forked; NVML may be asked
+    environment = os.environ | {"RANKS_DEVICE": device, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
+    )
     assert result.returncode == 0, result.stderr
     return Ranks(folder)
+
+
+@pytest.fixture(scope="module")
+def ranks(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    return run_scenarios(data, tmp_path_factory.mktemp("ranks"))
 
 
 def assert_equal_to_rounding(run: Path, expected: Path) -> None:
@@ -55,7 +62,8 @@ def assert_equal_to_rounding(run: Path, expected: Path) -> None:
         if name.endswith("c_attn.bias"):
             C = weight.shape[0] // 3
             ours[name][C : 2 * C] = weight[C : 2 * C]
-        torch.testing.assert_close(ours[name], weight, atol=2e-5, rtol=1e-4, msg=name)
+        # Muon makes a gradient's rounding as large as the gradient: a step of it is 0.02
+        torch.testing.assert_close(ours[name], weight, atol=1e-4, rtol=1e-4, msg=name)
     losses = [[r["train_loss"] for r in measured(x) if "train_loss" in r] for x in (run, expected)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     validation = [[r["val_loss"] for r in measured(x) if "val_loss" in r] for x in (run, expected)]
@@ -107,6 +115,10 @@ def test_torchrun_starts_a_killed_job_again(ranks: Ranks) -> None:
     assert "training: 4 steps (2 done)" in ranks.outcomes["elastic"]["out"][0]
 
 
+def test_ranks_that_are_killed_again_and_again_lose_nothing(ranks: Ranks) -> None:
+    assert_same_training(ranks.run("soak"), ranks.run("adamw --no-shard dropout"))
+
+
 def test_a_rank_that_hangs_is_named_with_its_stack(ranks: Ranks) -> None:
     assert ranks.outcomes["hangs"]["codes"] == [75, 75]
     said = "\n".join(ranks.complaints("hangs"))
@@ -151,3 +163,16 @@ def test_a_rank_that_is_killed_ends_the_others(ranks: Ranks) -> None:
     assert ranks.outcomes["killed"]["codes"] == [2, -9]
     errors = [line for line in ranks.complaints("killed") if "rror" in line]
     assert len(errors) == 1 and "has ended without a word" in errors[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_equal_one(data: Path, tmp_path: Path) -> None:
+    names = [f"{optimizer} {kind}" for optimizer, kind in KINDS]
+    alone = {name: f"{name.split()[0]} alone" for name in names}
+    chosen = (*names, *dict.fromkeys(alone.values()), "killed", "hangs")
+    ranks = run_scenarios(data, tmp_path, *chosen, device="cuda")
+    for name in names:
+        assert_equal_to_rounding(ranks.run(name), ranks.run(alone[name]))
+    assert ranks.outcomes["killed"]["codes"][1] == -9
+    assert ranks.outcomes["hangs"]["codes"] == [75, 75]
