@@ -9,6 +9,7 @@ C width, H heads, D head size.
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastgpt2.cache import LayerCache
 from fastgpt2.config import GPTConfig
@@ -153,6 +154,8 @@ class Block(nn.Module):
         super().__init__()
         self.dropout_p = config.resid_p
         self.impl = config.impl
+        # keep nothing of the MLP for the backward pass, and compute it again there
+        self.remat_mlp = False
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.attn = CausalSelfAttention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
@@ -180,7 +183,10 @@ class Block(nn.Module):
             branch = call(self.attn, normed, *(() if cache is None else (cache,))), None
         x, normed = self._add_and_norm_2(x, branch, dtype)
         if is_plain(self.mlp, MLP):
-            branch = self.mlp.branch(normed)
+            if self.remat_mlp and self.training:
+                branch = checkpoint(self.mlp.branch, normed, use_reentrant=False)
+            else:
+                branch = self.mlp.branch(normed)
         else:
             branch = call(self.mlp, normed), None
         return self._add(x, branch)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastgpt2.cache import KVCache
 from fastgpt2.config import GPTConfig
@@ -58,6 +59,8 @@ class Transformer(nn.Module):
         self.dropout_p = config.embd_p
         self.fp32_residual = config.fp32_residual
         self.impl = config.impl
+        # keep the input of each block for the backward pass, and compute the block again there
+        self.remat_blocks = False
 
     def forward(
         self, idx: Tensor, dtype: torch.dtype | None = None, cache: KVCache | None = None
@@ -116,7 +119,10 @@ class Transformer(nn.Module):
     def run_blocks(self, x: Tensor, dtype: torch.dtype, cache: KVCache | None = None) -> Tensor:
         """(B, T, C), the residual stream -> (B, T, C) in ``dtype``, after the final LayerNorm."""
         for i, block in enumerate(self.h):
-            x = block(x, dtype, None if cache is None else cache.layers[i])
+            if self.remat_blocks and self.training:
+                x = checkpoint(block, x, dtype, use_reentrant=False)
+            else:
+                x = block(x, dtype, None if cache is None else cache.layers[i])
         return normalize(self.ln_f, x, dtype, impl=self.impl)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 
-import torch.distributed as dist
+from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
 from fastgpt2 import distributed
 from fastgpt2.cli import exit_code
@@ -56,10 +56,11 @@ def _is_elastic() -> bool:
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
 
 
-def _job_store() -> dist.TCPStore:
+def _job_store() -> Store:
     """A connection of its own to the store of the job."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=60))
+    store: Store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=60))
+    return store
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """``python -m tools.soak DATA FOLDER``: train with ranks that are killed at random moments.
 
-A small run on several ranks is started, killed after a random time, and resumed, again and again; an
-unbroken run of the same configuration trains beside it once. At the end both must have the same
-weights, bit for bit, and the memory of the ranks must not have grown. As it is, this takes an hour;
+A small run on several ranks is started, killed after a random time, and resumed, again and again.
+An unbroken run of the same configuration comes first. At the end both must have the same weights,
+bit for bit, and the memory of the ranks must not have grown. As it is, this takes an hour;
 ``--minutes 2 --every 8 20 --steps 400 --eval-every 20`` takes a few minutes.
 """
 

@@ -14,6 +14,7 @@ import torch
 from fastgpt2 import distributed, runs
 from fastgpt2.cli import Parser
 from fastgpt2.cli import run as run_command
+from fastgpt2.devices import resolve_device, resolve_dtype
 from fastgpt2.errors import UserError
 from fastgpt2.peers import failing_together, recall, remember
 from fastgpt2.streams import silent
@@ -22,8 +23,10 @@ from fastgpt2.train import summary
 from fastgpt2.train.allocator import keep_freed_memory
 from fastgpt2.train.claim import check_outside, claimed, empty, is_empty, new_folder
 from fastgpt2.train.config import TrainConfig, field_types, named_configs, read_config
+from fastgpt2.train.guard import BadStep
 from fastgpt2.train.origin import noted_source
-from fastgpt2.train.trainer import Outcome, Trainer
+from fastgpt2.train.outcome import Outcome
+from fastgpt2.train.trainer import Trainer
 
 # the flags of the help text, in groups: the first field of each
 _GROUPS = {
@@ -88,6 +91,12 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--out", metavar="DIR", help="run folder [a new one under runs/]")
     run.add_argument("--resume", action="store_true", help="continue the run in --out")
     run.add_argument("--overwrite", action="store_true", help="delete all that is in --out first")
+    run.add_argument(
+        "--replay",
+        metavar="FILE",
+        help="compute a step that was not finite, and was kept, again: with --device, --dtype, "
+        "--impl",
+    )
     types = field_types()
     group = run
     for name, item in TrainConfig.__dataclass_fields__.items():
@@ -130,6 +139,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _train(arguments: dict[str, Any]) -> int:
+    if "replay" in arguments:
+        return _replay(**arguments)
     # of an error in the flags, rank 0 alone speaks
     name = distributed.local_device(str(arguments.get("device", "auto")))
     kind = "cuda" if name == "auto" and torch.cuda.is_available() else name.partition(":")[0]
@@ -144,6 +155,21 @@ def _train(arguments: dict[str, Any]) -> int:
         watch.timeout = plan.config.timeout
         distributed.on_rank_0(lambda: _claim(stack, plan))
         return _train_in(plan)
+
+
+def _replay(
+    replay: str, device: str = "auto", dtype: str = "auto", impl: str = "auto", **others: Any
+) -> int:
+    if others:
+        raise UserError(f"--replay: does not take --{next(iter(others)).replace('_', '-')}")
+    place = resolve_device(device)
+    bad = BadStep.load(Path(replay), impl=impl)
+    bad.model.to(place).train()
+    found = bad.first_bad(resolve_dtype(dtype, place))
+    if found is not None:
+        raise UserError(f"step {bad.step}: not finite first: {found}")
+    print(f"step {bad.step}: everything is finite")
+    return 0
 
 
 def _plan(arguments: dict[str, Any]) -> Plan:

@@ -15,6 +15,9 @@ from fastgpt2.devices import DTYPES
 from fastgpt2.errors import UserError
 from fastgpt2.train.schedules import SCHEDULES
 
+# from the most memory to the least
+REMATS = ("none", "mlp", "block")
+
 # the table of a TOML file with the values that hold where the optimizer is Muon
 MUON_TABLE = "muon"
 
@@ -106,6 +109,12 @@ class TrainConfig:
         "bf16, widths that are multiples of 16; a CPU emulates it, slowly",
     )
     compile: bool = _option(False, "torch.compile the forward and backward pass")
+    remat: str = _option(
+        "none",
+        "activations that are computed again in the backward pass, not kept: those of the MLPs, or "
+        "of whole blocks",
+        choices=REMATS,
+    )
     shard: bool = _option(
         False,
         "of several processes, each keeps a part of weights, gradients and moments (FSDP2), not "

@@ -58,6 +58,11 @@ class RunState:
         """Remember what a step changes besides weights and moments, before it begins."""
         self._marked = self.step, self.loader.state_dict(), rng_states(self._device)
 
+    @property
+    def marked_random_numbers(self) -> dict[str, torch.Tensor]:
+        """States of the generators at the last mark."""
+        return self._marked[2]
+
     def rewind(self) -> None:
         """Undo the part of an interrupted step that has happened: data drawn, random numbers."""
         step, loader, rng = self._marked

@@ -57,6 +57,8 @@ class TrainingStep:
         self.dtype = dtype
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         self.skipped = 0
+        # of the last step, for a second look at it
+        self.batches: Sequence[Batch] = ()
 
     def __call__(self, batches: Sequence[Batch], lr: float) -> StepResult:
         """Train on one micro-batch after another, then update once.
@@ -72,6 +74,7 @@ class TrainingStep:
         """
         # gradients live until here, so that a diverged run can name the tensor that went bad
         self.optimizer.zero_grad(set_to_none=True)
+        self.batches = batches
         set_learning_rate(self.optimizer, lr)
         counts = [int((targets >= 0).sum()) for _, targets in batches]
         ranks = distributed.world_size()

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from fastgpt2.devices import (
 from fastgpt2.errors import EndedElsewhere, UserError
 from fastgpt2.files import write_text
 from fastgpt2.generate.stream import encode_prompt, stream_text
+from fastgpt2.layers import Block
 from fastgpt2.model import GPT
 from fastgpt2.streams import steady_streams
 from fastgpt2.text import BlockLoader, build_dataset, load_tokenizer, save_tokenizer
@@ -26,32 +27,20 @@ from fastgpt2.train import checkpoint
 from fastgpt2.train.compiled import compiled
 from fastgpt2.train.config import TrainConfig
 from fastgpt2.train.console import Console
+from fastgpt2.train.guard import BAD_STEP, BadStep, explain
 from fastgpt2.train.interrupt import Interrupt, Interrupted
 from fastgpt2.train.metrics import MetricsLog, plot
 from fastgpt2.train.optimizers import build_optimizer, set_momentum
 from fastgpt2.train.origin import open_origin
+from fastgpt2.train.outcome import Outcome
 from fastgpt2.train.parallel import joined, seed_for_rank, shard, whole_model
 from fastgpt2.train.schedules import learning_rate, progress
 from fastgpt2.train.state import RunState, check_data
 from fastgpt2.train.step import Batch, TrainingStep
-from fastgpt2.train.validation import Validation, validate
+from fastgpt2.train.validation import validate
 
 # tokens of an evaluation's batch, at least: without gradients they fit wherever training does
 EVAL_TOKENS = 4096
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended."""
-
-    step: int
-    tokens: int
-    elapsed: float
-    train_loss: float
-    validation: Validation | None
-    best_step: int
-    exit_code: int
-    drawn: bool
 
 
 class Trainer:
@@ -116,6 +105,10 @@ class Trainer:
         else:
             self.model = GPT(shape)
         self.model.to(self.device)
+        self.model.transformer.remat_blocks = config.remat == "block"
+        for module in self.model.modules():
+            if isinstance(module, Block):
+                module.remat_mlp = config.remat == "mlp"
         if config.shard and ranks > 1:
             shard(self.model, self.dtype)
         optimizer = build_optimizer(self.model, config)
@@ -310,9 +303,15 @@ class Trainer:
         try:
             self.training_step.check(loss, norm, step)
         except UserError as error:
-            if not runs.saved_steps(self.run_folder):
-                raise
-            raise UserError(f"{error}; the last checkpoint is untouched") from None
+            saved = runs.saved_steps(self.run_folder)
+            kept = "; the last checkpoint is untouched" if saved else ""
+            raise UserError(f"{error}{self._explain()}{kept}") from None
+
+    def _explain(self) -> str:
+        """What was not finite first in the last step, and where the step is kept."""
+        step = self.training_step
+        bad = BadStep(self.model, step.batches, self.state.marked_random_numbers, self.state.step)
+        return explain(bad, self.dtype, self.run_folder / BAD_STEP)
 
     def _log(self, lr: float, speed: float, grad_norm: float) -> None:
         state, peak = self.state, peak_flops(self.device)

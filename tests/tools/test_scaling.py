@@ -2,7 +2,18 @@
 
 import pytest
 
-from tools.scaling import MODELS, PAGE, PUBLISHED, Machine, ddp, fsdp, memory, predicted, tables
+from tools.scaling import (
+    MODELS,
+    PAGE,
+    PUBLISHED,
+    Machine,
+    Published,
+    ddp,
+    fsdp,
+    memory,
+    predicted,
+    tables,
+)
 
 
 def test_the_page_has_the_tables_of_today() -> None:
@@ -10,7 +21,7 @@ def test_the_page_has_the_tables_of_today() -> None:
 
 
 @pytest.mark.parametrize("run", PUBLISHED, ids=lambda run: run.name)
-def test_measured_runs(run: object) -> None:
+def test_measured_runs(run: Published) -> None:
     assert predicted(run, Machine()) == pytest.approx(run.tokens_per_second, rel=0.1)
 
 
