@@ -11,8 +11,10 @@ if TYPE_CHECKING:
     from fastgpt2.config import GPTConfig
     from fastgpt2.errors import UserError
     from fastgpt2.integrations.huggingface import GPT2LMHeadModel, accelerate, restore
+    from fastgpt2.lora import add_lora, merge_lora
     from fastgpt2.model import GPT
     from fastgpt2.text import create_dataloader
+    from fastgpt2.weights.adapter import load_adapter, save_adapter
 
 __version__ = "0.1.0"
 
@@ -23,8 +25,12 @@ _LAZY = {
     "GPTConfig": "fastgpt2.config",
     "UserError": "fastgpt2.errors",
     "accelerate": "fastgpt2.integrations.huggingface",
+    "add_lora": "fastgpt2.lora",
     "create_dataloader": "fastgpt2.text",
+    "load_adapter": "fastgpt2.weights.adapter",
+    "merge_lora": "fastgpt2.lora",
     "restore": "fastgpt2.integrations.huggingface",
+    "save_adapter": "fastgpt2.weights.adapter",
 }
 
 __all__ = [
@@ -34,8 +40,12 @@ __all__ = [
     "UserError",
     "__version__",
     "accelerate",
+    "add_lora",
     "create_dataloader",
+    "load_adapter",
+    "merge_lora",
     "restore",
+    "save_adapter",
 ]
 
 

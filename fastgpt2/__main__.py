@@ -8,6 +8,7 @@ COMMANDS = {
     "train": "train a GPT-2 on text",
     "generate": "continue a text with a trained model",
     "evaluate": "score models on a text or a task",
+    "plot": "compare runs in one picture",
     "prepare": "tokenize a large corpus into shards",
     "convert": "convert weights between formats",
 }

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from fastgpt2.cli import exit_code
 from fastgpt2.errors import EndedElsewhere, UserError
@@ -56,8 +57,12 @@ def process_group(device: str = "cpu", timeout: float | None = None) -> Iterator
     if not is_launched() or dist.is_initialized():
         yield
         return
-    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=None if timeout is None else timedelta(0, timeout))
+    options: dict[str, Any] = {} if timeout is None else {"timeout": timedelta(0, timeout)}
+    if is_elastic():
+        # torchrun keeps one store through restarts: addresses of processes that have gone are in it
+        ranks = {"rank": launched_rank(), "world_size": launched_world_size()}
+        options |= ranks | {"store": PrefixStore(f"fastgpt2/group/{attempt()}", job_store())}
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", **options)
     _move_on()
     yield
     # after an error the others may be gone, and the group could wait for them
@@ -67,6 +72,23 @@ def process_group(device: str = "cpu", timeout: float | None = None) -> Iterator
 def is_launched() -> bool:
     """Whether torchrun, or a program like it, has started this process as one of several."""
     return "RANK" in os.environ
+
+
+def is_elastic() -> bool:
+    """Whether a torchrun keeps the store, which then outlives the processes."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+
+
+def attempt() -> int:
+    """How often torchrun has started the processes of this job again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def job_store() -> Store:
+    """A connection of its own to the key-value store of the job."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store: Store = TCPStore(address, port, is_master=False, timeout=timedelta(minutes=5))
+    return store
 
 
 def rank() -> int:

@@ -25,6 +25,7 @@ from fastgpt2.explanation import explain_gpt
 from fastgpt2.generative import Generative
 from fastgpt2.kernels import cross_entropy, embedding, linear_cross_entropy, tied_embedding
 from fastgpt2.layers import Block, normalize, project
+from fastgpt2.lora import LoRASettings
 from fastgpt2.plain import execution_device, is_plain
 from fastgpt2.precision import compute_dtype, no_autocast
 from fastgpt2.quantize import Quantizable
@@ -137,6 +138,7 @@ class GPT(Quantizable, Generative):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
+        self.lora: LoRASettings | None = None
         self.transformer = Transformer(config)
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         self.tie_weights()
@@ -361,6 +363,8 @@ class GPT(Quantizable, Generative):
 
         if not head_is_tied(self):
             raise UserError("save_pretrained: the head is not tied; save its state_dict instead")
+        if self.lora is not None:
+            raise UserError("save_pretrained: the model has adapters; merge_lora or save_adapter")
         save_model(self.config, self.state_dict(), save_directory, format)
 
     @classmethod

@@ -12,9 +12,6 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from datetime import timedelta
-
-from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
 from fastgpt2 import distributed
 from fastgpt2.cli import exit_code
@@ -35,8 +32,8 @@ def remember(name: str, value: str) -> None:
         name: what ``recall`` asks for.
         value: kept as long as torchrun itself runs; without torchrun, nothing is.
     """
-    if _is_elastic():
-        _job_store().set(f"fastgpt2/{name}", value)
+    if distributed.is_elastic():
+        distributed.job_store().set(f"fastgpt2/{name}", value)
 
 
 def recall(name: str) -> str | None:
@@ -45,22 +42,10 @@ def recall(name: str) -> str | None:
     Args:
         name: as ``remember`` was given it.
     """
-    if not _is_elastic():
+    if not distributed.is_elastic():
         return None
-    store, key = _job_store(), f"fastgpt2/{name}"
+    store, key = distributed.job_store(), f"fastgpt2/{name}"
     return store.get(key).decode("utf-8") if store.check([key]) else None
-
-
-def _is_elastic() -> bool:
-    """Whether a torchrun keeps the store, which then outlives the processes."""
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
-
-
-def _job_store() -> Store:
-    """A connection of its own to the store of the job."""
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store: Store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=60))
-    return store
 
 
 @contextmanager
@@ -104,9 +89,8 @@ class Watch:
     timeout = 0.0
 
     def __init__(self) -> None:
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self._key = f"fastgpt2/{attempt}"
-        self._store = None if distributed.world_size() == 1 else _job_store()
+        self._key = f"fastgpt2/{distributed.attempt()}"
+        self._store = None if distributed.world_size() == 1 else distributed.job_store()
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._main = threading.get_ident()

@@ -16,12 +16,12 @@ def draw(
     dpi: int = 120,
     notify: Callable[[str], None] = print,
 ) -> bool:
-    """Write a PNG that ``paint`` draws; say so in one line where that fails.
+    """Write a PNG or SVG that ``paint`` draws; say so in one line where that fails.
 
     The environment's backend and matplotlibrc have no part in it, and a ``$`` in a text stays one.
 
     Args:
-        path: the picture.
+        path: the picture; it is an SVG where the name ends in .svg, else a PNG.
         paint: draws on a ``new_figure`` and returns it.
         dpi: dots per inch.
         notify: shows the line.
@@ -72,7 +72,8 @@ def _draw(path: Path, paint: Callable[[], Any], dpi: int) -> None:
         figure = paint()
         FigureCanvasAgg(figure)
         with atomic_path(path) as temporary:
-            figure.savefig(temporary, dpi=dpi, format="png")
+            kind = "svg" if path.suffix.lower() == ".svg" else "png"
+            figure.savefig(temporary, dpi=dpi, format=kind)
 
 
 def _import_matplotlib() -> None:

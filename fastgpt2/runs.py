@@ -3,7 +3,8 @@
 RUN/config.toml                        the resolved configuration
     fastgpt2_tokenizer.json            the tokenizer; GPT-2's vocabulary files if it is GPT-2's
     metrics.jsonl metrics.csv loss.png what was measured
-    checkpoints/step_00001000/         model.safetensors    weights by their canonical names
+    checkpoints/step_00001000/         model.safetensors    weights by their canonical names; with
+                                                            LoRA the two files of PEFT instead
                                        gpt_config.json      fields of GPTConfig
                                        optimizer.safetensors
                                        state.json           step, losses, data position, ...
@@ -21,6 +22,8 @@ from fastgpt2.text.tokenizers import FILE_NAME, load_tokenizer
 
 RUN_CONFIG, CHECKPOINTS = "config.toml", "checkpoints"
 MODEL, MODEL_CONFIG = "model.safetensors", "gpt_config.json"
+# of a run with LoRA, in the place of the model's file
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
 # of state.json; raised where an older fastgpt2 could not read a checkpoint
 FORMAT = 1

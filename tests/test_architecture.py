@@ -31,6 +31,7 @@ FLOORS = {
     "fastgpt2.layers": 3,
     "fastgpt2.plain": 3,
     "fastgpt2.quantize": 3,
+    "fastgpt2.lora": 3,
     "fastgpt2.precision": 3,
     "fastgpt2.state_dict": 3,
     "fastgpt2.explanation": 3,

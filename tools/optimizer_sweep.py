@@ -56,6 +56,7 @@ SWEEP = (
     muon(0.02, 8e-3, 500),
     muon(0.03, 6e-3, 500, 1, "--muon-weight-decay=0.1"),
     muon(0.03, 6e-3, 500, 1, "--muon-warmup-steps=100"),
+    muon(0.04, 4e-3, 600, 3),
 )
 
 
@@ -99,10 +100,10 @@ def draw(record: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(8, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    curves: dict[str, list[list[list[float]]]] = {}
+    curves: dict[tuple[str, int], list[list[list[float]]]] = {}
     for run in record["runs"]:
-        curves.setdefault(run["name"], []).append(run["curve"])
-    for name, runs in curves.items():
+        curves.setdefault((run["name"], run["curve"][-1][0]), []).append(run["curve"])
+    for (name, _), runs in curves.items():
         steps = [step for step, _ in runs[0]]
         columns = [[loss for _, loss in run] for run in runs]
         losses = [statistics.mean(values) for values in zip(*columns, strict=True)]
@@ -131,10 +132,10 @@ def main(argv: list[str] | None = None) -> int:
     record: dict[str, Any] = {"machine": machine(torch.device("cpu")), "runs": []}
     if path.exists():
         record = json.loads(path.read_text(encoding="utf-8"))
-    done = {(run["name"], run["seed"]) for run in record["runs"]}
+    done = {(run["name"], run["curve"][-1][0], run["seed"]) for run in record["runs"]}
     for setting in () if args.picture else SWEEP:
         for seed in range(1, setting.seeds + 1):
-            if (setting.name, seed) not in done:
+            if (setting.name, setting.steps, seed) not in done:
                 record["runs"].append(run_one(setting, seed, args.text))
                 record["seconds_per_step"] = step_seconds()
                 write_text(path, json.dumps(record, indent=1) + "\n")

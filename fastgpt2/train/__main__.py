@@ -37,7 +37,13 @@ _GROUPS = {
     "log_every": "what is shown and saved",
 }
 _METAVARS: dict[type, str] = {int: "N", float: "X", str: "TEXT", tuple: "WHAT"}
-_OWN_METAVARS = {"text_column": "NAME", "vocab_dir": "DIR", "device": "NAME"}
+_OWN_METAVARS = {
+    "text_column": "NAME",
+    "vocab_dir": "DIR",
+    "device": "NAME",
+    "freeze": "PATTERN",
+    "lora_target": "NAME",
+}
 
 # a run keeps these to its end: they decide what its weights and its data stream mean
 _FIXED = (
@@ -52,6 +58,11 @@ _FIXED = (
     "bias",
     "optimizer",
     "init_from",
+    "freeze",
+    "lora_rank",
+    "lora_alpha",
+    "lora_target",
+    "lora_dropout",
     "seed",
 )
 # with --init-from, these are the weights' where the command line says nothing
@@ -114,14 +125,15 @@ def build_parser() -> argparse.ArgumentParser:
             metavar = _OWN_METAVARS.get(name, _METAVARS[plain])
             extra["metavar"] = None if extra["choices"] else metavar
         if plain is tuple:
-            extra["nargs"] = "+"
+            # given twice, a flag names more
+            extra |= {"nargs": "+", "action": "extend"}
         group.add_argument("--" + name.replace("_", "-"), **extra)
     return parser
 
 
 def _help(text: str, default: Any) -> str:
-    if default is None:
-        return text
+    if default is None or default == ():
+        return text.replace("%", "%%")
     if isinstance(default, bool):
         default = "yes" if default else "no"
     elif isinstance(default, tuple):
@@ -182,15 +194,14 @@ def _plan(arguments: dict[str, Any]) -> Plan:
             arguments |= {"out": begun, "overwrite": True, "resume": False}
     name, out = arguments.pop("config", None), arguments.pop("out", None)
     resume, overwrite = arguments.pop("resume", False), arguments.pop("overwrite", False)
-    if "data" in arguments:
-        arguments["data"] = tuple(arguments["data"])
+    arguments |= {name: tuple(x) for name, x in arguments.items() if isinstance(x, list)}
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other")
     if resume and (out is None or name is not None):
         raise UserError("--resume continues the run given by --out, with its own configuration")
     if out is None:
         base = read_config(name or _default_config())
-        config = _configuration(base, arguments)
+        config = _configuration(base, arguments, resume=False)
         folder = new_folder(Path(name or "default").stem)
     else:
         folder = Path(out)
@@ -201,7 +212,7 @@ def _plan(arguments: dict[str, Any]) -> Plan:
         base = read_config(str(folder / "config.toml") if resume else name or _default_config())
         if resume:
             _check_unchanged(base, arguments)
-        config = _configuration(base, arguments)
+        config = _configuration(base, arguments, resume=resume)
     return Plan(config, folder, name, made=out is None, resume=resume, overwrite=overwrite)
 
 
@@ -233,13 +244,31 @@ def _default_config() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _configuration(base: dict[str, Any], arguments: dict[str, Any]) -> TrainConfig:
-    if "init_from" in arguments and "model" in arguments:
+def _for_the_weights(base: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    """The configuration without a shape that is not that of the weights of --init-from.
+
+    Raises:
+        UserError: a preset is asked for beside weights.
+    """
+    source = base.get("init_from")
+    if arguments.get("init_from", source) is None:
+        return base
+    # the configuration of a run that began with weights notes their shape beside their sha256
+    asked = source is not None and "init_sha256" not in base
+    if "model" in arguments or (asked and "model" in base):
         raise UserError("--model and --init-from exclude each other: the shape is the weights'")
-    if "init_from" in arguments and base.get("init_from") is None:
-        # the shape of a configuration from scratch is not one for these weights
-        base = {name: value for name, value in base.items() if name not in _OF_THE_WEIGHTS}
+    if asked or arguments.get("init_from", source) == source:
+        return base
+    # the shape of a configuration from scratch, or of other weights, is not one for these
+    return {name: value for name, value in base.items() if name not in _OF_THE_WEIGHTS}
+
+
+def _configuration(base: dict[str, Any], arguments: dict[str, Any], *, resume: bool) -> TrainConfig:
+    if not resume:
+        base = _for_the_weights(base, arguments)
     config = TrainConfig.from_layers(base, _length(arguments), _share(base, arguments), arguments)
+    if config.init_from is None and config.bias is None:
+        config = replace(config, bias=True)
     # what is said now is meant for the processes of now
     said = "batch_size" in arguments or "grad_accum" in arguments
     ranks = distributed.world_size()

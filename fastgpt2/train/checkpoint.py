@@ -1,9 +1,9 @@
 """Checkpoints: safetensors and JSON in a folder that appears whole or not at all.
 
 ``RUN/checkpoints/step_00000250/`` holds ``model.safetensors`` (fp32, true vocabulary, the tied head
-once), ``gpt_config.json``, ``optimizer.safetensors`` (moments, random-number states) and
-``state.json`` (step, data position, losses, loss scale, tokenizer). It is written under another
-name, put on the disk, and renamed.
+once; PEFT's two files where the run trains adapters), ``gpt_config.json``,
+``optimizer.safetensors`` (moments, random-number states) and ``state.json`` (step, data position,
+losses, loss scale, tokenizer). It is written under another name, put on the disk, and renamed.
 """
 
 import hashlib
@@ -28,6 +28,7 @@ from fastgpt2.errors import UserError
 from fastgpt2.files import sync, write_text
 from fastgpt2.model import GPT
 from fastgpt2.train.parallel import placed_like, whole, whole_weights
+from fastgpt2.weights.adapter import load_adapter, open_base, read_adapter, save_adapter
 
 # of AdamW, and of Muon
 _MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
@@ -44,11 +45,12 @@ def save(
     Raises:
         UserError: it cannot be written.
     """
-    weights = whole_weights(model)
+    # adapters are never sharded
+    weights = whole_weights(model) if model.lora is None else {}
     tensors = _training_tensors(model, optimizer)
 
     def write() -> Path:
-        return _write(run, step, model.config, weights, tensors, state)
+        return _write(run, step, model, weights, tensors, state)
 
     return distributed.on_rank_0(write)
 
@@ -56,7 +58,7 @@ def save(
 def _write(
     run: Path,
     step: int,
-    config: GPTConfig,
+    model: GPT,
     weights: dict[str, Tensor],
     tensors: dict[str, Tensor],
     state: dict[str, Any],
@@ -72,14 +74,13 @@ def _write(
             return final
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        save_file(weights, temporary / runs.MODEL, metadata={"format": "pt"})
+        files = _save_weights(temporary, model, weights)
         save_file(tensors, temporary / runs.OPTIMIZER)
-        for path in (temporary / runs.MODEL, temporary / runs.OPTIMIZER):
-            sync(path)
-        write_text(temporary / runs.MODEL_CONFIG, json.dumps(asdict(config), indent=2) + "\n")
+        for name in (*files, runs.OPTIMIZER):
+            sync(temporary / name)
+        write_text(temporary / runs.MODEL_CONFIG, json.dumps(asdict(model.config), indent=2) + "\n")
         record["sha256"] = {
-            name: _digest(temporary / name)
-            for name in (runs.MODEL, runs.OPTIMIZER, runs.MODEL_CONFIG)
+            name: _digest(temporary / name) for name in (*files, runs.OPTIMIZER, runs.MODEL_CONFIG)
         }
         write_text(temporary / runs.STATE, _json(record))
         os.rename(temporary, final)
@@ -90,6 +91,15 @@ def _write(
         # half a checkpoint would take the room that the next one needs
         shutil.rmtree(temporary, ignore_errors=True)
     return final
+
+
+def _save_weights(folder: Path, model: GPT, weights: dict[str, Tensor]) -> tuple[str, ...]:
+    """Write the weights, or of a model with adapters these alone; the names of the files."""
+    if model.lora is not None:
+        save_adapter(model, folder)
+        return runs.ADAPTER, runs.ADAPTER_CONFIG
+    save_file(weights, folder / runs.MODEL, metadata={"format": "pt"})
+    return (runs.MODEL,)
 
 
 def newest_intact(run: Path, notify: Callable[[str], None]) -> Path:
@@ -167,9 +177,16 @@ def load_model(folder: Path, **overrides: Any) -> GPT:
         # no memory and no time for an initialisation that is overwritten at once
         with torch.device("meta"):
             model = GPT(GPTConfig(**(config | overrides)))
+        if (folder / runs.ADAPTER).is_file():
+            base = open_base(read_adapter(folder), model.config)
+            model.load_state_dict(base.to(torch.float32).state_dict(), assign=True)
+            load_adapter(model, folder)
+            return model
         # copies: the file's own memory map would be trained in, and keep the file from deletion
         weights = {name: tensor.clone() for name, tensor in load_file(folder / runs.MODEL).items()}
         model.load_state_dict(weights, assign=True)
+    except UserError:
+        raise
     except Exception as error:
         # safetensors and PyTorch raise types of their own for damaged and misshaped files
         raise UserError(f"{folder}: cannot be loaded: {_beginning(error)}") from None

@@ -13,10 +13,9 @@ from typing import Any, Self
 from fastgpt2.config import IMPLS, PRESETS, GPTConfig, unknown_key
 from fastgpt2.devices import DTYPES
 from fastgpt2.errors import UserError
+from fastgpt2.lora import TARGETS
+from fastgpt2.train.remat import REMATS
 from fastgpt2.train.schedules import SCHEDULES
-
-# from the most memory to the least
-REMATS = ("none", "mlp", "block")
 
 # the table of a TOML file with the values that hold where the optimizer is Muon
 MUON_TABLE = "muon"
@@ -63,12 +62,27 @@ class TrainConfig:
         "gpt2, gpt2-medium, gpt2-large, gpt2-xl; shape and tokenizer are theirs",
     )
     init_sha256: str | None = _option(None, "of the weights of --init-from, noted by the run")
+    freeze: tuple[str, ...] = _option(
+        (),
+        "parameters or modules that are not trained, by name, with the shell's * ? [..]: "
+        "transformer.wte, 'transformer.h.[0-5].*', '*.ln_?.*'",
+    )
+    lora_rank: int | None = _option(
+        None, "train adapters of this rank (LoRA) and nothing else; needs --init-from"
+    )
+    lora_alpha: float | None = _option(None, "an adapter is scaled by this / rank [the rank]")
+    lora_target: tuple[str, ...] = _option(
+        TARGETS, "layers with adapters: c_attn, c_proj, c_fc, or longer: mlp.c_proj"
+    )
+    lora_dropout: float = _option(0.0, "dropout rate on the input of the adapters")
     model: str = _option("gpt2", "shape of the model", choices=tuple(PRESETS))
     block_size: int | None = _option(None, "context length T in tokens [the model's]")
     n_layer: int | None = _option(None, "number of blocks [the model's]")
     n_head: int | None = _option(None, "attention heads [the model's]")
     n_embd: int | None = _option(None, "width C [the model's]")
-    bias: bool = _option(True, "biases in linear layers and LayerNorms, as GPT-2 has them")
+    bias: bool | None = _option(
+        None, "biases in linear layers and LayerNorms [yes, as GPT-2 has them]"
+    )
     dropout: float = _option(0.0, "rate of all three dropouts")
     attn_dropout: float | None = _option(None, "rate on attention probabilities [--dropout]")
     embd_dropout: float | None = _option(None, "rate on the embeddings [--dropout]")
@@ -143,6 +157,7 @@ class TrainConfig:
         _check(self, "wsd_decay", 0 < self.wsd_decay <= 1, "in (0, 1]")
         if self.optimizer == "muon":
             _check(self, "lr", self.lr > 0, "greater than 0 with the optimizer muon")
+        self._check_lora()
         for name in ("beta1", "beta2", "muon_momentum"):
             _check(self, name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         for name in ("stride", "steps", "epochs", "minutes", "ranks"):
@@ -159,11 +174,31 @@ class TrainConfig:
                 _check(self, item.name, value in choices, f"one of {', '.join(choices)}")
             if isinstance(value, float):
                 _check(self, item.name, math.isfinite(value), "finite")
-            # a file name may hold bytes that are no text, which TOML cannot store
+            # a file's name may hold bytes that are no text, which TOML cannot store
             for text in value if isinstance(value, tuple) else (value,):
                 _check(self, item.name, not isinstance(text, str) or _is_utf8(text), "UTF-8 text")
         if self.steps is None and self.epochs is None and self.minutes is None:
             raise UserError("config: give a length of training: steps, epochs or minutes")
+
+    def _check_lora(self) -> None:
+        _check(self, "lora_dropout", 0 <= self.lora_dropout < 1, "in [0, 1)")
+        rank, alpha = self.lora_rank, self.lora_alpha
+        _check(self, "lora_rank", rank is None or rank >= 1, "1 or more")
+        _check(self, "lora_alpha", alpha is None or alpha > 0, "greater than 0")
+        if rank is None:
+            if alpha is not None or self.lora_dropout or self.lora_target != TARGETS:
+                raise UserError("config: lora_alpha, lora_target and lora_dropout need lora_rank")
+            return
+        if self.init_from is None:
+            raise UserError("config: lora_rank needs init_from: adapters belong to trained weights")
+        if self.optimizer == "muon":
+            raise UserError("config: adapters are trained by adamw: Muon is for whole matrices")
+
+    @property
+    def lora_targets(self) -> tuple[str, ...]:
+        """Names of the layers with adapters; a text may hold several, between commas."""
+        names = (name.strip() for text in self.lora_target for name in text.split(","))
+        return tuple(dict.fromkeys(name for name in names if name))
 
     def gpt_config(self, vocab_size: int) -> GPTConfig:
         """The model's shape: the preset with this run's overrides."""
@@ -173,7 +208,7 @@ class TrainConfig:
         return GPTConfig.preset(
             self.model,
             vocab_size=vocab_size,
-            bias=self.bias,
+            bias=self.bias is not False,
             dropout=self.dropout,
             attn_dropout=self.attn_dropout,
             embd_dropout=self.embd_dropout,

@@ -33,6 +33,7 @@ class Console:
         dataset: Dataset,
         tokenizer_id: str,
         model: GPT,
+        optimizer: torch.optim.Optimizer,
         *,
         batch_size: int,
         dtype: torch.dtype,
@@ -44,8 +45,7 @@ class Console:
             f"data: {dataset.source}; {len(dataset.train):,} training and {val_tokens:,} "
             f"validation tokens (tokenizer {tokenizer_id})"
         )
-        device = model.lm_head.weight.device
-        for line in summary.model_lines(model, batch_size, dtype, device):
+        for line in summary.model_lines(model, optimizer, batch_size, dtype):
             self.notify(line)
         self.notify(f"kernels: {kernels}")
 

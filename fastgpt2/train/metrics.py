@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fastgpt2.files import write_text
-from fastgpt2.picture import draw, new_figure, printable
+from fastgpt2.picture import draw, printable
+from fastgpt2.train.curves import Curves, paint_run
 
 # losses in nats per token, elapsed in seconds, mfu 0 to 1
 COLUMNS = (
@@ -93,30 +94,4 @@ def plot(run: Path, notify: Callable[[str], None] = print) -> bool:
     if not records:
         return False
     title = printable(run.absolute().name)
-    return draw(path, lambda: _paint(records, title), notify=notify)
-
-
-def _paint(records: list[dict[str, Any]], title: str) -> Any:
-    figure = new_figure(8, 8)
-    loss, lr, speed = figure.subplots(3, 1, sharex=True, height_ratios=[3, 1, 1])
-    for axes, key, label, style in (
-        (loss, "train_loss", "training", "-"),
-        (loss, "val_loss", "validation", "o-"),
-        (lr, "lr", None, "-"),
-        (speed, "tokens_per_second", None, "-"),
-    ):
-        points = [(r["step"], r[key]) for r in records if key in r]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1.2, markersize=4)
-    loss.set_ylabel("cross-entropy (nats per token)")
-    if loss.has_data():
-        loss.legend()
-    lr.set_ylabel("learning rate")
-    speed.set_ylabel("tokens / s")
-    speed.set_ylim(bottom=0)
-    speed.set_xlabel("optimizer step")
-    for axes in (loss, lr, speed):
-        axes.grid(alpha=0.3)
-    loss.set_title(title)
-    figure.align_ylabels()
-    return figure
+    return draw(path, lambda: paint_run(Curves(title, records)), notify=notify)

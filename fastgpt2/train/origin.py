@@ -1,20 +1,17 @@
 """The weights that a run begins with: ``--init-from``, in any format that the package reads."""
 
-import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from fastgpt2 import runs
 from fastgpt2.errors import UserError
+from fastgpt2.lora import add_lora
 from fastgpt2.model import GPT
 from fastgpt2.opener import OpenedModel, open_model
 from fastgpt2.text import Tokenizer, get_tokenizer
 from fastgpt2.train.config import TrainConfig
-
-# what a folder's weights are called in the formats that the package reads
-_WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.data-*")
+from fastgpt2.weights.digest import weights_sha256
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,7 @@ class Origin:
         return self.opened.tokenizer
 
     def load(self) -> GPT:
-        """The model in fp32 on the CPU, its context cropped to the run's block_size."""
+        """The model in fp32 on the CPU, its context cropped to the run's, with its adapters."""
         shape = replace(
             self.opened.config,
             vocab_size=self.tokenizer.vocab_size,
@@ -53,7 +50,24 @@ class Origin:
         model.load_state_dict(self.opened.checkpoint.state_dict(), assign=True)
         if self.config.block_size is not None and self.config.block_size < shape.block_size:
             model.crop_block_size(self.config.block_size)
-        return model.to(torch.float32)
+        model = model.to(torch.float32)
+        config = self.config
+        if config.lora_rank is not None:
+            add_lora(
+                model,
+                rank=config.lora_rank,
+                alpha=config.lora_alpha,
+                targets=config.lora_targets,
+                dropout=config.lora_dropout,
+                base=self._base(),
+                base_sha256=config.init_sha256,
+            )
+        return model
+
+    def _base(self) -> str:
+        """What adapters note: a release by its name, else these very weights, whatever comes."""
+        source, path = str(self.config.init_from), self.opened.path
+        return str(path.resolve()) if Path(source).exists() else source
 
 
 def open_origin(config: TrainConfig) -> Origin:
@@ -76,7 +90,7 @@ def open_origin(config: TrainConfig) -> Origin:
             f"tokenizer {opened.tokenizer.name}"
         )
     shape = opened.config
-    for name in ("n_layer", "n_head", "n_embd"):
+    for name in ("n_layer", "n_head", "n_embd", "bias"):
         asked, has = getattr(config, name), getattr(shape, name)
         if asked not in (None, has):
             raise UserError(
@@ -111,21 +125,3 @@ def noted_source(weights: str) -> str:
         weights: what ``--init-from`` was given.
     """
     return str(Path(weights).resolve()) if Path(weights).exists() else weights
-
-
-def weights_sha256(path: Path) -> str:
-    """The sha256 of a file, or of a folder's files of weights in the order of their names.
-
-    Args:
-        path: what holds the weights.
-    """
-    files = [path]
-    if path.is_dir():
-        found = {file for pattern in _WEIGHT_FILES for file in path.glob(pattern)}
-        files = sorted(file for file in found if file.name != runs.OPTIMIZER)
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            while chunk := stream.read(2**20):
-                digest.update(chunk)
-    return digest.hexdigest()

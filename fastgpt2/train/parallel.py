@@ -45,8 +45,11 @@ def shard(model: GPT, dtype: torch.dtype) -> None:
         dtype: what the model computes in.
 
     Raises:
-        UserError: ``dtype`` is fp16, whose loss scale would need an agreement in each step.
+        UserError: ``dtype`` is fp16, whose loss scale would need an agreement in each step; or the
+            model has adapters, which are small.
     """
+    if model.lora is not None:
+        raise UserError("--shard: a run with --lora is replicated, its adapters are small")
     if dtype == torch.float16:
         raise UserError("--shard: computes in bf16 or fp32, not in fp16")
     mesh = init_device_mesh(model.lm_head.weight.device.type, (distributed.world_size(),))

@@ -9,6 +9,7 @@ import torch
 from fastgpt2.config import GPTConfig
 from fastgpt2.devices import device_name
 from fastgpt2.kernels.linear_cross_entropy import TORCH_CHUNK_BYTES, TRITON_CHUNK_BYTES
+from fastgpt2.lora import adapters
 from fastgpt2.model import GPT
 
 _DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -23,12 +24,34 @@ def dtype_name(dtype: torch.dtype) -> str:
     return _DTYPE_NAMES[dtype]
 
 
-def training_memory(
-    config: GPTConfig, parameters: int, tokens: int, dtype: torch.dtype, triton: bool
-) -> int:
-    """Estimated bytes of training on ``tokens`` tokens a micro-batch.
+def trained_parameters(model: GPT) -> int:
+    """Parameters that are trained, without the padding of the vocabulary."""
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    wte, config = model.transformer.wte.weight, model.config
+    padding = (config.padded_vocab_size - config.vocab_size) * config.n_embd
+    return count - padding * wte.requires_grad
 
-    Weights, gradients and AdamW's two moments in fp32 (16 bytes a parameter), the activations the
+
+def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the moments in fp32: AdamW keeps two for each parameter, Muon one."""
+    return sum(
+        4 * (1 if "momentum" in group else 2) * sum(p.numel() for p in group["params"])
+        for group in optimizer.param_groups
+    )
+
+
+def training_memory(
+    config: GPTConfig,
+    parameters: int,
+    trained: int,
+    moments: int,
+    tokens: int,
+    dtype: torch.dtype,
+    triton: bool,
+) -> int:
+    """Estimated bytes of training on ``tokens`` tokens per micro-batch.
+
+    Weights, gradients and ``moments`` bytes of the optimizer in fp32, the activations that the
     blocks save, one chunk of logits, and the head's gradient.
     """
     element = dtype.itemsize
@@ -36,7 +59,7 @@ def training_memory(
     logits = tokens * config.padded_vocab_size * element
     chunk = min(logits, TRITON_CHUNK_BYTES if triton else TORCH_CHUNK_BYTES)
     head = config.padded_vocab_size * config.n_embd * 4
-    return 16 * parameters + activations + chunk + head
+    return 4 * (parameters + trained) + moments + activations + chunk + head
 
 
 def human(count: float, unit: str = "") -> str:
@@ -56,19 +79,35 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def model_lines(model: GPT, batch_size: int, dtype: torch.dtype, device: torch.device) -> list[str]:
-    """The model, its memory and where it runs, a line each."""
+def model_lines(
+    model: GPT, optimizer: torch.optim.Optimizer, batch_size: int, dtype: torch.dtype
+) -> list[str]:
+    """The model, what of it is trained, its memory and where it runs, a line each."""
     config = model.config
     parameters = model.get_num_params(non_embedding=False)
+    # a checkpoint has the adapters alone, and names the weights that they belong to
+    layers = adapters(model).values()
+    stored = sum(x.lora_A.numel() + x.lora_B.numel() for x in layers) or parameters
+    trained, moments = trained_parameters(model), optimizer_bytes(optimizer)
+    device = model.lm_head.weight.device
     tokens, on_gpu = batch_size * config.block_size, device.type == "cuda"
-    memory = training_memory(config, parameters, tokens, dtype, triton=on_gpu)
-    return [
+    memory = training_memory(config, parameters, trained, moments, tokens, dtype, on_gpu)
+    lines = [
         f"model: {human(parameters)} parameters ({config.n_layer} layers, {config.n_head} heads, "
         f"width {config.n_embd}, context {config.block_size}, vocabulary {config.vocab_size})",
+        f"trained: {human(trained)} parameters ({trained / parameters:.3g} of all); optimizer "
+        f"{human(moments, 'B')}, a checkpoint {human(4 * stored + moments, 'B')}",
         f"memory: about {human(memory, 'B')} for training",
         f"device: {device_name(device)}, {dtype_name(dtype)}, "
         f"{torch.get_num_threads()} CPU threads, PyTorch {torch.__version__}",
     ]
+    if model.lora is not None:
+        lora = model.lora
+        lines.append(
+            f"LoRA: rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.targets)}; a "
+            f"checkpoint holds the adapters, the weights stay in {lora.base}"
+        )
+    return lines
 
 
 def compiler_obstacle(device: torch.device) -> str | None:

@@ -18,7 +18,6 @@ from fastgpt2.devices import (
 from fastgpt2.errors import EndedElsewhere, UserError
 from fastgpt2.files import write_text
 from fastgpt2.generate.stream import encode_prompt, stream_text
-from fastgpt2.layers import Block
 from fastgpt2.model import GPT
 from fastgpt2.streams import steady_streams
 from fastgpt2.text import BlockLoader, build_dataset, load_tokenizer, save_tokenizer
@@ -27,6 +26,7 @@ from fastgpt2.train import checkpoint
 from fastgpt2.train.compiled import compiled
 from fastgpt2.train.config import TrainConfig
 from fastgpt2.train.console import Console
+from fastgpt2.train.freeze import freeze
 from fastgpt2.train.guard import BAD_STEP, BadStep, explain
 from fastgpt2.train.interrupt import Interrupt, Interrupted
 from fastgpt2.train.metrics import MetricsLog, plot
@@ -34,6 +34,7 @@ from fastgpt2.train.optimizers import build_optimizer, set_momentum
 from fastgpt2.train.origin import open_origin
 from fastgpt2.train.outcome import Outcome
 from fastgpt2.train.parallel import joined, seed_for_rank, shard, whole_model
+from fastgpt2.train.remat import set_remat
 from fastgpt2.train.schedules import learning_rate, progress
 from fastgpt2.train.state import RunState, check_data
 from fastgpt2.train.step import Batch, TrainingStep
@@ -105,10 +106,8 @@ class Trainer:
         else:
             self.model = GPT(shape)
         self.model.to(self.device)
-        self.model.transformer.remat_blocks = config.remat == "block"
-        for module in self.model.modules():
-            if isinstance(module, Block):
-                module.remat_mlp = config.remat == "mlp"
+        self.frozen = freeze(self.model, config.freeze)
+        set_remat(self.model, config.remat)
         if config.shard and ranks > 1:
             shard(self.model, self.dtype)
         optimizer = build_optimizer(self.model, config)
@@ -171,10 +170,13 @@ class Trainer:
             self.dataset,
             self.tokenizer_id,
             self.model,
+            state.optimizer,
             batch_size=self.batch_size,
             dtype=self.dtype,
             kernels=self.kernels,
         )
+        for line in self.frozen:
+            self.console.notify(line)
         self.model.train()
         step = self.training_step
         if config.compile and config.shard and distributed.world_size() > 1:

@@ -12,7 +12,7 @@ from fastgpt2.config import GELUS, GPTConfig
 from fastgpt2.errors import UserError
 from fastgpt2.files import atomic_folder
 from fastgpt2.quantize import KINDS
-from fastgpt2.weights import huggingface, llmc, nanogpt, openai, run
+from fastgpt2.weights import adapter, huggingface, llmc, nanogpt, openai, run
 from fastgpt2.weights.checkpoint import HEAD, STORED_DTYPES, Checkpoint
 from fastgpt2.weights.metadata import file_size
 from fastgpt2.weights.tensors import LazyTensor
@@ -36,6 +36,9 @@ FORMATS = {
     "openai": Format(openai.read, openai.write, (torch.float32,), gelus=("tanh",)),
     "fastgpt2": Format(run.read, run.write),
 }
+# what is only read: PEFT's adapters, added to the weights that they name
+_PEFT = "peft"
+_READERS = {name: format.read for name, format in FORMATS.items()} | {_PEFT: adapter.read}
 
 
 def detect(path: Path) -> tuple[str, Path]:
@@ -54,6 +57,8 @@ def detect(path: Path) -> tuple[str, Path]:
             return "fastgpt2", path
         if "hparams.json" in names:
             return "openai", path
+        if runs.ADAPTER_CONFIG in names:
+            return _PEFT, path
         if "config.json" in names:
             return "hf", path
         for format in FORMATS.values():
@@ -63,7 +68,7 @@ def detect(path: Path) -> tuple[str, Path]:
         raise UserError(f"{error.filename or path}: {error.strerror}") from None
     raise UserError(
         f"{path}: no model found; expected one of {runs.MODEL_CONFIG}, {runs.CHECKPOINTS}/, "
-        "hparams.json, config.json, ckpt.pt, model.bin"
+        f"hparams.json, {runs.ADAPTER_CONFIG}, config.json, ckpt.pt, model.bin"
     )
 
 
@@ -73,7 +78,7 @@ def _detect_file(path: Path) -> tuple[str, Path]:
         magic = file.read(4)
     if magic == llmc.MAGIC.to_bytes(4, "little"):
         return "llmc", path
-    if path.name in (*huggingface.WEIGHTS, runs.MODEL):
+    if path.name in (*huggingface.WEIGHTS, runs.MODEL, runs.ADAPTER):
         # the shape of the model stands beside it
         return detect(path.parent)
     if path.suffix in (".pt", ".pth"):
@@ -85,14 +90,14 @@ def load(path: str | Path) -> Checkpoint:
     """Open a model in any known format; no weights are read yet.
 
     Args:
-        path: a folder (Hugging Face, OpenAI, a run or a checkpoint of ours) or a file (nanoGPT's
-            ``ckpt.pt``, llm.c's ``.bin``).
+        path: a folder (Hugging Face, OpenAI, a run or a checkpoint of ours, PEFT's adapters, which
+            are added to their weights) or a file (nanoGPT's ``ckpt.pt``, llm.c's ``.bin``).
 
     Raises:
         UserError: the path holds no model, or a damaged one; the message names file and tensor.
     """
     format, path = detect(Path(path))
-    return FORMATS[format].read(path)
+    return _READERS[format](path)
 
 
 def save_model(

@@ -16,6 +16,7 @@ from fastgpt2.config import GPTConfig, unknown_key
 from fastgpt2.errors import UserError
 from fastgpt2.files import write_text
 from fastgpt2.quantize import dequantize_rows, quantize_rows
+from fastgpt2.weights import adapter
 from fastgpt2.weights.checkpoint import Checkpoint
 from fastgpt2.weights.metadata import make_config, read_json, shown
 from fastgpt2.weights.safetensors_file import read_safetensors, write_safetensors
@@ -26,18 +27,25 @@ def read(folder: Path) -> Checkpoint:
     """Open a checkpoint folder, or the best one of a run."""
     if (folder / runs.CHECKPOINTS).is_dir():
         folder = runs.best(folder)
+    config = _config(folder)
+    if (folder / runs.ADAPTER).is_file():
+        return adapter.read(folder, config)
+    tensors = read_safetensors(folder / runs.MODEL)
+    quantized = [name for name, tensor in tensors.items() if tensor.dtype == torch.int8]
+    for name in quantized:
+        _dequantize(tensors, name, folder / runs.MODEL)
+    quantization = "int8" if quantized else None
+    return Checkpoint(config, tensors, folder, quantization=quantization)
+
+
+def _config(folder: Path) -> GPTConfig:
     path = folder / runs.MODEL_CONFIG
     record = read_json(path)
     known = [field.name for field in fields(GPTConfig)]
     for key in record:
         if key not in known:
             raise unknown_key(key, known, str(path))
-    tensors = read_safetensors(folder / runs.MODEL)
-    quantized = [name for name, tensor in tensors.items() if tensor.dtype == torch.int8]
-    for name in quantized:
-        _dequantize(tensors, name, folder / runs.MODEL)
-    quantization = "int8" if quantized else None
-    return Checkpoint(make_config(path, **record), tensors, folder, quantization=quantization)
+    return make_config(path, **record)
 
 
 def write(checkpoint: Checkpoint, run: Path) -> None:

@@ -15,10 +15,10 @@ from fastgpt2.text import BytesTokenizer
 from fastgpt2.train.__main__ import main
 from fastgpt2.train.config import TrainConfig, read_config
 from fastgpt2.train.metrics import read_metrics
-from fastgpt2.train.origin import weights_sha256
 from fastgpt2.train.validation import validate
 from fastgpt2.weights import load, save
-from tests.train.tiny_run import make_trainer, train
+from fastgpt2.weights.digest import weights_sha256
+from tests.train.tiny_run import make_trainer, tiny_train_config, train
 
 # OpenAI's format: 2 layers, 2 heads, width 128, 64 positions, 257 ids, and no tokenizer
 OPENAI = Path(__file__).parents[1] / "golden" / "openai-tiny"
@@ -94,6 +94,7 @@ def test_the_context_may_be_shorter(data: Path, tmp_path: Path) -> None:
     [
         ({"block_size": 65}, "the weights have 64 positions, block_size asks for 65"),
         ({"n_layer": 3}, "the weights have n_layer = 2, the run asks for 3"),
+        ({"bias": False}, "the weights have bias = True, the run asks for False"),
         ({"tokenizer": "char"}, "no tokenizer beside it"),
         ({"init_from": "nowhere"}, "nowhere: no such file or folder"),
     ],
@@ -116,6 +117,49 @@ def test_the_command_leaves_the_shape_to_the_weights(
     assert (noted["n_embd"], noted["block_size"]) == (128, 64)
     assert main(["--out", str(out), "--resume", "--init-from", "other"]) == 2
     assert "init_from" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("lines", "flags", "message"),
+    [
+        ("", ["--n-embd", "64"], "the weights have n_embd = 128, the run asks for 64"),
+        ("", ["--no-bias"], "the weights have bias = True, the run asks for False"),
+        ("", ["--model", "gpt2-xl"], "--model and --init-from exclude each other"),
+        ('model = "gpt2-xl"', [], "--model and --init-from exclude each other"),
+        ("bias = false", [], "the weights have bias = True, the run asks for False"),
+        ("n_head = 4", [], "the weights have n_head = 2, the run asks for 4"),
+    ],
+)
+def test_another_shape_than_the_weights_is_one_line(
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    lines: str,
+    flags: list[str],
+    message: str,
+) -> None:
+    """Whether the configuration asks for it or the command line."""
+    path = tmp_path / "mine.toml"
+    path.write_text(f'steps = 1\ninit_from = "{OPENAI}"\n{lines}\n', encoding="utf-8")
+    argv = ["--config", str(path), "--tokenizer=bytes", "--data", str(data), *flags]
+    assert main([*argv, "--out", str(tmp_path / "run")]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_a_runs_configuration_begins_a_run_from_other_weights(data: Path, tmp_path: Path) -> None:
+    """The shape that it notes was that of its own weights."""
+    train(config(data, steps=1, bias=True), tmp_path / "first")
+    noted = str(tmp_path / "first" / runs.RUN_CONFIG)
+    flags = ["--config", noted, "--data", str(data), "--steps=1"]
+    assert main([*flags, "--out", str(tmp_path / "again")]) == 0
+    other = tmp_path / "other"
+    small = tiny_train_config(data, steps=1, bias=False)
+    train(small, other)
+    out = tmp_path / "second"
+    assert main([*flags, "--init-from", str(other), "--out", str(out)]) == 0
+    second = read_config(str(out / runs.RUN_CONFIG))
+    assert (second["n_embd"], second["bias"]) == (small.n_embd, False)
 
 
 def test_the_weights_are_not_overwritten_by_the_run_that_wants_them(

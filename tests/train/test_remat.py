@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from fastgpt2.train.config import REMATS
+from fastgpt2.train.remat import REMATS
 from tests.tiny_gpt import gradients, tiny_batch
 from tests.train.tiny_run import make_trainer, tiny_train_config
 
