@@ -166,6 +166,15 @@ def all_max(*values: int) -> list[int]:
     return [int(x) for x in largest]
 
 
+def longest(seconds: float) -> float:
+    """The longest of a duration that each process has measured, to the microsecond.
+
+    Args:
+        seconds: of this process.
+    """
+    return all_max(int(seconds * 1e6))[0] / 1e6
+
+
 def gather(items: list[Any]) -> list[Any]:
     """The lists ``items`` of all processes, one after the other."""
     if world_size() == 1:
@@ -220,10 +229,18 @@ def together(work: Callable[[], Result]) -> Result:
         failure = error
     (code,) = all_max(0 if failure is None else exit_code(failure))
     if code:
-        failure = failure or EndedElsewhere(code)
-        failure.agreed = True  # type: ignore[attr-defined]
-        raise failure
+        raise agreed(failure or EndedElsewhere(code))
     return result
+
+
+def agreed(error: Exception) -> Exception:
+    """The error, for which ``is_agreed`` holds from now on.
+
+    Args:
+        error: each process has one, at the same place.
+    """
+    error.agreed = True  # type: ignore[attr-defined]
+    return error
 
 
 def is_agreed(error: Exception) -> bool:

@@ -193,6 +193,22 @@ def load_model(folder: Path, **overrides: Any) -> GPT:
     return model
 
 
+@torch.no_grad()
+def load_weights(folder: Path, model: GPT) -> None:
+    """Put the weights of a checkpoint into a model that has its shape, sharded or plain.
+
+    Args:
+        folder: the checkpoint.
+        model: whose parameters are overwritten.
+
+    Raises:
+        UserError: a file is missing, damaged, or does not fit the model.
+    """
+    saved = dict(load_model(folder).named_parameters())
+    for name, parameter in model.named_parameters():
+        parameter.copy_(placed_like(parameter, saved[name].to(parameter.device)))
+
+
 def load_training_state(folder: Path, model: GPT, optimizer: torch.optim.Optimizer) -> None:
     """Put AdamW's moments and the random-number states back as they were.
 

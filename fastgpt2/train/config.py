@@ -16,6 +16,7 @@ from fastgpt2.errors import UserError
 from fastgpt2.lora import TARGETS
 from fastgpt2.train.remat import REMATS
 from fastgpt2.train.schedules import SCHEDULES
+from fastgpt2.train.spikes import ON_SPIKE
 
 # the table of a TOML file with the values that hold where the optimizer is Muon
 MUON_TABLE = "muon"
@@ -128,6 +129,12 @@ class TrainConfig:
         "activations that are computed again in the backward pass, not kept: those of the MLPs, or "
         "of whole blocks",
         choices=REMATS,
+    )
+    on_spike: str = _option(
+        "warn",
+        "about a loss far above those before it: say so, or also go back to the last checkpoint "
+        "and skip the data since then",
+        choices=ON_SPIKE,
     )
     shard: bool = _option(
         False,

@@ -86,6 +86,12 @@ class Console:
         assert self._bar is not None
         self._bar.update(1)
 
+    def go_back(self, step: int) -> None:
+        """The run is at ``step`` again."""
+        assert self._bar is not None
+        self._bar.n = step
+        self._bar.refresh()
+
     def write(self, text: str) -> None:
         """Lines above the bar."""
         assert self._bar is not None

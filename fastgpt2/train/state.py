@@ -70,6 +70,25 @@ class RunState:
             self.loader.load_state_dict(loader)
             set_rng_states(rng, self._device)
 
+    def go_back(self, folder: Path) -> None:
+        """Be as the checkpoint in ``folder``, but for the data: it goes on where it is now.
+
+        All processes call it.
+
+        Args:
+            folder: a checkpoint of this run.
+
+        Raises:
+            UserError: a file is missing, damaged, or does not fit the run.
+        """
+        position = self.loader.state_dict()
+        self.pending.clear()
+        self.validation = None
+        checkpoint.load_weights(folder, self.model)
+        self.restore(folder)
+        self.loader.load_state_dict(position)
+        self.mark()
+
     def read_pending(self) -> list[tuple[float, float]]:
         """Loss and gradient norm of each step since the last record, fetched from the device.
 

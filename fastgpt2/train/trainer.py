@@ -9,7 +9,6 @@ import torch
 
 from fastgpt2 import distributed, runs
 from fastgpt2.devices import (
-    autocast,
     peak_flops,
     resolve_device,
     resolve_dtype,
@@ -17,7 +16,7 @@ from fastgpt2.devices import (
 )
 from fastgpt2.errors import EndedElsewhere, UserError
 from fastgpt2.files import write_text
-from fastgpt2.generate.stream import encode_prompt, stream_text
+from fastgpt2.generate.stream import encode_prompt
 from fastgpt2.model import GPT
 from fastgpt2.streams import steady_streams
 from fastgpt2.text import BlockLoader, build_dataset, load_tokenizer, save_tokenizer
@@ -35,7 +34,9 @@ from fastgpt2.train.origin import open_origin
 from fastgpt2.train.outcome import Outcome
 from fastgpt2.train.parallel import joined, seed_for_rank, shard, whole_model
 from fastgpt2.train.remat import set_remat
+from fastgpt2.train.samples import sample
 from fastgpt2.train.schedules import learning_rate, progress
+from fastgpt2.train.spikes import Spikes
 from fastgpt2.train.state import RunState, check_data
 from fastgpt2.train.step import Batch, TrainingStep
 from fastgpt2.train.validation import validate
@@ -126,6 +127,7 @@ class Trainer:
             check_eval_tokens(self.dataset.val, shape.vocab_size)
         self.tokens_per_step = ranks * self.grad_accum * self.batch_size * shape.block_size
         self.interrupt = Interrupt()
+        self.spikes = Spikes()
         self.training_step = TrainingStep(
             self.model,
             optimizer,
@@ -165,7 +167,6 @@ class Trainer:
         exit_code = 0
         config, run, state = self.config, self.run_folder, self.state
         distributed.on_rank_0(self._begin_folder)
-        drawn = False
         self.console.introduce(
             self.dataset,
             self.tokenizer_id,
@@ -205,10 +206,12 @@ class Trainer:
                     state.rewind()
                     state.save(run, config.keep_last)
                     raise
-        finally:
-            # of a run that went wrong, too: the curves say how
-            if distributed.rank() == 0:
-                drawn = plot(run, self.console.notify)
+        except Exception as error:
+            # of a run that went wrong, too: the curves say how; but others may wait for the end
+            if distributed.is_agreed(error):
+                self._plot()
+            raise
+        drawn = self._plot()
         best = distributed.on_rank_0(lambda: runs.best(run))
         return Outcome(
             step=state.step,
@@ -220,6 +223,9 @@ class Trainer:
             exit_code=exit_code,
             drawn=drawn,
         )
+
+    def _plot(self) -> bool:
+        return distributed.rank() == 0 and plot(self.run_folder, self.console.notify)
 
     def _begin_folder(self) -> None:
         """What the run folder holds before the first step, and the log in it."""
@@ -267,25 +273,36 @@ class Trainer:
             state.pending.append(self.training_step(batches, lr))
             state.step += 1
             state.validation = None
-            state.elapsed = self._agreed_time(time.perf_counter() - started)
+            state.elapsed = time.perf_counter() - started
+            if config.minutes is not None:
+                # they decide when the run ends
+                state.elapsed = distributed.longest(state.elapsed)
             self.console.advance()
             if state.step % config.log_every == 0 or state.step == 1 or self._progress() >= 1.0:
                 grad_norm = self._read()
                 now = time.perf_counter()
                 speed = (state.step - mark_step) * self.tokens_per_step / (now - mark)
                 self._log(lr, speed, grad_norm)
+                if self._spiked and config.on_spike == "rollback":
+                    self._go_back()
+                    started = now - state.elapsed
                 mark, mark_step = now, state.step
+
+    def _go_back(self) -> None:
+        """To the last checkpoint, and on with the data that comes now."""
+        if not distributed.on_rank_0(lambda: runs.saved_steps(self.run_folder)):
+            self.console.write("there is no checkpoint to go back to")
+            return
+        self.state.go_back(distributed.on_rank_0(lambda: runs.latest(self.run_folder)))
+        # later records are dropped
+        distributed.on_rank_0(self._begin_folder)
+        self.spikes.clear()
+        self.console.go_back(self.state.step)
+        self.console.write(f"gone back to step {self.state.step}; the data since then is skipped")
 
     def _draw(self) -> list[Batch]:
         """The micro-batches of a step."""
         return [next(self.loader) for _ in range(self.grad_accum)]
-
-    def _agreed_time(self, elapsed: float) -> float:
-        """Seconds of the run; where they decide when it ends, the same on all processes."""
-        if self.config.minutes is None:
-            return elapsed
-        (microseconds,) = distributed.all_max(int(elapsed * 1e6))
-        return microseconds / 1e6
 
     def _evaluation_is_due(self) -> bool:
         """Every ``eval_every`` steps and at the end, if the weights have not been scored yet."""
@@ -297,8 +314,16 @@ class Trainer:
     def _read(self) -> float:
         """Check the results of the last steps; returns the last gradient norm."""
         results = self.state.read_pending()
+        self._spiked = False
         for step, (loss, norm) in enumerate(results, self.state.step - len(results) + 1):
             self._check(loss, norm, step)
+            score = self.spikes.score(loss)
+            if score is not None:
+                self._spiked = True
+                self.console.write(
+                    f"step {step}: loss {loss:.4f} is a spike, {score:.0f} standard deviations "
+                    "above the losses before"
+                )
         return results[-1][1]
 
     def _check(self, loss: float, norm: float, step: int) -> None:
@@ -307,7 +332,8 @@ class Trainer:
         except UserError as error:
             saved = runs.saved_steps(self.run_folder)
             kept = "; the last checkpoint is untouched" if saved else ""
-            raise UserError(f"{error}{self._explain()}{kept}") from None
+            explained = UserError(f"{error}{self._explain()}{kept}")
+            raise distributed.agreed(explained) from None
 
     def _explain(self) -> str:
         """What was not finite first in the last step, and where the step is kept."""
@@ -362,24 +388,7 @@ class Trainer:
         if config.sample_tokens:
             model = whole_model(self.model)
             if distributed.rank() == 0:
-                self.console.sample(self._sample(model))
-
-    def _sample(self, model: GPT) -> str:
-        config = self.config
-        with autocast(self.device, self.dtype):
-            # a seed of its own: showing a sample must not change the training that follows
-            pieces = stream_text(
-                model,
-                self.tokenizer,
-                config.sample_prompt,
-                config.sample_tokens,
-                temperature=0.8,
-                top_k=50,
-                seed=config.seed,
-            )
-            text = config.sample_prompt + "".join(pieces)
-        self.model.train()
-        return text
+                self.console.sample(sample(model, self.tokenizer, config, self.dtype))
 
     def _progress(self) -> float:
         """How much of the run is done, 0 to 1."""

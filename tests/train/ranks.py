@@ -6,7 +6,9 @@
 
 import json
 import os
+import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -25,6 +27,8 @@ SCHEDULE = "--lr=1e-2 --schedule=constant"
 MACHINE = f"--device={os.environ.get('RANKS_DEVICE', 'cpu')} --dtype=fp32 --keep-last=9"
 COMMON = [*SHAPE.split(), *LENGTH.split(), *SCHEDULE.split(), *MACHINE.split()]
 
+# seconds from the failure of one rank to the end of the others; torchrun has 30
+PATIENCE = 8.0
 # how often the ranks of a scenario are started again
 RESTARTS = {"elastic": 1, "soak": 5}
 
@@ -78,12 +82,29 @@ def attempted(
                 sys.stderr.flush()
                 os._exit(code)
         children.append(child)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    codes = ended(children)
     said = {
         name: [(folder / f"{name}.{rank}").read_text(encoding="utf-8") for rank in range(count)]
         for name in ("out", "err")
     }
     return {"codes": codes, **said}
+
+
+def ended(children: list[int]) -> list[int]:
+    """Exit codes of all; as torchrun does, kill those that outlive a failure of another one."""
+    codes: dict[int, int] = {}
+    deadline = float("inf")
+    while len(codes) < len(children):
+        for child in set(children) - set(codes):
+            found, status = os.waitpid(child, os.WNOHANG)
+            if found:
+                codes[child] = os.waitstatus_to_exitcode(status)
+                if codes[child]:
+                    deadline = min(deadline, time.monotonic() + PATIENCE)
+            elif time.monotonic() > deadline:
+                os.kill(child, signal.SIGKILL)
+        time.sleep(0.02)
+    return [codes[child] for child in children]
 
 
 def command(arguments: Sequence[str], fault: Fault | None = None) -> Callable[[int], int]:
