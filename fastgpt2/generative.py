@@ -40,6 +40,8 @@ class Generative(nn.Module):
                 ``window``, past block_size: ``crop`` (nanoGPT's way: every token sees the last
                 block_size, recomputed), ``slide`` (go on with the last half) or ``stop``;
                 ``num_beams``, ``length_penalty``, ``early_stopping``: beam search;
+                ``best_of``, how many samples of each row to draw, of which the one with the highest
+                log-probability per token is returned;
                 ``draft``, a smaller model that proposes tokens, or ``prompt_lookup``, how many to
                 propose from the text itself: the same greedy tokens, the same distribution.
 
@@ -56,7 +58,7 @@ class Generative(nn.Module):
         draws: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "generator": generator}
         return generate(model, idx, max_new_tokens, **draws, **options)
 
-    def log_probs(self, ids: Tensor | Sequence[Sequence[int]]) -> Any:
+    def log_probs(self, ids: Tensor | Sequence[Sequence[int]], batch_size: int = 8) -> Any:
         """log p(token | the tokens before it) of every token but the first, in nats.
 
         Texts longer than block_size are read in windows that overlap by half. Log-softmax is in
@@ -64,6 +66,7 @@ class Generative(nn.Module):
 
         Args:
             ids: (B, T) token ids, or a list of lists of ids.
+            batch_size: windows in one pass of the model.
 
         Returns:
             (B, T - 1) fp32, or a list of lists of floats; a text's total is their sum.
@@ -74,4 +77,4 @@ class Generative(nn.Module):
         from fastgpt2.generate.batch import log_probs
 
         model: Any = self
-        return log_probs(model, ids)
+        return log_probs(model, ids, batch_size)

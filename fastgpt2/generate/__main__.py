@@ -1,8 +1,8 @@
 """``python -m fastgpt2.generate``: continue a text with a trained model."""
 
 import argparse
-from collections.abc import Callable
-from typing import Any
+import sys
+from itertools import tee
 
 import torch
 
@@ -10,24 +10,22 @@ from fastgpt2.cli import Parser
 from fastgpt2.cli import run as run_command
 from fastgpt2.config import IMPLS
 from fastgpt2.devices import DTYPES, resolve_device, resolve_dtype, resolve_kernels
-from fastgpt2.errors import UserError
 from fastgpt2.generate.checks import WINDOWS
+from fastgpt2.generate.flags import check_flags, options_of
 from fastgpt2.generate.generator import Generator
-from fastgpt2.generate.processors import (
-    FrequencyPenalty,
-    MinP,
-    NoRepeatNgram,
-    PresencePenalty,
-    Processor,
-    RepetitionPenalty,
-    TopP,
-    Typical,
-)
-from fastgpt2.generate.text import encode_prompt
+from fastgpt2.generate.inputs import Job, read_jobs
+from fastgpt2.generate.interactive import converse
+from fastgpt2.generate.jobs import plan, prompt_text, run, scores
+from fastgpt2.generate.options import DEFAULT_TEMPERATURE, Options
+from fastgpt2.generate.outputs import Display, Meter, ResultFile
+from fastgpt2.model import GPT
 from fastgpt2.opener import OpenedModel, open_model
 from fastgpt2.text import get_tokenizer
+from fastgpt2.train.interrupt import Interrupt, Interrupted
 from fastgpt2.weights import RELEASES
 
+DEFAULT_WINDOW = "slide"
+DEFAULT_BATCH_SIZE = 8
 # flag, type, metavar, help; what is not given changes nothing
 _PROCESSOR_FLAGS: tuple[tuple[str, type, str, str], ...] = (
     ("--repetition-penalty", float, "X", "divide by X the score of what was written [1: none]"),
@@ -61,22 +59,47 @@ def build_parser() -> argparse.ArgumentParser:
         default="best",
         help="the one of lowest validation loss, or the newest [%(default)s]",
     )
+    what.add_argument("--prompt", metavar="TEXT", help="text to continue [a line break]")
     what.add_argument(
-        "--prompt", metavar="TEXT", default="\n", help="text to continue [a line break]"
+        "--input",
+        metavar="FILE",
+        help="many prompts: one per line, or JSON Lines with 'prompt' or 'ids', perhaps 'id', and "
+        "options by the names of their flags ('max_new_tokens', 'stop', ...); - is stdin",
     )
     what.add_argument(
-        "--max-new-tokens", type=int, default=200, metavar="N", help="length [%(default)s]"
+        "--interactive",
+        action="store_true",
+        help="you and the model write a text in turn; Ctrl-D ends",
     )
     what.add_argument(
-        "--samples", type=int, default=1, metavar="N", help="how many texts [%(default)s]"
+        "--score",
+        action="store_true",
+        help="generate nothing: log-probability of each token of the prompts and in total, as JSON",
+    )
+    out = parser.add_argument_group("results")
+    out.add_argument(
+        "--output",
+        metavar="FILE",
+        help="JSON Lines, each as soon as it is ready: text, ids, log-probabilities, finish "
+        "reason; - is stdout [plain text on stdout]",
+    )
+    out.add_argument(
+        "--resume", action="store_true", help="--output has some results already: add the others"
+    )
+    out.add_argument("--overwrite", action="store_true", help="--output may replace a file")
+    out.add_argument("--samples", type=int, metavar="N", help="how many texts of each prompt [1]")
+    out.add_argument(
+        "--best-of",
+        type=int,
+        metavar="N",
+        help="write N texts, keep the one with the highest log-probability per token [1]",
     )
     draw = parser.add_argument_group("sampling")
     draw.add_argument(
         "--temperature",
         type=float,
-        default=0.8,
         metavar="X",
-        help="below 1 safer, above 1 wilder, 0 is greedy [%(default)s]",
+        help=f"below 1 safer, above 1 wilder, 0 is greedy [{DEFAULT_TEMPERATURE}]",
     )
     draw.add_argument("--greedy", action="store_true", help="the same as --temperature 0")
     draw.add_argument(
@@ -85,9 +108,40 @@ def build_parser() -> argparse.ArgumentParser:
     for flag, kind, metavar, text in _PROCESSOR_FLAGS:
         draw.add_argument(flag, type=kind, metavar=metavar, help=text)
     draw.add_argument(
-        "--seed", type=int, metavar="N", help="the same seed gives the same text [a new one]"
+        "--seed",
+        type=int,
+        metavar="N",
+        help="the same seed gives a prompt the same text, whatever runs beside it [a new one]",
+    )
+    beams = parser.add_argument_group("beam search")
+    beams.add_argument(
+        "--num-beams",
+        type=int,
+        metavar="N",
+        help="follow the N likeliest texts instead of drawing one [1: no beams]",
+    )
+    beams.add_argument(
+        "--length-penalty",
+        type=float,
+        metavar="X",
+        help="above 0 favours long texts, below 0 short ones [1.0]",
+    )
+    beams.add_argument(
+        "--early-stopping", action="store_true", help="end as soon as N texts have ended"
     )
     ends = parser.add_argument_group("where a text ends, and how it gets there")
+    ends.add_argument(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help=f"tokens at most [{Options.max_new_tokens}]",
+    )
+    ends.add_argument(
+        "--min-new-tokens",
+        type=int,
+        metavar="N",
+        help="tokens before which the end-of-text token may not come [0]",
+    )
     ends.add_argument(
         "--stop",
         action="append",
@@ -98,9 +152,8 @@ def build_parser() -> argparse.ArgumentParser:
     ends.add_argument(
         "--window",
         choices=WINDOWS,
-        default="slide",
         help="past the model's context: slide goes on with the last half of the text, stop ends "
-        "it, crop recomputes the whole context for each token [%(default)s]",
+        f"it, crop recomputes the whole context for each token [{DEFAULT_WINDOW}]",
     )
     ends.add_argument(
         "--draft",
@@ -110,9 +163,8 @@ def build_parser() -> argparse.ArgumentParser:
     ends.add_argument(
         "--prompt-lookup",
         type=int,
-        default=0,
         metavar="N",
-        help="propose up to N tokens that followed the last ones earlier in the text [%(default)s]",
+        help="propose up to N tokens that followed the last ones earlier in the text [0]",
     )
     model = parser.add_argument_group("model")
     model.add_argument(
@@ -123,6 +175,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     model.add_argument("--vocab-dir", metavar="DIR", help="GPT-2's vocabulary files")
     machine = parser.add_argument_group("machine")
+    machine.add_argument(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help=f"texts that are generated, or scored, at once [{DEFAULT_BATCH_SIZE}]",
+    )
     machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... [auto]")
     machine.add_argument(
         "--dtype", choices=DTYPES, default="auto", help="of weights and computation [%(default)s]"
@@ -136,50 +194,143 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     arguments = build_parser().parse_args(argv)
-    return run_command("generate", lambda: _generate(arguments))
+    # a file of results matters more than what stands on the terminal
+    steady = arguments.output not in (None, "-")
+    return run_command("generate", lambda: _generate(arguments), steady=steady)
 
 
-def _generate(arguments: argparse.Namespace) -> None:
-    _check(arguments)
-    device = resolve_device(arguments.device)
-    dtype = resolve_dtype(arguments.dtype, device)
+def _generate(arguments: argparse.Namespace) -> int:
+    check_flags(arguments)
+    device, dtype = _machine(arguments)
     resolve_kernels(device, dtype, arguments.impl)
+    jobs = _jobs(arguments)
     opened = _open(arguments, arguments.model)
-    tokenizer = opened.tokenizer
-    encode_prompt(tokenizer, arguments.prompt)
-    processors = _processors(arguments)
-    model = opened.load(device, dtype, arguments.impl)
-    if arguments.quantize is not None:
-        model = model.quantize(arguments.quantize)
+    # a text that is scored is read in windows
+    window = "slide" if arguments.score else arguments.window or DEFAULT_WINDOW
+    for job in jobs:
+        # a conversation may begin with nothing
+        if job.prompt or not arguments.interactive:
+            job.check(opened, window)
+    if arguments.interactive:
+        return _converse(arguments, jobs[0], opened)
+    if arguments.output is None and not arguments.score:
+        return _print(arguments, jobs, opened)
+    with ResultFile(
+        arguments.output or "-", overwrite=arguments.overwrite, resume=arguments.resume
+    ) as results:
+        if results.is_complete(jobs):
+            return 0
+        if arguments.score:
+            return _score(arguments, jobs, opened, results)
+        return _write(arguments, jobs, opened, results)
+
+
+def _jobs(arguments: argparse.Namespace) -> list[Job]:
+    options = Options() if arguments.score else options_of(arguments)
+    if arguments.input is not None:
+        return read_jobs(arguments.input, options, only_text=arguments.score)
+    default = "" if arguments.interactive else "\n"
+    return [Job(default if arguments.prompt is None else arguments.prompt, options)]
+
+
+def _converse(arguments: argparse.Namespace, job: Job, opened: OpenedModel) -> int:
+    engine, meter = _engine(arguments, opened, 1), Meter()
+    try:
+        converse(engine, job, _seed(arguments), meter)
+    except Interrupted as signal:
+        return _stopped(signal)
+    meter.say()
+    return 0
+
+
+def _print(arguments: argparse.Namespace, jobs: list[Job], opened: OpenedModel) -> int:
+    """Texts on stdout."""
+    engine = _engine(arguments, opened, _rows(jobs))
+    tasks, shown = tee(plan(jobs, _seed(arguments)))
+    display = Display((task, prompt_text(task.job, opened.tokenizer)) for task in shown)
+    with Meter(jobs, bar=not sys.stdout.isatty()) as meter:
+        for event in run(engine, tasks):
+            display.show(event)
+            meter.count(event)
+    meter.say()
+    return 0
+
+
+def _write(
+    arguments: argparse.Namespace, jobs: list[Job], opened: OpenedModel, results: ResultFile
+) -> int:
+    """Results as JSON Lines."""
+    engine = _engine(arguments, opened, _rows(jobs))
+    tasks = (t for t in plan(jobs, _seed(arguments)) if (t.job.index, t.sample) not in results.done)
+    with Interrupt() as interrupt, Meter(jobs, bar=True) as meter:
+        try:
+            for event in run(engine, tasks, interrupt.poll):
+                if event.result is not None:
+                    results.write(event.result.record())
+                meter.count(event)
+        except Interrupted as signal:
+            return _stopped(signal, results.name)
+    meter.say()
+    return 0
+
+
+def _score(
+    arguments: argparse.Namespace, jobs: list[Job], opened: OpenedModel, results: ResultFile
+) -> int:
+    """Log-probabilities as JSON Lines."""
+    model = _load(arguments, opened)
+    size = arguments.batch_size or DEFAULT_BATCH_SIZE
+    left = [job for job in jobs if (job.index, 0) not in results.done]
+    with Interrupt() as interrupt, Meter(bar=True) as meter:
+        try:
+            for record, tokens in scores(model, opened.tokenizer, left, size, interrupt.poll):
+                results.write(record)
+                meter.add(tokens)
+        except Interrupted as signal:
+            return _stopped(signal, results.name)
+    meter.say()
+    return 0
+
+
+def _stopped(signal: Interrupted, output: str = "-") -> int:
+    hint = "" if output == "-" else f"; --resume adds the other texts to {output}"
+    print(f"fastgpt2 generate: stopped by {signal}{hint}", file=sys.stderr, flush=True)
+    return signal.exit_code
+
+
+def _engine(arguments: argparse.Namespace, opened: OpenedModel, rows: int) -> Generator:
+    """The generator; it needs no more than so many rows."""
     draft = None
     if arguments.draft is not None:
-        draft = _open(arguments, arguments.draft).load(device, dtype, arguments.impl)
-    generator = Generator(
-        model,
-        tokenizer,
-        batch_size=1,
-        window=arguments.window,
+        draft = _open(arguments, arguments.draft).load(*_machine(arguments), arguments.impl)
+    return Generator(
+        _load(arguments, opened),
+        opened.tokenizer,
+        batch_size=min(rows, arguments.batch_size or DEFAULT_BATCH_SIZE),
+        window=arguments.window or DEFAULT_WINDOW,
         draft=draft,
-        prompt_lookup=arguments.prompt_lookup,
+        prompt_lookup=arguments.prompt_lookup or 0,
     )
+
+
+def _rows(jobs: list[Job]) -> int:
+    """How many texts may be generated side by side."""
+    return sum(job.options.samples * job.options.best_of for job in jobs)
+
+
+def _load(arguments: argparse.Namespace, opened: OpenedModel) -> GPT:
+    model = opened.load(*_machine(arguments), arguments.impl)
+    return model if arguments.quantize is None else model.quantize(arguments.quantize)
+
+
+def _machine(arguments: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
+    device = resolve_device(arguments.device)
+    return device, resolve_dtype(arguments.dtype, device)
+
+
+def _seed(arguments: argparse.Namespace) -> int:
     # room above it, so that adding the number of a sample cannot leave what a generator takes
-    seed = torch.seed() >> 2 if arguments.seed is None else arguments.seed
-    for i in range(arguments.samples):
-        if i:
-            print("---")
-        print(arguments.prompt, end="", flush=True)
-        stream = generator.submit(
-            arguments.prompt,
-            arguments.max_new_tokens,
-            temperature=0.0 if arguments.greedy else arguments.temperature,
-            top_k=arguments.top_k,
-            processors=processors,
-            stop=arguments.stop,
-            seed=seed + i,
-        )
-        for piece in stream:
-            print(piece, end="", flush=True)
-        print()
+    return torch.seed() >> 2 if arguments.seed is None else arguments.seed
 
 
 def _open(arguments: argparse.Namespace, name: str) -> OpenedModel:
@@ -188,39 +339,6 @@ def _open(arguments: argparse.Namespace, name: str) -> OpenedModel:
     if arguments.tokenizer or arguments.vocab_dir:
         given = get_tokenizer(arguments.tokenizer or "gpt2", vocab_dir=arguments.vocab_dir)
     return open_model(name, tokenizer=given, checkpoint=arguments.checkpoint)
-
-
-def _processors(arguments: argparse.Namespace) -> list[Processor]:
-    """Penalties first, then what keeps likely tokens, in the order of the help text."""
-    makers: tuple[tuple[Any, Callable[[Any], Processor]], ...] = (
-        (arguments.repetition_penalty, RepetitionPenalty),
-        (arguments.presence_penalty, PresencePenalty),
-        (arguments.frequency_penalty, FrequencyPenalty),
-        (arguments.no_repeat_ngram, NoRepeatNgram),
-        (arguments.top_p, TopP),
-        (arguments.min_p, MinP),
-        (arguments.typical, Typical),
-    )
-    return [make(value) for value, make in makers if value is not None]
-
-
-def _check(arguments: argparse.Namespace) -> None:
-    for name, least in (
-        ("max_new_tokens", 0),
-        ("samples", 1),
-        ("temperature", 0),
-        ("top_k", 1),
-        ("seed", 0),
-    ):
-        value = getattr(arguments, name)
-        # written so that NaN fails too
-        if value is not None and not least <= value <= 2**62:
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} must be a number from {least} to 2^62, got {value}")
-    try:
-        arguments.prompt.encode("utf-8")
-    except UnicodeEncodeError:
-        raise UserError("--prompt is not UTF-8 text") from None
 
 
 if __name__ == "__main__":

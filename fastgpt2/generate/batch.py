@@ -10,15 +10,22 @@ from torch import Tensor
 
 from fastgpt2.errors import UserError
 from fastgpt2.evaluate.scoring import score
-from fastgpt2.evaluate.windows import Windows, make_batch
+from fastgpt2.evaluate.windows import Window, Windows, make_batch
 from fastgpt2.generate.beams import BeamSearch
-from fastgpt2.generate.checks import check_prompt, evaluating, row_generator
+from fastgpt2.generate.checks import (
+    as_ids,
+    check_prompt,
+    evaluating,
+    is_count,
+    row_generator,
+    split_stops,
+)
 from fastgpt2.generate.generator import Generator
-from fastgpt2.generate.processors import Processor
+from fastgpt2.generate.processors import Processor, require
+from fastgpt2.generate.request import likeliest
 from fastgpt2.generate.sampling import Sampling
 from fastgpt2.generate.slots import Slots
 from fastgpt2.model import GPT
-from fastgpt2.plain import execution_device
 
 # rows that run at once where each has random numbers of its own
 _BATCH_SIZE = 64
@@ -38,6 +45,7 @@ def generate(
     num_beams: int = 1,
     length_penalty: float = 1.0,
     early_stopping: bool = False,
+    best_of: int = 1,
     attention_mask: Tensor | None = None,
     seed: int | None = None,
     window: str = "crop",
@@ -46,31 +54,37 @@ def generate(
 ) -> Tensor | list[list[int]]:
     """See ``GPT.generate``."""
     rows = _rows(prompts, attention_mask)
-    stops = (stop,) if isinstance(stop, int) else tuple(stop)
-    if any(isinstance(item, str) for item in stops):
+    stop_ids, stop_texts = split_stops(model, stop)
+    if stop_texts:
         raise UserError("generate: stop takes token ids; for strings use Generator, or the command")
+    counts = (("max_new_tokens", max_new_tokens, 0), ("num_beams", num_beams, 1))
+    for name, value, least in (*counts, ("best_of", best_of, 1)):
+        require(name, value, is_count(value, least), f"an integer of {least} or more")
+    if best_of > 1 and (temperature == 0 or num_beams > 1):
+        raise UserError("best_of: greedy decoding and beams write the same text each time")
     longest = max(len(row) for row in rows) + max(max_new_tokens, 1) - 1
     size = max(1, min(model.config.block_size, longest))
-    if num_beams != 1:
+    if num_beams > 1:
         if draft is not None or prompt_lookup:
             raise UserError("generate: beams take no draft and no prompt_lookup")
         sampling = beam_sampling(temperature, top_k, processors)
         search = BeamSearch(
-            Slots(model, max(1, num_beams), size),
+            Slots(model, num_beams, size),
             num_beams,
             window,
             length_penalty=length_penalty,
             early_stopping=early_stopping,
         )
         texts = [
-            search.search(row, max_new_tokens, sampling=sampling, stop=frozenset(stops))[0].ids
+            search.search(row, max_new_tokens, sampling=sampling, stop=stop_ids)[0].ids
             for row in rows
         ]
     else:
+        copies = [row for row in rows for _ in range(best_of)]
         is_nanogpts = isinstance(prompts, Tensor) and attention_mask is None and seed is None
         engine = Generator(
             model,
-            batch_size=len(rows) if is_nanogpts else min(len(rows), _BATCH_SIZE),
+            batch_size=len(copies) if is_nanogpts else min(len(copies), _BATCH_SIZE),
             size=size,
             window=window,
             draft=draft,
@@ -78,9 +92,9 @@ def generate(
         )
         if is_nanogpts:
             sources = [_default_generator(engine.slots.device) if generator is None else generator]
-            sources *= len(rows)
+            sources *= len(copies)
         else:
-            sources = _row_generators(engine.slots.device, rows, seed, generator)
+            sources = _row_generators(engine.slots.device, copies, seed, generator)
         streams = [
             engine.submit(
                 row,
@@ -88,41 +102,52 @@ def generate(
                 temperature=temperature,
                 top_k=top_k,
                 processors=processors,
-                stop=stops,
+                stop=stop_ids,
                 generator=source,
+                log_probs=best_of > 1,
             )
-            for row, source in zip(rows, sources, strict=True)
+            for row, source in zip(copies, sources, strict=True)
         ]
         engine.run()
-        texts = [stream.ids for stream in streams]
+        every = range(0, len(streams), best_of)
+        texts = [likeliest(streams[i : i + best_of]).ids for i in every]
     if not isinstance(prompts, Tensor):
         return [[*row, *text] for row, text in zip(rows, texts, strict=True)]
     # rows that stopped early are filled with the first stop id
+    stops = [stop] if isinstance(stop, int) else list(stop)
     T, fill = max(map(len, texts)), stops[0] if stops else 0
     padded = [[*text, *[fill] * (T - len(text))] for text in texts]
     new = torch.tensor(padded, dtype=prompts.dtype, device=prompts.device)
     return torch.cat([prompts, new.view(len(rows), T)], dim=1)
 
 
-def log_probs(model: GPT, ids: Prompts) -> Tensor | list[list[float]]:
+def log_probs(model: GPT, ids: Prompts, batch_size: int = 8) -> Tensor | list[list[float]]:
     """See ``GPT.log_probs``."""
+    require("batch_size", batch_size, is_count(batch_size, 1), "an integer of 1 or more")
     rows = _rows(ids, None)
-    device = execution_device(model.transformer.wpe)
+    for row in rows:
+        check_prompt(model, row, "slide")
     block_size = model.config.block_size
-    results: list[list[float]] = []
-    with evaluating(model):
-        for row in rows:
-            check_prompt(model, row, "slide")
-            if len(row) == 1:
-                results.append([])
-                continue
+    # the rows side by side, and the windows of all of them
+    tokens = np.concatenate([np.array(row) for row in rows])
+    ends = np.cumsum([len(row) for row in rows]).tolist()
+    windows: list[Window] = []
+    for row, end in zip(rows, ends, strict=True):
+        if len(row) > 1:
             context = min(block_size + 1, len(row))
-            windows = Windows(len(row), max(2, context), max(1, context // 2), block_size)
-            tokens, values = np.array(row), []
-            for k in range(len(windows)):
-                idx, targets = make_batch(tokens, [windows[k]])
-                values += (-score(model, idx.to(device), targets, torch.float32).nll).tolist()
-            results.append(values)
+            of_row = Windows(len(row), context, max(1, context // 2), block_size)
+            # from places in the row to places in all of them
+            first = end - len(row)
+            windows += [Window(*(first + at for at in of_row[k])) for k in range(len(of_row))]
+    values: list[float] = []
+    with evaluating(model):
+        for k in range(0, len(windows), batch_size):
+            idx, targets = make_batch(tokens, windows[k : k + batch_size])
+            values += (-score(model, idx, targets, torch.float32).nll).tolist()
+    results = []
+    for row in rows:
+        results.append(values[: len(row) - 1])
+        del values[: len(row) - 1]
     if not isinstance(ids, Tensor):
         return results
     return torch.tensor(results, dtype=torch.float32, device=ids.device).view(len(rows), -1)
@@ -153,7 +178,7 @@ def _rows(prompts: Prompts, mask: Tensor | None) -> list[list[int]]:
             raise UserError(f"prompts must be ids of shape (B, T), got {tuple(prompts.shape)}")
         rows: list[list[int]] = prompts.tolist()
     else:
-        rows = [list(row) for row in prompts]
+        rows = [as_ids(row) for row in prompts]
     if not rows:
         raise UserError("prompts: at least one is needed")
     if mask is None:

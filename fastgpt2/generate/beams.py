@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastgpt2.errors import UserError
 from fastgpt2.generate.checks import check_prompt, is_count, kept_tokens
-from fastgpt2.generate.processors import require
+from fastgpt2.generate.processors import is_number, require
 from fastgpt2.generate.sampling import Sampling
 from fastgpt2.generate.slots import Slots
 
@@ -23,12 +23,22 @@ class Beam(NamedTuple):
     Attributes:
         ids: what follows the prompt, without the stop id.
         score: that of the text, length penalty included, once it has ended.
-        finish_reason: ``stop`` or ``length``.
+        finish_reason: as a ``Stream``'s.
+        log_probs: of each id, in nats, under the model itself: before the processors.
     """
 
     ids: list[int]
     score: float
     finish_reason: str
+    log_probs: list[float]
+
+
+class _Running(NamedTuple):
+    """A text that goes on: what follows the prompt, sum(log p) after the processors and before."""
+
+    ids: list[int]
+    score: float
+    log_probs: list[float]
 
 
 class BeamSearch:
@@ -56,7 +66,8 @@ class BeamSearch:
         early_stopping: bool = False,
     ) -> None:
         require("num_beams", num_beams, is_count(num_beams, 1), "an integer of 1 or more")
-        require("length_penalty", length_penalty, abs(length_penalty) < 1e4, "a finite number")
+        fine = is_number(length_penalty) and abs(length_penalty) <= 30
+        require("length_penalty", length_penalty, fine, "in [-30, 30]")
         self.slots, self.num_beams, self.window = slots, num_beams, window
         self.keep = kept_tokens(slots.model, window)
         self.length_penalty, self.early_stopping = length_penalty, early_stopping
@@ -87,69 +98,80 @@ class BeamSearch:
         require(
             "max_new_tokens", max_new_tokens, is_count(max_new_tokens, 0), "an integer of 0 or more"
         )
-        if self.window == "stop":
-            # the last token is not fed any more
-            room = self.slots.model.config.block_size + 1 - len(prompt)
-            max_new_tokens = min(max_new_tokens, room)
+        limit = "length"
+        # the last token is not fed any more
+        room = self.slots.model.config.block_size + 1 - len(prompt)
+        if self.window == "stop" and room < max_new_tokens:
+            max_new_tokens, limit = room, "window"
         if max_new_tokens == 0:
-            return [Beam([], 0.0, "length")]
+            return [Beam([], 0.0, "length", [])]
         context = list(prompt)[-self._context(len(prompt)) :]
         self.slots.cut([0])
         logits = self.slots.feed(0, [context])
-        running: list[tuple[list[int], float]] = [([], 0.0)]
+        running = [_Running([], 0.0, [])]
         finished: list[Beam] = []
         for length in range(1, max_new_tokens + 1):
             last_step = length == max_new_tokens
             candidates = self._candidates(running, prompt, logits, sampling, len(stop))
+            if not candidates:
+                finished = finished or [self._end(text, "no token left") for text in running]
+                break
             running, parents = [], []
-            for rank, (score, parent, ids) in enumerate(candidates):
+            for rank, (parent, candidate) in enumerate(candidates):
+                ids, score, log_probs = candidate
                 hits_stop = ids[-1] in stop
                 over = hits_stop or (ended is not None and ended(ids))
                 if (over or last_step) and rank < self.num_beams:
-                    reason = "stop" if over else "length"
-                    text = ids[:-1] if hits_stop else ids
-                    finished.append(Beam(text, score / length**self.length_penalty, reason))
+                    reason = "stop" if over else limit
+                    score /= length**self.length_penalty
+                    kept = length - hits_stop
+                    finished.append(Beam(ids[:kept], score, reason, log_probs[:kept]))
                 elif not (over or last_step) and len(running) < self.num_beams:
-                    running.append((ids, score))
+                    running.append(candidate)
                     parents.append(parent)
             # a stable sort: of equal ones the earlier stays
             finished = sorted(finished, key=lambda beam: -beam.score)[: self.num_beams]
-            if not running or self._is_done(finished, running[0][1], length):
+            if not running or self._is_done(finished, running[0].score, length):
                 break
             logits = self._advance(prompt, running, parents)
-        return finished or [
-            Beam(ids, score / len(ids) ** self.length_penalty, "length") for ids, score in running
-        ]
+        return finished or [self._end(text, limit) for text in running]
+
+    def _end(self, text: _Running, reason: str) -> Beam:
+        score = text.score / max(1, len(text.ids)) ** self.length_penalty
+        return Beam(text.ids, score, reason, text.log_probs)
 
     def _context(self, length: int) -> int:
         return length if length <= self.slots.model.config.block_size else self.keep
 
     def _candidates(
         self,
-        running: list[tuple[list[int], float]],
+        running: list[_Running],
         prompt: Sequence[int],
         logits: Tensor,
         sampling: Sampling,
         stops: int,
-    ) -> list[tuple[float, int, list[int]]]:
-        """Score, beam and ids of the best continuations, the best first."""
-        ids = torch.tensor([[*prompt, *new] for new, _ in running], device=logits.device)
+    ) -> list[tuple[int, _Running]]:
+        """The best continuations, the best first, each with the number of the one it continues."""
+        ids = torch.tensor([[*prompt, *text.ids] for text in running], device=logits.device)
         log_probs = logits.float().log_softmax(dim=-1)
+        of_the_model = log_probs.flatten()
         if not log_probs.amax(dim=-1).isfinite().all():
             raise UserError("the logits are not finite: damaged weights, or too large for fp16")
         for edit in sampling.edits:
             log_probs = edit(ids, log_probs)
-        scores = torch.tensor([score for _, score in running], device=logits.device)
+        scores = torch.tensor([text.score for text in running], device=logits.device)
         flat = (log_probs + scores[:, None]).flatten()
         # enough for num_beams running ones, even if the best of them all stop
         count = min(max(2, 1 + stops) * self.num_beams, len(flat))
         best, at = flat.topk(count)
-        V = logits.shape[-1]
-        return [
-            (score, i // V, [*running[i // V][0], i % V])
-            for score, i in zip(best.tolist(), at.tolist(), strict=True)
-            if score > -float("inf")
-        ]
+        V, found = logits.shape[-1], []
+        columns = (best.tolist(), at.tolist(), of_the_model[at].tolist())
+        for score, i, log_prob in zip(*columns, strict=True):
+            if score > -float("inf"):
+                text = running[i // V]
+                new = _Running([*text.ids, i % V], score, [*text.log_probs, log_prob])
+                found.append((i // V, new))
+        return found
 
     def _is_done(self, finished: list[Beam], best_running: float, length: int) -> bool:
         if len(finished) < self.num_beams:
@@ -159,13 +181,13 @@ class BeamSearch:
         )
 
     def _advance(
-        self, prompt: Sequence[int], running: list[tuple[list[int], float]], parents: list[int]
+        self, prompt: Sequence[int], running: list[_Running], parents: list[int]
     ) -> Tensor:
         """The logits after the new last tokens."""
         block_size = self.slots.model.config.block_size
         if self.slots.lengths[parents[0]] == block_size:
-            whole = [[*prompt, *ids][-self.keep :] for ids, _ in running]
+            whole = [[*prompt, *text.ids][-self.keep :] for text in running]
             self.slots.cut([0] * len(running))
             return self.slots.feed(0, whole)
         self.slots.reorder(parents)
-        return self.slots.feed(0, [ids[-1:] for ids, _ in running])
+        return self.slots.feed(0, [text.ids[-1:] for text in running])

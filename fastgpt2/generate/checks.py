@@ -2,10 +2,12 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from operator import index
+from typing import Any, Protocol
 
 import torch
 
+from fastgpt2.config import GPTConfig
 from fastgpt2.errors import UserError
 from fastgpt2.generate.processors import require
 from fastgpt2.model import GPT
@@ -15,18 +17,39 @@ Stop = str | int | Iterable[str | int]
 WINDOWS = ("slide", "stop", "crop")
 
 
+class Configured(Protocol):
+    """A model, or one whose weights have not been read."""
+
+    @property
+    def config(self) -> GPTConfig:
+        """Its shape."""
+
+
 def is_count(value: Any, least: int) -> bool:
     """Whether ``value`` is an integer of ``least`` or more."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def split_stops(model: GPT, stop: Stop) -> tuple[frozenset[int], frozenset[str]]:
+def as_ids(prompt: Any) -> list[int]:
+    """Token ids as a list; NumPy's integers and a tensor's become Python's.
+
+    Raises:
+        UserError: it holds something else than integers.
+    """
+    try:
+        ids = [index(id_) for id_ in prompt]
+    except TypeError:
+        raise UserError(f"prompt: expected text or token ids, got {prompt!r:.80}") from None
+    return ids
+
+
+def split_stops(model: Configured, stop: Stop) -> tuple[frozenset[int], frozenset[str]]:
     """The ids and the strings that end a text, each once.
 
     Raises:
         UserError: one is empty, not in the vocabulary, or neither.
     """
-    stops = [stop] if isinstance(stop, str | int) else list(stop)
+    stops = list(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else [stop]
     for item in stops:
         if isinstance(item, bool) or not isinstance(item, str | int):
             raise UserError(f"stop: expected token ids and strings, got {item!r}")
@@ -38,7 +61,7 @@ def split_stops(model: GPT, stop: Stop) -> tuple[frozenset[int], frozenset[str]]
     return ids, frozenset(item for item in stops if isinstance(item, str))
 
 
-def check_prompt(model: GPT, ids: Sequence[int], window: str) -> None:
+def check_prompt(model: Configured, ids: Sequence[int], window: str) -> None:
     """Refuse a prompt that the model cannot continue.
 
     Raises:

@@ -18,6 +18,7 @@ from fastgpt2.errors import UserError
 from fastgpt2.generate.checks import (
     WINDOWS,
     Stop,
+    as_ids,
     check_prompt,
     evaluating,
     is_count,
@@ -43,11 +44,13 @@ class Row:
         stream: what comes out.
         ids: the prompt and what followed.
         start: where in ``ids`` the model's context begins.
+        follows: the stream whose text it continues.
     """
 
     stream: Stream
     ids: list[int]
     start: int = 0
+    follows: Stream | None = None
 
 
 class Generator:
@@ -110,6 +113,8 @@ class Generator:
         self.slots = Slots(model, batch_size, size + spare)
         self._rows: list[Row] = []
         self._waiting: deque[Row] = deque()
+        # what the last one of the active rows to leave has left in the cache
+        self._left: Stream | None = None
 
     def submit(
         self,
@@ -123,6 +128,8 @@ class Generator:
         seed: int | None = None,
         generator: torch.Generator | None = None,
         log_probs: bool = False,
+        as_text: bool | None = None,
+        follows: Stream | None = None,
     ) -> Stream:
         """Add a request; it starts when a row is free.
 
@@ -138,11 +145,17 @@ class Generator:
             seed: of the row's own random numbers; None is a new one.
             generator: a source of randomness in place of a seed.
             log_probs: keep the tokens' log-probabilities.
+            as_text: whether the pieces are text; None is as the prompt is.
+            follows: a stream of this generator that has ended. The prompt, which may be empty,
+                is added to its text; what the cache still holds of it is not computed again.
 
         Raises:
             UserError: an argument is out of its range, or the prompt cannot be continued.
         """
-        ids, is_text = self._encode(prompt)
+        ids = self._encode(prompt, follows)
+        is_text = isinstance(prompt, str) if as_text is None else as_text
+        if is_text and self.tokenizer is None:
+            raise UserError("prompt: text needs a tokenizer; give one, or token ids")
         stop_ids, stop_texts = split_stops(self.model, stop)
         if stop_texts and not is_text:
             raise UserError("stop: a string needs a prompt that is text; give token ids")
@@ -162,23 +175,31 @@ class Generator:
         if is_text:
             assert self.tokenizer is not None
             pieces = TextPieces(self.tokenizer, sorted(stop_texts))
-        stream = Stream(request, pieces, self.step)
+        start = 0 if follows is None else follows.start
+        stream = Stream(request, pieces, self.step, start)
         if max_new_tokens == 0:
             stream._finish("length")
         else:
-            self._waiting.append(Row(stream, ids))
+            self._waiting.append(Row(stream, ids, start, follows))
         return stream
 
-    def _encode(self, prompt: str | Sequence[int]) -> tuple[list[int], bool]:
-        is_text = isinstance(prompt, str)
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise UserError("prompt: text needs a tokenizer; give one, or token ids")
-            ids = encode_prompt(self.tokenizer, prompt)
+    def _encode(self, prompt: str | Sequence[int], follows: Stream | None) -> list[int]:
+        before: list[int] = []
+        if follows is not None:
+            if follows.finish_reason is None:
+                raise UserError("follows: the stream has not ended")
+            before = [*follows.request.prompt, *follows.ids]
+        if not isinstance(prompt, str):
+            ids = as_ids(prompt)
+        elif not prompt and before:
+            ids = []
+        elif self.tokenizer is None:
+            raise UserError("prompt: text needs a tokenizer; give one, or token ids")
         else:
-            ids = [int(id_) for id_ in prompt]
-        check_prompt(self.model, ids, self.window)
-        return ids, is_text
+            ids = encode_prompt(self.tokenizer, prompt)
+        start = 0 if follows is None else follows.start
+        check_prompt(self.model, [*before[start:], *ids], self.window)
+        return [*before, *ids]
 
     @torch.no_grad()
     def step(self) -> bool:
@@ -188,7 +209,7 @@ class Generator:
             row = self._waiting.popleft()
             if row.stream.finish_reason is None:
                 self._rows.append(row)
-                self._reset(len(self._rows) - 1)
+                self._enter(len(self._rows) - 1)
         if not self._rows:
             return False
         with evaluating(self.model):
@@ -213,8 +234,13 @@ class Generator:
         row = self._rows[i]
         return row.ids[row.start + self.slots.lengths[i] :]
 
-    def _reset(self, i: int) -> None:
-        self.slots.cut([0], i)
+    def _enter(self, i: int) -> None:
+        """Row i is new: of the cache it keeps what it continues, all but one token at most."""
+        row, held = self._rows[i], 0
+        if i == 0 and row.follows is not None and row.follows is self._left:
+            held = min(self.slots.lengths[0], len(row.ids) - 1 - row.start)
+        self._left = None
+        self.slots.cut([held], i)
         if isinstance(self._proposer, Draft):
             self._proposer.reset(i)
 
@@ -231,9 +257,12 @@ class Generator:
     def _leave(self) -> None:
         """Free the rows of finished requests; the last row takes the place of each."""
         for i in reversed(range(len(self._rows))):
-            if self._rows[i].stream.finish_reason is None:
+            stream = self._rows[i].stream
+            if stream.finish_reason is None:
                 continue
+            stream.start = self._rows[i].start
             last = self._rows.pop()
+            self._left = None if self._rows else stream
             if i < len(self._rows):
                 self._rows[i] = last
                 self.slots.copy(len(self._rows), i)

@@ -25,8 +25,9 @@ def require(name: str, value: float, fine: bool, expected: str) -> None:
         raise UserError(f"{name} must be {expected}, got {value!r}")
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+def is_number(value: object) -> bool:
+    """Whether ``value`` is a number that fp32 can compute with: within 1e30."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1e30
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Temperature:
     reads_ids = False
 
     def __post_init__(self) -> None:
-        fine = _is_number(self.temperature) and self.temperature >= 0
+        fine = is_number(self.temperature) and self.temperature >= 0
         require("temperature", self.temperature, fine, "0 or more")
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
@@ -51,8 +52,9 @@ class Temperature:
         best = logits.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).min)
         if self.temperature == 0:
             return logits.masked_fill(logits < best, -torch.inf)
-        # with the largest at 0, a temperature near 0 makes the others -inf and nothing NaN
-        return (logits - best) / self.temperature
+        # with the largest at 0, a temperature near 0 makes the others -inf and nothing NaN, as
+        # long as fp32 does not take it for 0
+        return (logits - best) / max(self.temperature, 1e-30)
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,8 @@ class TopK:
     reads_ids = False
 
     def __post_init__(self) -> None:
-        require("top_k", self.k, isinstance(self.k, int) and self.k >= 1, "1 or more")
+        fine = isinstance(self.k, int) and self.k >= 1
+        require("top_k", self.k, fine, "an integer of 1 or more")
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
         """Scores ``logits`` (B, V) of the token after ``ids`` (B, T), changed as said above."""
@@ -93,7 +96,7 @@ class TopP:
     reads_ids = False
 
     def __post_init__(self) -> None:
-        require("top_p", self.p, _is_number(self.p) and 0 <= self.p <= 1, "in [0, 1]")
+        require("top_p", self.p, is_number(self.p) and 0 <= self.p <= 1, "in [0, 1]")
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
         """Scores ``logits`` (B, V) of the token after ``ids`` (B, T), changed as said above."""
@@ -116,7 +119,7 @@ class MinP:
     reads_ids = False
 
     def __post_init__(self) -> None:
-        require("min_p", self.p, _is_number(self.p) and 0 <= self.p <= 1, "in [0, 1]")
+        require("min_p", self.p, is_number(self.p) and 0 <= self.p <= 1, "in [0, 1]")
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
         """Scores ``logits`` (B, V) of the token after ``ids`` (B, T), changed as said above."""
@@ -139,7 +142,7 @@ class Typical:
     reads_ids = False
 
     def __post_init__(self) -> None:
-        require("typical", self.p, _is_number(self.p) and 0 < self.p <= 1, "in (0, 1]")
+        require("typical", self.p, is_number(self.p) and 0 < self.p <= 1, "in (0, 1]")
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
         """Scores ``logits`` (B, V) of the token after ``ids`` (B, T), changed as said above."""
@@ -167,7 +170,7 @@ class RepetitionPenalty:
     penalty: float
 
     def __post_init__(self) -> None:
-        fine = _is_number(self.penalty) and self.penalty > 0
+        fine = is_number(self.penalty) and self.penalty >= 1e-30
         require("repetition_penalty", self.penalty, fine, "a positive number")
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
@@ -194,7 +197,7 @@ class PresencePenalty:
     penalty: float
 
     def __post_init__(self) -> None:
-        require("presence_penalty", self.penalty, _is_number(self.penalty), "a finite number")
+        require("presence_penalty", self.penalty, is_number(self.penalty), "a finite number")
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
         """Scores ``logits`` (B, V) of the token after ``ids`` (B, T), changed as said above."""
@@ -212,7 +215,7 @@ class FrequencyPenalty:
     penalty: float
 
     def __post_init__(self) -> None:
-        require("frequency_penalty", self.penalty, _is_number(self.penalty), "a finite number")
+        require("frequency_penalty", self.penalty, is_number(self.penalty), "a finite number")
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
         """Scores ``logits`` (B, V) of the token after ``ids`` (B, T), changed as said above."""
@@ -263,8 +266,8 @@ class LogitBias:
     def __post_init__(self) -> None:
         for id_, value in self.bias.items():
             require("logit_bias: an id", id_, isinstance(id_, int) and id_ >= 0, "0 or more")
-            fine = isinstance(value, int | float) and value < math.inf
-            require(f"logit_bias: the bias of {id_}", value, fine, "a number below infinity")
+            fine = is_number(value) or value == -math.inf
+            require(f"logit_bias: the bias of {id_}", value, fine, "a finite number, or -inf")
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
         """Scores ``logits`` (B, V) of the token after ``ids`` (B, T), changed as said above."""

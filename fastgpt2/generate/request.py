@@ -1,7 +1,7 @@
 """One request: what was asked for, what has come of it so far, and its pieces as they come."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,18 +44,26 @@ class Stream:
             string, though ``ids`` holds the tokens that completed it.
         log_probs: of each id, in nats, under the model itself: before temperature and processors.
         finish_reason: ``length`` (max_new_tokens), ``stop`` (a stop id or string), ``window`` (the
-            window is full and does not slide), ``cancelled``, or None while it goes on.
+            window is full and does not slide), ``no token left`` (every one is forbidden),
+            ``cancelled``, or None while it goes on.
+        start: where in the prompt and ``ids`` the model's context begins, once it has ended.
     """
 
     def __init__(
-        self, request: Request, pieces: TextPieces | None, advance: Callable[[], bool]
+        self,
+        request: Request,
+        pieces: TextPieces | None,
+        advance: Callable[[], bool],
+        start: int = 0,
     ) -> None:
-        self.request = request
+        self.request, self.start = request, start
         self.ids: list[int] = []
         self.text = ""
         self.log_probs: list[float] = []
         self.finish_reason: str | None = None
         self._pieces, self._advance = pieces, advance
+        # the log-probability of the stop id
+        self._end: float | None = None
         self._queue: deque[str | int] = deque()
 
     def __iter__(self) -> Iterator[str | int]:
@@ -65,6 +73,12 @@ class Stream:
             if self.finish_reason is not None:
                 return
             self._advance()
+
+    @property
+    def score(self) -> float:
+        """The mean log-probability of the tokens so far, the stop id that ended them included."""
+        values = self.log_probs if self._end is None else [*self.log_probs, self._end]
+        return sum(values) / max(1, len(values))
 
     def wait(self) -> "Stream":
         """Run until this request is finished, and return it."""
@@ -92,6 +106,7 @@ class Stream:
     def _push(self, id_: int, log_prob: float | None) -> None:
         """One more token, which may be the last."""
         if id_ in self.request.stop:
+            self._end = log_prob
             self._finish("stop")
             return
         self.ids.append(id_)
@@ -110,3 +125,14 @@ class Stream:
         self.text += piece
         if piece:
             self._queue.append(piece)
+
+
+def likeliest(streams: Sequence[Stream]) -> Stream:
+    """Of ended streams the one with the highest log-probability per token; the first of equals.
+
+    Args:
+        streams: at least one; where there are several, with their log-probabilities.
+    """
+    if len(streams) == 1:
+        return streams[0]
+    return max(streams, key=lambda stream: stream.score)

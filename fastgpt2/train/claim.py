@@ -96,7 +96,7 @@ def _lock(folder: Path) -> int:
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            _lock_file(handle)
+            lock_file(handle)
         except BlockingIOError:
             os.close(handle)
             raise UserError(f"{folder}: another process is training into it") from None
@@ -107,7 +107,7 @@ def _lock(folder: Path) -> int:
         os.close(handle)
 
 
-def _lock_file(handle: int) -> None:
+def lock_file(handle: int) -> None:
     """Lock, or raise ``BlockingIOError``; the system ends the lock with the process."""
     try:
         import fcntl

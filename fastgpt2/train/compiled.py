@@ -9,11 +9,17 @@ import torch
 from fastgpt2.cli import in_one_line
 from fastgpt2.devices import autocast, rng_states, set_rng_states
 from fastgpt2.model import GPT
+from fastgpt2.text.packing import packed
 from fastgpt2.train.summary import compiler_obstacle
 
 
 def compiled(
-    model: GPT, batch_size: int, dtype: torch.dtype, notify: Callable[[str], None]
+    model: GPT,
+    batch_size: int,
+    dtype: torch.dtype,
+    notify: Callable[[str], None],
+    *,
+    eot: int | None = None,
 ) -> Callable[..., Any]:
     """The compiled model, after a forward and backward pass that prove it; else the model itself.
 
@@ -25,6 +31,7 @@ def compiled(
         batch_size: B of the micro-batches to come.
         dtype: what it computes in.
         notify: shows what was decided, a line each.
+        eot: the id that ends a document, where the blocks to come are of packed documents.
     """
     device = model.lm_head.weight.device
     obstacle = compiler_obstacle(device)
@@ -37,7 +44,7 @@ def compiled(
     idx = torch.zeros(batch_size, model.config.block_size, dtype=torch.int64, device=device)
     try:
         with autocast(device, dtype):
-            loss = forward(idx, idx)[1]
+            loss = (forward if eot is None else packed(forward, eot))(idx, idx)[1]
         torch.autograd.backward(loss)
     except Exception as error:
         reason = " ".join((in_one_line(error) or str(error)).split())

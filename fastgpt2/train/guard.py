@@ -17,11 +17,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from fastgpt2 import distributed
+from fastgpt2 import distributed, runs
 from fastgpt2.config import GPTConfig
 from fastgpt2.devices import autocast, rng_states, set_rng_states
 from fastgpt2.errors import UserError
 from fastgpt2.model import GPT
+from fastgpt2.text.packing import packed
+from fastgpt2.train.state import RunState
+from fastgpt2.train.step import TrainingStep
 
 Batch = tuple[Tensor, Tensor]
 
@@ -38,12 +41,14 @@ class BadStep:
         batches: its micro-batches.
         random_numbers: states of the generators when it began.
         step: its number.
+        eot: the id that ends a document, where its blocks are of packed documents.
     """
 
     model: GPT
     batches: Sequence[Batch]
     random_numbers: Mapping[str, Tensor]
     step: int
+    eot: int | None = None
 
     def save(self, path: Path) -> None:
         """Write everything into one file, which ``load`` reads.
@@ -57,7 +62,10 @@ class BadStep:
             tensors |= {f"idx.{i}": idx.contiguous(), f"targets.{i}": targets.contiguous()}
         tensors |= {f"rng.{name}": state for name, state in self.random_numbers.items()}
         config = json.dumps(asdict(self.model.config))
-        save_file(tensors, path, metadata={"config": config, "step": str(self.step)})
+        metadata = {"config": config, "step": str(self.step)}
+        if self.eot is not None:
+            metadata["eot"] = str(self.eot)
+        save_file(tensors, path, metadata=metadata)
 
     @classmethod
     def load(cls, path: Path, **overrides: Any) -> "BadStep":
@@ -79,7 +87,8 @@ class BadStep:
             model.load_state_dict(_below(tensors, "model."), assign=True)
             idx, targets = _below(tensors, "idx."), _below(tensors, "targets.")
             batches = [(idx[str(i)], targets[str(i)]) for i in range(len(idx))]
-            return cls(model, batches, _below(tensors, "rng."), int(metadata["step"]))
+            eot = int(metadata["eot"]) if "eot" in metadata else None
+            return cls(model, batches, _below(tensors, "rng."), int(metadata["step"]), eot)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"--replay {path}: not a step that was kept: {reason}") from None
@@ -96,9 +105,10 @@ class BadStep:
         set_rng_states(self.random_numbers, device)
         try:
             with _watched(model) as findings:
+                forward = model if self.eot is None else packed(model, self.eot)
                 for idx, targets in self.batches:
                     with autocast(device, dtype):
-                        loss = model(idx.to(device), targets.to(device))[1]
+                        loss = forward(idx.to(device), targets.to(device))[1]
                     assert loss is not None
                     if not findings:
                         torch.autograd.backward(loss)
@@ -108,6 +118,35 @@ class BadStep:
             model.zero_grad(set_to_none=True)
             set_rng_states(before, device)
         return None
+
+
+def check(
+    training_step: TrainingStep,
+    state: RunState,
+    run: Path,
+    result: tuple[float, float, int],
+    eot: int | None = None,
+) -> None:
+    """Stop a run that has diverged, and say and keep what there is to find; all processes call it.
+
+    Args:
+        training_step: has counted the bad steps, and has the batches of the last one.
+        state: of the run.
+        run: its folder.
+        result: loss, norm of the gradient and number of a step.
+        eot: the id that ends a document, where blocks are of packed documents.
+
+    Raises:
+        UserError: the last steps were not finite.
+    """
+    try:
+        training_step.check(*result)
+    except UserError as error:
+        kept = "; the last checkpoint is untouched" if runs.saved_steps(run) else ""
+        random_numbers = state.marked_random_numbers
+        bad = BadStep(state.model, training_step.batches, random_numbers, state.step, eot)
+        found = explain(bad, training_step.dtype, run / BAD_STEP)
+        raise distributed.agreed(UserError(f"{error}{found}{kept}")) from None
 
 
 def explain(bad: BadStep, dtype: torch.dtype, path: Path) -> str:

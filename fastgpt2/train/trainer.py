@@ -19,14 +19,16 @@ from fastgpt2.files import write_text
 from fastgpt2.generate.stream import encode_prompt
 from fastgpt2.model import GPT
 from fastgpt2.streams import steady_streams
-from fastgpt2.text import BlockLoader, build_dataset, load_tokenizer, save_tokenizer
+from fastgpt2.text import build_dataset, load_tokenizer, save_tokenizer
 from fastgpt2.text.loaders import check_eval_tokens
+from fastgpt2.text.mixture_loader import mixture_lines, open_loader
+from fastgpt2.text.packing import packed
 from fastgpt2.train import checkpoint
 from fastgpt2.train.compiled import compiled
 from fastgpt2.train.config import TrainConfig
 from fastgpt2.train.console import Console
 from fastgpt2.train.freeze import freeze
-from fastgpt2.train.guard import BAD_STEP, BadStep, explain
+from fastgpt2.train.guard import check
 from fastgpt2.train.interrupt import Interrupt, Interrupted
 from fastgpt2.train.metrics import MetricsLog, plot
 from fastgpt2.train.optimizers import build_optimizer, set_momentum
@@ -86,10 +88,17 @@ class Trainer:
             vocab_dir=None if origin else config.vocab_dir,
             val_fraction=config.val_fraction,
             text_column=config.text_column,
+            vocab_size=config.vocab_size,
             notify=notify,
         )
         self.tokenizer = self.dataset.tokenizer
         self.tokenizer_id = f"{self.tokenizer.name} {self.tokenizer.fingerprint}"
+        self.eot = self.tokenizer.eot if config.pack else None
+        if config.pack and self.eot is None:
+            raise UserError(
+                f"--pack: the tokenizer {self.tokenizer.name} has no end-of-text id, so nothing "
+                "says where a document ends"
+            )
         # what would fail at the first evaluation fails now
         if config.sample_tokens:
             encode_prompt(self.tokenizer, config.sample_prompt, name="sample_prompt")
@@ -113,7 +122,7 @@ class Trainer:
             shard(self.model, self.dtype)
         optimizer = build_optimizer(self.model, config)
         self.batch_size, self.grad_accum = config.split(ranks)
-        self.loader = BlockLoader(
+        self.loader = open_loader(
             self.dataset.train,
             block_size=shape.block_size,
             batch_size=self.batch_size,
@@ -121,6 +130,7 @@ class Trainer:
             rank=distributed.rank(),
             world_size=ranks,
             stride=config.stride,
+            eot=self.eot,
             vocab_size=shape.vocab_size,
         )
         if self.dataset.val is not None:
@@ -176,15 +186,20 @@ class Trainer:
             dtype=self.dtype,
             kernels=self.kernels,
         )
-        for line in self.frozen:
+        left = 0 if self.total_steps is None else self.total_steps - state.step
+        planned = self.loader.blocks_used + left * self.tokens_per_step // self.loader.block_size
+        for line in (*self.frozen, *mixture_lines(self.loader, planned)):
             self.console.notify(line)
         self.model.train()
         step = self.training_step
         if config.compile and config.shard and distributed.world_size() > 1:
             self.console.notify("compile: not with --shard; training without it")
         elif config.compile:
-            step.forward = compiled(self.model, self.batch_size, self.dtype, self.console.notify)
+            notify = self.console.notify
+            step.forward = compiled(self.model, self.batch_size, self.dtype, notify, eot=self.eot)
         step.forward, step.accumulate = joined(self.model, step.forward)
+        if self.eot is not None:
+            step.forward = packed(step.forward, self.eot)
         try:
             with (
                 self.interrupt,
@@ -316,7 +331,7 @@ class Trainer:
         results = self.state.read_pending()
         self._spiked = False
         for step, (loss, norm) in enumerate(results, self.state.step - len(results) + 1):
-            self._check(loss, norm, step)
+            check(self.training_step, self.state, self.run_folder, (loss, norm, step), self.eot)
             score = self.spikes.score(loss)
             if score is not None:
                 self._spiked = True
@@ -325,21 +340,6 @@ class Trainer:
                     "above the losses before"
                 )
         return results[-1][1]
-
-    def _check(self, loss: float, norm: float, step: int) -> None:
-        try:
-            self.training_step.check(loss, norm, step)
-        except UserError as error:
-            saved = runs.saved_steps(self.run_folder)
-            kept = "; the last checkpoint is untouched" if saved else ""
-            explained = UserError(f"{error}{self._explain()}{kept}")
-            raise distributed.agreed(explained) from None
-
-    def _explain(self) -> str:
-        """What was not finite first in the last step, and where the step is kept."""
-        step = self.training_step
-        bad = BadStep(self.model, step.batches, self.state.marked_random_numbers, self.state.step)
-        return explain(bad, self.dtype, self.run_folder / BAD_STEP)
 
     def _log(self, lr: float, speed: float, grad_norm: float) -> None:
         state, peak = self.state, peak_flops(self.device)
@@ -370,6 +370,7 @@ class Trainer:
             batch_size=max(self.batch_size, EVAL_TOKENS // self.model.config.block_size),
             dtype=self.dtype,
             poll=self.interrupt.poll,
+            eot=self.eot,
         )
         seconds = time.perf_counter() - began
         if state.validation is not None:

@@ -14,6 +14,7 @@ from fastgpt2.devices import autocast
 from fastgpt2.model import GPT
 from fastgpt2.text.dataset import Dataset
 from fastgpt2.text.loaders import iter_eval_batches
+from fastgpt2.text.packing import inside_documents, packed
 from fastgpt2.units import perplexity
 
 
@@ -32,7 +33,12 @@ class Validation:
 
     @property
     def nats_per_byte(self) -> float:
-        """Loss a UTF-8 byte of the text, comparable between tokenizers."""
+        """Loss per UTF-8 byte of the text, comparable between tokenizers.
+
+        NaN where the ids have no text.
+        """
+        if not self.text_bytes:
+            return math.nan
         return self.loss * self.targets / self.text_bytes
 
     @property
@@ -49,6 +55,7 @@ def validate(
     batch_size: int,
     dtype: torch.dtype,
     poll: Callable[[], None],
+    eot: int | None = None,
 ) -> Validation | None:
     """Score every validation token once, in blocks of the model's block_size.
 
@@ -60,6 +67,7 @@ def validate(
         batch_size: rows of block_size tokens per batch.
         dtype: autocast's, of the computation; losses are summed in fp64.
         poll: called before each batch, by all processes; what it raises ends the scoring.
+        eot: the id that ends a document, where each document of a block is scored alone.
 
     Returns:
         The loss in nats per token; None where the data keeps no validation split.
@@ -69,6 +77,7 @@ def validate(
     was_training = model.training
     model.eval()
     device, block_size = model.lm_head.weight.device, model.config.block_size
+    forward = model if eot is None else packed(model, eot)
     losses: list[Tensor] = []
     counts: list[int] = []
     rank, ranks = distributed.rank(), distributed.world_size()
@@ -82,8 +91,10 @@ def validate(
         try:
             for idx, targets in bar:
                 poll()
+                if eot is not None:
+                    targets = inside_documents(idx, targets, eot)
                 with autocast(device, dtype):
-                    loss = model(idx.to(device), targets.to(device), fused_loss=True)[1]
+                    loss = forward(idx.to(device), targets.to(device), fused_loss=True)[1]
                 losses.append(loss)
                 counts.append(int((targets >= 0).sum()))
         finally:

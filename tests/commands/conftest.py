@@ -5,6 +5,7 @@ import pytest
 
 from fastgpt2.train.__main__ import main as train
 from tests.commands.tiny_command import TEXT, TINY
+from tests.commands.tiny_generate import save_tiny
 
 
 @pytest.fixture(scope="package")
@@ -30,3 +31,9 @@ def run(finished: Path, tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastgpt2.train.trainer.plot", lambda *_: False)
+
+
+@pytest.fixture(scope="package")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an untrained model, for ``generate``."""
+    return save_tiny(tmp_path_factory.mktemp("tiny") / "model")

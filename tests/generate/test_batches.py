@@ -164,9 +164,36 @@ def test_scores_are_those_of_the_logits() -> None:
     assert len(model.log_probs([[1, 2, 3] * 30])[0]) == 89
 
 
+def test_scores_of_a_batch_are_those_of_its_rows() -> None:
+    model = tiny_gpt().eval()
+    rows = [*PROMPTS, [5] * 17, [5] * 16]
+    together = model.log_probs(rows, batch_size=3)
+    for row, values in zip(rows, together, strict=True):
+        assert values == pytest.approx(model.log_probs([row])[0], abs=1e-5)
+        assert len(values) == len(row) - 1
+
+
+def test_the_best_of_several_counts_the_stop() -> None:
+    """An empty text is not the likeliest one because it has no token that costs something."""
+    model = tiny_gpt(vocab_size=3)
+    seeds = range(20)
+    samples = [model.generate([[1]], 3, seed=seed, stop=2)[0] for seed in seeds]
+    ended = [[*row, 2][:4] for row in samples]
+    means = [sum(model.log_probs([row])[0]) / (len(row) - 1) for row in ended]
+    best = model.generate([[1]], 3, seed=0, stop=2, best_of=20)[0]
+    assert best == samples[means.index(max(means))] and [1] in samples
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda m: m.generate([[1]], 3, best_of=0), "best_of must be an integer of 1 or more"),
+        (lambda m: m.generate([[1]], 3, best_of=2, temperature=0), "best_of: greedy decoding"),
+        (lambda m: m.generate([[1]], 3, best_of=2, num_beams=2), "best_of: greedy decoding"),
+        (lambda m: m.generate([[1]], "3"), "max_new_tokens must be an integer of 0 or more"),
+        (lambda m: m.generate([1], 3), "prompt: expected text or token ids, got 1"),
+        (lambda m: m.generate([[1.5]], 3), r"prompt: expected text or token ids, got \[1.5\]"),
+        (lambda m: m.log_probs([[1]], batch_size=0), "batch_size must be an integer of 1 or more"),
         (lambda m: m.generate([], 3), "prompts: at least one is needed"),
         (lambda m: m.generate([[]], 3), "prompt: must hold at least one token"),
         (lambda m: m.generate([[61]], 3), r"prompt: id 61 is not in \[0, 61\)"),

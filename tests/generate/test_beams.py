@@ -82,3 +82,27 @@ def test_all_beams_are_all_texts() -> None:
     assert beams[0].ids == texts[best].tolist()
     assert beams[0].score == pytest.approx(totals[best], abs=1e-5)
     assert len({tuple(beam.ids) for beam in beams}) == 25
+
+
+def test_beams_end_when_every_token_is_forbidden() -> None:
+    model = tiny_gpt(vocab_size=5).eval()
+    beams = BeamSearch(Slots(model, 2, 16), 2).search(
+        [1], 9, sampling=Sampling(0.0, None, [NoRepeatNgram(1)])
+    )
+    assert {beam.finish_reason for beam in beams} == {"no token left"}
+    assert all(sorted(beam.ids) == [0, 2, 3, 4] for beam in beams)
+    assert sorted(model.generate([[1]], 9, num_beams=2, processors=[NoRepeatNgram(1)])[0]) == [
+        *range(5)
+    ]
+
+
+@pytest.mark.parametrize("window", ["slide", "stop"])
+def test_log_probabilities_are_the_models(window: str) -> None:
+    model = tiny_gpt(block_size=32).eval()
+    beams = BeamSearch(Slots(model, 3, 32), 3, window).search(
+        [1, 2], 50 if window == "stop" else 9, sampling=Sampling(0.0, None, [RepetitionPenalty(9)])
+    )
+    for beam in beams:
+        scores = model.log_probs([[1, 2, *beam.ids]])[0][1:]
+        assert beam.log_probs == pytest.approx(scores, abs=1e-4)
+        assert beam.finish_reason == ("window" if window == "stop" else "length")

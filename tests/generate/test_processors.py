@@ -75,7 +75,7 @@ def test_greedy_leaves_the_best_token_alone() -> None:
     [
         (lambda: ours.Temperature(math.nan), "temperature must be 0 or more, got nan"),
         (lambda: ours.Temperature(math.inf), "temperature must be 0 or more, got inf"),
-        (lambda: ours.TopK(0), "top_k must be 1 or more, got 0"),
+        (lambda: ours.TopK(0), "top_k must be an integer of 1 or more, got 0"),
         (lambda: ours.TopP(1.5), r"top_p must be in \[0, 1\], got 1.5"),
         (lambda: ours.MinP(math.nan), r"min_p must be in \[0, 1\], got nan"),
         (lambda: ours.Typical(0), r"typical must be in \(0, 1\], got 0"),
@@ -84,9 +84,9 @@ def test_greedy_leaves_the_best_token_alone() -> None:
         (lambda: ours.FrequencyPenalty(math.nan), "frequency_penalty must be a finite number"),
         (lambda: ours.NoRepeatNgram(0), "no_repeat_ngram must be an integer of 1 or more"),
         (lambda: ours.LogitBias({-1: 1.0}), "logit_bias: an id must be 0 or more, got -1"),
-        (lambda: ours.LogitBias({1: math.nan}), "the bias of 1 must be a number below infinity"),
+        (lambda: ours.LogitBias({1: math.nan}), "the bias of 1 must be a finite number, or -inf"),
         (lambda: ours.MinLength(-1, 5), "min_length must be an integer of 0 or more"),
-        (lambda: ours.TopK(True), "top_k must be 1 or more, got True"),
+        (lambda: ours.TopK(True), "top_k must be an integer of 1 or more, got True"),
     ],
 )
 def test_bad_options_are_named(make: Callable[[], object], message: str) -> None:

@@ -65,7 +65,7 @@ def test_the_same_generator_gives_the_same_tokens() -> None:
     ("temperature", "top_k", "message"),
     [
         (-0.1, None, "temperature must be 0 or more, got -0.1"),
-        (1.0, 0, "top_k must be 1 or more, got 0"),
+        (1.0, 0, "top_k must be an integer of 1 or more, got 0"),
     ],
 )
 def test_bad_arguments_are_named(temperature: float, top_k: int | None, message: str) -> None:

@@ -1,0 +1,275 @@
+"""Where results go: text as it comes, JSON Lines that are never lost, a bar, and the speed."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+from tqdm import tqdm
+
+from fastgpt2.errors import UserError
+from fastgpt2.generate.inputs import Job
+from fastgpt2.generate.jobs import Event, Task
+from fastgpt2.generate.options import Options
+from fastgpt2.streams import SteadyStream
+from fastgpt2.train.claim import lock_file
+
+
+class ResultFile:
+    """JSON Lines, each of them whole and in the file before the next is computed.
+
+    A line is handed to the operating system as soon as it is ready, so that a process that is
+    killed loses nothing. Where a line cannot be written, the half of it is taken back. What the
+    file held before stays until the first line is written. Not a regular file (a pipe,
+    ``/dev/null``): it is only written to.
+
+    Args:
+        path: the file; ``-`` is stdout.
+        overwrite: whether it may exist already.
+        resume: go on with a file that was begun: see ``done``.
+
+    Attributes:
+        name: the file, as the user calls it.
+        done: the index and sample of each result that the file holds already, and its prompt.
+
+    Raises:
+        UserError: it exists and is not empty, or what it holds is something else than results.
+        OSError: it cannot be written.
+    """
+
+    def __init__(self, path: str, *, overwrite: bool = False, resume: bool = False) -> None:
+        self.name = path
+        self.done: dict[tuple[int, int], Any] = {}
+        self._file: BinaryIO | None = None
+        if path == "-":
+            return
+        self._path = Path(path)
+        self._made = not self._path.exists()
+        # not truncated: what it holds stays until there is something better
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115
+        self._regular = self._path.is_file()
+        if self._regular:
+            _lock(self._file, path)
+            size = self._path.stat().st_size
+            if size and not overwrite and not resume:
+                raise UserError(
+                    f"--output {path}: exists already; --resume goes on with it, "
+                    "--overwrite replaces it"
+                )
+            # where the next line goes
+            self._end = self._read_done() if resume else 0
+            self._stale = size > self._end
+
+    def _read_done(self) -> int:
+        """Note what is there; returns how many bytes of it are whole lines."""
+        data = self._path.read_bytes()
+        # a line that was cut off does not count
+        end = data.rfind(b"\n") + 1
+        for number, line in enumerate(data[:end].split(b"\n")[:-1], 1):
+            try:
+                record = json.loads(line)
+                key = int(record["index"]), int(record.get("sample", 0))
+                self.done[key] = record["prompt"]
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                raise UserError(
+                    f"--resume: line {number} of {self._path} is not a result of this command"
+                ) from None
+        return end
+
+    def is_complete(self, jobs: Sequence[Job]) -> bool:
+        """Whether the file holds every result already.
+
+        Args:
+            jobs: what is asked for.
+
+        Raises:
+            UserError: it holds results of something else.
+        """
+        asked = {job.index: job for job in jobs}
+        for (index, sample), prompt in self.done.items():
+            job = asked.get(index)
+            if job is None or job.prompt != prompt or sample >= job.options.samples:
+                raise UserError(
+                    f"--resume: {self.name} has a result of another prompt: {prompt!r:.80}"
+                )
+        return len(self.done) == sum(job.options.samples for job in jobs)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """One more line.
+
+        Raises:
+            OSError: it cannot be written; the lines before it are in the file.
+        """
+        if self._file is None:
+            # another encoding may lack a character, which JSON can write as an escape
+            ascii_only = "utf" not in (sys.stdout.encoding or "").lower()
+            print(_line(record, ascii_only).decode(), end="", flush=True)
+            return
+        line, handle = _line(record), self._file.fileno()
+        if not self._regular:
+            _write_all(handle, line)
+            return
+        if self._stale:
+            os.ftruncate(handle, self._end)
+            self._stale = False
+        try:
+            _write_all(handle, line)
+        except BaseException:
+            with suppress(OSError):
+                os.ftruncate(handle, self._end)
+            raise
+        self._end += len(line)
+        self._made = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._file is None:
+            return
+        try:
+            if self._regular and kind is None:
+                os.fsync(self._file.fileno())
+        finally:
+            self._file.close()
+            if self._made:
+                # it was made for results that never came
+                with suppress(OSError):
+                    self._path.unlink()
+
+
+def _line(record: dict[str, Any], ascii_only: bool = False) -> bytes:
+    # a lone surrogate has no UTF-8, but an escape in JSON
+    return (json.dumps(record, ensure_ascii=ascii_only) + "\n").encode(errors="backslashreplace")
+
+
+def _write_all(handle: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(handle, data) :]
+
+
+def _lock(file: BinaryIO, path: str) -> None:
+    """Keep other processes of this command away."""
+    try:
+        lock_file(file.fileno())
+    except BlockingIOError:
+        raise UserError(f"--output {path}: another process is writing it") from None
+
+
+class Display:
+    """Texts one after another on stdout, each after its prompt; the first one as it comes.
+
+    What comes for a later text is held back until those before it have ended.
+
+    Args:
+        tasks: all of them, in the order in which they are shown, with the text of their prompts.
+    """
+
+    def __init__(self, tasks: Iterator[tuple[Task, str]]) -> None:
+        self._tasks = tasks
+        self._held: dict[Task, list[str]] = {}
+        self._ended: set[Task] = set()
+        self._current: Task | None = None
+        self._shown = 0
+
+    def show(self, event: Event) -> None:
+        """Print what can be shown after one more event."""
+        if self._current is None:
+            self._begin()
+        self._held.setdefault(event.task, []).append(event.text)
+        if event.result is not None:
+            self._ended.add(event.task)
+        while self._current is not None and self._current in self._held:
+            print("".join(self._held.pop(self._current)), end="", flush=True)
+            if self._current not in self._ended:
+                break
+            self._ended.remove(self._current)
+            print(flush=True)
+            self._begin()
+
+    def _begin(self) -> None:
+        self._current, prompt = next(self._tasks, (None, ""))
+        if self._current is not None:
+            print(("---\n" if self._shown else "") + prompt, end="", flush=True)
+            self._shown += 1
+
+
+class Meter:
+    """Counts tokens: a bar while they come, the speed at the end, both on stderr.
+
+    Only the time within its ``with`` blocks counts.
+
+    Args:
+        jobs: what is generated.
+        bar: whether there is one; only on a terminal.
+    """
+
+    def __init__(self, jobs: Sequence[Job] = (), *, bar: bool = False) -> None:
+        # a terminal that goes away must not end the work
+        self._stream = SteadyStream(sys.stderr)
+        self._first: float | None = None
+        self._begin = self._seconds = 0.0
+        self._tokens = self._ended = 0
+        self._texts = sum(job.options.samples for job in jobs)
+        self._bar = tqdm(
+            total=sum(_expected(job.options) * job.options.samples for job in jobs),
+            unit="token",
+            leave=False,
+            disable=not (bar and self._stream.isatty()),
+            file=self._stream,
+        )
+
+    def __enter__(self) -> Self:
+        self._begin = time.perf_counter()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._seconds += time.perf_counter() - self._begin
+        self._bar.close()
+
+    def count(self, event: Event) -> None:
+        """Note what has come."""
+        if event.result is not None:
+            # the tokens that do not come any more are not expected any more
+            expected = _expected(event.task.job.options)
+            self._bar.total += event.task.counted - expected
+            self._ended += 1
+            self._bar.set_postfix_str(f"{self._ended} of {self._texts} texts", refresh=False)
+        self.add(event.tokens)
+
+    def add(self, tokens: int) -> None:
+        """Note so many tokens more."""
+        if tokens and self._first is None:
+            self._first = time.perf_counter() - self._begin
+        self._tokens += tokens
+        self._bar.update(tokens)
+
+    def say(self) -> None:
+        """How fast it was, in one line."""
+        if self._first is not None:
+            speed = self._tokens / max(self._seconds, 1e-9)
+            self._stream.write(
+                f"{self._tokens} tokens in {self._seconds:.2f} s: {speed:.1f} tokens/s, "
+                f"the first after {self._first:.2f} s\n"
+            )
+            self._stream.flush()
+
+
+def _expected(options: Options) -> int:
+    """Tokens of one text, those of its other candidates included."""
+    return options.max_new_tokens * options.best_of
