@@ -87,10 +87,11 @@ class Console:
         self._bar.update(1)
 
     def go_back(self, step: int) -> None:
-        """The run is at ``step`` again."""
+        """A loss spike is undone: the run is at ``step`` again."""
         assert self._bar is not None
         self._bar.n = step
         self._bar.refresh()
+        self.write(f"gone back to step {step}; the data since then is skipped")
 
     def write(self, text: str) -> None:
         """Lines above the bar."""

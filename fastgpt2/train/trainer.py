@@ -136,8 +136,7 @@ class Trainer:
         if self.dataset.val is not None:
             check_eval_tokens(self.dataset.val, shape.vocab_size)
         self.tokens_per_step = ranks * self.grad_accum * self.batch_size * shape.block_size
-        self.interrupt = Interrupt()
-        self.spikes = Spikes()
+        self.interrupt, self.spikes = Interrupt(), Spikes()
         self.training_step = TrainingStep(
             self.model,
             optimizer,
@@ -313,7 +312,6 @@ class Trainer:
         distributed.on_rank_0(self._begin_folder)
         self.spikes.clear()
         self.console.go_back(self.state.step)
-        self.console.write(f"gone back to step {self.state.step}; the data since then is skipped")
 
     def _draw(self) -> list[Batch]:
         """The micro-batches of a step."""
