@@ -17,7 +17,7 @@ from fastgpt2.text.encoding import Tokenizer, token_bytes
 from fastgpt2.text.mixture import Mixture, split_weights
 from fastgpt2.text.prepared import find_prepared, open_prepared
 from fastgpt2.text.shards import TokenShards, dtype_for
-from fastgpt2.text.stored import JoinedTokens, StoredTokens, TokenSequence
+from fastgpt2.text.stored import BLOCK_IDS, JoinedTokens, StoredTokens, TokenSequence
 from fastgpt2.text.token_files import (
     FoundFiles,
     find_token_files,
@@ -44,6 +44,22 @@ class Dataset:
     source: str
 
     @cached_property
+    def first_bytes(self) -> int:
+        """UTF-8 bytes of the validation tokens that come right after an end-of-text id.
+
+        They begin a document: where each document is scored alone, nothing predicts them.
+        """
+        eot, total, previous = self.tokenizer.eot, 0, np.empty(0, np.int64)
+        if self.val is None or eot is None:
+            return 0
+        lengths = token_bytes(self.tokenizer)
+        for start in range(0, len(self.val), BLOCK_IDS):
+            ids = np.concatenate([previous, self.val[start : start + BLOCK_IDS]])
+            total += int(lengths[ids[1:][ids[:-1] == eot]].sum())
+            previous = ids[-1:]
+        return total
+
+    @cached_property
     def digest(self) -> str:
         """Short sha256 of all tokens: equal digests mean the same corpus, wherever it lies.
 
@@ -54,7 +70,7 @@ class Dataset:
             digest.update(repr(self.train.weights).encode())
         parts: list[NDArray[Any] | StoredTokens | None] = []
         for split in (self.train, self.val):
-            parts += split.tokens if isinstance(split, JoinedTokens) else [split]
+            parts += split.leaves() if isinstance(split, JoinedTokens) else [split]
         for tokens in parts:
             if isinstance(tokens, TokenShards):
                 for header in tokens.headers:
@@ -236,9 +252,9 @@ def _mixed_dataset(
     )
 
 
-def _ended(tokens: Any, tokenizer: Tokenizer) -> Any:
-    """The tokens with an end-of-text id after their last document; stored ones are as they are."""
+def _ended(tokens: TokenSequence, tokenizer: Tokenizer) -> TokenSequence:
+    """The tokens with an end-of-text id after their last document."""
     eot = tokenizer.eot
-    if isinstance(tokens, StoredTokens) or eot is None or not len(tokens) or tokens[-1] == eot:
+    if eot is None or not len(tokens) or tokens[len(tokens) - 1 : len(tokens)][0] == eot:
         return tokens
-    return np.append(tokens, np.array([eot], tokens.dtype))
+    return JoinedTokens((tokens, np.array([eot], tokens.dtype)))

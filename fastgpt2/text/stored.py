@@ -172,7 +172,7 @@ class JoinedTokens:
         tokens: the sequences.
     """
 
-    tokens: tuple[NDArray[Any] | StoredTokens, ...]
+    tokens: "tuple[TokenSequence, ...]"
 
     def __len__(self) -> int:
         return sum(map(len, self.tokens))
@@ -193,6 +193,14 @@ class JoinedTokens:
                 parts.append(part[first:last])
             begin += len(part)
         return np.concatenate(parts)
+
+    def leaves(self) -> Iterator[NDArray[Any] | StoredTokens]:
+        """The sequences, those that are joined themselves by their own."""
+        for part in self.tokens:
+            if isinstance(part, JoinedTokens):
+                yield from part.leaves()
+            else:
+                yield part
 
 
 TokenSequence = NDArray[Any] | StoredTokens | JoinedTokens

@@ -120,7 +120,7 @@ class CharTokenizer:
 
 
 class IdTokenizer:
-    """Ids without a text, of a tokenizer that nobody knows: written as numbers, ``"12 7 99 "``.
+    """Ids without a text, of a tokenizer that nobody knows: written as numbers, ``" 12 7 99"``.
 
     There is no end-of-text id. White space alone stands for id 0, the line break of nanoGPT's
     ``shakespeare_char``: what samples begin with.
@@ -157,12 +157,12 @@ class IdTokenizer:
         return [int(word) for word in words]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Each of ``ids`` as a number with a space after it."""
+        """Each of ``ids`` as a number with a space before it."""
         return self.decode(ids).encode("ascii")
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Each of ``ids`` as a number with a space after it."""
-        return "".join(f"{int(id_)} " for id_ in ids)
+        """Each of ``ids`` as a number with a space before it."""
+        return "".join(f" {int(id_)}" for id_ in ids)
 
 
 def get_tokenizer(

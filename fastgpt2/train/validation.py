@@ -103,5 +103,6 @@ def validate(
     weights = torch.tensor(counts, dtype=torch.float64)
     # the mean over no target is not a number
     sums = torch.where(weights > 0, torch.stack(losses).cpu().double() * weights, 0.0).sum()
-    nats, targets = distributed.all_sum(np.array([sums.item(), weights.sum().item()]))
-    return Validation(nats / targets, int(targets), dataset.val_bytes)
+    nats, scored = distributed.all_sum(np.array([sums.item(), weights.sum().item()]))
+    text_bytes = dataset.val_bytes - (0 if eot is None else dataset.first_bytes)
+    return Validation(float(nats / scored), int(scored), text_bytes)

@@ -152,7 +152,10 @@ def test_text_shards_and_token_files_mix(texts: list[str], tmp_path: Path) -> No
     first = data.train.tokens[0]
     # the text's last document ends, too
     assert first[:].tolist() == [*(b"aaaa\n" * 45), 256]
-    assert data.val[:26].tolist() == [*(b"aaaa\n" * 5), 256]
+    # and so do the documents of shards and token files
+    val = [*(b"aaaa\n" * 5), 256, *(b"bbbb\n" * 10), 256, *[99] * 4, 256]
+    assert data.val[:].tolist() == val
+    assert data.train.tokens[2][:].tolist() == [99] * 36 + [256]
     assert f"{texts[0]} (25.0%)" in data.source
 
 

@@ -80,7 +80,7 @@ def test_the_pickle_is_never_opened(tmp_path: Path) -> None:
         build_dataset(str(folder))
     data = build_dataset(str(folder), vocab_size=65)
     assert all_ids(data.train) == [0, 1, 64]
-    assert data.tokenizer.decode([0, 1, 64]) == "0 1 64 "
+    assert data.tokenizer.decode([0, 1, 64]) == " 0 1 64"
     assert not (tmp_path / "ran").exists()
 
 

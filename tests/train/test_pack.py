@@ -76,6 +76,11 @@ def test_documents_are_validated_alone(folder: Path, tmp_path: Path) -> None:
     ends = int((val[:-1] == 256).sum())
     assert ends > 0 and alone.targets == plain.targets - ends
     assert alone.loss != plain.loss
+    # bytes of the tokens that are scored, and of the very first one
+    ids = val[:].tolist()
+    first = sum(before == 256 for before in ids[:-1])
+    assert plain.text_bytes == trainer.dataset.val_bytes
+    assert alone.text_bytes == plain.text_bytes - first
 
 
 def test_no_end_of_text_no_documents(data: Path, tmp_path: Path) -> None:
