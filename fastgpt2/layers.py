@@ -203,7 +203,7 @@ class Block(nn.Module):
             branch = self.attn.branch(normed, cache, segment_ids)
         else:
             cached = () if cache is None else (cache,)
-            documents = {} if segment_ids is None else {"segment_ids": segment_ids}
+            documents: dict[str, Any] = {} if segment_ids is None else {"segment_ids": segment_ids}
             branch = call(self.attn, normed, *cached, **documents), None
         x, normed = self._add_and_norm_2(x, branch, dtype)
         if is_plain(self.mlp, MLP):
@@ -356,7 +356,7 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """(B, T, C), the residual stream -> (B, T, C) in ``dtype``, after the final LayerNorm."""
         # what is not there is not handed on: hooks and replaced blocks see the call as ever
-        documents = {} if segment_ids is None else {"segment_ids": segment_ids}
+        documents: dict[str, Any] = {} if segment_ids is None else {"segment_ids": segment_ids}
         for i, block in enumerate(self.h):
             if self.remat_blocks and self.training:
                 x = checkpoint(block, x, dtype, use_reentrant=False, **documents)
