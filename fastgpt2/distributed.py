@@ -122,17 +122,23 @@ def local_device(name: str) -> str:
 
     Raises:
         UserError: there are fewer GPUs than processes on this machine, or all are to share one.
+        EndedElsewhere: likewise, and another process says so.
     """
     if launched_world_size() == 1:
         return name
     if name.startswith("cuda:"):
+        if launched_rank():
+            raise EndedElsewhere(2)
         raise UserError(f"device {name!r}: each process takes a GPU of its own; give cuda")
     if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
         index, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-        if index >= count:
+        if index > count:
+            raise EndedElsewhere(2)
+        if index == count:
             raise UserError(
                 f"device {name!r}: process {index} of this machine has no GPU, there are {count}"
             )
+        torch.cuda.set_device(index)
         return f"cuda:{index}"
     return name
 

@@ -16,7 +16,7 @@ from fastgpt2.cli import Parser
 from fastgpt2.cli import run as run_command
 from fastgpt2.devices import resolve_device, resolve_dtype
 from fastgpt2.errors import UserError
-from fastgpt2.peers import failing_together, recall, remember
+from fastgpt2.peers import Watch, failing_together, recall, remember
 from fastgpt2.streams import silent
 from fastgpt2.text.mixture import absolute_item, item_paths
 from fastgpt2.train import summary
@@ -155,7 +155,6 @@ def main(argv: list[str] | None = None) -> int:
 def _train(arguments: dict[str, Any]) -> int:
     if "replay" in arguments:
         return _replay(**arguments)
-    # of an error in the flags, rank 0 alone speaks
     name = distributed.local_device(str(arguments.get("device", "auto")))
     kind = "cuda" if name == "auto" and torch.cuda.is_available() else name.partition(":")[0]
     speaks = distributed.launched_rank() == 0
@@ -166,9 +165,8 @@ def _train(arguments: dict[str, Any]) -> int:
         ExitStack() as stack,
     ):
         plan = distributed.on_rank_0(lambda: _plan(dict(arguments)))
-        watch.timeout = plan.config.timeout
         distributed.on_rank_0(lambda: _claim(stack, plan))
-        return _train_in(plan)
+        return _train_in(plan, watch)
 
 
 def _replay(
@@ -227,7 +225,7 @@ def _claim(stack: ExitStack, plan: Plan) -> None:
         _check_keeps_sources(plan.folder, plan.config, plan.named)
 
 
-def _train_in(plan: Plan) -> int:
+def _train_in(plan: Plan, watch: Watch) -> int:
     print(f"run: {plan.folder}")
     print("".join(f"  {line}\n" for line in plan.config.to_toml().splitlines()), end="")
     trainer = Trainer(plan.config, plan.folder, resume=plan.resume)
@@ -237,6 +235,8 @@ def _train_in(plan: Plan) -> int:
         # everything has been checked: only now is the old run given up
         distributed.on_rank_0(lambda: empty(plan.folder))
     distributed.on_rank_0(lambda: remember("run", str(plan.folder.absolute())))
+    # not before: a large text takes its time to become tokens
+    watch.timeout = plan.config.timeout
     outcome = trainer.run()
     _report(outcome, plan.folder, plan.config.sample_prompt)
     return outcome.exit_code
