@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from fastgpt2.prepare import main, prepare
 from fastgpt2.text import GPT2Tokenizer, build_dataset, save_tokenizer
 from fastgpt2.text.corpora import load_corpus, split_pieces
+from fastgpt2.text.documents import KnownSizes
 from fastgpt2.text.parts import Part, merge_parts
 from fastgpt2.text.prepared import open_prepared
 from tests.text.tiny import tiny_files
@@ -116,6 +118,39 @@ def test_a_finished_part_is_skipped_and_a_half_one_is_made_again(
     merge_parts(out)
     prepare([str(corpus)], tmp_path / "whole", tokenizer="bytes")
     assert stream(out) == stream(tmp_path / "whole")
+
+
+def test_files_are_counted_once(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second part, in a process of its own, takes the sizes from the first."""
+    out = tmp_path / "out"
+    counted: list[Path] = []
+
+    class Counting(KnownSizes):
+        def of(self, path: Path, kind: str, count: Callable[[], int]) -> int:
+            def counting() -> int:
+                counted.append(path)
+                return count()
+
+            return super().of(path, kind, counting)
+
+    for number in ("1/2", "2/2", "1/2"):
+        known = Counting()
+        for module in ("documents", "corpora", "parts"):
+            monkeypatch.setattr(f"fastgpt2.text.{module}.KNOWN_SIZES", known)
+        assert make(corpus, out, number) == 0
+        assert sorted({path.name for path in counted}) == ["d.jsonl", "e.txt.gz", "f.jsonl.gz"]
+        assert len(counted) == 3
+    # a file that has changed is counted anew, a damaged list is none
+    sizes = KnownSizes()
+    path = out / "prepare-parts" / "sizes.json"
+    sizes.load(path)
+    assert sizes.of(corpus / "d.jsonl", "text", lambda: -1) > 0
+    os.utime(corpus / "d.jsonl", (1, 1))
+    assert sizes.of(corpus / "d.jsonl", "text", lambda: -1) == -1
+    path.write_text("[1]", encoding="utf-8")
+    sizes.load(path)
 
 
 def test_a_merge_that_was_killed_is_done_again(

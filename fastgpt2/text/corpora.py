@@ -5,7 +5,6 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import cached_property
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Literal
 from fastgpt2.download import DownloadError, cache_dir, download
 from fastgpt2.errors import UserError
 from fastgpt2.text.documents import (
+    KNOWN_SIZES,
     TEXT_COLUMN,
     Records,
     has_records,
@@ -82,12 +82,11 @@ class Document:
         if isinstance(self.content, bytes):
             return len(self.content)
         if is_compressed(self.content):
-            return self._decompressed_size
+            return self._decompressed_size(self.content)
         return self.content.stat().st_size
 
-    @cached_property
-    def _decompressed_size(self) -> int:
-        return sum(map(len, self.chunks(PIECE_BYTES)))
+    def _decompressed_size(self, path: Path) -> int:
+        return KNOWN_SIZES.of(path, "text", lambda: sum(map(len, self.chunks(PIECE_BYTES))))
 
     def chunks(self, size: int) -> Iterator[bytes]:
         """The bytes in order, at most ``size`` at a time."""

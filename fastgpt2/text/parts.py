@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from fastgpt2.errors import UserError
 from fastgpt2.files import atomic_folder, sync, write_text
 from fastgpt2.text.corpora import PYTHON_DOCS, Corpus, Document, absolute, load_corpus, split_pieces
+from fastgpt2.text.documents import KNOWN_SIZES
 from fastgpt2.text.encoding import Tokenizer
 from fastgpt2.text.prepared import FILE_NAME as MANIFEST
 from fastgpt2.text.prepared import PARTS, PreparedWriter, open_prepared, write_manifest
@@ -31,6 +32,8 @@ from fastgpt2.text.tokenizers import get_tokenizer, load_tokenizer, save_tokeniz
 from fastgpt2.text.tokenizing import write_pieces
 
 INDEX = "part.json"
+# what the parts tell each other, so that files are counted once: bytes of text in each
+SIZES = "sizes.json"
 FORMAT = "fastgpt2-part"
 _NAME = re.compile(r"part-(\d{5,})-of-(\d{5,})")
 SPLITS = ("train", "val")
@@ -82,7 +85,8 @@ def prepare_part(
     """Tokenize one part of ``data``, unless that is done already.
 
     Its folder appears when it is complete; what an interrupted call has left is deleted first.
-    Files of records and compressed files are read once by each part, to count their bytes.
+    Files of records and compressed files are read once to count their bytes: by the first part,
+    and by those that begin before it has counted.
 
     Args:
         data: what ``load_corpus`` takes; nothing that can be read only once.
@@ -100,7 +104,9 @@ def prepare_part(
     """
     if (out / MANIFEST).exists():
         raise UserError(f"--part: {out} is merged already; give another --out")
+    KNOWN_SIZES.load(out / PARTS / SIZES)
     corpus = load_corpus(data, text_column=text_column)
+    KNOWN_SIZES.save(out / PARTS / SIZES)
     before = _fingerprint(corpus)
     chosen = get_tokenizer(tokenizer, vocab_dir=vocab_dir, text=corpus.pieces())
     identity = {

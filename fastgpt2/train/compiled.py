@@ -1,16 +1,14 @@
 """``torch.compile`` for training, or one line that says why not."""
 
 from collections.abc import Callable
-from textwrap import shorten
 from typing import Any
 
 import torch
 
-from fastgpt2.cli import in_one_line
+from fastgpt2.compiler import compiler_obstacle, failure
 from fastgpt2.devices import autocast, rng_states, set_rng_states
 from fastgpt2.model import GPT
 from fastgpt2.text.packing import packed
-from fastgpt2.train.summary import compiler_obstacle
 
 
 def compiled(
@@ -23,8 +21,7 @@ def compiled(
 ) -> Callable[..., Any]:
     """The compiled model, after a forward and backward pass that prove it; else the model itself.
 
-    A compiler that is found may still fail: no headers, a temporary folder that cannot execute, a
-    cache that cannot be written. Weights, gradients and random numbers are left as they were.
+    Weights, gradients and random numbers are left as they were.
 
     Args:
         model: in training mode, on its device.
@@ -47,9 +44,7 @@ def compiled(
             loss = (forward if eot is None else packed(forward, eot))(idx, idx)[1]
         torch.autograd.backward(loss)
     except Exception as error:
-        reason = " ".join((in_one_line(error) or str(error)).split())
-        reason = shorten(f"{type(error).__name__}: {reason}", 200, placeholder=" ...")
-        notify(f"compile: failed ({reason}); training without it")
+        notify(f"compile: failed ({failure(error)}); training without it")
         return model
     finally:
         model.zero_grad(set_to_none=True)
