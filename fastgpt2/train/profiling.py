@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from fastgpt2 import distributed
 from fastgpt2.devices import device_kind
 from fastgpt2.files import atomic_path, write_text
 
@@ -35,7 +36,9 @@ class StepProfile:
     def __init__(
         self, steps: int, run: Path, device: torch.device, notify: Callable[[str], None]
     ) -> None:
-        self._steps, self._run, self._device, self._notify = steps, run, device, notify
+        # of several processes the first one
+        self._steps = steps if distributed.rank() == 0 else 0
+        self._run, self._device, self._notify = run, device, notify
         self._seen = 0
         self._profiler: Any = None
 

@@ -98,7 +98,7 @@ def test_a_run_that_fails_is_told_so(
     data: Path, tmp_path: Path, told: type[Told], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = make_trainer(tiny_train_config(data, log=("wandb",)), tmp_path)
-    monkeypatch.setattr(trainer, "_evaluate", lambda log: 1 / 0)
+    monkeypatch.setattr(trainer, "_evaluate", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         trainer.run()
     assert told.last.ended == 1
