@@ -14,7 +14,10 @@ from fastgpt2.config import IMPLS, PRESETS, GPTConfig, unknown_key
 from fastgpt2.devices import DTYPES
 from fastgpt2.errors import UserError
 from fastgpt2.lora import TARGETS
+from fastgpt2.train.loggers import LOGGERS
+from fastgpt2.train.remat import REMATS
 from fastgpt2.train.schedules import SCHEDULES
+from fastgpt2.train.spikes import ON_SPIKE
 
 # the table of a TOML file with the values that hold where the optimizer is Muon
 MUON_TABLE = "muon"
@@ -97,7 +100,8 @@ class TrainConfig:
         None, "rate on what joins the residual stream [--dropout]"
     )
     batch_size: int = _option(12, "sequences in a micro-batch")
-    grad_accum: int = _option(1, "micro-batches in an optimizer step")
+    grad_accum: int = _option(1, "micro-batches in an optimizer step, of each process")
+    ranks: int | None = _option(None, "processes that batch_size and grad_accum are meant for")
     steps: int | None = _option(None, "optimizer steps to train")
     epochs: float | None = _option(None, "passes over the training tokens")
     minutes: float | None = _option(None, "wall time to stop at; the schedule ends there too")
@@ -120,7 +124,7 @@ class TrainConfig:
     beta2: float = _option(0.95, "AdamW's second moment")
     grad_clip: float = _option(1.0, "largest gradient norm; 0 does not clip")
     dtype: str = _option("auto", "of the computation; weights are kept in fp32", choices=DTYPES)
-    device: str = _option("auto", "auto, cpu, cuda, cuda:1, ...")
+    device: str = _option("auto", "auto, cpu, cuda, cuda:1, ...; mps and xpu are untested")
     impl: str = _option("auto", "implementation of the kernels", choices=IMPLS)
     fp32_residual: bool = _option(False, "keep the residual stream in fp32")
     fp8: bool = _option(
@@ -129,8 +133,34 @@ class TrainConfig:
         "bf16, widths that are multiples of 16; a CPU emulates it, slowly",
     )
     compile: bool = _option(False, "torch.compile the forward and backward pass")
+    remat: str = _option(
+        "none",
+        "activations that are computed again in the backward pass, not kept: those of the MLPs, or "
+        "of whole blocks",
+        choices=REMATS,
+    )
+    on_spike: str = _option(
+        "warn",
+        "about a loss far above those before it: say so, or also go back to the last checkpoint "
+        "and skip the data since then",
+        choices=ON_SPIKE,
+    )
+    shard: bool = _option(
+        False,
+        "of several processes, each keeps a part of weights, gradients and moments (FSDP2), not "
+        "all of them (DDP)",
+    )
+    timeout: float = _option(
+        1800.0,
+        "seconds in which a process has to move on; then its stack is shown and the job ends with "
+        "exit code 75; 0 waits for ever",
+    )
     seed: int = _option(1337, "of initialisation, data order and dropout")
     log_every: int = _option(10, "steps between records in metrics.jsonl")
+    log: tuple[str, ...] = _option(
+        (), "also show the run in tensorboard, wandb (offline unless WANDB_MODE says else)"
+    )
+    profile: int = _option(0, "record this many steps: trace.json and a table of their time")
     eval_every: int = _option(250, "steps between evaluations, each with a sample and a checkpoint")
     keep_last: int = _option(2, "checkpoints kept beside the best one")
     sample_tokens: int = _option(100, "length of the sample shown at each evaluation")
@@ -140,17 +170,19 @@ class TrainConfig:
         for name in ("batch_size", "grad_accum", "eval_every", "log_every", "keep_last"):
             _check(self, name, getattr(self, name) >= 1, "1 or more")
         for name in (
-            *("lr", "weight_decay", "warmup_steps", "grad_clip", "sample_tokens"),
-            *("muon_lr", "muon_weight_decay", "muon_warmup_steps"),
+            *("lr", "weight_decay", "warmup_steps", "grad_clip", "sample_tokens", "timeout"),
+            *("muon_lr", "muon_weight_decay", "muon_warmup_steps", "profile"),
         ):
             _check(self, name, getattr(self, name) >= 0, "0 or more")
         _check(self, "wsd_decay", 0 < self.wsd_decay <= 1, "in (0, 1]")
         if self.optimizer == "muon":
             _check(self, "lr", self.lr > 0, "greater than 0 with the optimizer muon")
         self._check_lora()
+        if unknown := [name for name in self.loggers if name not in LOGGERS]:
+            raise UserError(f"config: log must be of {', '.join(LOGGERS)}, got {unknown[0]!r}")
         for name in ("beta1", "beta2", "muon_momentum"):
             _check(self, name, 0 <= getattr(self, name) < 1, "in [0, 1)")
-        for name in ("vocab_size", "stride", "steps", "epochs", "minutes"):
+        for name in ("vocab_size", "stride", "steps", "epochs", "minutes", "ranks"):
             value = getattr(self, name)
             _check(self, name, value is None or value > 0, "greater than 0")
         if self.min_lr is not None:
@@ -175,20 +207,23 @@ class TrainConfig:
         rank, alpha = self.lora_rank, self.lora_alpha
         _check(self, "lora_rank", rank is None or rank >= 1, "1 or more")
         _check(self, "lora_alpha", alpha is None or alpha > 0, "greater than 0")
-        if rank is None:
-            if alpha is not None or self.lora_dropout or self.lora_target != TARGETS:
-                raise UserError("config: lora_alpha, lora_target and lora_dropout need lora_rank")
-            return
-        if self.init_from is None:
+        asked = alpha is not None or self.lora_dropout or self.lora_target != TARGETS
+        if rank is None and asked:
+            raise UserError("config: lora_alpha, lora_target and lora_dropout need lora_rank")
+        if rank is not None and self.init_from is None:
             raise UserError("config: lora_rank needs init_from: adapters belong to trained weights")
-        if self.optimizer == "muon":
+        if rank is not None and self.optimizer == "muon":
             raise UserError("config: adapters are trained by adamw: Muon is for whole matrices")
 
     @property
     def lora_targets(self) -> tuple[str, ...]:
         """Names of the layers with adapters; a text may hold several, between commas."""
-        names = (name.strip() for text in self.lora_target for name in text.split(","))
-        return tuple(dict.fromkeys(name for name in names if name))
+        return _split(self.lora_target)
+
+    @property
+    def loggers(self) -> tuple[str, ...]:
+        """Names of the programs that show the run; a text may hold several, between commas."""
+        return _split(self.log)
 
     def gpt_config(self, vocab_size: int) -> GPTConfig:
         """The model's shape: the preset with this run's overrides."""
@@ -209,6 +244,30 @@ class TrainConfig:
             **{name: value for name, value in shape.items() if value is not None},
         )
 
+    def split(self, ranks: int) -> tuple[int, int]:
+        """Micro-batch size, and micro-batches in a step of each of ``ranks`` processes.
+
+        A step has the same sequences whatever their number is, if they can be dealt out evenly; a
+        micro-batch is never larger than ``batch_size``.
+
+        Args:
+            ranks: processes that there are.
+
+        Raises:
+            UserError: the sequences of a step are not a multiple of ``ranks``.
+        """
+        if self.ranks in (None, ranks):
+            return self.batch_size, self.grad_accum
+        sequences = self.ranks * self.batch_size * self.grad_accum
+        if sequences % ranks:
+            raise UserError(
+                f"config: the {sequences} sequences of a step cannot be dealt out to {ranks} "
+                f"processes; give another number of processes, or --batch-size and --grad-accum"
+            )
+        own = sequences // ranks
+        batch_size = max(size for size in range(1, self.batch_size + 1) if own % size == 0)
+        return batch_size, own // batch_size
+
     @property
     def final_lr(self) -> float:
         """The learning rate at the end of the schedule."""
@@ -223,12 +282,13 @@ class TrainConfig:
             blocks_per_epoch: blocks of the training tokens.
             step: steps taken; they may have had another batch size than this configuration.
             blocks: blocks used in them.
-            ranks: processes, each of which takes ``batch_size`` blocks for a micro-batch.
+            ranks: processes that share a step's blocks.
         """
+        batch_size, grad_accum = self.split(ranks)
         limits = [] if self.steps is None else [self.steps]
         if self.epochs is not None:
             left = max(0.0, self.epochs * blocks_per_epoch - blocks)
-            limits.append(step + math.ceil(left / (ranks * self.batch_size * self.grad_accum)))
+            limits.append(step + math.ceil(left / (ranks * batch_size * grad_accum)))
         return min(limits, default=None)
 
     def to_toml(self) -> str:
@@ -259,6 +319,11 @@ class TrainConfig:
 def _check(config: TrainConfig, name: str, ok: bool, expected: str) -> None:
     if not ok:
         raise UserError(f"config: {name} must be {expected}, got {getattr(config, name)!r}")
+
+
+def _split(texts: tuple[str, ...]) -> tuple[str, ...]:
+    """Every name once, in order."""
+    return tuple(dict.fromkeys(name for text in texts for name in text.replace(",", " ").split()))
 
 
 def _is_utf8(text: str) -> bool:
