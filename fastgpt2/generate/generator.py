@@ -97,7 +97,7 @@ class Generator:
         require("prompt_lookup", prompt_lookup, is_count(prompt_lookup, 0), "0 or more")
         require("proposals", proposals, is_count(proposals, 1), "1 or more")
         if window not in WINDOWS:
-            raise UserError(f"window must be one of {', '.join(WINDOWS)}, got {window!r}")
+            raise UserError(f"window must be one of {', '.join(WINDOWS)}, got {window!r:.80}")
         if draft is not None and prompt_lookup:
             raise UserError("draft and prompt_lookup exclude each other")
         self.model, self.tokenizer = model, tokenizer

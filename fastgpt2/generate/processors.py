@@ -22,7 +22,7 @@ Processor = Callable[[Tensor, Tensor], Tensor]
 def require(name: str, value: float, fine: bool, expected: str) -> None:
     """Raise a ``UserError`` that names the option and what was expected, unless ``fine``."""
     if isinstance(value, bool) or not fine:
-        raise UserError(f"{name} must be {expected}, got {value!r}")
+        raise UserError(f"{name} must be {expected}, got {value!r:.80}")
 
 
 def is_number(value: object) -> bool:
