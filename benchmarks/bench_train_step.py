@@ -33,12 +33,13 @@ from torch.nn.attention import SDPBackend
 from benchmarks.harness import Lane, Race, Scale, Settings
 from benchmarks.rivals import PlainGPT, transformers_gpt2
 from benchmarks.timing import Ceilings, Work
+from fastgpt2.compiler import compiler_obstacle
 from fastgpt2.config import GPTConfig
 from fastgpt2.devices import autocast, peak_flops
 from fastgpt2.kernels.backend import INTERPRETED
 from fastgpt2.model import GPT
 from fastgpt2.train.step import TrainingStep
-from fastgpt2.train.summary import compiler_obstacle, dtype_name
+from fastgpt2.train.summary import dtype_name
 
 # erf GELU and 47 padded logits of zero move these losses by 0.001, bf16 by 0.0003; a step whose
 # gradients are not the reference's is 0.4 away from the second

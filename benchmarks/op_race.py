@@ -18,8 +18,9 @@ from torch import Tensor
 from benchmarks.harness import Race, Scale, Settings
 from benchmarks.ops import BACKWARD, BOTH, FORWARD, OpCase, op_cases
 from benchmarks.timing import Ceilings, Work
+from fastgpt2.compiler import compiler_obstacle
 from fastgpt2.kernels import backend
-from fastgpt2.train.summary import compiler_obstacle, dtype_name
+from fastgpt2.train.summary import dtype_name
 
 Run = Callable[..., Any]
 

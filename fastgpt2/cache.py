@@ -14,8 +14,10 @@ class LayerCache:
     No gradient flows through a cache.
     """
 
-    def __init__(self, k: Tensor, v: Tensor, lengths: Tensor) -> None:
-        self.k, self.v, self.lengths = k, v, lengths
+    def __init__(self, kv: Tensor, lengths: Tensor) -> None:
+        # (2, B, H, S, D): one write stores a token's key and value
+        self.kv, self.lengths = kv, lengths
+        self.k, self.v = kv.unbind()
         self.is_empty = True
 
     def fill(self, qkv: Tensor, n_head: int) -> None:
@@ -28,7 +30,7 @@ class LayerCache:
 
 
 class KVCache:
-    """The caches of all layers, sized once: (L, B, H, S, D) twice.
+    """The caches of all layers, sized once: (L, 2, B, H, S, D).
 
     A batch of prompts of unequal length is right-padded: causality keeps the padding out of every
     real token's sight, and each row's next token overwrites it.
@@ -42,12 +44,11 @@ class KVCache:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        shape = (config.n_layer, batch_size, config.n_head, size, config.head_size)
+        shape = (config.n_layer, 2, batch_size, config.n_head, size, config.head_size)
         self.size = size
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        k = torch.zeros(shape, device=device, dtype=dtype)
-        v = torch.zeros(shape, device=device, dtype=dtype)
-        self.layers = [LayerCache(k[i], v[i], self.lengths) for i in range(config.n_layer)]
+        kv = torch.zeros(shape, device=device, dtype=dtype)
+        self.layers = [LayerCache(layer, self.lengths) for layer in kv.unbind()]
 
     @property
     def is_empty(self) -> bool:
@@ -64,10 +65,7 @@ class KVCache:
         """
         view = copy(self)
         view.lengths = self.lengths[first:stop]
-        view.layers = [
-            LayerCache(layer.k[first:stop], layer.v[first:stop], view.lengths)
-            for layer in self.layers
-        ]
+        view.layers = [LayerCache(layer.kv[:, first:stop], view.lengths) for layer in self.layers]
         for layer in view.layers:
             layer.is_empty = is_empty
         return view
@@ -77,15 +75,13 @@ class KVCache:
         count = len(rows)
         self.lengths[:count] = self.lengths[rows]
         for layer in self.layers:
-            layer.k[:count] = layer.k[rows]
-            layer.v[:count] = layer.v[rows]
+            layer.kv[:, :count] = layer.kv[:, rows]
 
     def copy_row(self, source: int, target: int) -> None:
         """Row ``target`` becomes what row ``source`` is."""
         self.lengths[target] = self.lengths[source]
         for layer in self.layers:
-            layer.k[target] = layer.k[source]
-            layer.v[target] = layer.v[source]
+            layer.kv[:, target] = layer.kv[:, source]
 
     def advance(self, count: int | Tensor) -> None:
         """Count tokens as stored: a prompt's lengths (B,), or 1 after each step."""

@@ -1,4 +1,4 @@
-"""The parts of a GPT-2 block: causal self-attention, the MLP, and the block itself.
+"""The parts of a GPT-2: causal self-attention, the MLP, the block, and all that is before the head.
 
 Linear layers and LayerNorms are PyTorch's own modules, which its tools know. A plain one is not
 called: a fused kernel takes its weights. One that somebody has hooked, wrapped, parametrized or
@@ -7,10 +7,14 @@ flow in bf16 or fp16: weights are taken in the dtype of the activation. Shapes: 
 C width, H heads, D head size.
 """
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgpt2.cache import LayerCache
+from fastgpt2.cache import KVCache, LayerCache
 from fastgpt2.config import GPTConfig
 from fastgpt2.kernels import (
     add_branch,
@@ -19,12 +23,14 @@ from fastgpt2.kernels import (
     attention,
     bias_gelu,
     decode_attention,
+    embedding,
     gelu,
     layer_norm,
     linear,
     linear_fp8,
     mlp,
     stream_layer_norm,
+    tied_embedding,
 )
 from fastgpt2.plain import call, is_plain
 
@@ -83,14 +89,19 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(C, 3 * C, bias=config.bias)
         self.c_proj = nn.Linear(C, C, bias=config.bias)
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, cache: LayerCache | None = None, segment_ids: Tensor | None = None
+    ) -> Tensor:
         """(B, T, C) -> (B, T, C); with a cache, T = 1 once it holds a prompt.
 
+        With ``segment_ids`` (B, T), tokens of different documents do not see each other.
         The block applies the dropout of the result, when it adds it to the residual stream.
         """
-        return _with_bias(self.branch(x, cache))
+        return _with_bias(self.branch(x, cache, segment_ids))
 
-    def branch(self, x: Tensor, cache: LayerCache | None = None) -> Branch:
+    def branch(
+        self, x: Tensor, cache: LayerCache | None = None, segment_ids: Tensor | None = None
+    ) -> Branch:
         """``forward`` without the last bias, and that bias."""
         fp8 = self.fp8 and self.training
         qkv = project(self.c_attn, x, fp8=fp8)
@@ -100,7 +111,13 @@ class CausalSelfAttention(nn.Module):
             if cache is not None:
                 cache.fill(qkv, self.n_head)
             dropout_p = self.dropout_p if self.training else 0.0
-            out = attention(qkv, n_head=self.n_head, dropout_p=dropout_p, impl=self.impl)
+            out = attention(
+                qkv,
+                n_head=self.n_head,
+                dropout_p=dropout_p,
+                segment_ids=segment_ids,
+                impl=self.impl,
+            )
         return project_without_bias(self.c_proj, out, fp8=fp8)
 
     def _decode(self, qkv: Tensor, cache: LayerCache) -> Tensor:
@@ -159,7 +176,11 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, dtype: torch.dtype | None = None, cache: LayerCache | None = None
+        self,
+        x: Tensor,
+        dtype: torch.dtype | None = None,
+        cache: LayerCache | None = None,
+        segment_ids: Tensor | None = None,
     ) -> Tensor:
         """The residual stream after the block.
 
@@ -168,6 +189,7 @@ class Block(nn.Module):
             dtype: what attention and MLP compute in; None is x's.
             cache: keys and values of this layer, for generation; with a cache that holds a prompt,
                 T is 1.
+            segment_ids: (B, T), the document of each token; they do not see each other.
 
         Returns:
             (B, T, C), in x's dtype.
@@ -175,9 +197,11 @@ class Block(nn.Module):
         dtype = x.dtype if dtype is None else dtype
         x, normed = self._norm_1(x, dtype)
         if is_plain(self.attn, CausalSelfAttention):
-            branch = self.attn.branch(normed, cache)
+            branch = self.attn.branch(normed, cache, segment_ids)
         else:
-            branch = call(self.attn, normed, *(() if cache is None else (cache,))), None
+            cached = () if cache is None else (cache,)
+            documents = {} if segment_ids is None else {"segment_ids": segment_ids}
+            branch = call(self.attn, normed, *cached, **documents), None
         x, normed = self._add_and_norm_2(x, branch, dtype)
         if is_plain(self.mlp, MLP):
             branch = self.mlp.branch(normed)
@@ -213,3 +237,118 @@ class Block(nn.Module):
     def _add(self, x: Tensor, branch: Branch) -> Tensor:
         dropout_p = self.dropout_p if self.training else 0.0
         return add_branch(x, *branch, dropout_p=dropout_p, impl=self.impl)
+
+
+def positions_in_segments(segment_ids: Tensor) -> Tensor:
+    """The position of each token in its document: 0 where the segment id changes.
+
+    Args:
+        segment_ids: (B, T) integers.
+
+    Returns:
+        (B, T) int64.
+    """
+    places = torch.arange(segment_ids.shape[1], device=segment_ids.device)
+    begins = F.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0))
+    return places - torch.where(begins, places, 0).cummax(1).values
+
+
+class Embedded(NamedTuple):
+    """The embeddings of some tokens.
+
+    Attributes:
+        x: (B, T, C), the residual stream before the first block.
+        head: (V, C), the token embedding for the head that is tied to it: the gradient of the
+            embedding is added in place to the one that the head computes.
+    """
+
+    x: Tensor
+    head: Tensor
+
+
+class Transformer(nn.Module):
+    """Everything before the head: token and position embeddings, blocks, final LayerNorm."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
+        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.dropout_p = config.embd_p
+        self.fp32_residual = config.fp32_residual
+        self.impl = config.impl
+
+    def forward(
+        self,
+        idx: Tensor,
+        dtype: torch.dtype | None = None,
+        cache: KVCache | None = None,
+        segment_ids: Tensor | None = None,
+    ) -> Tensor:
+        """(B, T) token ids -> (B, T, C) in ``dtype``, what the head reads.
+
+        Args:
+            idx: (B, T), token ids.
+            dtype: what the blocks compute in; None is the position embedding's.
+            cache: for generation; its lengths are the positions.
+            segment_ids: (B, T), the document of each token; not with a cache.
+        """
+        dtype = self.wpe.weight.dtype if dtype is None else dtype
+        past = cache is not None and not cache.is_empty
+        positions = None if segment_ids is None else positions_in_segments(segment_ids)
+        if cache is not None and past:
+            new = torch.arange(idx.shape[1], device=idx.device)
+            # padding after a row's own tokens may stand past the last position
+            positions = (cache.lengths[:, None] + new).clamp(max=self.wpe.num_embeddings - 1)
+        if self.has_plain_embeddings:
+            x: Tensor = self._embed(embedding, idx, dtype, positions)
+            return self.run_blocks(x, dtype, cache, segment_ids)
+        if positions is None:
+            positions = torch.arange(idx.shape[1], device=idx.device)
+        x = F.dropout(self.wte(idx) + self.wpe(positions), self._embedding_p)
+        return self.run_blocks(x.to(self._stream_dtype(dtype)), dtype, cache, segment_ids)
+
+    def embed(self, idx: Tensor, dtype: torch.dtype, segment_ids: Tensor | None = None) -> Embedded:
+        """(B, T) token ids -> the sum of their two plain embeddings, after its dropout."""
+        positions = None if segment_ids is None else positions_in_segments(segment_ids)
+        return Embedded(*self._embed(tied_embedding, idx, dtype, positions))
+
+    @property
+    def has_plain_embeddings(self) -> bool:
+        """Whether a kernel may look both embeddings up."""
+        return is_plain(self.wte, nn.Embedding) and is_plain(self.wpe, nn.Embedding)
+
+    @property
+    def _embedding_p(self) -> float:
+        return self.dropout_p if self.training else 0.0
+
+    def _stream_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.float32 if self.fp32_residual else dtype
+
+    def _embed(
+        self, op: Callable[..., Any], idx: Tensor, dtype: torch.dtype, positions: Tensor | None
+    ) -> Any:
+        return op(
+            idx,
+            self.wte.weight,
+            self.wpe.weight,
+            positions=positions,
+            dropout_p=self._embedding_p,
+            dtype=self._stream_dtype(dtype),
+            impl=self.impl,
+        )
+
+    def run_blocks(
+        self,
+        x: Tensor,
+        dtype: torch.dtype,
+        cache: KVCache | None = None,
+        segment_ids: Tensor | None = None,
+    ) -> Tensor:
+        """(B, T, C), the residual stream -> (B, T, C) in ``dtype``, after the final LayerNorm."""
+        # what is not there is not handed on: hooks and replaced blocks see the call as ever
+        documents = {} if segment_ids is None else {"segment_ids": segment_ids}
+        for i, block in enumerate(self.h):
+            x = block(x, dtype, None if cache is None else cache.layers[i], **documents)
+        return normalize(self.ln_f, x, dtype, impl=self.impl)

@@ -10,10 +10,9 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgpt2.cache import KVCache
@@ -22,8 +21,8 @@ from fastgpt2.devices import peak_flops
 from fastgpt2.errors import UserError
 from fastgpt2.explanation import explain_gpt
 from fastgpt2.generative import Generative
-from fastgpt2.kernels import cross_entropy, embedding, linear_cross_entropy, tied_embedding
-from fastgpt2.layers import Block, normalize, project
+from fastgpt2.kernels import cross_entropy, linear_cross_entropy
+from fastgpt2.layers import Transformer, project
 from fastgpt2.lora import LoRASettings
 from fastgpt2.plain import execution_device, is_plain
 from fastgpt2.precision import compute_dtype, no_autocast
@@ -32,93 +31,6 @@ from fastgpt2.state_dict import head_is_tied, register_hooks
 
 # nanoGPT ignores targets of -1, Hugging Face those of -100
 _NANOGPT_IGNORE, _IGNORE = -1, -100
-
-
-class Embedded(NamedTuple):
-    """The embeddings of some tokens.
-
-    Attributes:
-        x: (B, T, C), the residual stream before the first block.
-        head: (V, C), the token embedding for the head that is tied to it: the gradient of the
-            embedding is added in place to the one that the head computes.
-    """
-
-    x: Tensor
-    head: Tensor
-
-
-class Transformer(nn.Module):
-    """Everything before the head: token and position embeddings, blocks, final LayerNorm."""
-
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
-        self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
-        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.dropout_p = config.embd_p
-        self.fp32_residual = config.fp32_residual
-        self.impl = config.impl
-
-    def forward(
-        self, idx: Tensor, dtype: torch.dtype | None = None, cache: KVCache | None = None
-    ) -> Tensor:
-        """(B, T) token ids -> (B, T, C) in ``dtype``, what the head reads.
-
-        Args:
-            idx: (B, T), token ids.
-            dtype: what the blocks compute in; None is the position embedding's.
-            cache: for generation; its lengths are the positions.
-        """
-        dtype = self.wpe.weight.dtype if dtype is None else dtype
-        past = cache is not None and not cache.is_empty
-        positions = None
-        if cache is not None and past:
-            new = torch.arange(idx.shape[1], device=idx.device)
-            # padding after a row's own tokens may stand past the last position
-            positions = (cache.lengths[:, None] + new).clamp(max=self.wpe.num_embeddings - 1)
-        if self.has_plain_embeddings:
-            x: Tensor = self._embed(embedding, idx, dtype, positions)
-            return self.run_blocks(x, dtype, cache)
-        if positions is None:
-            positions = torch.arange(idx.shape[1], device=idx.device)
-        x = F.dropout(self.wte(idx) + self.wpe(positions), self._embedding_p)
-        return self.run_blocks(x.to(self._stream_dtype(dtype)), dtype, cache)
-
-    def embed(self, idx: Tensor, dtype: torch.dtype) -> Embedded:
-        """(B, T) token ids -> the sum of their two plain embeddings, after its dropout."""
-        return Embedded(*self._embed(tied_embedding, idx, dtype, None))
-
-    @property
-    def has_plain_embeddings(self) -> bool:
-        """Whether a kernel may look both embeddings up."""
-        return is_plain(self.wte, nn.Embedding) and is_plain(self.wpe, nn.Embedding)
-
-    @property
-    def _embedding_p(self) -> float:
-        return self.dropout_p if self.training else 0.0
-
-    def _stream_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        return torch.float32 if self.fp32_residual else dtype
-
-    def _embed(
-        self, op: Callable[..., Any], idx: Tensor, dtype: torch.dtype, positions: Tensor | None
-    ) -> Any:
-        return op(
-            idx,
-            self.wte.weight,
-            self.wpe.weight,
-            positions=positions,
-            dropout_p=self._embedding_p,
-            dtype=self._stream_dtype(dtype),
-            impl=self.impl,
-        )
-
-    def run_blocks(self, x: Tensor, dtype: torch.dtype, cache: KVCache | None = None) -> Tensor:
-        """(B, T, C), the residual stream -> (B, T, C) in ``dtype``, after the final LayerNorm."""
-        for i, block in enumerate(self.h):
-            x = block(x, dtype, None if cache is None else cache.layers[i])
-        return normalize(self.ln_f, x, dtype, impl=self.impl)
 
 
 class GPT(Quantizable, Generative):
@@ -176,7 +88,12 @@ class GPT(Quantizable, Generative):
             self.transformer.wte.weight[self.config.vocab_size :] = 0.0
 
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None, *, fused_loss: bool | None = None
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        *,
+        fused_loss: bool | None = None,
+        segment_ids: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Logits and loss.
 
@@ -184,6 +101,9 @@ class GPT(Quantizable, Generative):
             idx: (B, T) token ids, T <= block_size.
             targets: (B, T) token ids; -1 and -100 are ignored.
             fused_loss: compute the loss without the full logits; None is ``self.training``.
+            segment_ids: (B, T) integers, the document of each token, for several in a row:
+                attention stays within a document, and positions begin at 0 in each. Targets are
+                the caller's: that of a document's last token is not to be in the next.
 
         Returns:
             Without targets: the last position's logits (B, 1, V), and None.
@@ -194,24 +114,24 @@ class GPT(Quantizable, Generative):
         """
         fused = self.training if fused_loss is None else fused_loss
         if targets is None:
-            return self.head(self.hidden_states(idx)[:, -1:]), None
+            return self.head(self.hidden_states(idx, segment_ids=segment_ids)[:, -1:]), None
         targets = targets.masked_fill(targets == _NANOGPT_IGNORE, _IGNORE)
         if fused and is_plain(self.lm_head, nn.Linear) and self.lm_head._parameters["bias"] is None:
-            return None, self._fused_loss(idx, targets)
-        logits = self.logits(idx)
+            return None, self._fused_loss(idx, targets, segment_ids)
+        logits = self.head(self.hidden_states(idx, segment_ids=segment_ids))
         loss = cross_entropy(logits, targets, impl=self.config.impl)
         return None if fused else logits, loss
 
-    def _fused_loss(self, idx: Tensor, targets: Tensor) -> Tensor:
+    def _fused_loss(self, idx: Tensor, targets: Tensor, segment_ids: Tensor | None) -> Tensor:
         transformer, head = self.transformer, self.lm_head.weight
         plain = is_plain(transformer, Transformer) and transformer.has_plain_embeddings
         if plain and head_is_tied(self):
             dtype = self._check_tokens(idx)
             with no_autocast(idx):
-                x, head = transformer.embed(idx, dtype)
-                hidden = transformer.run_blocks(x, dtype)
+                x, head = transformer.embed(idx, dtype, segment_ids)
+                hidden = transformer.run_blocks(x, dtype, segment_ids=segment_ids)
         else:
-            hidden = self.hidden_states(idx)
+            hidden = self.hidden_states(idx, segment_ids=segment_ids)
         with no_autocast(hidden):
             return linear_cross_entropy(
                 hidden,
@@ -226,15 +146,19 @@ class GPT(Quantizable, Generative):
         """Token ids ``idx`` (B, T) -> the logits of every position, (B, T, V)."""
         return self.head(self.hidden_states(idx))
 
-    def hidden_states(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+    def hidden_states(
+        self, idx: Tensor, cache: KVCache | None = None, segment_ids: Tensor | None = None
+    ) -> Tensor:
         """(B, T) token ids -> what the head reads, (B, T, C) in the compute dtype.
 
         The compute dtype is autocast's where autocast is on, else that of the parameters. With a
         cache, ``idx`` is a prompt for an empty one, or one new token a row; the caller advances it.
+        ``segment_ids`` are those of ``forward``.
         """
         dtype = self._check_tokens(idx)
         with no_autocast(idx):
-            hidden: Tensor = self.transformer(idx, dtype, cache)
+            documents = {} if segment_ids is None else {"segment_ids": segment_ids}
+            hidden: Tensor = self.transformer(idx, dtype, cache, **documents)
         return hidden
 
     def _check_tokens(self, idx: Tensor) -> torch.dtype:

@@ -59,16 +59,16 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     return obstacle(module, kind) is None
 
 
-def call(module: nn.Module, x: Tensor, *others: Any) -> Tensor:
+def call(module: nn.Module, x: Tensor, *others: Any, **named: Any) -> Tensor:
     """The module's own call; its parameters may have another dtype than x, which the result has."""
     dtypes = {p.dtype for p in module.parameters() if p.is_floating_point()}
     if dtypes <= {x.dtype}:
-        out: Tensor = module(x, *others)
+        out: Tensor = module(x, *others, **named)
     elif x.dtype in _HALVES:
         with torch.autocast(x.device.type, dtype=x.dtype):
-            out = module(x, *others)
+            out = module(x, *others, **named)
     else:
-        out = module(x.to(dtypes.pop()), *others)
+        out = module(x.to(dtypes.pop()), *others, **named)
     return out.to(x.dtype)
 
 

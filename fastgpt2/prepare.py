@@ -1,50 +1,41 @@
 """``python -m fastgpt2.prepare``: tokenize a corpus of any size into token shards."""
 
 import argparse
-import multiprocessing
 import os
-import signal
 import sys
-import threading
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
-from tqdm import tqdm
 
 from fastgpt2.cli import Parser, run
 from fastgpt2.errors import UserError
 from fastgpt2.files import atomic_folder
-from fastgpt2.text.corpora import VAL_FRACTION, Corpus, Piece, load_corpus, split_pieces
+from fastgpt2.text.corpora import VAL_FRACTION, load_corpus, split_pieces
+from fastgpt2.text.dataset import Dataset, build_dataset
 from fastgpt2.text.documents import TEXT_COLUMN
-from fastgpt2.text.encoding import Tokenizer
-from fastgpt2.text.prepared import PreparedWriter, open_prepared
-from fastgpt2.text.shards import dtype_for
-from fastgpt2.text.tokenizers import get_tokenizer, load_tokenizer
-
-# set in each worker process when it starts
-_tokenizer: Tokenizer
+from fastgpt2.text.mixture import refuse_weights
+from fastgpt2.text.parts import Part, merge_parts, parse_part, prepare_part
+from fastgpt2.text.prepared import PreparedWriter, find_prepared
+from fastgpt2.text.stored import StoredTokens
+from fastgpt2.text.token_files import find_token_files
+from fastgpt2.text.token_formats import TOKEN_FORMATS
+from fastgpt2.text.tokenizers import get_tokenizer
+from fastgpt2.text.tokenizing import write_pieces
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's flags."""
     parser = Parser(
         prog="fastgpt2 prepare",
-        description="Tokenize a large corpus into shards that fastgpt2 train reads as --data.",
+        description="Tokenize a large corpus into shards that fastgpt2 train reads as --data, or "
+        "into the token files of llm.c or nanoGPT. Token files are converted.",
     )
     parser.add_argument(
         "--data",
         nargs="+",
-        required=True,
         metavar="WHAT",
         help="files (text, .jsonl, .parquet; .gz and .zst of text and .jsonl), folders, patterns, "
-        "or a corpus's name",
+        "a corpus's name, a folder of token shards, or token files of llm.c or nanoGPT",
     )
     parser.add_argument(
         "--text-column",
@@ -56,10 +47,35 @@ def build_parser() -> argparse.ArgumentParser:
         "--out", required=True, metavar="DIR", help="new folder, which appears when it is complete"
     )
     parser.add_argument(
+        "--part",
+        type=parse_part,
+        metavar="I/N",
+        help="only the I-th of N parts of the work, into --out: one call for each, on any machine, "
+        "in any order; a part that is finished is skipped",
+    )
+    parser.add_argument(
+        "--merge",
+        action="store_true",
+        help="check all the parts in --out and make it the folder that train reads",
+    )
+    parser.add_argument(
         "--tokenizer",
         choices=("gpt2", "bytes", "char"),
-        default="gpt2",
-        help="what a token is: GPT-2's byte pairs, a byte, or a character [%(default)s]",
+        help="what a token is: GPT-2's byte pairs, a byte, or a character [gpt2; of token files, "
+        "what lies beside them]",
+    )
+    parser.add_argument(
+        "--vocab-size",
+        type=int,
+        metavar="N",
+        help="number of ids, for token files whose tokenizer is not known",
+    )
+    parser.add_argument(
+        "--to",
+        choices=tuple(TOKEN_FORMATS),
+        default="fastgpt2",
+        help="fastgpt2's shards, llm.c's train_000000.bin ..., or nanoGPT's train.bin and val.bin "
+        "[%(default)s]",
     )
     parser.add_argument(
         "--vocab-dir", metavar="DIR", help="folder with GPT-2's encoder.json and vocab.bpe"
@@ -89,20 +105,37 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def prepare(
-    data: list[str],
+    data: Sequence[str],
     out: str | Path,
     *,
-    tokenizer: str = "gpt2",
+    tokenizer: str | None = None,
+    vocab_size: int | None = None,
+    to: str = "fastgpt2",
     vocab_dir: str | None = None,
     val_fraction: float = VAL_FRACTION,
     text_column: str = TEXT_COLUMN,
     shard_tokens: int = 100_000_000,
     workers: int = 1,
+    part: Part | None = None,
 ) -> None:
     """Tokenize ``data`` into a new folder ``out``, which appears when it is complete.
 
     The text goes through in pieces of about 1 MiB, at most two a worker at a time, so memory does
-    not grow with the corpus; the result does not depend on the number of workers.
+    not grow with the corpus; the result does not depend on the number of workers. Data that are
+    tokens already keep their ids and their splits.
+
+    Args:
+        data: what ``build_dataset`` takes.
+        out: the new folder.
+        tokenizer: ``gpt2``, ``bytes`` or ``char``; None is GPT-2's, or that of the tokens.
+        vocab_size: V of token files whose tokenizer is not known.
+        to: a name in ``TOKEN_FORMATS``.
+        vocab_dir: folder with GPT-2's vocabulary files.
+        val_fraction: the last part of the text, kept for validation.
+        text_column: where a line of JSON or a table has its text.
+        shard_tokens: ids in a file.
+        workers: processes that tokenize.
+        part: the part of the work that is done; ``merge_parts`` makes the folder of them.
 
     Raises:
         UserError: anything wrong with the data, or ``out`` is there and not empty.
@@ -111,112 +144,93 @@ def prepare(
     for flag, value in (("--shard-tokens", shard_tokens), ("--workers", workers)):
         if value < 1:
             raise UserError(f"{flag} must be positive, got {value}")
+    refuse_weights(data, "prepare")
+    if part is not None:
+        if to != "fastgpt2" or find_prepared(data) or find_token_files(data):
+            raise UserError(
+                "--part tokenizes text into fastgpt2's shards; tokens, and --to, are for a call of "
+                "their own: prepare --data MERGED --to ..."
+            )
+        prepare_part(
+            data,
+            out,
+            part,
+            tokenizer=tokenizer or "gpt2",
+            vocab_dir=vocab_dir,
+            val_fraction=val_fraction,
+            text_column=text_column,
+            shard_tokens=shard_tokens,
+            workers=workers,
+        )
+        return
     with atomic_folder(out) as folder:
-        corpus = load_corpus(data, text_column=text_column)
-        chosen = get_tokenizer(tokenizer, vocab_dir=vocab_dir, text=corpus.pieces())
-        writer = PreparedWriter(folder, chosen, shard_tokens=shard_tokens, source=corpus.source)
-        with writer:
-            _write(writer, corpus, folder, chosen, val_fraction, workers)
+        options: dict[str, Any] = {"shard_tokens": shard_tokens, "to": to}
+        if find_prepared(data) or find_token_files(data):
+            dataset = build_dataset(
+                data,
+                tokenizer or "auto",
+                vocab_dir=vocab_dir,
+                val_fraction=val_fraction,
+                vocab_size=vocab_size,
+                notify=print,
+            )
+            writer = PreparedWriter(folder, dataset.tokenizer, source=dataset.source, **options)
+            with writer:
+                _copy(writer, dataset)
+        elif vocab_size is not None:
+            raise UserError(f"--vocab-size {vocab_size}: is for token files, and the data are text")
+        else:
+            corpus = load_corpus(data, text_column=text_column)
+            chosen = get_tokenizer(tokenizer or "gpt2", vocab_dir=vocab_dir, text=corpus.pieces())
+            writer = PreparedWriter(folder, chosen, source=corpus.source, **options)
+            with writer:
+                speed = write_pieces(
+                    writer,
+                    split_pieces(corpus, val_fraction),
+                    folder,
+                    chosen,
+                    workers=workers,
+                    total=corpus.size,
+                )
+            print(speed)
         # what was written must read back as it should before it gets its name
-        for shards in open_prepared(folder).tokens.values():
-            shards.verify()
-            shards.close()
+        writer.verify()
     for split, tokens in writer.tokens.items():
         print(
             f"{split}: {tokens:,} tokens of {writer.bytes[split]:,} bytes in "
-            f"{len(writer.files[split])} shard(s)"
+            f"{len(writer.files[split])} {'shard' if to == 'fastgpt2' else 'file'}(s)"
         )
     print(f"train on them: python -m fastgpt2.train --data {out}")
 
 
-def _write(
-    writer: PreparedWriter,
-    corpus: Corpus,
-    folder: Path,
-    tokenizer: Tokenizer,
-    val_fraction: float,
-    workers: int,
-) -> None:
-    pieces = split_pieces(corpus, val_fraction)
-    dtype = dtype_for(tokenizer.vocab_size)
-    with tqdm(total=corpus.size, unit="B", unit_scale=True, desc="tokenizing") as bar:
-        for piece, ids in _encoded(pieces, folder, workers):
-            if piece.after_document and tokenizer.eot is not None:
-                writer.write(piece.split, np.array([tokenizer.eot], dtype), 0)
-            size = len(piece.text.encode("utf-8"))
-            writer.write(piece.split, ids, size)
-            bar.update(size)
+def _copy(writer: PreparedWriter, dataset: Dataset) -> None:
+    """Write tokens as they are."""
+    for split, tokens, size in (
+        ("train", dataset.train, dataset.train_bytes),
+        ("val", dataset.val, dataset.val_bytes),
+    ):
+        assert tokens is None or isinstance(tokens, StoredTokens)
+        for ids in () if tokens is None else tokens.blocks():
+            writer.write(split, ids, size)
+            size = 0
 
 
-def _encoded(
-    pieces: Iterator[Piece], tokenizer_folder: Path, workers: int
-) -> Iterator[tuple[Piece, NDArray[Any]]]:
-    """Each piece with its ids, in order, encoded by ``workers`` processes."""
-    pool = ProcessPoolExecutor(
-        workers,
-        # the one start method that every system has, and that threads cannot harm
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(str(tokenizer_folder),),
-    )
-    waiting: deque[tuple[Piece, Future[NDArray[Any]]]] = deque()
-    try:
-        for piece in pieces:
-            # submitting starts the processes
-            with _interrupts_later():
-                waiting.append((piece, pool.submit(_encode, piece.text)))
-            if len(waiting) >= 2 * workers:
-                piece, future = waiting.popleft()
-                yield piece, future.result()
-        for piece, future in waiting:
-            yield piece, future.result()
-    except BrokenProcessPool as error:
-        raise UserError("a tokenizing process was killed (out of memory?)") from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def _interrupts_later() -> Iterator[None]:
-    """Keep Ctrl-C until the end of the block, and from the processes that are started in it.
-
-    A terminal sends it to the whole group: the main process alone is to answer it, and not with a
-    worker half started.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        # only the main thread is interrupted, and only it may set a handler
-        yield
-        return
-    came: list[int] = []
-    handler = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
-    if sys.platform != "win32":
-        # what is blocked stays blocked in a new process
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        if sys.platform != "win32":
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        signal.signal(signal.SIGINT, handler)
-        if came:
-            signal.raise_signal(signal.SIGINT)
-
-
-def _start_worker(tokenizer_folder: str) -> None:
-    global _tokenizer
-    # for Windows, where nothing is inherited
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _tokenizer = load_tokenizer(tokenizer_folder)
-
-
-def _encode(text: str) -> NDArray[Any]:
-    return np.array(_tokenizer.encode(text), dtype_for(_tokenizer.vocab_size))
+def _run(arguments: dict[str, Any]) -> None:
+    data = arguments.pop("data")
+    if arguments.pop("merge"):
+        if data is not None or arguments["part"] is not None:
+            raise UserError("--merge takes the parts in --out: give no --data and no --part")
+        merge_parts(Path(arguments["out"]))
+    elif data is None:
+        raise UserError("--data: give a corpus, or --merge")
+    else:
+        prepare(data, **arguments)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     args = build_parser().parse_args(argv)
-    return run("prepare", lambda: prepare(**vars(args)))
+    return run("prepare", lambda: _run(vars(args)))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 PyTorch gives a CPU's fp32 products to MKL, which keeps its AVX-512 code to Intel's processors.
 oneDNN, which PyTorch carries as well and gives the bf16 ones to, has no such preference: on an AMD
-processor with AVX-512 it is the faster one. On Intel's it is so for a few rows, as in decoding.
+processor it is the faster one, with AVX2 alone from two rows on. On Intel's with AVX-512 it is so
+for a few rows, as in decoding.
 Everywhere else the library is PyTorch's choice. Shapes: N rows, C wide, F features.
 """
 
@@ -28,14 +29,17 @@ def _rows_for_onednn(info: Path = Path("/proc/cpuinfo")) -> tuple[int, int]:
     mkl, onednn = torch.backends.mkl, torch.backends.mkldnn
     if not (mkl.is_available() and onednn.is_available()):  # type: ignore[no-untyped-call]
         return 0, 0
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability not in ("AVX512", "AVX2"):
         return 0, 0
     processor = platform.processor()
     if info.exists():
         with info.open(encoding="utf-8", errors="replace") as file:
             # the first core's lines name the vendor, and there may be hundreds of cores
             processor += file.read(1000)
-    return (1, sys.maxsize) if "AuthenticAMD" in processor else (4, 65)
+    if "AuthenticAMD" in processor:
+        return (1 if capability == "AVX512" else 2), sys.maxsize
+    return (4, 65) if capability == "AVX512" else (0, 0)
 
 
 # read once: the compiler cannot look into it

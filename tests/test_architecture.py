@@ -40,6 +40,7 @@ FLOORS = {
     "fastgpt2.errors": 3,
     "fastgpt2.units": 3,
     "fastgpt2.cli": 3,
+    "fastgpt2.compiler": 3,
     "fastgpt2.devices": 3,
     "fastgpt2.files": 3,
     "fastgpt2.picture": 3,

@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
-from fastgpt2.train.summary import compiler_obstacle
+from fastgpt2.compiler import compiler_obstacle
 from tests.tiny_gpt import gradients, tiny_batch, tiny_gpt
 
 

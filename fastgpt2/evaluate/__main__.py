@@ -21,7 +21,7 @@ from fastgpt2.devices import (
 )
 from fastgpt2.errors import UserError
 from fastgpt2.evaluate import report
-from fastgpt2.evaluate.data import SPLITS, Documents, Shards, Text, open_data
+from fastgpt2.evaluate.data import SPLITS, Documents, Ids, Shards, Text, open_data
 from fastgpt2.evaluate.detokenizers import DETOKENIZERS
 from fastgpt2.evaluate.perplexity import score_text
 from fastgpt2.evaluate.tasks import (
@@ -34,7 +34,7 @@ from fastgpt2.evaluate.tasks import (
 )
 from fastgpt2.evaluate.windows import Windows
 from fastgpt2.opener import OpenedModel, open_model
-from fastgpt2.text import Tokenizer, get_tokenizer
+from fastgpt2.text import IdTokenizer, Tokenizer, get_tokenizer
 from fastgpt2.text.documents import TEXT_COLUMN
 from fastgpt2.train.summary import dtype_name
 from fastgpt2.weights import RELEASES
@@ -66,8 +66,8 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="WHAT",
         help="files (text, .jsonl, .parquet; .gz and .zst of text and .jsonl), folders, patterns, "
-        "a corpus's name, a folder of token shards; for a task its JSON Lines file [a task's is "
-        "downloaded]",
+        "a corpus's name, a folder of token shards, token files of llm.c or nanoGPT; for a task "
+        "its JSON Lines file [a task's is downloaded]",
     )
     what.add_argument(
         "--limit", type=int, metavar="N", help="only the first N tokens, or examples [all]"
@@ -91,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     text.add_argument(
         "--split",
         choices=SPLITS,
-        help="part of the data, as train splits it [all of a text, val of token shards]",
+        help="part of the data, as train splits it [all of a text, val of tokens]",
     )
     text.add_argument(
         "--detokenizer",
@@ -106,6 +106,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--tokenizer", choices=("gpt2", "bytes"), help="of a model that has none beside it"
     )
     models.add_argument("--vocab-dir", type=Path, metavar="DIR", help="GPT-2's vocabulary files")
+    models.add_argument(
+        "--vocab-size",
+        type=int,
+        metavar="N",
+        help="number of ids of a model that has no tokenizer beside it, for token files",
+    )
     models.add_argument("--offline", action="store_true", help="download no model and no task")
     machine = parser.add_argument_group("machine")
     machine.add_argument(
@@ -244,7 +250,9 @@ def _evaluate_task(arguments: argparse.Namespace, device: torch.device, dtype: t
 def _candidates(arguments: argparse.Namespace, of_data: Tokenizer | None) -> list[OpenedModel]:
     """The models; one that brings no tokenizer gets that of the flags, else that of the data."""
     fallback = of_data
-    if arguments.tokenizer or arguments.vocab_dir:
+    if arguments.vocab_size is not None:
+        fallback = IdTokenizer(arguments.vocab_size)
+    elif arguments.tokenizer or arguments.vocab_dir:
         fallback = get_tokenizer(arguments.tokenizer or "gpt2", vocab_dir=arguments.vocab_dir)
     candidates: list[OpenedModel] = []
     for name in arguments.models:
@@ -272,7 +280,7 @@ def _protocol(
 
 
 def _text_protocol(
-    arguments: argparse.Namespace, source: Documents | Shards, texts: dict[str, Text]
+    arguments: argparse.Namespace, source: Documents | Shards | Ids, texts: dict[str, Text]
 ) -> report.Protocol:
     counts = (f"{len(t.tokens):,} {t.tokenizer.name} tokens" for t in texts.values())
     part = "" if arguments.limit is None else f", the first {arguments.limit:,} tokens of it"

@@ -11,10 +11,18 @@ from fastgpt2.errors import UserError
 from fastgpt2.evaluate.detokenizers import DETOKENIZERS
 from fastgpt2.text.corpora import VAL_FRACTION, load_corpus, split_pieces
 from fastgpt2.text.documents import TEXT_COLUMN
-from fastgpt2.text.encoding import Tokenizer
-from fastgpt2.text.loaders import TokenSequence
+from fastgpt2.text.encoding import Tokenizer, token_bytes
+from fastgpt2.text.mixture import refuse_weights
 from fastgpt2.text.prepared import find_prepared, open_prepared
 from fastgpt2.text.shards import TokenShards, dtype_for
+from fastgpt2.text.stored import TokenSequence
+from fastgpt2.text.token_files import (
+    FoundFiles,
+    find_token_files,
+    open_token_files,
+    recorded_tokenizer,
+    tokenizer_of,
+)
 
 SPLITS = ("all", "train", "val")
 
@@ -34,12 +42,8 @@ class Text:
         return replace(self, tokens=self.tokens[:count], words=None)
 
     def token_bytes(self) -> NDArray[np.int64]:
-        """UTF-8 bytes of each id's token, (V,); 0 for the end-of-text id, which is no text."""
-        tokenizer = self.tokenizer
-        lengths = [len(tokenizer.decode_bytes([id_])) for id_ in range(tokenizer.vocab_size)]
-        if tokenizer.eot is not None:
-            lengths[tokenizer.eot] = 0
-        return np.array(lengths, np.int64)
+        """UTF-8 bytes of each id's token, (V,); 0 for the end-of-text id, which is not text."""
+        return token_bytes(self.tokenizer)
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class Documents:
 
 @dataclass(frozen=True)
 class Shards:
-    """A split of a folder that ``fastgpt2.prepare`` wrote."""
+    """A split of a folder of token shards that ``fastgpt2.prepare`` wrote."""
 
     source: str
     split: str
@@ -92,27 +96,58 @@ class Shards:
         return Text(self.tokens, tokenizer, None)
 
 
+@dataclass(frozen=True)
+class Ids:
+    """Token files of llm.c or nanoGPT; ``tokenizer`` is the one recorded beside them, if any."""
+
+    source: str
+    split: str
+    found: FoundFiles
+    tokenizer: Tokenizer | None
+    detokenizer: str = "none"
+
+    def tokenize(self, tokenizer: Tokenizer) -> Text:
+        """The ids, which must be of this tokenizer as far as anything says; all are checked.
+
+        Raises:
+            UserError: they are of another one, or beyond its vocabulary.
+        """
+        tokenizer = tokenizer_of(self.found, tokenizer)
+        tokens, val = open_token_files(self.found, tokenizer.vocab_size)
+        if self.split == "val" and val is not None:
+            tokens = val
+        elif self.split != "all" and val is None:
+            border = int(len(tokens) * (1 - VAL_FRACTION))
+            tokens = tokens.part(border) if self.split == "val" else tokens.part(0, border)
+        tokens.check(token_bytes(tokenizer))
+        return Text(tokens, tokenizer, None)
+
+
 def open_data(
     data: Sequence[str],
     *,
     split: str | None = None,
     detokenizer: str = "none",
     text_column: str = TEXT_COLUMN,
-) -> Documents | Shards:
+) -> Documents | Shards | Ids:
     """Read what ``--data`` names.
 
     Args:
-        data: files, folders, patterns, names of corpora, or one folder of token shards.
+        data: files, folders, patterns, names of corpora, one folder of token shards, or token
+            files of llm.c or nanoGPT.
         split: ``train`` or ``val``, as ``fastgpt2.train`` splits a text by default; None is all of
-            a text, and of shards the validation tokens where there are some.
+            a text, and of tokens those of validation where there are some.
         detokenizer: a name in ``DETOKENIZERS``, for text.
         text_column: where a line of JSON or a table has its text.
 
     Raises:
         UserError: nothing there, not UTF-8, or an option that token shards cannot serve.
     """
+    refuse_weights(data, "evaluate")
     if folder := find_prepared(data):
         return _open_shards(folder, split, detokenizer)
+    if found := find_token_files(data):
+        return _open_token_files(found, split, detokenizer)
     split = split or "all"
     corpus = load_corpus(data, text_column=text_column)
     texts: list[str] = []
@@ -137,3 +172,13 @@ def _open_shards(folder: Path, split: str | None, detokenizer: str) -> Shards:
     # damage should show now, not after hours
     prepared.tokens[split].verify()
     return Shards(str(folder), split, prepared.tokens[split], prepared.tokenizer)
+
+
+def _open_token_files(found: FoundFiles, split: str | None, detokenizer: str) -> Ids:
+    if detokenizer != "none":
+        raise UserError(f"--detokenizer: {found.all[0]} holds tokens, not text")
+    if split == "all" and found.val:
+        raise UserError("--split all: by their names, the token files are train, val")
+    split = split or ("val" if found.val else "all")
+    files = {"train": found.train, "val": found.val or found.train, "all": found.all}[split]
+    return Ids(", ".join(map(str, files)), split, found, recorded_tokenizer(found))

@@ -11,7 +11,7 @@ from fastgpt2.devices import autocast
 from fastgpt2.errors import UserError
 from fastgpt2.model import GPT
 from fastgpt2.plain import execution_device
-from fastgpt2.text.loaders import IGNORE_INDEX
+from fastgpt2.text.packing import IGNORE_INDEX
 
 # fp32 logits that are held at once: 64 MB
 _CHUNK_ELEMENTS = 1 << 24

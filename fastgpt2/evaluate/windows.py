@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from fastgpt2.errors import UserError
-from fastgpt2.text.loaders import IGNORE_INDEX, TokenSequence
+from fastgpt2.text.packing import IGNORE_INDEX
+from fastgpt2.text.stored import TokenSequence
 
 
 class Window(NamedTuple):

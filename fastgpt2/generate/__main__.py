@@ -11,6 +11,7 @@ from fastgpt2.cli import run as run_command
 from fastgpt2.config import IMPLS
 from fastgpt2.devices import DTYPES, resolve_device, resolve_dtype, resolve_kernels
 from fastgpt2.generate.checks import WINDOWS
+from fastgpt2.generate.compiled import pays
 from fastgpt2.generate.flags import check_flags, options_of
 from fastgpt2.generate.generator import Generator
 from fastgpt2.generate.inputs import Job, read_jobs
@@ -186,6 +187,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--dtype", choices=DTYPES, default="auto", help="of weights and computation [%(default)s]"
     )
     machine.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="compile the decoding step on a CPU; kept on disk for the next time [if that takes "
+        "less time than it saves for so many tokens]",
+    )
+    machine.add_argument(
         "--impl", choices=IMPLS, default="auto", help="implementation of the kernels [%(default)s]"
     )
     return parser
@@ -234,7 +242,8 @@ def _jobs(arguments: argparse.Namespace) -> list[Job]:
 
 
 def _converse(arguments: argparse.Namespace, job: Job, opened: OpenedModel) -> int:
-    engine, meter = _engine(arguments, opened, 1), Meter()
+    # how long a conversation gets is not known
+    engine, meter = _engine(arguments, opened, 1, tokens=0), Meter()
     try:
         converse(engine, job, _seed(arguments), meter)
     except Interrupted as signal:
@@ -245,7 +254,7 @@ def _converse(arguments: argparse.Namespace, job: Job, opened: OpenedModel) -> i
 
 def _print(arguments: argparse.Namespace, jobs: list[Job], opened: OpenedModel) -> int:
     """Texts on stdout."""
-    engine = _engine(arguments, opened, _rows(jobs))
+    engine = _engine(arguments, opened, _rows(jobs), _tokens(jobs))
     tasks, shown = tee(plan(jobs, _seed(arguments)))
     display = Display((task, prompt_text(task.job, opened.tokenizer)) for task in shown)
     with Meter(jobs, bar=not sys.stdout.isatty()) as meter:
@@ -260,7 +269,7 @@ def _write(
     arguments: argparse.Namespace, jobs: list[Job], opened: OpenedModel, results: ResultFile
 ) -> int:
     """Results as JSON Lines."""
-    engine = _engine(arguments, opened, _rows(jobs))
+    engine = _engine(arguments, opened, _rows(jobs), _tokens(jobs))
     tasks = (t for t in plan(jobs, _seed(arguments)) if (t.job.index, t.sample) not in results.done)
     with Interrupt() as interrupt, Meter(jobs, bar=True) as meter:
         try:
@@ -298,24 +307,38 @@ def _stopped(signal: Interrupted, output: str = "-") -> int:
     return signal.exit_code
 
 
-def _engine(arguments: argparse.Namespace, opened: OpenedModel, rows: int) -> Generator:
-    """The generator; it needs no more than so many rows."""
+def _engine(
+    arguments: argparse.Namespace, opened: OpenedModel, rows: int, tokens: int
+) -> Generator:
+    """The generator; it needs no more than so many rows, for so many tokens in all."""
     draft = None
     if arguments.draft is not None:
         draft = _open(arguments, arguments.draft).load(*_machine(arguments), arguments.impl)
+    model = _load(arguments, opened)
+    rows = min(rows, arguments.batch_size or DEFAULT_BATCH_SIZE)
+    compile = arguments.compile
     return Generator(
-        _load(arguments, opened),
+        model,
         opened.tokenizer,
-        batch_size=min(rows, arguments.batch_size or DEFAULT_BATCH_SIZE),
+        batch_size=rows,
         window=arguments.window or DEFAULT_WINDOW,
         draft=draft,
         prompt_lookup=arguments.prompt_lookup or 0,
+        compile=pays(model, tokens // rows) if compile is None else compile,
+        notify=lambda line: print(line, file=sys.stderr, flush=True),
     )
 
 
 def _rows(jobs: list[Job]) -> int:
     """How many texts may be generated side by side."""
     return sum(job.options.samples * job.options.best_of for job in jobs)
+
+
+def _tokens(jobs: list[Job]) -> int:
+    """How many tokens may be generated."""
+    return sum(
+        job.options.samples * job.options.best_of * job.options.max_new_tokens for job in jobs
+    )
 
 
 def _load(arguments: argparse.Namespace, opened: OpenedModel) -> GPT:

@@ -51,6 +51,7 @@ def generate(
     window: str = "crop",
     draft: GPT | None = None,
     prompt_lookup: int = 0,
+    compile: bool = False,
 ) -> Tensor | list[list[int]]:
     """See ``GPT.generate``."""
     rows = _rows(prompts, attention_mask)
@@ -69,7 +70,7 @@ def generate(
             raise UserError("generate: beams take no draft and no prompt_lookup")
         sampling = beam_sampling(temperature, top_k, processors)
         search = BeamSearch(
-            Slots(model, num_beams, size),
+            Slots(model, num_beams, size, compile=compile),
             num_beams,
             window,
             length_penalty=length_penalty,
@@ -89,6 +90,7 @@ def generate(
             window=window,
             draft=draft,
             prompt_lookup=prompt_lookup,
+            compile=compile,
         )
         if is_nanogpts:
             sources = [_default_generator(engine.slots.device) if generator is None else generator]

@@ -8,7 +8,7 @@ its tokens are those it would have alone: lengths, random numbers and processors
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,6 +73,8 @@ class Generator:
         draft: a smaller model with the same vocabulary that proposes tokens.
         prompt_lookup: propose what followed the last tokens earlier in the text, up to this many.
         proposals: tokens that the draft model proposes at once.
+        compile: compile the decoding step, on a CPU: it takes a minute or so the first time.
+        notify: shows what came of that, a line each; None says only what failed, as a warning.
 
     Raises:
         UserError: an option is out of its range, or the draft does not fit.
@@ -89,6 +91,8 @@ class Generator:
         draft: GPT | None = None,
         prompt_lookup: int = 0,
         proposals: int = 4,
+        compile: bool = False,
+        notify: Callable[[str], None] | None = None,
     ) -> None:
         block_size = model.config.block_size
         size = block_size if size is None else size
@@ -110,7 +114,7 @@ class Generator:
             self._proposer = PromptLookup(prompt_lookup)
         # a pass writes as many keys into every row as the longest proposal needs
         spare = 0 if self._proposer is None else self._proposer.count
-        self.slots = Slots(model, batch_size, size + spare)
+        self.slots = Slots(model, batch_size, size + spare, compile=compile, notify=notify)
         self._rows: list[Row] = []
         self._waiting: deque[Row] = deque()
         # what the last one of the active rows to leave has left in the cache

@@ -1,10 +1,14 @@
 """The rows of a key/value cache, by number: fed, cut, copied, reordered."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from fastgpt2.generate.compiled import BLOCK, Run, compiled_step
+from fastgpt2.generate.step import logits_after, weights_of
+from fastgpt2.kernels.modes import autocasts
 from fastgpt2.model import GPT
 from fastgpt2.plain import execution_device
 
@@ -16,16 +20,39 @@ class Slots:
         model: whose keys and values they hold.
         count: rows.
         size: tokens of a row, at most block_size.
+        compile: whether a step is compiled, if it can be.
+        notify: shows what came of that, a line each; None says only what failed, as a warning.
 
     Attributes:
         lengths: tokens in each row.
+        compiled: the compiled step, or None.
     """
 
-    def __init__(self, model: GPT, count: int, size: int) -> None:
+    def __init__(
+        self,
+        model: GPT,
+        count: int,
+        size: int,
+        *,
+        compile: bool = False,
+        notify: Callable[[str], None] | None = None,
+    ) -> None:
         self.model, self.size = model, size
         self.device = execution_device(model.transformer.wpe)
-        self.cache = model.make_cache(count, size)
+        # read anew with each prompt; None where the step does not know the model
+        self._weights = weights_of(model)
+        self.compiled: Run | None = None
+        if compile and self._weights is None:
+            (notify or warnings.warn)(
+                "compile: for plain models on a CPU only; generating without it"
+            )
+        elif compile and self._weights is not None:
+            self.compiled = compiled_step(self._weights, count, notify)
+        # the compiled step writes a key for every row: one that is full has room for it
+        room = size if self.compiled is None else (size // BLOCK + 1) * BLOCK
+        self.cache = model.make_cache(count, room)
         self.lengths = [0] * count
+        self._seen = torch.arange(room, device=self.device)
 
     def feed(self, first: int, tokens: Sequence[Sequence[int]], *, every: bool = False) -> Tensor:
         """Append ``tokens[i]`` to row ``first + i``, for neighbouring rows in one pass.
@@ -41,6 +68,11 @@ class Slots:
         """
         counts = [len(ids) for ids in tokens]
         T, stop = max(counts), first + len(tokens)
+        if T > 1 or 0 in self.lengths[first:stop]:
+            self._weights = weights_of(self.model)
+        elif self._weights is not None and not autocasts(self.device):
+            logits = self._step(first, [ids[0] for ids in tokens])
+            return logits[:, None] if every else logits
         padded = [[*ids, *[0] * (T - len(ids))] for ids in tokens]
         idx = torch.tensor(padded, dtype=torch.int64, device=self.device)
         rows = self.cache.rows(first, stop, is_empty=not any(self.lengths[first:stop]))
@@ -52,6 +84,28 @@ class Slots:
             last = torch.tensor(counts, device=self.device) - 1
             hidden = hidden[torch.arange(len(counts), device=self.device), last]
         return self.model.head(hidden)
+
+    def _step(self, first: int, tokens: list[int]) -> Tensor:
+        """One token for each of neighbouring rows: their logits (rows, V)."""
+        assert self._weights is not None
+        stop = first + len(tokens)
+        n = max(self.lengths[first:stop]) + 1
+        lengths = self.cache.lengths[first:stop]
+        if self.compiled is None:
+            idx = torch.tensor(tokens, device=self.device)
+            kv = [layer.kv[:, first:stop] for layer in self.cache.layers]
+            logits = logits_after(self._weights, idx, lengths, kv, self._seen[:n])
+        else:
+            # all rows take part; what those outside write is overwritten before it is read
+            others = len(self.lengths) - stop
+            idx = torch.tensor([*[0] * first, *tokens, *[0] * others], device=self.device)
+            kv = [layer.kv for layer in self.cache.layers]
+            seen = self._seen[: (n + BLOCK - 1) // BLOCK * BLOCK]
+            every = self.compiled(self._weights, idx, self.cache.lengths, kv, seen)
+            logits = every[first:stop]
+        lengths += 1
+        self.lengths[first:stop] = [length + 1 for length in self.lengths[first:stop]]
+        return logits
 
     def cut(self, lengths: Sequence[int], first: int = 0) -> None:
         """Keep the first ``lengths[i]`` tokens of row ``first + i``."""

@@ -11,11 +11,12 @@ if TYPE_CHECKING:
     from fastgpt2.text.corpora import Corpus, Document, load_corpus
     from fastgpt2.text.dataset import Dataset, build_dataset
     from fastgpt2.text.encoding import END_OF_TEXT, Tokenizer
-    from fastgpt2.text.loaders import BlockLoader, create_dataloader, iter_eval_batches
+    from fastgpt2.text.loaders import BlockLoader, BlockStream, create_dataloader, iter_eval_batches
     from fastgpt2.text.shards import TokenShards, create_shard
     from fastgpt2.text.tokenizers import (
         BytesTokenizer,
         CharTokenizer,
+        IdTokenizer,
         get_tokenizer,
         load_tokenizer,
         save_tokenizer,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 # public name -> module that defines it; imported on first use (PEP 562)
 _LAZY = {
     "BlockLoader": "loaders",
+    "BlockStream": "loaders",
     "BytesTokenizer": "tokenizers",
     "CharTokenizer": "tokenizers",
     "Corpus": "corpora",
@@ -31,6 +33,7 @@ _LAZY = {
     "Document": "corpora",
     "END_OF_TEXT": "encoding",
     "GPT2Tokenizer": "bpe",
+    "IdTokenizer": "tokenizers",
     "TokenShards": "shards",
     "Tokenizer": "encoding",
     "build_dataset": "dataset",
@@ -46,12 +49,14 @@ _LAZY = {
 __all__ = [
     "END_OF_TEXT",
     "BlockLoader",
+    "BlockStream",
     "BytesTokenizer",
     "CharTokenizer",
     "Corpus",
     "Dataset",
     "Document",
     "GPT2Tokenizer",
+    "IdTokenizer",
     "TokenShards",
     "Tokenizer",
     "build_dataset",

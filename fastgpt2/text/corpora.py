@@ -5,7 +5,6 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import cached_property
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Literal
 from fastgpt2.download import DownloadError, cache_dir, download
 from fastgpt2.errors import UserError
 from fastgpt2.text.documents import (
+    KNOWN_SIZES,
     TEXT_COLUMN,
     Records,
     has_records,
@@ -82,12 +82,11 @@ class Document:
         if isinstance(self.content, bytes):
             return len(self.content)
         if is_compressed(self.content):
-            return self._decompressed_size
+            return self._decompressed_size(self.content)
         return self.content.stat().st_size
 
-    @cached_property
-    def _decompressed_size(self) -> int:
-        return sum(map(len, self.chunks(PIECE_BYTES)))
+    def _decompressed_size(self, path: Path) -> int:
+        return KNOWN_SIZES.of(path, "text", lambda: sum(map(len, self.chunks(PIECE_BYTES))))
 
     def chunks(self, size: int) -> Iterator[bytes]:
         """The bytes in order, at most ``size`` at a time."""
@@ -120,12 +119,15 @@ class Piece:
 
     ``after_document`` is true where it begins a document and the split has one before it: the
     place of an end-of-text id. A split whose last document is a record (a line of JSON, a row of a
-    table) ends with such a piece without text: every record ends with an end-of-text id.
+    table) ends with such a piece without text: every record ends with an end-of-text id. ``start``
+    is its place in the corpus, in bytes, and ``size`` its length.
     """
 
     split: Split
     text: str
     after_document: bool
+    start: int
+    size: int
 
 
 def load_corpus(data: str | Sequence[str], *, text_column: str = TEXT_COLUMN) -> Corpus:
@@ -262,7 +264,9 @@ def python_docs() -> list[Document]:
     return documents
 
 
-def split_pieces(corpus: Corpus, val_fraction: float) -> Iterator[Piece]:
+def split_pieces(
+    corpus: Corpus, val_fraction: float, span: tuple[int, int] | None = None
+) -> Iterator[Piece]:
     """The text of ``corpus`` in order: first what trains, then what validates.
 
     The border is where ``1 - val_fraction`` of the bytes are passed, moved to the next character,
@@ -270,66 +274,112 @@ def split_pieces(corpus: Corpus, val_fraction: float) -> Iterator[Piece]:
     split is cut further into pieces of about ``PIECE_BYTES``, where no tokenizer would have joined
     anything (see ``cut_point``).
 
+    Args:
+        corpus: the documents.
+        val_fraction: share of the bytes that validates.
+        span: bytes [start, stop) of the corpus: only the pieces that begin in it, exactly as they
+            are in the whole. Documents before it are not read, those after it neither.
+
     Raises:
         UserError: a file is not UTF-8 text, naming the file and the place.
     """
     if not 0 <= val_fraction < 1:
         raise UserError(f"val_fraction must be in [0, 1), got {val_fraction}")
+    first, last = (0, corpus.size) if span is None else span
+    for piece in _pieces(corpus, int(corpus.size * (1 - val_fraction)), first):
+        if piece.start >= last:
+            return
+        if piece.start >= first:
+            yield piece
+
+
+def _pieces(corpus: Corpus, border: int, first: int) -> Iterator[Piece]:
+    """All pieces in order, but for those of documents that end before the byte ``first``."""
     begun: set[Split] = set()
-    # a document of a byte-order mark alone has no text
-    chunks = (chunk for chunk in _decoded(corpus, val_fraction) if chunk[2])
-    # the record that the pieces so far end with, if it is one
-    record: tuple[int, Split] | None = None
-    for (number, split, is_record), group in groupby(chunks, key=itemgetter(0, 1, 3)):
-        if record is not None and record[0] != number and record[1] != split:
-            yield Piece(record[1], "", after_document=True)
-        record = (number, split) if is_record else None
-        after_document = split in begun
-        begun.add(split)
-        buffer = ""
-        for _, _, text, _ in group:
-            buffer += text
-            if len(buffer) > PIECE_BYTES // 2:
-                cut = cut_point(buffer)
-                yield Piece(split, buffer[:cut], after_document)
-                after_document, buffer = False, buffer[cut:]
-        if buffer:
-            yield Piece(split, buffer, after_document)
+    # the split that a record, if it was the last text, ended in
+    record: Split | None = None
+    for text in _texts(corpus, border, first):
+        if text.skipped is not None:
+            begun.add(text.skipped)
+            record = text.skipped if text.is_record else None
+            continue
+        start = text.start
+        # a document of a byte-order mark alone has no text
+        chunks = (chunk for chunk in _decoded(text, border) if chunk[1])
+        for split, group in groupby(chunks, key=itemgetter(0)):
+            if record is not None and start == text.start and record != split:
+                yield Piece(record, "", True, start, 0)
+            record = split if text.is_record else None
+            after_document = split in begun
+            begun.add(split)
+            buffer = ""
+            for _, chunk in group:
+                buffer += chunk
+                if len(buffer) > PIECE_BYTES // 2:
+                    cut = cut_point(buffer)
+                    size = len(buffer[:cut].encode())
+                    yield Piece(split, buffer[:cut], after_document, start, size)
+                    after_document, buffer, start = False, buffer[cut:], start + size
+            if buffer:
+                size = len(buffer.encode())
+                yield Piece(split, buffer, after_document, start, size)
+                start += size
     if record is not None:
-        yield Piece(record[1], "", after_document=True)
+        yield Piece(record, "", True, corpus.size - 1, 0)
 
 
-def _texts(
-    corpus: Corpus,
-) -> Iterator[tuple[Iterator[bytes], codecs.IncrementalDecoder | Utf8Decoder]]:
-    """Each text of ``corpus`` in chunks, and what decodes it."""
+@dataclass(frozen=True)
+class _Text:
+    """One document, or one record of a file: its place in the corpus, its bytes.
+
+    Where ``skipped`` names a split, it stands for a whole file that is not read.
+    """
+
+    start: int
+    chunks: Iterator[bytes]
+    decoder: codecs.IncrementalDecoder | Utf8Decoder
+    is_record: bool
+    skipped: Split | None = None
+
+
+def _texts(corpus: Corpus, border: int, first: int) -> Iterator[_Text]:
     utf8 = codecs.getincrementaldecoder("utf-8")
+    start = 0
     for document in corpus.documents:
-        if isinstance(document, Document):
-            yield document.chunks(PIECE_BYTES), Utf8Decoder(document.name)
+        end = start + document.size
+        is_record = not isinstance(document, Document)
+        # a file that may be a byte-order mark alone is looked at: it has no text
+        if end <= first and not start < border < end and document.size > len(codecs.BOM_UTF8):
+            split: Split = "train" if end <= border else "val"
+            yield _Text(start, iter(()), utf8(), is_record, split)
+        elif isinstance(document, Document):
+            decoder = Utf8Decoder(document.name)
+            yield _Text(start, document.chunks(PIECE_BYTES), decoder, is_record)
         else:
+            at = start
             for text in document.texts():
-                yield Document(document.name, text).chunks(PIECE_BYTES), utf8()
+                chunks = Document(document.name, text).chunks(PIECE_BYTES)
+                yield _Text(at, chunks, utf8(), is_record)
+                at += len(text)
+        start = end
 
 
-def _decoded(corpus: Corpus, val_fraction: float) -> Iterator[tuple[int, Split, str, bool]]:
-    """All text as (number of the document, split, text, is a record), a chunk at a time."""
-    left = int(corpus.size * (1 - val_fraction))
-    training = True
-    for number, (chunks, decoder) in enumerate(_texts(corpus)):
-        is_record = not isinstance(decoder, Utf8Decoder)
-        for chunk in chunks:
-            border = max(0, min(left, len(chunk))) if training else 0
-            # the character that the border falls into goes to the training text
-            while training and border < len(chunk) and chunk[border] & 0xC0 == 0x80:
-                border += 1
-            left -= border
-            if border > 0:
-                yield number, "train", decoder.decode(chunk[:border]), is_record
-            if border < len(chunk):
-                training = False
-                yield number, "val", decoder.decode(chunk[border:]), is_record
-        decoder.decode(b"", final=True)
+def _decoded(text: _Text, border: int) -> Iterator[tuple[Split, str]]:
+    """A text as (split, its next characters), a chunk at a time."""
+    left = border - text.start
+    training = left > 0
+    for chunk in text.chunks:
+        cut = max(0, min(left, len(chunk))) if training else 0
+        # the character that the border falls into goes to the training text
+        while training and cut < len(chunk) and chunk[cut] & 0xC0 == 0x80:
+            cut += 1
+        left -= cut
+        if cut > 0:
+            yield "train", text.decoder.decode(chunk[:cut])
+        if cut < len(chunk):
+            training = False
+            yield "val", text.decoder.decode(chunk[cut:])
+    text.decoder.decode(b"", final=True)
 
 
 def cut_point(text: str) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from fastgpt2.errors import UserError
+from fastgpt2.files import write_text
 
 TEXT_COLUMN = "text"
 # what a suffix says about the bytes of a file; everything else is taken as it is
@@ -19,6 +20,59 @@ _COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 _COMPRESSED_BYTES = 512
 # rows of a Parquet table in memory at once
 _BATCH_ROWS = 256
+
+
+class KnownSizes:
+    """Bytes of text in files that had to be read to count them: each file is counted once.
+
+    What is known holds for a file as it is: another size or time of it counts anew. Parts of one
+    ``prepare`` share it as a file.
+    """
+
+    def __init__(self) -> None:
+        self._sizes: dict[str, int] = {}
+        self._is_new = False
+
+    def of(self, path: Path, kind: str, count: Callable[[], int]) -> int:
+        """The bytes of text in a file.
+
+        Args:
+            path: the file.
+            kind: what is taken for its text.
+            count: reads the file, if nobody has yet.
+        """
+        stat = path.stat()
+        key = f"{path.absolute()} {stat.st_size} {stat.st_mtime_ns} {kind}"
+        if key not in self._sizes:
+            self._sizes[key] = count()
+            self._is_new = True
+        return self._sizes[key]
+
+    def load(self, path: Path) -> None:
+        """Add what another process has saved; a file that is missing or damaged says nothing.
+
+        Args:
+            path: of ``save``.
+        """
+        try:
+            saved = json.loads(path.read_bytes())
+            self._sizes |= {str(key): int(size) for key, size in saved.items()}
+        except (OSError, ValueError, TypeError, AttributeError):
+            return
+
+    def save(self, path: Path) -> None:
+        """Write all that is known, if any of it is new.
+
+        Args:
+            path: replaced as a whole.
+        """
+        if self._is_new:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, json.dumps(self._sizes) + "\n")
+            self._is_new = False
+
+
+KNOWN_SIZES = KnownSizes()
 
 
 def is_compressed(path: Path) -> bool:
@@ -92,7 +146,7 @@ class Records:
         Raises:
             UserError: as for ``texts``.
         """
-        return sum(map(len, self.texts()))
+        return KNOWN_SIZES.of(self.path, self.column, lambda: sum(map(len, self.texts())))
 
     def texts(self) -> Iterator[bytes]:
         """The texts in order, as UTF-8; one at a time is in memory (a batch of rows of a table).

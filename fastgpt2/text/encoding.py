@@ -5,6 +5,9 @@ import inspect
 from collections.abc import Iterable
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -13,7 +16,7 @@ class Tokenizer(Protocol):
 
     @property
     def name(self) -> str:
-        """``gpt2``, ``bytes`` or ``char``: what ``get_tokenizer`` knows it by."""
+        """``gpt2``, ``bytes`` or ``char``, or ``ids`` where nobody knows the tokenizer."""
 
     @property
     def vocab_size(self) -> int:
@@ -53,6 +56,22 @@ def encode_special(tokenizer: Any, text: str) -> list[int]:
     else:
         ids = tokenizer.encode(text)
     return list(ids)
+
+
+def token_bytes(tokenizer: Tokenizer) -> NDArray[np.int64]:
+    """UTF-8 bytes of each id's token, (V,); 0 for the end-of-text id, which is not text.
+
+    All are 0 where the ids have no text.
+
+    Args:
+        tokenizer: whose ids.
+    """
+    if tokenizer.name == "ids":
+        return np.zeros(tokenizer.vocab_size, np.int64)
+    lengths = [len(tokenizer.decode_bytes([id_])) for id_ in range(tokenizer.vocab_size)]
+    if tokenizer.eot is not None:
+        lengths[tokenizer.eot] = 0
+    return np.array(lengths, np.int64)
 
 
 def fingerprint(tokens: Iterable[bytes]) -> str:

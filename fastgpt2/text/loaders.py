@@ -1,5 +1,6 @@
 """Tokens to batches: the book's sliding window, and the training and evaluation streams."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
@@ -11,14 +12,11 @@ from torch.utils.data import Dataset as TorchDataset
 
 from fastgpt2.errors import UserError
 from fastgpt2.text.encoding import Tokenizer, encode_special
+from fastgpt2.text.packing import IGNORE_INDEX, inside_documents
 from fastgpt2.text.permutation import Permutation
-from fastgpt2.text.shards import TokenShards, check_ids
+from fastgpt2.text.stored import JoinedTokens, StoredTokens, TokenSequence, check_ids
 from fastgpt2.text.tokenizers import get_tokenizer
 
-IGNORE_INDEX = -100
-
-
-TokenSequence = NDArray[Any] | TokenShards
 Tokens = TokenSequence | torch.Tensor | Sequence[int]
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -32,7 +30,10 @@ def as_sequence(
         UserError: fewer than ``at_least`` ids, not one-dimensional, or an id outside
             [0, vocab_size).
     """
-    sequence = tokens if isinstance(tokens, TokenShards) else np.asarray(tokens)
+    if isinstance(tokens, StoredTokens | JoinedTokens):
+        sequence: TokenSequence = tokens
+    else:
+        sequence = np.asarray(tokens)
     if isinstance(sequence, np.ndarray) and sequence.ndim != 1:
         raise UserError(f"{name}: expected ids in one dimension, got shape {sequence.shape}")
     if len(sequence) < at_least:
@@ -42,76 +43,61 @@ def as_sequence(
         )
     if vocab_size is None:
         return sequence
-    if isinstance(sequence, np.ndarray):
+    if isinstance(sequence, JoinedTokens):
+        for part in sequence.tokens:
+            as_sequence(part, at_least=0, vocab_size=vocab_size, name=name)
+    elif isinstance(sequence, np.ndarray):
         check_ids(sequence, vocab_size, name)
     elif sequence.vocab_size > vocab_size:
-        # the shards check each id against their own vocabulary as they read it
+        # stored tokens check each id against their own vocabulary as they read it
         raise UserError(
-            f"{name}: token shards of a vocabulary of {sequence.vocab_size} for a model of "
+            f"{name}: {sequence.kind}s of a vocabulary of {sequence.vocab_size} for a model of "
             f"{vocab_size}"
         )
     return sequence
 
 
-class BlockLoader:
+class BlockStream(ABC):
     """An endless stream of training batches, each a pure function of its place in the stream.
 
-    N tokens hold n = (N - 1) // T blocks of T inputs and T targets (the inputs moved by one). Each
-    epoch goes through the n blocks once, in an order of its own, with the borders between blocks
-    moved by a random 0 to T - 1 tokens (the last block is moved back to fit). With a ``stride`` the
-    blocks are the same in each epoch and begin that many tokens after each other: they overlap
-    where it is less than T. Epochs follow each other without a gap, a batch may hold the end of one
-    and the beginning of the next, so nothing is dropped and a corpus of fewer blocks than a batch
-    works too.
-
-    Order and borders come from ``seed`` and the number of the epoch alone. The state is therefore
-    one number, the blocks used so far; resuming is exact, and goes on in the same order even with
-    another batch size or number of processes.
+    Its state is one number, the blocks used so far. Resuming is exact, and goes on in the same
+    order even with another batch size or number of processes.
 
     Args:
-        tokens: ids; numpy array, tensor or ``TokenShards``.
         block_size: T, tokens.
         batch_size: B, blocks a batch and process.
-        seed: of order and borders.
+        blocks_per_epoch: blocks in one pass over the data.
         rank, world_size: this process and how many there are; each gets other blocks.
-        stride: tokens from one block to the next; None is T, with borders that move.
-        vocab_size: V; ids are checked against it, if given.
-        name: what error messages call the tokens.
-
-    Raises:
-        UserError: fewer than T + 1 tokens, or an id outside the vocabulary.
+        eot: the id that ends a document, if its targets, of the next document, do not count.
     """
 
     def __init__(
         self,
-        tokens: Tokens,
-        *,
         block_size: int,
         batch_size: int,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        stride: int | None = None,
-        vocab_size: int | None = None,
-        name: str = "training tokens",
+        blocks_per_epoch: int,
+        rank: int,
+        world_size: int,
+        eot: int | None,
     ) -> None:
-        self._stride = block_size if stride is None else stride
-        if min(block_size, batch_size, self._stride) < 1 or not 0 <= rank < world_size:
-            raise ValueError(
-                "BlockLoader: needs block_size, batch_size, stride >= 1 and 0 <= rank < "
-                f"world_size, got {block_size}, {batch_size}, {stride}, {rank}, {world_size}"
-            )
-        self._tokens = as_sequence(
-            tokens, at_least=block_size + 1, vocab_size=vocab_size, name=name
-        )
         self.block_size = block_size
         self.batch_size = batch_size
-        self.blocks_per_epoch = 1 + (len(self._tokens) - 1 - block_size) // self._stride
-        self._seed = seed
+        self.blocks_per_epoch = blocks_per_epoch
         self._rank = rank
         self._world_size = world_size
-        self._random_phase = stride is None
+        self._eot = eot
         self._position = 0
+
+    @abstractmethod
+    def blocks(self, first: int, count: int) -> NDArray[Any]:
+        """``count`` blocks from place ``first`` of the stream on, (count, T + 1).
+
+        A block has T inputs and the token after them.
+        """
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, int]:
+        """The place in the stream, and what it is only valid for; plain integers."""
 
     @property
     def tokens_per_epoch(self) -> int:
@@ -140,10 +126,85 @@ class BlockLoader:
         """Inputs and targets, int64 ``(B, T)`` each."""
         first = self._position + self._rank * self.batch_size
         self._position += self._world_size * self.batch_size
-        starts = self._starts(np.arange(first, first + self.batch_size))
-        blocks = np.stack([self._tokens[s : s + self.block_size + 1] for s in starts.tolist()])
-        batch = torch.from_numpy(blocks.astype(np.int64))
-        return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+        batch = torch.from_numpy(self.blocks(first, self.batch_size).astype(np.int64))
+        idx, targets = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+        return idx, targets if self._eot is None else inside_documents(idx, targets, self._eot)
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on where ``state_dict`` was taken.
+
+        Raises:
+            UserError: the state belongs to another seed, block size or number of tokens.
+        """
+        for key, ours in self.state_dict().items():
+            if key != "position" and state.get(key) != ours:
+                raise UserError(
+                    f"resume: the data stream was saved with {key} {state.get(key)}, "
+                    f"now it is {ours}"
+                )
+        self._position = state["position"]
+
+
+class BlockLoader(BlockStream):
+    """The stream of one corpus.
+
+    N tokens hold n = (N - 1) // T blocks of T inputs and T targets (the inputs moved by one). Each
+    epoch goes through the n blocks once, in an order of its own, with the borders between blocks
+    moved by a random 0 to T - 1 tokens (the last block is moved back to fit). With a ``stride`` the
+    blocks are the same in each epoch and begin that many tokens after each other: they overlap
+    where it is less than T. Epochs follow each other without a gap, a batch may hold the end of one
+    and the beginning of the next, so nothing is dropped and a corpus of fewer blocks than a batch
+    works too.
+
+    Order and borders come from ``seed`` and the number of the epoch alone.
+
+    Args:
+        tokens: ids; numpy array, tensor or ``TokenShards``.
+        block_size: T, tokens.
+        batch_size: B, blocks a batch and process.
+        seed: of order and borders.
+        rank, world_size: this process and how many there are; each gets other blocks.
+        stride: tokens from one block to the next; None is T, with borders that move.
+        vocab_size: V; ids are checked against it, if given.
+        eot: the id that ends a document, if its targets, of the next document, do not count.
+        name: what error messages call the tokens.
+
+    Raises:
+        UserError: fewer than T + 1 tokens, or an id outside the vocabulary.
+    """
+
+    def __init__(
+        self,
+        tokens: Tokens,
+        *,
+        block_size: int,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        stride: int | None = None,
+        vocab_size: int | None = None,
+        eot: int | None = None,
+        name: str = "training tokens",
+    ) -> None:
+        self._stride = block_size if stride is None else stride
+        if min(block_size, batch_size, self._stride) < 1 or not 0 <= rank < world_size:
+            raise ValueError(
+                "BlockLoader: needs block_size, batch_size, stride >= 1 and 0 <= rank < "
+                f"world_size, got {block_size}, {batch_size}, {stride}, {rank}, {world_size}"
+            )
+        self._tokens = as_sequence(
+            tokens, at_least=block_size + 1, vocab_size=vocab_size, name=name
+        )
+        blocks_per_epoch = 1 + (len(self._tokens) - 1 - block_size) // self._stride
+        super().__init__(block_size, batch_size, blocks_per_epoch, rank, world_size, eot)
+        self._seed = seed
+        self._random_phase = stride is None
+
+    def blocks(self, first: int, count: int) -> NDArray[Any]:
+        """``count`` blocks from place ``first`` of the stream on, (count, T + 1)."""
+        starts = self._starts(np.arange(first, first + count)).tolist()
+        return np.stack([self._tokens[s : s + self.block_size + 1] for s in starts])
 
     def _starts(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
         """Where in the tokens the blocks at these places of the endless stream begin."""
@@ -164,20 +225,6 @@ class BlockLoader:
             "block_size": self.block_size,
             "num_tokens": len(self._tokens),
         }
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where ``state_dict`` was taken.
-
-        Raises:
-            UserError: the state belongs to another seed, block size or number of tokens.
-        """
-        for key, ours in self.state_dict().items():
-            if key != "position" and state.get(key) != ours:
-                raise UserError(
-                    f"resume: the data stream was saved with {key} {state.get(key)}, "
-                    f"now it is {ours}"
-                )
-        self._position = state["position"]
 
 
 def iter_eval_batches(

@@ -1,4 +1,4 @@
-"""A folder of token shards with its tokenizer and manifest: writing it, opening it."""
+"""A folder of tokens with its tokenizer: writing it in any format, opening one of ours."""
 
 import json
 from collections.abc import Sequence
@@ -11,33 +11,59 @@ from numpy.typing import NDArray
 
 from fastgpt2.errors import UserError
 from fastgpt2.files import write_text
-from fastgpt2.text.encoding import Tokenizer
-from fastgpt2.text.shards import SUFFIX, ShardWriter, TokenShards, create_shard
+from fastgpt2.text.encoding import Tokenizer, token_bytes
+from fastgpt2.text.shards import SUFFIX, IdWriter, TokenShards
+from fastgpt2.text.stored import StoredTokens
+from fastgpt2.text.token_files import read_header
+from fastgpt2.text.token_formats import TOKEN_FORMATS
 from fastgpt2.text.tokenizers import load_tokenizer, save_tokenizer
 
 FILE_NAME = "manifest.json"
 FORMAT = "fastgpt2-tokens"
+# where the parts of a split prepare lie until they are merged
+PARTS = "prepare-parts"
 
 
 class PreparedWriter:
-    """Writes ids into shards of at most ``shard_tokens`` ids, one split after the other.
+    """Writes ids into files of at most ``shard_tokens`` ids, one split after the other.
 
-    The manifest is written last, when the ``with`` block ends well: a folder without one is not
-    taken for token shards.
+    In our format the manifest is written last, when the ``with`` block ends well: a folder without
+    one is not taken for token shards.
+
+    Args:
+        folder: where the files go.
+        tokenizer: whose ids they are; it is saved beside them.
+        shard_tokens: ids in a file; a format with one file for a split takes no notice.
+        source: what the ids were made from.
+        to: a name in ``TOKEN_FORMATS``.
+
+    Raises:
+        UserError: a file of the format cannot hold ``shard_tokens`` ids.
     """
 
     def __init__(
-        self, folder: Path, tokenizer: Tokenizer, *, shard_tokens: int, source: str
+        self,
+        folder: Path,
+        tokenizer: Tokenizer,
+        *,
+        shard_tokens: int,
+        source: str,
+        to: str = "fastgpt2",
     ) -> None:
         self.files: dict[str, list[str]] = {}
         self.tokens: dict[str, int] = {}
         self.bytes: dict[str, int] = {}
+        self._format, self._to = TOKEN_FORMATS[to], to
+        most = self._format.most_tokens
+        if most is not None and shard_tokens > most:
+            raise UserError(f"--shard-tokens: a file of {to} holds {most} ids, got {shard_tokens}")
         self._folder = folder
         self._tokenizer = tokenizer
         self._shard_tokens = shard_tokens
         self._source = source
-        self._shard: ShardWriter | None = None
-        # holds the shard that is being written
+        self._shard: IdWriter | None = None
+        self._written: list[tuple[Path, IdWriter]] = []
+        # holds the file that is being written
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -50,19 +76,25 @@ class PreparedWriter:
             self.files[split], self.tokens[split], self.bytes[split] = [], 0, 0
             self._shard = None
         while ids.size:
-            if self._shard is None or self._shard.count == self._shard_tokens:
-                self._shard = self._next_shard(split)
-            now = ids[: self._shard_tokens - self._shard.count]
+            if self._shard is None or self._room(self._shard) == 0:
+                self._shard = self._next_file(split)
+            now = ids[: self._room(self._shard)]
             self._shard.write(now)
             ids = ids[now.size :]
             self.tokens[split] += now.size
         self.bytes[split] += text_bytes
 
-    def _next_shard(self, split: str) -> ShardWriter:
+    def _room(self, shard: IdWriter) -> int | None:
+        return None if self._format.one_file else self._shard_tokens - shard.count
+
+    def _next_file(self, split: str) -> IdWriter:
         self._stack.close()
-        name = f"{split}-{len(self.files[split]):05d}{SUFFIX}"
+        name = self._format.name(split, len(self.files[split]))
         self.files[split].append(name)
-        return self._stack.enter_context(create_shard(self._folder / name, self._tokenizer))
+        path = self._folder / name
+        writer = self._stack.enter_context(self._format.create(path, self._tokenizer))
+        self._written.append((path, writer))
+        return writer
 
     def __exit__(self, *error: Any) -> None:
         self._stack.__exit__(*error)
@@ -71,8 +103,42 @@ class PreparedWriter:
                 split: {"files": files, "tokens": self.tokens[split], "bytes": self.bytes[split]}
                 for split, files in self.files.items()
             }
-            manifest = {"format": FORMAT, "source": self._source, "splits": splits}
-            write_text(self._folder / FILE_NAME, json.dumps(manifest, indent=1) + "\n")
+            self._finish(splits)
+
+    def _finish(self, splits: dict[str, dict[str, Any]]) -> None:
+        if self._to == "fastgpt2":
+            write_manifest(self._folder, self._source, splits)
+
+    def verify(self) -> None:
+        """Read back what was written, after the ``with`` block.
+
+        Raises:
+            UserError: it is not what was written.
+        """
+        if self._to == "fastgpt2":
+            for shards in open_prepared(self._folder).tokens.values():
+                shards.verify()
+                shards.close()
+            return
+        lengths = token_bytes(self._tokenizer)
+        for path, writer in self._written:
+            tokens = StoredTokens([read_header(path)], self._tokenizer.vocab_size)
+            tokens.check(lengths)
+            tokens.close()
+            if tokens.sha256 != writer.sha256:
+                raise UserError(f"token file {path}: it does not read back as it was written")
+
+
+def write_manifest(folder: Path, source: str, splits: dict[str, dict[str, Any]]) -> None:
+    """Make ``folder`` one of token shards.
+
+    Args:
+        folder: holds the shards and their tokenizer.
+        source: what the tokens were made from.
+        splits: of each split its ``files``, ``tokens`` and ``bytes``.
+    """
+    manifest = {"format": FORMAT, "source": source, "splits": splits}
+    write_text(folder / FILE_NAME, json.dumps(manifest, indent=1) + "\n")
 
 
 @dataclass(frozen=True)
@@ -91,6 +157,11 @@ def find_prepared(data: str | Sequence[str]) -> Path | None:
     if folders and len(items) > 1:
         raise UserError(f"data: {folders[0]} holds token shards; give it alone")
     for item in items:
+        if (Path(item) / PARTS).is_dir() and Path(item) not in folders:
+            raise UserError(
+                f"data: {item} holds parts that are not merged; "
+                f"run fastgpt2 prepare --merge --out {item}"
+            )
         if item.endswith(SUFFIX):
             raise UserError(f"data: {item} is one token shard; give the folder it is in")
     return folders[0] if folders else None

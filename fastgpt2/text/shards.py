@@ -22,24 +22,27 @@ offset  size  content
 import hashlib
 import os
 import struct
-import sys
 import zlib
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import BinaryIO, Self
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
-from tqdm import tqdm
+from numpy.typing import ArrayLike
 
 from fastgpt2.errors import UserError
 from fastgpt2.files import atomic_path
 from fastgpt2.text.encoding import Tokenizer
-
-DType = np.dtype[Any]
+from fastgpt2.text.stored import (
+    BLOCK_IDS,
+    DType,
+    StoredTokens,
+    TokenFile,
+    check_ids,
+    verifying,
+)
 
 MAGIC = b"FGPT2TOK"
 VERSION = 1
@@ -47,7 +50,6 @@ HEADER_BYTES = 256
 SUFFIX = ".tokens"
 _FIELDS = struct.Struct("<8sIIQQ32s32s32s")
 _DTYPES: dict[int, DType] = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
-_VERIFY_IDS = 1 << 20
 
 
 def dtype_for(vocab_size: int) -> DType:
@@ -122,25 +124,45 @@ class ShardHeader:
         return cls(itemsize, vocab_size, count, sha256, *texts)
 
 
-class ShardWriter:
-    """What ``create_shard`` gives: appends ids and keeps count and checksum."""
+class IdWriter:
+    """Appends ids to a file, and keeps count and checksum.
 
-    def __init__(self, file: BinaryIO, name: str, tokenizer: Tokenizer, dtype: DType) -> None:
+    Args:
+        file: takes them.
+        name: what errors call it.
+        vocab_size: V; every id is in [0, V).
+        dtype: of the ids in the file.
+    """
+
+    def __init__(self, file: BinaryIO, name: str, vocab_size: int, dtype: DType) -> None:
         self.count = 0
         self._file = file
         self._name = name
-        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
         self._dtype = dtype
         self._digest = hashlib.sha256()
 
     def write(self, ids: ArrayLike) -> None:
         """Append ids; a UserError names one that is not in the vocabulary."""
         array = np.asarray(ids)
-        check_ids(array, self._tokenizer.vocab_size, self._name)
+        check_ids(array, self._vocab_size, self._name, first=self.count)
         data = array.astype(self._dtype).tobytes()
         self._digest.update(data)
         self._file.write(data)
         self.count += array.size
+
+    @property
+    def sha256(self) -> bytes:
+        """Of the ids written so far."""
+        return self._digest.digest()
+
+
+class ShardWriter(IdWriter):
+    """What ``create_shard`` gives: it knows the header of what is written."""
+
+    def __init__(self, file: BinaryIO, name: str, tokenizer: Tokenizer, dtype: DType) -> None:
+        super().__init__(file, name, tokenizer.vocab_size, dtype)
+        self._tokenizer = tokenizer
 
     @property
     def header(self) -> ShardHeader:
@@ -149,7 +171,7 @@ class ShardWriter:
             self._dtype.itemsize,
             self._tokenizer.vocab_size,
             self.count,
-            self._digest.digest(),
+            self.sha256,
             self._tokenizer.name,
             self._tokenizer.fingerprint,
         )
@@ -184,28 +206,11 @@ def create_shard(
         file.write(writer.header.pack())
 
 
-def check_ids(ids: NDArray[Any], vocab_size: int, where: str) -> None:
-    """Raise a UserError that names the first id outside [0, vocab_size) and its position."""
-    if not ids.size:
-        return
-    if not np.issubdtype(ids.dtype, np.integer):
-        raise UserError(f"{where}: ids must be integers, got {ids.dtype}")
-    if ids.max() < vocab_size and (ids.dtype.kind == "u" or ids.min() >= 0):
-        return
-    position = int(np.argmax((ids >= vocab_size) | (ids < 0)))
-    raise UserError(
-        f"{where}: id {ids[position]} at position {position} is not in the vocabulary of "
-        f"{vocab_size}"
-    )
-
-
-class TokenShards:
+class TokenShards(StoredTokens):
     """Several shards as one read-only sequence of ids: ``len(shards)``, ``shards[start:stop]``.
 
-    A slice is read from the file into a new array, and nothing else stays: the pages of a
-    long-lived memory map count as the process's own until the system takes them back, which ends
-    runs where memory is limited (karpathy/nanoGPT#287). Slices are checked against the vocabulary
-    as they are read, so no damaged id reaches an embedding.
+    Args:
+        paths: the shards, in their order.
 
     Raises:
         UserError: a shard is not usable (see ``ShardHeader.read``), or the shards are of different
@@ -225,42 +230,13 @@ class TokenShards:
                     f"({header.vocab_size} ids), but {self.paths[0]} has {first.tokenizer} "
                     f"{first.fingerprint} ({first.vocab_size} ids)"
                 )
-        self.vocab_size = first.vocab_size
         self.tokenizer = first.tokenizer
         self.fingerprint = first.fingerprint
-        # one dtype for the whole sequence, whatever the shards have
-        self.dtype = max((header.dtype for header in self.headers), key=lambda d: d.itemsize)
-        self._ends = np.cumsum([header.count for header in self.headers]).tolist()
-        self._files = [path.open("rb", buffering=0) for path in self.paths]
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def __getitem__(self, key: slice) -> NDArray[Any]:
-        start, stop, step = key.indices(len(self))
-        if step != 1:
-            raise ValueError(f"token shards: slices have step 1, got {step}")
-        out = np.empty(max(0, stop - start), self.dtype)
-        done = 0
-        while done < out.size:
-            shard = bisect_right(self._ends, start + done)
-            begin = self._ends[shard] - self.headers[shard].count
-            offset = start + done - begin
-            count = min(self._ends[shard] - (start + done), out.size - done)
-            out[done : done + count] = self._read(shard, offset, count)
-            done += count
-        return out
-
-    def _read(self, shard: int, offset: int, count: int) -> NDArray[Any]:
-        header, path = self.headers[shard], self.paths[shard]
-        data = _read_at(
-            self._files[shard], HEADER_BYTES + offset * header.itemsize, count * header.itemsize
-        )
-        if len(data) != count * header.itemsize:
-            raise UserError(f"token shard {path}: the file became shorter while it was in use")
-        ids = np.frombuffer(data, header.dtype)
-        check_ids(ids, self.vocab_size, f"token shard {path}, from id {offset}")
-        return ids
+        files = [
+            TokenFile(path, HEADER_BYTES, header.dtype, header.count)
+            for path, header in zip(self.paths, self.headers, strict=True)
+        ]
+        super().__init__(files, first.vocab_size, kind="token shard")
 
     def verify(self) -> None:
         """Read everything once, with a bar where that takes long.
@@ -268,13 +244,11 @@ class TokenShards:
         Raises:
             UserError: an id is outside the vocabulary, or ids do not match their checksum.
         """
-        with tqdm(
-            total=len(self), desc="verifying", unit="token", unit_scale=True, delay=2.0
-        ) as bar:
+        with verifying(len(self)) as bar:
             for shard, header in enumerate(self.headers):
                 digest = hashlib.sha256()
-                for offset in range(0, header.count, _VERIFY_IDS):
-                    count = min(_VERIFY_IDS, header.count - offset)
+                for offset in range(0, header.count, BLOCK_IDS):
+                    count = min(BLOCK_IDS, header.count - offset)
                     digest.update(self._read(shard, offset, count).tobytes())
                     bar.update(count)
                 if digest.digest() != header.sha256:
@@ -283,23 +257,5 @@ class TokenShards:
                         f"{header.sha256.hex()}, got {digest.hexdigest()}"
                     )
 
-    def close(self) -> None:
-        """Close the files."""
-        for file in self._files:
-            file.close()
-
-    # worker processes of a torch DataLoader open the files for themselves
     def __reduce__(self) -> tuple[type[Self], tuple[tuple[Path, ...]]]:
         return type(self), (self.paths,)
-
-
-def _read_at(file: Any, offset: int, count: int) -> bytes:
-    """``count`` bytes at ``offset``, without moving a position that a forked process shares."""
-    if sys.platform == "win32":
-        file.seek(offset)
-        return bytes(file.read(count))
-    parts = []
-    while count and (part := os.pread(file.fileno(), count, offset)):
-        parts.append(part)
-        offset, count = offset + len(part), count - len(part)
-    return b"".join(parts)

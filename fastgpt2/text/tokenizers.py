@@ -1,4 +1,4 @@
-"""Bytes and characters as tokens, and the choice between these and GPT-2's BPE."""
+"""Bytes, characters and bare ids as tokens, and the choice between these and GPT-2's BPE."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -119,6 +119,52 @@ class CharTokenizer:
         return well_formed(self.decode(ids)).encode("utf-8")
 
 
+class IdTokenizer:
+    """Ids without a text, of a tokenizer that nobody knows: written as numbers, ``" 12 7 99"``.
+
+    There is no end-of-text id. White space alone stands for id 0, the line break of nanoGPT's
+    ``shakespeare_char``: what samples begin with.
+
+    Args:
+        vocab_size: V, the number of ids.
+
+    Raises:
+        UserError: fewer than one id.
+    """
+
+    name = "ids"
+    eot = None
+
+    def __init__(self, vocab_size: int) -> None:
+        if vocab_size < 1:
+            raise UserError(f"--vocab-size must be 1 or more, got {vocab_size}")
+        self.vocab_size = vocab_size
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the number of ids."""
+        return fingerprint([f"{self.vocab_size} ids".encode()])
+
+    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+        """The numbers in ``text``; ``allow_special`` changes nothing: none is special."""
+        words = text.split() or ["0"] * bool(text)
+        for word in words:
+            if not word.isdecimal() or int(word) >= self.vocab_size:
+                raise UserError(
+                    f"tokenizer ids: {word!r} is not a number below {self.vocab_size}; tokens of "
+                    "an unknown tokenizer are written as numbers"
+                )
+        return [int(word) for word in words]
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Each of ``ids`` as a number with a space before it."""
+        return self.decode(ids).encode("ascii")
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Each of ``ids`` as a number with a space before it."""
+        return "".join(f" {int(id_)}" for id_ in ids)
+
+
 def get_tokenizer(
     name: str,
     *,
@@ -195,12 +241,15 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         record = json.loads(path.read_bytes())
         name, expected = record["name"], record["fingerprint"]
         chars = record["chars"] if name == "char" else None
+        vocab_size = int(record["vocab_size"]) if name == "ids" else None
     except FileNotFoundError:
         raise UserError(f"{folder}: no tokenizer in this folder ({FILE_NAME} is missing)") from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: damaged tokenizer file: {error!r}") from error
     if chars is not None:
         tokenizer: Tokenizer = CharTokenizer(chars)
+    elif vocab_size is not None:
+        tokenizer = IdTokenizer(vocab_size)
     else:
         tokenizer = get_tokenizer(name, vocab_dir=folder if name == "gpt2" else None)
     if tokenizer.fingerprint != expected:

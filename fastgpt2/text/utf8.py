@@ -7,7 +7,7 @@ from fastgpt2.errors import UserError
 # the first bytes of files that people take for text, and what they are
 _MAGIC = (
     # llm.c's token files: magic number 20240520, little-endian (karpathy/llm.c, dev/data)
-    ((20240520).to_bytes(4, "little"), "a token file of llm.c"),
+    ((20240520).to_bytes(4, "little"), "a token file of llm.c, whose name must end in .bin"),
     (codecs.BOM_UTF32_LE, "text in UTF-32"),
     (codecs.BOM_UTF32_BE, "text in UTF-32"),
     (codecs.BOM_UTF16_LE, "text in UTF-16"),
@@ -81,18 +81,37 @@ class Utf8Decoder:
         return text
 
     def _looks_like(self) -> str:
-        kind = _kind(self._name, self._head)
+        kind = _kind(self._head)
         return f"; it looks like {kind}" if kind else ""
 
 
-def _kind(name: str, head: bytes) -> str | None:
-    """What a file that is not UTF-8 text seems to be, from its first bytes and its name."""
-    for magic, kind in _MAGIC:
-        if head.startswith(magic):
-            return kind
+def kind_of_bytes(head: bytes) -> str | None:
+    """What a file is that begins with ``head``, where its first bytes say so.
+
+    Args:
+        head: the first bytes of a file.
+    """
+    return next((kind for magic, kind in _MAGIC if head.startswith(magic)), None)
+
+
+def looks_like_text(head: bytes) -> bool:
+    """Whether ``head`` is UTF-8 without control characters, but for a character cut at its end.
+
+    Args:
+        head: the first bytes of a file.
+    """
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return False
+    return all(char.isprintable() or char.isspace() for char in text)
+
+
+def _kind(head: bytes) -> str | None:
+    """What a file that is not UTF-8 text seems to be, from its first bytes."""
+    if kind := kind_of_bytes(head):
+        return kind
     nuls = {i % 2 for i, byte in enumerate(head) if byte == 0}
-    if name.lower().endswith(".bin"):
-        return "a file of token ids (nanoGPT's are uint16), or of weights"
     if len(nuls) == 1:
         return "text in UTF-16; `iconv -f UTF-16LE -t UTF-8` (or UTF-16BE) converts it"
     if b"\0" not in head:

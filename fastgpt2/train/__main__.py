@@ -14,7 +14,7 @@ from fastgpt2 import runs
 from fastgpt2.cli import Parser
 from fastgpt2.cli import run as run_command
 from fastgpt2.errors import UserError
-from fastgpt2.text.corpora import absolute, corpus_paths
+from fastgpt2.text.mixture import absolute_item, item_paths
 from fastgpt2.train import summary
 from fastgpt2.train.allocator import keep_freed_memory
 from fastgpt2.train.claim import check_outside, claimed, empty, is_empty, new_folder
@@ -42,8 +42,10 @@ _OWN_METAVARS = {
 # a run keeps these to its end: they decide what its weights and its data stream mean
 _FIXED = (
     "tokenizer",
+    "vocab_size",
     "val_fraction",
     "stride",
+    "pack",
     "model",
     "block_size",
     "n_layer",
@@ -205,7 +207,7 @@ def _configuration(base: dict[str, Any], arguments: dict[str, Any], *, resume: b
     # a resume may be given from another folder
     return replace(
         config,
-        data=tuple(absolute(item) for item in config.data),
+        data=tuple(absolute_item(item) for item in config.data),
         vocab_dir=None if config.vocab_dir is None else str(Path(config.vocab_dir).absolute()),
         init_from=None if config.init_from is None else noted_source(config.init_from),
     )
@@ -253,7 +255,7 @@ def _check_unused(folder: Path, overwrite: bool) -> None:
 
 def _check_keeps_sources(folder: Path, config: TrainConfig, name: str | None) -> None:
     """What the new run is made from must outlive the old run."""
-    check_outside(folder, (path for item in config.data for path in corpus_paths(item)), "data")
+    check_outside(folder, (path for item in config.data for path in item_paths(item)), "data")
     if config.vocab_dir is not None:
         check_outside(folder, [Path(config.vocab_dir)], "vocabulary")
     if config.init_from is not None and Path(config.init_from).exists():
@@ -272,9 +274,14 @@ def _report(outcome: Outcome, folder: Path, prompt: str) -> None:
     )
     if outcome.validation is not None:
         result = outcome.validation
+        per_byte = (
+            f", {result.nats_per_byte:.4f} nats/byte, {result.bits_per_byte:.4f} bits/byte"
+            if result.text_bytes
+            else ""
+        )
         print(
-            f"validation: {result.loss:.4f} nats/token, perplexity {result.perplexity:.2f}, "
-            f"{result.nats_per_byte:.4f} nats/byte, {result.bits_per_byte:.4f} bits/byte"
+            f"validation: {result.loss:.4f} nats/token, perplexity {result.perplexity:.2f}"
+            + per_byte
         )
     curves = f"; curves: {folder / 'loss.png'}" if outcome.drawn else ""
     print(f"best checkpoint: step {outcome.best_step:,}{curves}")

@@ -44,16 +44,24 @@ class TrainConfig:
     data: tuple[str, ...] = _option(
         ("python-docs",),
         "files (text, .jsonl, .parquet; .gz and .zst of text and .jsonl), folders, globs, token "
-        "shards, or a name: python-docs, the-verdict, tinyshakespeare",
+        "shards, token files (.bin of llm.c, nanoGPT), or a name: python-docs, the-verdict, "
+        "tinyshakespeare; NAME:WEIGHT for each makes a mixture",
     )
     text_column: str = _option("text", "where a line of JSON or a Parquet table has its text")
     tokenizer: str = _option(
-        "auto", "how text becomes tokens", choices=("auto", "gpt2", "bytes", "char")
+        "auto", "how text becomes tokens", choices=("auto", "gpt2", "bytes", "char", "ids")
+    )
+    vocab_size: int | None = _option(
+        None, "number of ids, for token files whose tokenizer is not known"
     )
     vocab_dir: str | None = _option(None, "folder with GPT-2's encoder.json and vocab.bpe")
     val_fraction: float = _option(0.1, "share of the text, at its end, kept for validation")
     stride: int | None = _option(
         None, "tokens from one block to the next [T, with borders that move from epoch to epoch]"
+    )
+    pack: bool = _option(
+        False,
+        "documents packed into blocks: attention stays within each, positions begin anew",
     )
     init_from: str | None = _option(
         None,
@@ -142,7 +150,7 @@ class TrainConfig:
         self._check_lora()
         for name in ("beta1", "beta2", "muon_momentum"):
             _check(self, name, 0 <= getattr(self, name) < 1, "in [0, 1)")
-        for name in ("stride", "steps", "epochs", "minutes"):
+        for name in ("vocab_size", "stride", "steps", "epochs", "minutes"):
             value = getattr(self, name)
             _check(self, name, value is None or value > 0, "greater than 0")
         if self.min_lr is not None:

@@ -100,9 +100,10 @@ class Console:
 
     def evaluation(self, step: int, result: Validation, seconds: float) -> None:
         """An evaluation's losses, and how long it took."""
+        per_byte = f", {result.nats_per_byte:.4f} nats/byte" if result.text_bytes else ""
         self.write(
             f"step {step}: validation loss {result.loss:.4f} nats/token, perplexity "
-            f"{result.perplexity:.2f}, {result.nats_per_byte:.4f} nats/byte ({seconds:.1f} s)"
+            f"{result.perplexity:.2f}{per_byte} ({seconds:.1f} s)"
         )
 
     def sample(self, text: str) -> None:

@@ -9,7 +9,7 @@ from fastgpt2.errors import UserError
 from fastgpt2.lora import add_lora
 from fastgpt2.model import GPT
 from fastgpt2.opener import OpenedModel, open_model
-from fastgpt2.text import Tokenizer, get_tokenizer
+from fastgpt2.text import IdTokenizer, Tokenizer, get_tokenizer
 from fastgpt2.train.config import TrainConfig
 from fastgpt2.weights.digest import weights_sha256
 
@@ -80,8 +80,10 @@ def open_origin(config: TrainConfig) -> Origin:
         UserError: no such model, or the run asks for another shape or tokenizer than it has.
     """
     assert config.init_from is not None
-    given = None
-    if config.tokenizer in ("gpt2", "bytes"):
+    given: Tokenizer | None = None
+    if config.vocab_size is not None:
+        given = IdTokenizer(config.vocab_size)
+    elif config.tokenizer in ("gpt2", "bytes"):
         given = get_tokenizer(config.tokenizer, vocab_dir=config.vocab_dir)
     opened = open_model(config.init_from, tokenizer=given)
     if config.tokenizer not in ("auto", opened.tokenizer.name):

@@ -11,7 +11,7 @@ from fastgpt2 import runs
 from fastgpt2.devices import rng_states, set_rng_states
 from fastgpt2.errors import UserError
 from fastgpt2.model import GPT
-from fastgpt2.text import BlockLoader
+from fastgpt2.text import BlockStream
 from fastgpt2.train import checkpoint
 from fastgpt2.train.step import StepResult
 from fastgpt2.train.validation import Validation
@@ -36,7 +36,7 @@ class RunState:
 
     model: GPT
     optimizer: torch.optim.Optimizer
-    loader: BlockLoader
+    loader: BlockStream
     scaler: torch.amp.GradScaler
     fixed: dict[str, Any]
     step: int = 0

@@ -1,9 +1,5 @@
 """What a person reads before and after training."""
 
-import os
-import shutil
-import sys
-
 import torch
 
 from fastgpt2.config import GPTConfig
@@ -108,20 +104,3 @@ def model_lines(
             f"checkpoint holds the adapters, the weights stay in {lora.base}"
         )
     return lines
-
-
-def compiler_obstacle(device: torch.device) -> str | None:
-    """Why ``torch.compile`` cannot work here, or None: it wants a compiler for its host code."""
-    on_cpu = device.type == "cpu"
-    if on_cpu:
-        # the one name that TorchInductor tries
-        wanted = [os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")]
-    else:
-        # those that Triton tries
-        wanted = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
-    if os.name == "nt":
-        wanted = ["cl"]
-    if any(shutil.which(name) for name in wanted):
-        return None
-    language = "C++" if on_cpu else "C"
-    return f"no {language} compiler found ({', '.join(wanted)})"

@@ -20,8 +20,10 @@ from fastgpt2.files import write_text
 from fastgpt2.generate.stream import encode_prompt, stream_text
 from fastgpt2.model import GPT
 from fastgpt2.streams import steady_streams
-from fastgpt2.text import BlockLoader, build_dataset, load_tokenizer, save_tokenizer
+from fastgpt2.text import build_dataset, load_tokenizer, save_tokenizer
 from fastgpt2.text.loaders import check_eval_tokens
+from fastgpt2.text.mixture_loader import mixture_lines, open_loader
+from fastgpt2.text.packing import packed
 from fastgpt2.train import checkpoint
 from fastgpt2.train.compiled import compiled
 from fastgpt2.train.config import TrainConfig
@@ -90,10 +92,17 @@ class Trainer:
             vocab_dir=None if origin else config.vocab_dir,
             val_fraction=config.val_fraction,
             text_column=config.text_column,
+            vocab_size=config.vocab_size,
             notify=notify,
         )
         self.tokenizer = self.dataset.tokenizer
         self.tokenizer_id = f"{self.tokenizer.name} {self.tokenizer.fingerprint}"
+        self.eot = self.tokenizer.eot if config.pack else None
+        if config.pack and self.eot is None:
+            raise UserError(
+                f"--pack: the tokenizer {self.tokenizer.name} has no end-of-text id, so nothing "
+                "says where a document ends"
+            )
         # what would fail at the first evaluation fails now
         if config.sample_tokens:
             encode_prompt(self.tokenizer, config.sample_prompt, name="sample_prompt")
@@ -112,12 +121,13 @@ class Trainer:
         self.model.to(self.device)
         self.frozen = freeze(self.model, config.freeze)
         optimizer = build_optimizer(self.model, config)
-        self.loader = BlockLoader(
+        self.loader = open_loader(
             self.dataset.train,
             block_size=shape.block_size,
             batch_size=config.batch_size,
             seed=config.seed,
             stride=config.stride,
+            eot=self.eot,
             vocab_size=shape.vocab_size,
         )
         if self.dataset.val is not None:
@@ -175,13 +185,17 @@ class Trainer:
             dtype=self.dtype,
             kernels=self.kernels,
         )
-        for line in self.frozen:
+        left = 0 if self.total_steps is None else self.total_steps - state.step
+        planned = self.loader.blocks_used + left * self.tokens_per_step // self.loader.block_size
+        for line in (*self.frozen, *mixture_lines(self.loader, planned)):
             self.console.notify(line)
         self.model.train()
         if config.compile:
             self.training_step.forward = compiled(
-                self.model, config.batch_size, self.dtype, self.console.notify
+                self.model, config.batch_size, self.dtype, self.console.notify, eot=self.eot
             )
+        if self.eot is not None:
+            self.training_step.forward = packed(self.training_step.forward, self.eot)
         try:
             with (
                 self.interrupt,
@@ -306,6 +320,7 @@ class Trainer:
             batch_size=max(config.batch_size, EVAL_TOKENS // self.model.config.block_size),
             dtype=self.dtype,
             poll=self.interrupt.poll,
+            eot=self.eot,
         )
         seconds = time.perf_counter() - began
         if state.validation is not None:

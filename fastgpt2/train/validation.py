@@ -12,6 +12,7 @@ from fastgpt2.devices import autocast
 from fastgpt2.model import GPT
 from fastgpt2.text.dataset import Dataset
 from fastgpt2.text.loaders import iter_eval_batches
+from fastgpt2.text.packing import inside_documents, packed
 from fastgpt2.units import perplexity
 
 
@@ -30,7 +31,12 @@ class Validation:
 
     @property
     def nats_per_byte(self) -> float:
-        """Loss a UTF-8 byte of the text, comparable between tokenizers."""
+        """Loss per UTF-8 byte of the text, comparable between tokenizers.
+
+        NaN where the ids have no text.
+        """
+        if not self.text_bytes:
+            return math.nan
         return self.loss * self.targets / self.text_bytes
 
     @property
@@ -47,6 +53,7 @@ def validate(
     batch_size: int,
     dtype: torch.dtype,
     poll: Callable[[], None],
+    eot: int | None = None,
 ) -> Validation | None:
     """Score every validation token once, in blocks of the model's block_size.
 
@@ -56,6 +63,7 @@ def validate(
         batch_size: rows of block_size tokens per batch.
         dtype: autocast's, of the computation; losses are summed in fp64.
         poll: called before each batch; what it raises ends the scoring.
+        eot: the id that ends a document, where each document of a block is scored alone.
 
     Returns:
         The loss in nats per token; None where the data keeps no validation split.
@@ -65,6 +73,7 @@ def validate(
     was_training = model.training
     model.eval()
     device, block_size = model.lm_head.weight.device, model.config.block_size
+    forward = model if eot is None else packed(model, eot)
     losses: list[Tensor] = []
     counts: list[int] = []
     batches = iter_eval_batches(dataset.val, block_size, batch_size)
@@ -76,12 +85,15 @@ def validate(
         try:
             for idx, targets in bar:
                 poll()
+                if eot is not None:
+                    targets = inside_documents(idx, targets, eot)
                 with autocast(device, dtype):
-                    loss = model(idx.to(device), targets.to(device), fused_loss=True)[1]
+                    loss = forward(idx.to(device), targets.to(device), fused_loss=True)[1]
                 losses.append(loss)
                 counts.append(int((targets >= 0).sum()))
         finally:
             model.train(was_training)
     # weighted by count, in fp64, with one transfer at the end
+    text_bytes = dataset.val_bytes - (0 if eot is None else dataset.first_bytes)
     weighted = torch.stack(losses).cpu().double() * torch.tensor(counts)
-    return Validation(weighted.sum().item() / sum(counts), sum(counts), dataset.val_bytes)
+    return Validation(weighted.sum().item() / sum(counts), sum(counts), text_bytes)

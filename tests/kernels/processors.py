@@ -13,6 +13,7 @@ _linear = importlib.import_module("fastgpt2.kernels.linear")
 _blocked_attention = importlib.import_module("fastgpt2.kernels.blocked_attention")
 
 ALWAYS, FEW, NEVER = (1, sys.maxsize), (4, 65), (0, 0)
+SEVERAL = (2, sys.maxsize)
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Processor:
 
 PROCESSORS = (
     Processor("AMD with AVX-512", "AuthenticAMD", "AVX512", True, False, ALWAYS),
-    Processor("AMD with AVX2", "AuthenticAMD", "AVX2", True, False, NEVER),
+    Processor("AMD with AVX2", "AuthenticAMD", "AVX2", True, False, SEVERAL),
     Processor("Intel with AMX", "GenuineIntel", "AVX512", True, True, FEW),
     Processor("Intel with AVX-512", "GenuineIntel", "AVX512", True, False, FEW),
     Processor("Intel with AVX2", "GenuineIntel", "AVX2", True, False, NEVER),

@@ -191,7 +191,7 @@ def test_an_id_beyond_the_vocabulary_never_leaves_the_reader(tmp_path: Path) -> 
     edit(path, HEADER_BYTES + 20, b"\xff\xff")
     shards = TokenShards([path])
     assert shards[:10].tolist() == list(range(10))
-    with pytest.raises(UserError, match="from id 5: id 65535 at position 5 is not in"):
+    with pytest.raises(UserError, match="a: id 65535 at position 10 is not in"):
         shards[5:15]
 
 

@@ -21,9 +21,9 @@ IDS = np.arange(64, dtype=np.uint16)
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("train.bin", IDS.tobytes(), "NUL byte at offset 0; it looks like a file of token ids"),
-        ("train.bin", (IDS + 200).tobytes(), "it looks like a file of token ids"),
-        ("tok.bin", np.array([20240520, 1, 9], "<i4").tobytes(), "a token file of llm.c"),
+        ("train.dat", IDS.tobytes(), "NUL byte at offset 0; it looks like binary data"),
+        ("train.dat", (IDS + 200).tobytes(), "is not UTF-8|NUL byte"),
+        ("tok.dat", np.array([20240520, 1, 9], "<i4").tobytes(), "a token file of llm.c"),
         ("a.txt", "some text".encode("utf-16-le"), "NUL byte at offset 1; .* UTF-16"),
         ("a.txt", "some text".encode("utf-16-be"), "NUL byte at offset 0; .* UTF-16"),
         ("a.txt", "some text".encode("utf-16"), "offset 0 .*; it looks like text in UTF-16"),

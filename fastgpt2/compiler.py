@@ -1,0 +1,37 @@
+"""The compiler behind ``torch.compile``: whether there is one, and one line where it fails."""
+
+import os
+import shutil
+import sys
+from textwrap import shorten
+
+import torch
+
+from fastgpt2.cli import in_one_line
+
+
+def compiler_obstacle(device: torch.device) -> str | None:
+    """Why ``torch.compile`` cannot work here, or None: it wants a compiler for its host code."""
+    on_cpu = device.type == "cpu"
+    if on_cpu:
+        # the one name that TorchInductor tries
+        wanted = [os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")]
+    else:
+        # those that Triton tries
+        wanted = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    if os.name == "nt":
+        wanted = ["cl"]
+    if any(shutil.which(name) for name in wanted):
+        return None
+    language = "C++" if on_cpu else "C"
+    return f"no {language} compiler found ({', '.join(wanted)})"
+
+
+def failure(error: Exception) -> str:
+    """What the compiler said, in one line.
+
+    A compiler that is found may still fail: no headers, a temporary folder that cannot execute, a
+    cache that cannot be written.
+    """
+    reason = " ".join((in_one_line(error) or str(error)).split())
+    return shorten(f"{type(error).__name__}: {reason}", 200, placeholder=" ...")

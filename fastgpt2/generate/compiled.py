@@ -1,0 +1,90 @@
+"""The decoding step compiled: one program over buffers that stay where they are.
+
+TorchInductor makes one C++ function of the whole step. It is compiled for a number of rows and the
+model's shapes; the cache's size and how many keys are in use are variables of it, so no length
+compiles anything anew. The program is kept on disk (by Inductor, in its own cache), and a second
+process loads it.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgpt2.compiler import compiler_obstacle, failure
+from fastgpt2.generate.step import Weights, logits_after
+from fastgpt2.model import GPT
+
+# as ``logits_after``
+Run = Callable[[Weights, Tensor, Tensor, list[Tensor], Tensor], Tensor]
+# keys in use are rounded up to this, so that the loops over them have no rest
+BLOCK = 64
+# the compiler tells dimensions apart by their first sizes: no two of these may be equal
+_TRIAL_SIZE, _TRIAL_KEYS = 3 * BLOCK, 2 * BLOCK
+# programs kept for one function: shapes, rows, dtypes
+_PROGRAMS = 32
+_OPTIONS: dict[str, Any] = {
+    # multiplications and sums become one instruction
+    "cpp.enable_floating_point_contract_flag": "fast",
+    # a vector that all features of a layer read is computed once, not in their loop
+    "realize_reads_threshold": 0,
+    "max_pointwise_cat_inputs": 0,
+}
+# seconds, on two cores with AVX2: what compiling costs, and what each token saves by the weight
+_COST_PER_LAYER = 5.0
+_SAVED, _SAVED_INT8 = 2.5e-10, 1.8e-9
+
+
+def pays(model: GPT, new_tokens: int) -> bool:
+    """Whether compiling takes less time than it saves, for so many steps of this model.
+
+    GPT-2 124M pays from about 2,000 steps on in fp32, and from 300 in int8. A program that is on
+    disk already would pay earlier; that is not looked up.
+    """
+    quantized = model.lm_head.weight.dtype == torch.int8
+    size = sum(p.numel() for p in model.parameters())
+    saved = new_tokens * size * (_SAVED_INT8 if quantized else _SAVED)
+    on_cpu = model.transformer.wpe.weight.device.type == "cpu"
+    return on_cpu and saved > model.config.n_layer * _COST_PER_LAYER
+
+
+def compiled_step(
+    weights: Weights, rows: int, notify: Callable[[str], None] | None = None
+) -> Run | None:
+    """The compiled step after a trial run, or None, with one line that says why.
+
+    Args:
+        weights: the model's.
+        rows: B of all steps to come.
+        notify: shows what was decided, a line each; None says only what failed, as a warning.
+    """
+    obstacle = compiler_obstacle(weights.positions.device)
+    if obstacle is not None:
+        (notify or warnings.warn)(f"compile: {obstacle}; generating without it")
+        return None
+    if notify is not None:
+        notify("compile: on; the first time takes a minute or so, later ones seconds")
+    H = weights.n_head
+    shape = (2, rows, H, _TRIAL_SIZE, weights.positions.shape[1] // H)
+    kv = [torch.zeros(shape, dtype=weights.positions.dtype) for _ in weights.layers]
+    tokens, lengths = torch.zeros(2, rows, dtype=torch.int64)
+
+    def step(
+        weights: Weights, tokens: Tensor, lengths: Tensor, kv: list[Tensor], seen: Tensor
+    ) -> Tensor:
+        torch._dynamo.mark_dynamic(seen, 0)
+        for layer in kv:
+            torch._dynamo.mark_dynamic(layer, 3)
+        with torch._dynamo.config.patch(recompile_limit=_PROGRAMS), torch.no_grad():
+            logits: Tensor = run(weights, tokens, lengths, kv, seen)
+        return logits
+
+    try:
+        run = torch.compile(logits_after, fullgraph=True, dynamic=False, options=_OPTIONS)
+        step(weights, tokens, lengths, kv, torch.arange(_TRIAL_KEYS))
+    except Exception as error:
+        (notify or warnings.warn)(f"compile: failed ({failure(error)}); generating without it")
+        return None
+    return step

@@ -1,0 +1,221 @@
+"""One decoding step of a plain model: a token of each row in, the next ones out.
+
+``GPT.hidden_states`` serves every model, with hooks, adapters and gradients; this serves the one
+case that decoding spends its time in, as a plain function of tensors: B rows, one new token each,
+on a CPU. Called as it is, it is a handful of PyTorch's operators per layer. Compiled, it is one
+program over buffers that stay where they are. Both compute OpenAI's graph, as ``layers.py`` does.
+Shapes: B rows, C width, H heads, D head size, S keys of the cache, n of them in use, V vocabulary.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastgpt2.kernels.backend import Impl, resolve
+from fastgpt2.kernels.few_rows import MAX_ROWS, few_rows_linear, many_rows_linear, words
+from fastgpt2.kernels.gelu import APPROXIMATIONS
+from fastgpt2.kernels.linear import unchecked_linear
+from fastgpt2.kernels.modes import autocasts
+from fastgpt2.layers import MLP, Block, CausalSelfAttention, Transformer
+from fastgpt2.model import GPT
+from fastgpt2.plain import is_plain
+from fastgpt2.quantize import QuantizedEmbedding, QuantizedLinear
+
+
+class Matrix(NamedTuple):
+    """A linear layer, or a table of embeddings.
+
+    Attributes:
+        weight: (F, C), floating point or int8.
+        packed: the same for few rows in the compiled step.
+        scales: (F,), of int8.
+        bias: (F,).
+    """
+
+    weight: Tensor
+    packed: Tensor
+    scales: Tensor | None
+    bias: Tensor | None
+
+
+class Norm(NamedTuple):
+    """A LayerNorm."""
+
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+
+
+class Layer(NamedTuple):
+    """A block."""
+
+    norm_1: Norm
+    qkv: Matrix
+    proj: Matrix
+    norm_2: Norm
+    fc: Matrix
+    out: Matrix
+
+
+class Weights(NamedTuple):
+    """A model's weights as a step reads them, and the little else that it needs."""
+
+    tokens: Matrix
+    positions: Tensor
+    layers: list[Layer]
+    norm: Norm
+    head: Matrix
+    n_head: int
+    approximate: str
+    fp32_residual: bool
+
+
+def weights_of(model: GPT) -> Weights | None:
+    """The weights of a model that is what it was built as, or quantized; None for any other.
+
+    They are the model's own tensors, not copies.
+    """
+    transformer, config = model.transformer, model.config
+    positions = transformer.wpe
+    tables = (nn.Embedding, QuantizedEmbedding)
+    if not (
+        resolve("generate", config.impl, positions.weight) is Impl.TORCH
+        and positions.weight.device.type == "cpu"
+        and type(model) is GPT
+        and not vars(model).keys() & {"forward", "head", "hidden_states"}
+        and is_plain(transformer, Transformer)
+        and is_plain(positions, nn.Embedding)
+        and any(is_plain(transformer.wte, kind) for kind in tables)
+    ):
+        return None
+    dtype, V = positions.weight.dtype, config.vocab_size
+    table: nn.Module = transformer.wte
+    layers = [_layer(block) for block in transformer.h]
+    norm, head = _norm(transformer.ln_f), _matrix(model.lm_head)
+    if norm is None or head is None or autocasts(positions.weight.device):
+        return None
+    scales = table.scales if isinstance(table, QuantizedEmbedding) else None
+    weights = Weights(
+        tokens=Matrix(transformer.wte.weight.detach(), transformer.wte.weight, scales, None),
+        positions=positions.weight.detach(),
+        layers=[layer for layer in layers if layer is not None],
+        norm=norm,
+        # the rows that only pad the vocabulary give no logits
+        head=head._replace(
+            weight=head.weight[:V],
+            packed=head.packed[:V],
+            scales=None if head.scales is None else head.scales[:V],
+            bias=None if head.bias is None else head.bias[:V],
+        ),
+        n_head=config.n_head,
+        approximate=APPROXIMATIONS[config.gelu],
+        fp32_residual=config.fp32_residual,
+    )
+    floating = [p for p in model.parameters() if p.is_floating_point()]
+    same = all(p.dtype == dtype and p.device == positions.weight.device for p in floating)
+    return weights if same and len(weights.layers) == len(transformer.h) else None
+
+
+def _layer(block: nn.Module) -> Layer | None:
+    if not (is_plain(block, Block) and isinstance(block, Block)):
+        return None
+    attn, mlp = block.attn, block.mlp
+    if not (is_plain(attn, CausalSelfAttention) and is_plain(mlp, MLP)):
+        return None
+    parts = (
+        _norm(block.ln_1),
+        _matrix(attn.c_attn),
+        _matrix(attn.c_proj),
+        _norm(block.ln_2),
+        _matrix(mlp.c_fc),
+        _matrix(mlp.c_proj),
+    )
+    return None if any(part is None for part in parts) else Layer(*parts)  # type: ignore[arg-type]
+
+
+def _norm(norm: nn.Module) -> Norm | None:
+    if not (is_plain(norm, nn.LayerNorm) and isinstance(norm, nn.LayerNorm)):
+        return None
+    bias = norm._parameters["bias"]
+    return Norm(norm.weight.detach(), None if bias is None else bias.detach(), norm.eps)
+
+
+def _matrix(layer: nn.Module) -> Matrix | None:
+    if isinstance(layer, nn.Linear) and is_plain(layer, nn.Linear):
+        weight, packed, scales = layer.weight.detach(), layer.weight.detach(), None
+    elif isinstance(layer, QuantizedLinear) and is_plain(layer, QuantizedLinear):
+        weight, scales = layer.weight.detach(), layer.scales
+        packed = words(weight)
+    else:
+        return None
+    bias: Tensor | None = layer.bias
+    return Matrix(weight, packed, scales, None if bias is None else bias.detach())
+
+
+def logits_after(
+    weights: Weights, tokens: Tensor, lengths: Tensor, kv: list[Tensor], seen: Tensor
+) -> Tensor:
+    """The logits after one more token of each row, whose keys and values go into the cache.
+
+    Args:
+        weights: the model's.
+        tokens: (B,), each row's newest.
+        lengths: (B,), how many tokens of the row are in the cache.
+        kv: of each layer (2, B, H, S, D), keys and values, written at ``lengths``.
+        seen: (n,), the numbers 0 to n - 1: the keys that may be in use, n > every length.
+
+    Returns:
+        (B, V) in the weights' dtype.
+    """
+    B, n = tokens.shape[0], seen.shape[0]
+    dtype, H, D = weights.positions.dtype, kv[0].shape[2], kv[0].shape[4]
+    rows = torch.arange(B)
+    # a row that is not in use may be full: what is written then is never read
+    last = weights.positions.shape[0] - 1
+    x = _lookup(weights.tokens, tokens) + F.embedding(lengths.clamp(max=last), weights.positions)
+    x = x.float() if weights.fp32_residual else x.to(dtype)
+    visible = seen <= lengths[:, None]
+    # (B, H, 1, n): the same for every head
+    mask = visible[:, None, None, :]
+    for layer, cache in zip(weights.layers, kv, strict=True):
+        qkv = _linear(layer.qkv, _normalize(layer.norm_1, x, dtype)).view(B, 3, H, D)
+        # advanced indices with a slice between them come first: (B, 2, H, D)
+        cache[:, rows, :, lengths] = qkv[:, 1:]
+        out = _attend(qkv[:, 0], cache[0, :, :, :n], cache[1, :, :, :n], mask)
+        x = x + _linear(layer.proj, out.reshape(B, H * D))
+        hidden = _linear(layer.fc, _normalize(layer.norm_2, x, dtype))
+        x = x + _linear(layer.out, F.gelu(hidden, approximate=weights.approximate))
+    return _linear(weights.head, _normalize(weights.norm, x, dtype))
+
+
+def _lookup(table: Matrix, idx: Tensor) -> Tensor:
+    rows: Tensor = F.embedding(idx, table.weight)
+    return rows if table.scales is None else rows.float() * table.scales[idx][:, None]
+
+
+def _normalize(norm: Norm, x: Tensor, dtype: torch.dtype) -> Tensor:
+    weight, bias = norm.weight.to(x.dtype), None if norm.bias is None else norm.bias.to(x.dtype)
+    return F.layer_norm(x, weight.shape, weight, bias, norm.eps).to(dtype)
+
+
+def _linear(layer: Matrix, x: Tensor) -> Tensor:
+    """(B, C) -> (B, F) in x's dtype."""
+    if torch.compiler.is_compiling() and x.shape[0] <= MAX_ROWS:
+        out = few_rows_linear(x, layer.packed, layer.scales)
+        return (out if layer.bias is None else out + layer.bias).to(x.dtype)
+    if layer.scales is None:
+        return unchecked_linear(x, layer.weight, layer.bias)
+    out = many_rows_linear(x, layer.weight, layer.scales)
+    return out if layer.bias is None else out + layer.bias
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v: q (B, H, D), k and v (B, H, n, D) -> (B, H, D) in q's dtype."""
+    if not torch.compiler.is_compiling():
+        return F.scaled_dot_product_attention(q[:, :, None], k, v, mask)[:, :, 0]
+    scores = (q.float()[:, :, None] * k.float()).sum(dim=-1) * q.shape[-1] ** -0.5
+    probs = scores.masked_fill(~mask[:, :, 0], -torch.inf).softmax(dim=-1)
+    out: Tensor = (probs[..., None] * v.float()).sum(dim=2).to(q.dtype)
+    return out

@@ -1,0 +1,101 @@
+"""Several corpora drawn by weight: ``--data a.txt:0.3 b/:0.7``."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastgpt2.errors import UserError
+from fastgpt2.text.corpora import absolute, corpus_paths
+from fastgpt2.text.stored import JoinedTokens
+
+
+@dataclass(frozen=True)
+class Mixture(JoinedTokens):
+    """Training tokens of several sources.
+
+    Attributes:
+        tokens: the ids of each.
+        names: of the sources, as they were given.
+        weights: share of the blocks that each gives; they add up to 1.
+    """
+
+    names: tuple[str, ...]
+    weights: tuple[float, ...]
+
+
+def split_weight(item: str) -> tuple[str, float | None]:
+    """What an item of ``--data`` names, and its weight if it has one: ``a.txt:0.3``.
+
+    A name that is there as it stands, with its colon and number, has no weight: a file called
+    ``a:1``, or what a pattern such as ``logs/*:1`` matches. ``C:\\a.txt`` ends in no number.
+
+    Args:
+        item: one element of ``--data``.
+
+    Raises:
+        UserError: the weight is not a positive number.
+    """
+    name, colon, tail = item.rpartition(":")
+    if not (colon and name):
+        return item, None
+    try:
+        weight = float(tail)
+    except ValueError:
+        return item, None
+    if Path(item).exists() or corpus_paths(item):
+        return item, None
+    if not (weight > 0 and math.isfinite(weight)):
+        raise UserError(f"data: {item}: the weight must be a positive number, got {tail}")
+    return name, weight
+
+
+def split_weights(data: str | Sequence[str]) -> tuple[list[str], list[float]] | None:
+    """The names and weights in ``data``, the weights scaled to a sum of 1; None without weights.
+
+    Args:
+        data: what ``build_dataset`` takes.
+
+    Raises:
+        UserError: a weight is not a positive number, or some items have one and some do not.
+    """
+    items = [data] if isinstance(data, str) else list(data)
+    pairs = [split_weight(item) for item in items]
+    weights = [weight for _, weight in pairs if weight is not None]
+    if not weights:
+        return None
+    if len(weights) < len(items):
+        bare = next(name for name, weight in pairs if weight is None)
+        raise UserError(f"data: {bare} has no weight; give one to all (NAME:WEIGHT) or to none")
+    total = sum(weights)
+    return [name for name, _ in pairs], [weight / total for weight in weights]
+
+
+def refuse_weights(data: str | Sequence[str], command: str) -> None:
+    """Raise a UserError where ``data`` has weights, which are for training.
+
+    Args:
+        data: what ``--data`` was given.
+        command: that takes none.
+    """
+    if split_weights(data) is not None:
+        raise UserError(f"data: weights (NAME:WEIGHT) are for training; {command} takes none")
+
+
+def absolute_item(item: str) -> str:
+    """``item`` as it can be read from any folder, with its weight as it was written.
+
+    Args:
+        item: one element of ``--data``.
+    """
+    name, weight = split_weight(item)
+    return absolute(item) if weight is None else absolute(name) + item[len(name) :]
+
+
+def item_paths(item: str) -> list[Path]:
+    """The files and folders that an item of ``--data`` needs.
+
+    Args:
+        item: a name, with a weight or without.
+    """
+    return corpus_paths(split_weight(item)[0])

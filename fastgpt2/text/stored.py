@@ -1,0 +1,231 @@
+"""Token ids in files as one read-only sequence, read piece by piece in bounded memory."""
+
+import hashlib
+import os
+import sys
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from fastgpt2.errors import UserError
+
+DType = np.dtype[Any]
+
+# ids in memory at once where all are read
+BLOCK_IDS = 1 << 20
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """Where the ids of one file are.
+
+    Attributes:
+        path: the file.
+        offset: bytes before the first id.
+        dtype: type of the ids, little-endian.
+        count: number of ids.
+    """
+
+    path: Path
+    offset: int
+    dtype: DType
+    count: int
+
+
+def check_ids(ids: NDArray[Any], vocab_size: int, where: str, *, first: int = 0) -> None:
+    """Raise a UserError that names the first id outside [0, vocab_size) and its position.
+
+    Args:
+        ids: any integers.
+        vocab_size: V.
+        where: what the error calls them.
+        first: position of the first one.
+    """
+    if not ids.size:
+        return
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise UserError(f"{where}: ids must be integers, got {ids.dtype}")
+    if ids.max() < vocab_size and (ids.dtype.kind == "u" or ids.min() >= 0):
+        return
+    position = int(np.argmax((ids >= vocab_size) | (ids < 0)))
+    raise UserError(
+        f"{where}: id {ids[position]} at position {first + position} is not in the vocabulary of "
+        f"{vocab_size}"
+    )
+
+
+class StoredTokens:
+    """The ids of several files, one after the other: ``len(tokens)``, ``tokens[start:stop]``.
+
+    A slice is read from the file into a new array, and nothing else stays: the pages of a
+    long-lived memory map count as the process's own until the system takes them back, which ends
+    runs where memory is limited (karpathy/nanoGPT#287). Slices are checked against the vocabulary
+    as they are read, so no damaged id reaches an embedding.
+
+    Args:
+        files: where the ids are.
+        vocab_size: V; every id is in [0, V).
+        kind: what error messages call a file.
+        start, stop: the part of the ids that counts; None is to the end.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[TokenFile],
+        vocab_size: int,
+        *,
+        kind: str = "token file",
+        start: int = 0,
+        stop: int | None = None,
+    ) -> None:
+        self.files = tuple(files)
+        self.vocab_size = vocab_size
+        self.kind = kind
+        # one dtype for the whole sequence, whatever the files have
+        self.dtype = max((file.dtype for file in self.files), key=lambda d: d.itemsize)
+        self._ends = np.cumsum([file.count for file in self.files]).tolist()
+        self._start, self._stop, _ = slice(start, stop).indices(int(self._ends[-1]))
+        # of the ids, whatever files they lie in; known once they have been read
+        self.sha256: bytes | None = None
+        self._open = [file.path.open("rb", buffering=0) for file in self.files]
+
+    def __len__(self) -> int:
+        return max(0, self._stop - self._start)
+
+    def __getitem__(self, key: slice) -> NDArray[Any]:
+        start, stop, step = key.indices(len(self))
+        if step != 1:
+            raise ValueError(f"{self.kind}s: slices have step 1, got {step}")
+        out = np.empty(max(0, stop - start), self.dtype)
+        at, done = self._start + start, 0
+        while done < out.size:
+            number = bisect_right(self._ends, at + done)
+            begin = self._ends[number] - self.files[number].count
+            count = min(self._ends[number] - (at + done), out.size - done)
+            out[done : done + count] = self._read(number, at + done - begin, count)
+            done += count
+        return out
+
+    def _read(self, number: int, offset: int, count: int) -> NDArray[Any]:
+        file = self.files[number]
+        itemsize = file.dtype.itemsize
+        data = _read_at(self._open[number], file.offset + offset * itemsize, count * itemsize)
+        if len(data) != count * itemsize:
+            raise UserError(f"{self.kind} {file.path}: the file became shorter while it was in use")
+        ids = np.frombuffer(data, file.dtype)
+        check_ids(ids, self.vocab_size, f"{self.kind} {file.path}", first=offset)
+        return ids
+
+    def blocks(self) -> Iterator[NDArray[Any]]:
+        """All ids in order, ``BLOCK_IDS`` at a time."""
+        for start in range(0, len(self), BLOCK_IDS):
+            yield self[start : start + BLOCK_IDS]
+
+    def check(self, token_bytes: NDArray[np.int64]) -> int:
+        """Read all ids once; returns the UTF-8 bytes that they stand for.
+
+        Args:
+            token_bytes: those of each id, (V,).
+
+        Raises:
+            UserError: an id is outside the vocabulary.
+        """
+        digest, total = hashlib.sha256(), 0
+        with verifying(len(self)) as bar:
+            for ids in self.blocks():
+                digest.update(ids.tobytes())
+                total += int(token_bytes[ids].sum())
+                bar.update(ids.size)
+        self.sha256 = digest.digest()
+        return total
+
+    def part(self, start: int, stop: int | None = None) -> "StoredTokens":
+        """The ids from ``start`` up to ``stop``, or to the end, as a sequence of their own."""
+        first, last, _ = slice(start, stop).indices(len(self))
+        begin = self._start
+        return StoredTokens(
+            self.files, self.vocab_size, kind=self.kind, start=begin + first, stop=begin + last
+        )
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._open:
+            file.close()
+
+    # worker processes of a torch DataLoader open the files for themselves
+    def __reduce__(self) -> Any:
+        options = {"kind": self.kind, "start": self._start, "stop": self._stop}
+        return _reopen, (type(self), (self.files, self.vocab_size), options)
+
+
+@dataclass(frozen=True)
+class JoinedTokens:
+    """Several sequences of ids, one after the other, as one: nothing is copied but slices.
+
+    Attributes:
+        tokens: the sequences.
+    """
+
+    tokens: "tuple[TokenSequence, ...]"
+
+    def __len__(self) -> int:
+        return sum(map(len, self.tokens))
+
+    @property
+    def dtype(self) -> DType:
+        """One that holds the ids of all."""
+        return np.result_type(*(part.dtype for part in self.tokens))
+
+    def __getitem__(self, key: slice) -> NDArray[Any]:
+        start, stop, step = key.indices(len(self))
+        if step != 1:
+            raise ValueError(f"joined tokens: slices have step 1, got {step}")
+        parts, begin = [np.empty(0, self.dtype)], 0
+        for part in self.tokens:
+            first, last = max(start - begin, 0), min(stop - begin, len(part))
+            if first < last:
+                parts.append(part[first:last])
+            begin += len(part)
+        return np.concatenate(parts)
+
+    def leaves(self) -> Iterator[NDArray[Any] | StoredTokens]:
+        """The sequences, those that are joined themselves by their own."""
+        for part in self.tokens:
+            if isinstance(part, JoinedTokens):
+                yield from part.leaves()
+            else:
+                yield part
+
+
+TokenSequence = NDArray[Any] | StoredTokens | JoinedTokens
+
+
+def _reopen(kind: type[StoredTokens], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    return kind(*arguments, **options)
+
+
+def verifying(total: int) -> "tqdm[Any]":
+    """A bar over ids that are read to be checked; it is seen where that takes long.
+
+    Args:
+        total: ids in all.
+    """
+    return tqdm(total=total, desc="verifying", unit="token", unit_scale=True, delay=2.0)
+
+
+def _read_at(file: Any, offset: int, count: int) -> bytes:
+    """``count`` bytes at ``offset``, without moving a position that a forked process shares."""
+    if sys.platform == "win32":
+        file.seek(offset)
+        return bytes(file.read(count))
+    parts = []
+    while count and (part := os.pread(file.fileno(), count, offset)):
+        parts.append(part)
+        offset, count = offset + len(part), count - len(part)
+    return b"".join(parts)

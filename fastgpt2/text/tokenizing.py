@@ -1,0 +1,137 @@
+"""Pieces of text to ids, by several processes."""
+
+import multiprocessing
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from fastgpt2.errors import UserError
+from fastgpt2.text.corpora import Piece
+from fastgpt2.text.encoding import Tokenizer
+from fastgpt2.text.prepared import PreparedWriter
+from fastgpt2.text.shards import dtype_for
+from fastgpt2.text.tokenizers import load_tokenizer
+
+# set in each worker process when it starts
+_tokenizer: Tokenizer
+
+
+def write_pieces(
+    writer: PreparedWriter,
+    pieces: Iterator[Piece],
+    folder: Path,
+    tokenizer: Tokenizer,
+    *,
+    workers: int,
+    total: int,
+) -> str:
+    """Encode ``pieces`` and write them in their order; returns the speed, for a person to read.
+
+    About two pieces a worker are in memory at a time.
+
+    Args:
+        writer: takes the ids.
+        pieces: the text.
+        folder: where the tokenizer is saved.
+        tokenizer: the same.
+        workers: processes that encode.
+        total: bytes of all pieces, for the bar.
+
+    Raises:
+        UserError: the text is not readable, or a process was killed.
+    """
+    dtype = dtype_for(tokenizer.vocab_size)
+    began, done = time.perf_counter(), 0
+    with tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing") as bar:
+        for piece, ids in _encoded(pieces, folder, tokenizer, workers):
+            if piece.after_document and tokenizer.eot is not None:
+                writer.write(piece.split, np.array([tokenizer.eot], dtype), 0)
+            writer.write(piece.split, ids, piece.size)
+            done += piece.size
+            bar.update(piece.size)
+    seconds = time.perf_counter() - began
+    return (
+        f"{done / 1e6:,.1f} MB of text in {seconds:,.1f} s, {done / 1e6 / seconds / workers:.2f} "
+        f"MB/s a core ({workers} process{'es' if workers > 1 else ''})"
+    )
+
+
+def _encoded(
+    pieces: Iterator[Piece], folder: Path, tokenizer: Tokenizer, workers: int
+) -> Iterator[tuple[Piece, NDArray[Any]]]:
+    """Each piece with its ids, in order, encoded by ``workers`` processes; one is this process."""
+    if workers == 1:
+        dtype = dtype_for(tokenizer.vocab_size)
+        yield from ((piece, np.array(tokenizer.encode(piece.text), dtype)) for piece in pieces)
+        return
+    pool = ProcessPoolExecutor(
+        workers,
+        # the one start method that every system has, and that threads cannot harm
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(str(folder),),
+    )
+    waiting: deque[tuple[Piece, Future[NDArray[Any]]]] = deque()
+    try:
+        for piece in pieces:
+            # submitting starts the processes
+            with _interrupts_later():
+                waiting.append((piece, pool.submit(_encode, piece.text)))
+            if len(waiting) >= 2 * workers:
+                piece, future = waiting.popleft()
+                yield piece, future.result()
+        for piece, future in waiting:
+            yield piece, future.result()
+    except BrokenProcessPool as error:
+        raise UserError("a tokenizing process was killed (out of memory?)") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """Keep Ctrl-C until the end of the block, and from the processes that are started in it.
+
+    A terminal sends it to the whole group: the main process alone is to answer it, and not with a
+    worker half started.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        # only the main thread is interrupted, and only it may set a handler
+        yield
+        return
+    came: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    if sys.platform != "win32":
+        # what is blocked stays blocked in a new process
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        if sys.platform != "win32":
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            signal.raise_signal(signal.SIGINT)
+
+
+def _start_worker(tokenizer_folder: str) -> None:
+    global _tokenizer
+    # for Windows, where nothing is inherited
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _tokenizer = load_tokenizer(tokenizer_folder)
+
+
+def _encode(text: str) -> NDArray[Any]:
+    return np.array(_tokenizer.encode(text), dtype_for(_tokenizer.vocab_size))
