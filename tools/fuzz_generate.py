@@ -30,6 +30,7 @@ from fastgpt2.config import GPTConfig
 from fastgpt2.errors import UserError
 from fastgpt2.generate import Generator, LogitBias, MinLength, NoRepeatNgram, TopK, TopP
 from fastgpt2.generate import __main__ as command
+from fastgpt2.generate.checks import WINDOWS
 from fastgpt2.model import GPT
 from fastgpt2.opener import OpenedModel, open_model
 from fastgpt2.text import BytesTokenizer, CharTokenizer, save_tokenizer
@@ -75,7 +76,7 @@ PLAIN = ["a", "b", "abc", "cab a", "abcabcabcabc", "\n", " ", "c" * 20]
 COUNTS = ("max_new_tokens", "min_new_tokens", "top_k", "no_repeat_ngram", "seed", "num_beams")
 FRACTIONS = ("temperature", "top_p", "min_p", "typical", "length_penalty")
 PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
-WINDOWS = [*command.WINDOWS * 9, "wrap"]
+WINDOW_FLAGS = [*WINDOWS * 9, "wrap"]
 # what would be honoured, and never end
 ENDLESS = ("max_new_tokens", "samples", "best_of")
 
@@ -99,7 +100,8 @@ class Request:
             self.flags = ["--interactive", *self._flags(0.1)]
             self.stdin = self._lines()
         else:
-            self.flags += ["--score", f"--prompt={self._argument()}", *self._flags(0.02)]
+            others = self._flags(0.1) if self.random.random() < 0.2 else []
+            self.flags += ["--score", f"--prompt={self._argument()}", *others]
 
     def __str__(self) -> str:
         return f"{self.flags} with {self.stdin[:300]!r}"
@@ -116,7 +118,7 @@ class Request:
         flags = []
         if self.random.random() < 0.9:
             flags.append(f"--max-new-tokens={self._number('max_new_tokens')}")
-            flags.append(f"--window={self.random.choice(WINDOWS)}")
+            flags.append(f"--window={self.random.choice(WINDOW_FLAGS)}")
         else:
             # without a window that stops it would not end
             flags += ["--window=stop", f"--max-new-tokens={2**62}"]
@@ -201,7 +203,7 @@ def call_python(model: OpenedModel, weights: GPT, request: Request) -> None:
         *(lambda: NoRepeatNgram(choose(strange)), lambda: LogitBias({choose([0, 4, 300]): 1})),
         lambda: MinLength(choose(strange), choose([0, 4, 256, 300])),
     ]
-    engine = Generator(weights, model.tokenizer, batch_size=2, window=choose(command.WINDOWS))
+    engine = Generator(weights, model.tokenizer, batch_size=2, window=choose(WINDOWS))
     streams = []
     for _ in range(2):
         options: dict[str, Any] = {"max_new_tokens": choose([0, 1, 2, 3])}
@@ -226,8 +228,8 @@ def run_command(request: Request) -> str:
             code: Any = command.main(["--model=tiny", *request.flags])
         except SystemExit as exit:
             code = exit.code
-    said = err.buffer.getvalue().decode("utf-8")  # type: ignore[attr-defined]
-    shown = out.buffer.getvalue().decode("utf-8")  # type: ignore[attr-defined]
+    said = err.buffer.getvalue().decode("utf-8")
+    shown = out.buffer.getvalue().decode("utf-8")
     assert "Traceback" not in said, said
     if code == 0:
         if "--output=-" in request.flags or "--score" in request.flags:
@@ -254,9 +256,9 @@ def tiny_models() -> Iterator[list[tuple[OpenedModel, GPT]]]:
     with tempfile.TemporaryDirectory() as folder:
         for tokenizer in (BytesTokenizer(), CharTokenizer("abc \n")):
             torch.manual_seed(0)
-            shape = {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": BLOCK_SIZE}
             path = Path(folder) / tokenizer.name
-            GPT(GPTConfig(vocab_size=tokenizer.vocab_size, **shape)).save_pretrained(path)
+            config = GPTConfig(BLOCK_SIZE, tokenizer.vocab_size, n_layer=1, n_head=1, n_embd=8)
+            GPT(config).save_pretrained(path)
             save_tokenizer(tokenizer, path)
             opened = open_model(path)
             models.append((opened, opened.load(torch.device("cpu"), torch.float32)))
