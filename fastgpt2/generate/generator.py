@@ -111,7 +111,8 @@ class Generator:
         if draft is not None:
             self._proposer = Draft(draft, model, batch_size, proposals)
         elif prompt_lookup:
-            self._proposer = PromptLookup(prompt_lookup)
+            # more than the window holds is never taken
+            self._proposer = PromptLookup(min(prompt_lookup, block_size))
         # a pass writes as many keys into every row as the longest proposal needs
         spare = 0 if self._proposer is None else self._proposer.count
         self.slots = Slots(model, batch_size, size + spare, compile=compile, notify=notify)
