@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import NoReturn
 
-from fastgpt2.errors import UserError
+from fastgpt2.errors import EndedElsewhere, UserError
 from fastgpt2.streams import abandon, open_missing_streams, steady_streams
 
 # how PyTorch says that a tensor has no room, or could have none on any machine
@@ -75,12 +75,25 @@ def _run(name: str, body: Callable[[], int | None]) -> int:
         # the interpreter flushes stdout at exit and would complain once more
         abandon(sys.stdout)
         return 141
+    except EndedElsewhere as ending:
+        return ending.exit_code
     except Exception as error:
         line = in_one_line(error)
         if line is None:
             raise
         _say(f"fastgpt2 {name}: error: {line}")
         return 2
+
+
+def exit_code(error: Exception) -> int:
+    """What a command ends with after this error: 2, or 1 where the fault is ours.
+
+    Args:
+        error: what the command's body has raised.
+    """
+    if isinstance(error, EndedElsewhere):
+        return error.exit_code
+    return 1 if in_one_line(error) is None else 2
 
 
 def in_one_line(error: Exception) -> str | None:

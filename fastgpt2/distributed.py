@@ -1,30 +1,94 @@
-"""The process group: rank, world size, who does what, and the sums over all processes."""
+"""The process group: rank, world size, who does what, and what all processes agree on."""
 
 import os
-from collections.abc import Iterator
+import pickle
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+
+from fastgpt2.cli import exit_code
+from fastgpt2.errors import EndedElsewhere, UserError
+
+Result = TypeVar("Result")
+
+_CPU = torch.device("cpu")
+
+
+class _Progress:
+    """How often this process has come to a place where all agree, and when it last did."""
+
+    count = 0
+    moment = time.monotonic()
+
+
+def _move_on() -> None:
+    _Progress.count += 1
+    _Progress.moment = time.monotonic()
+
+
+def agreements() -> int:
+    """How often this process has come to a place where all processes agree on something."""
+    return _Progress.count
+
+
+def seconds_since_agreement() -> float:
+    """Seconds since it last did."""
+    return time.monotonic() - _Progress.moment
 
 
 @contextmanager
-def process_group() -> Iterator[None]:
+def process_group(device: str = "cpu", timeout: float | None = None) -> Iterator[None]:
     """The group of processes that torchrun has started; without torchrun, nothing.
 
-    gloo on every device: all that travels are a few sums, which are on the CPU.
+    What processes agree on travels over gloo, on the CPU. Gradients on GPUs travel over NCCL.
+
+    Args:
+        device: type of the device that holds what is summed; ``cuda`` adds NCCL.
+        timeout: seconds that a process waits for the others; None is PyTorch's own.
     """
-    if "RANK" not in os.environ or dist.is_initialized():
+    if not is_launched() or dist.is_initialized():
         yield
         return
-    dist.init_process_group("gloo")
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    options: dict[str, Any] = {} if timeout is None else {"timeout": timedelta(0, timeout)}
+    if is_elastic():
+        # torchrun keeps one store through restarts: addresses of processes that have gone are in it
+        ranks = {"rank": launched_rank(), "world_size": launched_world_size()}
+        options |= ranks | {"store": PrefixStore(f"fastgpt2/group/{attempt()}", job_store())}
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", **options)
+    _move_on()
+    yield
+    # after an error the others may be gone, and the group could wait for them
+    dist.destroy_process_group()
+
+
+def is_launched() -> bool:
+    """Whether torchrun, or a program like it, has started this process as one of several."""
+    return "RANK" in os.environ
+
+
+def is_elastic() -> bool:
+    """Whether a torchrun keeps the store, which then outlives the processes."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+
+
+def attempt() -> int:
+    """How often torchrun has started the processes of this job again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def job_store() -> Store:
+    """A connection of its own to the key-value store of the job."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store: Store = TCPStore(address, port, is_master=False, timeout=timedelta(minutes=5))
+    return store
 
 
 def rank() -> int:
@@ -37,6 +101,48 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def launched_rank() -> int:
+    """``rank()``, before the process group exists too."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def launched_world_size() -> int:
+    """``world_size()``, before the process group exists too."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if is_launched() else 1
+
+
+def local_device(name: str) -> str:
+    """The device of this process: of several on one machine, each takes a GPU of its own.
+
+    Args:
+        name: ``auto``, or a device's name.
+
+    Returns:
+        ``name``, with the GPU's number where it stands for one and several processes share them.
+
+    Raises:
+        UserError: there are fewer GPUs than processes on this machine, or all are to share one.
+        EndedElsewhere: likewise, and another process says so.
+    """
+    if launched_world_size() == 1:
+        return name
+    if name.startswith("cuda:"):
+        if launched_rank():
+            raise EndedElsewhere(2)
+        raise UserError(f"device {name!r}: each process takes a GPU of its own; give cuda")
+    if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
+        index, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if index > count:
+            raise EndedElsewhere(2)
+        if index == count:
+            raise UserError(
+                f"device {name!r}: process {index} of this machine has no GPU, there are {count}"
+            )
+        torch.cuda.set_device(index)
+        return f"cuda:{index}"
+    return name
+
+
 def share(count: int, batch_size: int) -> range:
     """Starts of this process's batches of ``batch_size``, out of ``count`` things."""
     return range(rank() * batch_size, count, world_size() * batch_size)
@@ -44,11 +150,35 @@ def share(count: int, batch_size: int) -> range:
 
 def all_sum(array: NDArray[np.float64]) -> NDArray[np.float64]:
     """The sum of ``array`` over all processes, in fp64."""
+    _move_on()
     if world_size() == 1:
         return array
     total = torch.from_numpy(array.copy())
     dist.all_reduce(total)
     return total.numpy()
+
+
+def all_max(*values: int) -> list[int]:
+    """The largest of each of ``values`` over all processes.
+
+    Args:
+        values: below 2^63.
+    """
+    _move_on()
+    if world_size() == 1:
+        return list(values)
+    largest = torch.tensor(values)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return [int(x) for x in largest]
+
+
+def longest(seconds: float) -> float:
+    """The longest of a duration that each process has measured, to the microsecond.
+
+    Args:
+        seconds: of this process.
+    """
+    return all_max(int(seconds * 1e6))[0] / 1e6
 
 
 def gather(items: list[Any]) -> list[Any]:
@@ -58,3 +188,71 @@ def gather(items: list[Any]) -> list[Any]:
     lists: list[list[Any]] = [[] for _ in range(world_size())]
     dist.all_gather_object(lists, items)
     return [item for part in lists for item in part]
+
+
+def on_rank_0(work: Callable[[], Result]) -> Result:
+    """Call ``work`` on rank 0 alone, and give all processes what it returns.
+
+    All processes call this at the same place.
+
+    Args:
+        work: returns something that can be pickled.
+
+    Raises:
+        EndedElsewhere: on the other ranks, where ``work`` raises on rank 0; there, its own error.
+    """
+    if world_size() == 1:
+        return work()
+    outcome: list[Any] = [None]
+
+    def mine() -> None:
+        if rank() == 0:
+            outcome[0] = pickle.dumps(work())
+
+    together(mine)
+    dist.broadcast_object_list(outcome, device=_CPU)
+    result: Result = pickle.loads(outcome[0])
+    return result
+
+
+def together(work: Callable[[], Result]) -> Result:
+    """Call ``work`` on every process; where it raises on one, none goes on.
+
+    All processes call this at the same place.
+
+    Args:
+        work: calls nothing that waits for other processes.
+
+    Raises:
+        EndedElsewhere: ``work`` has raised on another process and not here.
+    """
+    if world_size() == 1:
+        return work()
+    failure: Exception | None = None
+    try:
+        result = work()
+    except Exception as error:
+        failure = error
+    (code,) = all_max(0 if failure is None else exit_code(failure))
+    if code:
+        raise agreed(failure or EndedElsewhere(code))
+    return result
+
+
+def agreed(error: Exception) -> Exception:
+    """The error, for which ``is_agreed`` holds from now on.
+
+    Args:
+        error: each process has one, at the same place.
+    """
+    error.agreed = True  # type: ignore[attr-defined]
+    return error
+
+
+def is_agreed(error: Exception) -> bool:
+    """Whether every process has come to the same place with an error, and can go on from there.
+
+    Args:
+        error: what was caught.
+    """
+    return world_size() == 1 or getattr(error, "agreed", False)

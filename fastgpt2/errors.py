@@ -7,3 +7,15 @@ class UserError(ValueError):
     The commands print its message on one line and exit with code 2; library callers catch it as
     the ``ValueError`` it is. Programming errors stay ordinary exceptions with a traceback.
     """
+
+
+class EndedElsewhere(Exception):
+    """Another process of the job has failed and says why; this one ends in silence.
+
+    Args:
+        exit_code: the other one's.
+    """
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(f"another process of the job has failed with exit code {exit_code}")
+        self.exit_code = exit_code

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastgpt2.cache import KVCache, LayerCache
 from fastgpt2.config import GPTConfig
@@ -170,6 +171,8 @@ class Block(nn.Module):
         super().__init__()
         self.dropout_p = config.resid_p
         self.impl = config.impl
+        # keep nothing of the MLP for the backward pass, and compute it again there
+        self.remat_mlp = False
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.attn = CausalSelfAttention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
@@ -200,11 +203,14 @@ class Block(nn.Module):
             branch = self.attn.branch(normed, cache, segment_ids)
         else:
             cached = () if cache is None else (cache,)
-            documents = {} if segment_ids is None else {"segment_ids": segment_ids}
+            documents: dict[str, Any] = {} if segment_ids is None else {"segment_ids": segment_ids}
             branch = call(self.attn, normed, *cached, **documents), None
         x, normed = self._add_and_norm_2(x, branch, dtype)
         if is_plain(self.mlp, MLP):
-            branch = self.mlp.branch(normed)
+            if self.remat_mlp and self.training:
+                branch = checkpoint(self.mlp.branch, normed, use_reentrant=False)
+            else:
+                branch = self.mlp.branch(normed)
         else:
             branch = call(self.mlp, normed), None
         return self._add(x, branch)
@@ -278,6 +284,8 @@ class Transformer(nn.Module):
         self.dropout_p = config.embd_p
         self.fp32_residual = config.fp32_residual
         self.impl = config.impl
+        # keep the input of each block for the backward pass, and compute the block again there
+        self.remat_blocks = False
 
     def forward(
         self,
@@ -348,7 +356,10 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """(B, T, C), the residual stream -> (B, T, C) in ``dtype``, after the final LayerNorm."""
         # what is not there is not handed on: hooks and replaced blocks see the call as ever
-        documents = {} if segment_ids is None else {"segment_ids": segment_ids}
+        documents: dict[str, Any] = {} if segment_ids is None else {"segment_ids": segment_ids}
         for i, block in enumerate(self.h):
-            x = block(x, dtype, None if cache is None else cache.layers[i], **documents)
+            if self.remat_blocks and self.training:
+                x = checkpoint(block, x, dtype, use_reentrant=False, **documents)
+            else:
+                x = block(x, dtype, None if cache is None else cache.layers[i], **documents)
         return normalize(self.ln_f, x, dtype, impl=self.impl)

@@ -4,7 +4,7 @@ import io
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any, TextIO
 
 
@@ -58,6 +58,25 @@ def steady_streams() -> Iterator[None]:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         sys.stdout, sys.stderr = before
+
+
+@contextmanager
+def silent(wanted: bool = True, *, errors: bool = True) -> Iterator[None]:
+    """Within the block, what is printed goes nowhere.
+
+    Args:
+        wanted: False changes nothing.
+        errors: what goes to stderr, too.
+    """
+    if not wanted:
+        yield
+        return
+    with (
+        open(os.devnull, "w", encoding="utf-8") as nothing,
+        redirect_stdout(nothing),
+        redirect_stderr(nothing if errors else sys.stderr),
+    ):
+        yield
 
 
 def _steady(stream: Any) -> Any:

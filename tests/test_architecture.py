@@ -50,6 +50,7 @@ FLOORS = {
     "fastgpt2.text": 5,
     "fastgpt2.weights": 5,
     "fastgpt2.distributed": 5,
+    "fastgpt2.peers": 5,
     "fastgpt2.runs": 5,
     "fastgpt2.opener": 5,
     "fastgpt2.train": 6,

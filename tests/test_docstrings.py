@@ -17,6 +17,7 @@ SURFACE = (
     "fastgpt2.opener",
     "fastgpt2.runs",
     "fastgpt2.distributed",
+    "fastgpt2.peers",
     "fastgpt2.train.step",
     "fastgpt2.train.validation",
 )

@@ -58,6 +58,19 @@ def test_documents_before_a_span_are_not_read(corpus: Path) -> None:
         list(split_pieces(texts, 0.1, (0, size // 2)))
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_a_border_in_the_last_character_of_a_document(name: str, tmp_path: Path) -> None:
+    """The character goes to the training text, so nothing validates before the next document."""
+    text = "x" * 9 + "é"
+    content = text if name == "a.txt" else json.dumps({"text": text})
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    (tmp_path / "b.txt").write_text("y" * 9, encoding="utf-8")
+    texts = load_corpus(str(tmp_path))
+    whole = list(split_pieces(texts, 0.5))
+    assert [p.text for p in whole if p.split == "val"] == ["y" * 9]
+    assert [p for span in ((0, 11), (11, 20)) for p in split_pieces(texts, 0.5, span)] == whole
+
+
 def stream(folder: Path) -> dict[str, list[int]]:
     prepared = open_prepared(folder)
     return {split: tokens[:].tolist() for split, tokens in prepared.tokens.items()}

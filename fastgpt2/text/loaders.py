@@ -232,18 +232,23 @@ def iter_eval_batches(
     block_size: int,
     batch_size: int,
     *,
+    rank: int = 0,
+    world_size: int = 1,
     vocab_size: int | None = None,
     name: str = "validation tokens",
 ) -> Iterator[Batch]:
     """All tokens once, in order: every token but the first is a target exactly once.
 
     Inputs and targets are int64 ``(B, T)``, the same shape each time, which keeps a compiled model
-    from compiling again; what is beyond the end has input 0 and target -100.
+    from compiling again; what is beyond the end has input 0 and target -100. Of several processes
+    each gets other batches, and as many as the others: the last may have no target.
 
     Args:
         tokens: the ids, (N,).
         block_size: T, tokens per row.
         batch_size: B, rows per batch; fewer where the tokens need fewer.
+        rank: this process, from 0.
+        world_size: how many there are.
         vocab_size: ids must be below it; None does not check.
         name: what errors call the tokens.
 
@@ -253,7 +258,7 @@ def iter_eval_batches(
     sequence = as_sequence(tokens, at_least=2, vocab_size=vocab_size, name=name)
     targets = len(sequence) - 1
     rows = min(batch_size, -(-targets // block_size))
-    return _eval_batches(sequence, block_size, rows)
+    return _eval_batches(sequence, block_size, rows, rank, world_size)
 
 
 def check_eval_tokens(
@@ -272,13 +277,18 @@ def check_eval_tokens(
     as_sequence(tokens, at_least=2, vocab_size=vocab_size, name=name)
 
 
-def _eval_batches(sequence: TokenSequence, block_size: int, rows: int) -> Iterator[Batch]:
-    for start in range(0, len(sequence) - 1, rows * block_size):
-        ids = torch.from_numpy(sequence[start : start + rows * block_size + 1].astype(np.int64))
-        idx = torch.zeros(rows * block_size, dtype=torch.int64)
-        targets = torch.full((rows * block_size,), IGNORE_INDEX)
-        idx[: len(ids) - 1] = ids[:-1]
-        targets[: len(ids) - 1] = ids[1:]
+def _eval_batches(
+    sequence: TokenSequence, block_size: int, rows: int, rank: int, world_size: int
+) -> Iterator[Batch]:
+    count = rows * block_size
+    for round_start in range(0, len(sequence) - 1, world_size * count):
+        start = round_start + rank * count
+        ids = torch.from_numpy(sequence[start : start + count + 1].astype(np.int64))
+        used = max(0, len(ids) - 1)
+        idx = torch.zeros(count, dtype=torch.int64)
+        targets = torch.full((count,), IGNORE_INDEX)
+        idx[:used] = ids[:used]
+        targets[:used] = ids[1:]
         yield idx.view(rows, block_size), targets.view(rows, block_size)
 
 

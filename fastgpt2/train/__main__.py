@@ -4,23 +4,29 @@ import argparse
 import math
 import os
 import shlex
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastgpt2 import runs
+from fastgpt2 import distributed, runs
 from fastgpt2.cli import Parser
 from fastgpt2.cli import run as run_command
+from fastgpt2.devices import resolve_device, resolve_dtype
 from fastgpt2.errors import UserError
+from fastgpt2.peers import Watch, failing_together, recall, remember
+from fastgpt2.streams import silent
 from fastgpt2.text.mixture import absolute_item, item_paths
 from fastgpt2.train import summary
 from fastgpt2.train.allocator import keep_freed_memory
 from fastgpt2.train.claim import check_outside, claimed, empty, is_empty, new_folder
 from fastgpt2.train.config import TrainConfig, field_types, named_configs, read_config
+from fastgpt2.train.guard import BadStep
 from fastgpt2.train.origin import noted_source
-from fastgpt2.train.trainer import Outcome, Trainer
+from fastgpt2.train.outcome import Outcome
+from fastgpt2.train.trainer import Trainer
 
 # the flags of the help text, in groups: the first field of each
 _GROUPS = {
@@ -64,7 +70,19 @@ _FIXED = (
 # with --init-from, these are the weights' where the command line says nothing
 _OF_THE_WEIGHTS = ("tokenizer", "model", "block_size", "n_layer", "n_head", "n_embd", "bias")
 # what a run notes of itself
-_NOTED = ("init_sha256",)
+_NOTED = ("init_sha256", "ranks")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a command line asks for: the run, its folder, and what becomes of what is in it."""
+
+    config: TrainConfig
+    folder: Path
+    named: str | None
+    made: bool
+    resume: bool
+    overwrite: bool
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -86,6 +104,12 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--out", metavar="DIR", help="run folder [a new one under runs/]")
     run.add_argument("--resume", action="store_true", help="continue the run in --out")
     run.add_argument("--overwrite", action="store_true", help="delete all that is in --out first")
+    run.add_argument(
+        "--replay",
+        metavar="FILE",
+        help="compute a step that was not finite, and was kept, again: with --device, --dtype, "
+        "--impl",
+    )
     types = field_types()
     group = run
     for name, item in TrainConfig.__dataclass_fields__.items():
@@ -122,16 +146,52 @@ def _help(text: str, default: Any) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    arguments = vars(build_parser().parse_args(argv))
+    """Entry point; returns the exit code. Of several processes, the first one speaks."""
+    with silent(distributed.launched_rank() > 0):
+        arguments = vars(build_parser().parse_args(argv))
     return run_command("train", lambda: _train(arguments), steady=True)
 
 
 def _train(arguments: dict[str, Any]) -> int:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # as it is, each process would train a run of its own
-        raise UserError("training runs in one process; start it without torchrun")
-    arguments = dict(arguments)
+    if "replay" in arguments:
+        return _replay(**arguments)
+    name = distributed.local_device(str(arguments.get("device", "auto")))
+    kind = "cuda" if name == "auto" and torch.cuda.is_available() else name.partition(":")[0]
+    speaks = distributed.launched_rank() == 0
+    with (
+        silent(not speaks, errors=False),
+        distributed.process_group(kind),
+        failing_together() as watch,
+        ExitStack() as stack,
+    ):
+        plan = distributed.on_rank_0(lambda: _plan(dict(arguments)))
+        distributed.on_rank_0(lambda: _claim(stack, plan))
+        return _train_in(plan, watch)
+
+
+def _replay(
+    replay: str, device: str = "auto", dtype: str = "auto", impl: str = "auto", **others: Any
+) -> int:
+    if others:
+        raise UserError(f"--replay: does not take --{next(iter(others)).replace('_', '-')}")
+    place = resolve_device(device)
+    bad = BadStep.load(Path(replay), impl=impl)
+    bad.model.to(place).train()
+    found = bad.first_bad(resolve_dtype(dtype, place))
+    if found is not None:
+        raise UserError(f"step {bad.step}: not finite first: {found}")
+    print(f"step {bad.step}: everything is finite")
+    return 0
+
+
+def _plan(arguments: dict[str, Any]) -> Plan:
+    begun = recall("run")
+    if begun is not None:
+        # torchrun has started this job again: it goes on where it was
+        if runs.saved_steps(Path(begun)):
+            arguments = {"out": begun, "resume": True}
+        else:
+            arguments |= {"out": begun, "overwrite": True, "resume": False}
     name, out = arguments.pop("config", None), arguments.pop("out", None)
     resume, overwrite = arguments.pop("resume", False), arguments.pop("overwrite", False)
     arguments |= {name: tuple(x) for name, x in arguments.items() if isinstance(x, list)}
@@ -153,25 +213,32 @@ def _train(arguments: dict[str, Any]) -> int:
         if resume:
             _check_unchanged(base, arguments)
         config = _configuration(base, arguments, resume=resume)
-    with claimed(folder, made=out is None):
-        if out is not None and not resume:
-            _check_unused(folder, overwrite)
-        if overwrite:
-            _check_keeps_sources(folder, config, name)
-        return _train_in(folder, config, resume=resume, overwrite=overwrite)
+    return Plan(config, folder, name, made=out is None, resume=resume, overwrite=overwrite)
 
 
-def _train_in(folder: Path, config: TrainConfig, *, resume: bool, overwrite: bool) -> int:
-    print(f"run: {folder}")
-    print("".join(f"  {line}\n" for line in config.to_toml().splitlines()), end="")
-    trainer = Trainer(config, folder, resume=resume)
+def _claim(stack: ExitStack, plan: Plan) -> None:
+    """Keep the run folder until ``stack`` ends."""
+    stack.enter_context(claimed(plan.folder, made=plan.made))
+    if not plan.made and not plan.resume:
+        _check_unused(plan.folder, plan.overwrite)
+    if plan.overwrite:
+        _check_keeps_sources(plan.folder, plan.config, plan.named)
+
+
+def _train_in(plan: Plan, watch: Watch) -> int:
+    print(f"run: {plan.folder}")
+    print("".join(f"  {line}\n" for line in plan.config.to_toml().splitlines()), end="")
+    trainer = Trainer(plan.config, plan.folder, resume=plan.resume)
     if trainer.device.type == "cpu":
         keep_freed_memory()
-    if overwrite:
+    if plan.overwrite:
         # everything has been checked: only now is the old run given up
-        empty(folder)
+        distributed.on_rank_0(lambda: empty(plan.folder))
+    distributed.on_rank_0(lambda: remember("run", str(plan.folder.absolute())))
+    # not before: a large text takes its time to become tokens
+    watch.timeout = plan.config.timeout
     outcome = trainer.run()
-    _report(outcome, folder, config.sample_prompt)
+    _report(outcome, plan.folder, plan.config.sample_prompt)
     return outcome.exit_code
 
 
@@ -204,9 +271,13 @@ def _configuration(base: dict[str, Any], arguments: dict[str, Any], *, resume: b
     config = TrainConfig.from_layers(base, _length(arguments), _share(base, arguments), arguments)
     if config.init_from is None and config.bias is None:
         config = replace(config, bias=True)
+    # what is said now is meant for the processes of now
+    said = "batch_size" in arguments or "grad_accum" in arguments
+    ranks = distributed.world_size()
     # a resume may be given from another folder
     return replace(
         config,
+        ranks=ranks if said or config.ranks is None else config.ranks,
         data=tuple(absolute_item(item) for item in config.data),
         vocab_dir=None if config.vocab_dir is None else str(Path(config.vocab_dir).absolute()),
         init_from=None if config.init_from is None else noted_source(config.init_from),

@@ -21,12 +21,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fastgpt2 import runs
+from fastgpt2 import distributed, runs
 from fastgpt2.config import GPTConfig
 from fastgpt2.devices import rng_states, set_rng_states
 from fastgpt2.errors import UserError
 from fastgpt2.files import sync, write_text
 from fastgpt2.model import GPT
+from fastgpt2.train.parallel import placed_like, whole, whole_weights
 from fastgpt2.weights.adapter import load_adapter, open_base, read_adapter, save_adapter
 
 # of AdamW, and of Muon
@@ -38,11 +39,30 @@ def save(
 ) -> Path:
     """Write the checkpoint of ``step``; ``state`` is plain JSON. Returns its folder.
 
-    Where the step has a checkpoint already, only its ``state`` is written anew.
+    Where the step has a checkpoint already, only its ``state`` is written anew. Of several
+    processes, which all call this, the first one writes.
 
     Raises:
         UserError: it cannot be written.
     """
+    # adapters are never sharded
+    weights = whole_weights(model) if model.lora is None else {}
+    tensors = _training_tensors(model, optimizer)
+
+    def write() -> Path:
+        return _write(run, step, model, weights, tensors, state)
+
+    return distributed.on_rank_0(write)
+
+
+def _write(
+    run: Path,
+    step: int,
+    model: GPT,
+    weights: dict[str, Tensor],
+    tensors: dict[str, Tensor],
+    state: dict[str, Any],
+) -> Path:
     final = runs.step_folder(run, step)
     temporary = _hidden(final)
     record = {"format": runs.FORMAT, "step": step, **state}
@@ -54,8 +74,8 @@ def save(
             return final
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        files = _save_weights(temporary, model)
-        save_file(_training_tensors(model, optimizer), temporary / runs.OPTIMIZER)
+        files = _save_weights(temporary, model, weights)
+        save_file(tensors, temporary / runs.OPTIMIZER)
         for name in (*files, runs.OPTIMIZER):
             sync(temporary / name)
         write_text(temporary / runs.MODEL_CONFIG, json.dumps(asdict(model.config), indent=2) + "\n")
@@ -73,12 +93,11 @@ def save(
     return final
 
 
-def _save_weights(folder: Path, model: GPT) -> tuple[str, ...]:
+def _save_weights(folder: Path, model: GPT, weights: dict[str, Tensor]) -> tuple[str, ...]:
     """Write the weights, or of a model with adapters these alone; the names of the files."""
     if model.lora is not None:
         save_adapter(model, folder)
         return runs.ADAPTER, runs.ADAPTER_CONFIG
-    weights = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}
     save_file(weights, folder / runs.MODEL, metadata={"format": "pt"})
     return (runs.MODEL,)
 
@@ -174,6 +193,22 @@ def load_model(folder: Path, **overrides: Any) -> GPT:
     return model
 
 
+@torch.no_grad()
+def load_weights(folder: Path, model: GPT) -> None:
+    """Put the weights of a checkpoint into a model that has its shape, sharded or plain.
+
+    Args:
+        folder: the checkpoint.
+        model: whose parameters are overwritten.
+
+    Raises:
+        UserError: a file is missing, damaged, or does not fit the model.
+    """
+    saved = dict(load_model(folder).named_parameters())
+    for name, parameter in model.named_parameters():
+        parameter.copy_(placed_like(parameter, saved[name].to(parameter.device)))
+
+
 def load_training_state(folder: Path, model: GPT, optimizer: torch.optim.Optimizer) -> None:
     """Put AdamW's moments and the random-number states back as they were.
 
@@ -188,9 +223,12 @@ def load_training_state(folder: Path, model: GPT, optimizer: torch.optim.Optimiz
                 state["step"] = tensors[f"step.{name}"].to(parameter.device)
             for moment in _MOMENTS:
                 if f"{moment}.{name}" in tensors:
-                    state[moment] = torch.zeros_like(parameter)
-                    rows = _true_rows(model, name, parameter)
-                    state[moment][:rows] = tensors[f"{moment}.{name}"]
+                    # the padded rows have none
+                    full = torch.zeros(
+                        parameter.shape, dtype=parameter.dtype, device=parameter.device
+                    )
+                    full[: _true_rows(model, name, parameter)] = tensors[f"{moment}.{name}"]
+                    state[moment] = placed_like(parameter, full)
             # AdamW's three come together, Muon's buffer alone
             if (adamw := {"step", "exp_avg", "exp_avg_sq"}) & set(state) and not adamw <= set(
                 state
@@ -199,8 +237,7 @@ def load_training_state(folder: Path, model: GPT, optimizer: torch.optim.Optimiz
             # a parameter that has never had a gradient has no moments
             if state:
                 optimizer.state[parameter] = state
-        rng = {k.removeprefix("rng."): v for k, v in tensors.items() if k.startswith("rng.")}
-        set_rng_states(rng, model.lm_head.weight.device)
+        _restore_random_numbers(tensors, model.lm_head.weight.device)
     except Exception as error:
         # as above, and a tensor that is not there
         raise UserError(
@@ -225,8 +262,13 @@ def _true_rows(model: GPT, name: str, parameter: Tensor) -> int:
 
 
 def _training_tensors(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    states = rng_states(model.lm_head.weight.device)
-    tensors = {f"rng.{name}": state for name, state in states.items()}
+    # each process has random numbers of its own
+    every = distributed.gather([rng_states(model.lm_head.weight.device)])
+    tensors = {
+        f"rng.{name}{_of_rank(rank)}": state
+        for rank, states in enumerate(every)
+        for name, state in states.items()
+    }
     for name, parameter in model.named_parameters():
         state = optimizer.state.get(parameter)
         if not state:
@@ -235,5 +277,20 @@ def _training_tensors(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str,
             tensors[f"step.{name}"] = state["step"].cpu()
         for moment in _MOMENTS:
             if moment in state:
-                tensors[f"{moment}.{name}"] = state[moment][: _true_rows(model, name, parameter)]
+                rows = _true_rows(model, name, parameter)
+                tensors[f"{moment}.{name}"] = whole(state[moment])[:rows]
     return tensors
+
+
+def _restore_random_numbers(tensors: dict[str, Tensor], device: torch.device) -> None:
+    """Put this process's generators back; a process that was not there at the save has its own."""
+    ending = _of_rank(distributed.rank())
+    saved = {name: tensors.get(f"rng.{name}{ending}") for name in rng_states(device)}
+    states = {name: state for name, state in saved.items() if state is not None}
+    if states or not ending:
+        set_rng_states(states, device)
+
+
+def _of_rank(rank: int) -> str:
+    """The end of a name for a process; the first one's have none."""
+    return f".{rank}" if rank else ""

@@ -14,7 +14,9 @@ from fastgpt2.config import IMPLS, PRESETS, GPTConfig, unknown_key
 from fastgpt2.devices import DTYPES
 from fastgpt2.errors import UserError
 from fastgpt2.lora import TARGETS
+from fastgpt2.train.remat import REMATS
 from fastgpt2.train.schedules import SCHEDULES
+from fastgpt2.train.spikes import ON_SPIKE
 
 # the table of a TOML file with the values that hold where the optimizer is Muon
 MUON_TABLE = "muon"
@@ -97,7 +99,8 @@ class TrainConfig:
         None, "rate on what joins the residual stream [--dropout]"
     )
     batch_size: int = _option(12, "sequences in a micro-batch")
-    grad_accum: int = _option(1, "micro-batches in an optimizer step")
+    grad_accum: int = _option(1, "micro-batches in an optimizer step, of each process")
+    ranks: int | None = _option(None, "processes that batch_size and grad_accum are meant for")
     steps: int | None = _option(None, "optimizer steps to train")
     epochs: float | None = _option(None, "passes over the training tokens")
     minutes: float | None = _option(None, "wall time to stop at; the schedule ends there too")
@@ -129,6 +132,28 @@ class TrainConfig:
         "bf16, widths that are multiples of 16; a CPU emulates it, slowly",
     )
     compile: bool = _option(False, "torch.compile the forward and backward pass")
+    remat: str = _option(
+        "none",
+        "activations that are computed again in the backward pass, not kept: those of the MLPs, or "
+        "of whole blocks",
+        choices=REMATS,
+    )
+    on_spike: str = _option(
+        "warn",
+        "about a loss far above those before it: say so, or also go back to the last checkpoint "
+        "and skip the data since then",
+        choices=ON_SPIKE,
+    )
+    shard: bool = _option(
+        False,
+        "of several processes, each keeps a part of weights, gradients and moments (FSDP2), not "
+        "all of them (DDP)",
+    )
+    timeout: float = _option(
+        1800.0,
+        "seconds in which a process has to move on; then its stack is shown and the job ends with "
+        "exit code 75; 0 waits for ever",
+    )
     seed: int = _option(1337, "of initialisation, data order and dropout")
     log_every: int = _option(10, "steps between records in metrics.jsonl")
     eval_every: int = _option(250, "steps between evaluations, each with a sample and a checkpoint")
@@ -140,7 +165,7 @@ class TrainConfig:
         for name in ("batch_size", "grad_accum", "eval_every", "log_every", "keep_last"):
             _check(self, name, getattr(self, name) >= 1, "1 or more")
         for name in (
-            *("lr", "weight_decay", "warmup_steps", "grad_clip", "sample_tokens"),
+            *("lr", "weight_decay", "warmup_steps", "grad_clip", "sample_tokens", "timeout"),
             *("muon_lr", "muon_weight_decay", "muon_warmup_steps"),
         ):
             _check(self, name, getattr(self, name) >= 0, "0 or more")
@@ -150,7 +175,7 @@ class TrainConfig:
         self._check_lora()
         for name in ("beta1", "beta2", "muon_momentum"):
             _check(self, name, 0 <= getattr(self, name) < 1, "in [0, 1)")
-        for name in ("vocab_size", "stride", "steps", "epochs", "minutes"):
+        for name in ("vocab_size", "stride", "steps", "epochs", "minutes", "ranks"):
             value = getattr(self, name)
             _check(self, name, value is None or value > 0, "greater than 0")
         if self.min_lr is not None:
@@ -209,6 +234,30 @@ class TrainConfig:
             **{name: value for name, value in shape.items() if value is not None},
         )
 
+    def split(self, ranks: int) -> tuple[int, int]:
+        """Micro-batch size, and micro-batches in a step of each of ``ranks`` processes.
+
+        A step has the same sequences whatever their number is, if they can be dealt out evenly; a
+        micro-batch is never larger than ``batch_size``.
+
+        Args:
+            ranks: processes that there are.
+
+        Raises:
+            UserError: the sequences of a step are not a multiple of ``ranks``.
+        """
+        if self.ranks in (None, ranks):
+            return self.batch_size, self.grad_accum
+        sequences = self.ranks * self.batch_size * self.grad_accum
+        if sequences % ranks:
+            raise UserError(
+                f"config: the {sequences} sequences of a step cannot be dealt out to {ranks} "
+                f"processes; give another number of processes, or --batch-size and --grad-accum"
+            )
+        own = sequences // ranks
+        batch_size = max(size for size in range(1, self.batch_size + 1) if own % size == 0)
+        return batch_size, own // batch_size
+
     @property
     def final_lr(self) -> float:
         """The learning rate at the end of the schedule."""
@@ -223,12 +272,13 @@ class TrainConfig:
             blocks_per_epoch: blocks of the training tokens.
             step: steps taken; they may have had another batch size than this configuration.
             blocks: blocks used in them.
-            ranks: processes, each of which takes ``batch_size`` blocks for a micro-batch.
+            ranks: processes that share a step's blocks.
         """
+        batch_size, grad_accum = self.split(ranks)
         limits = [] if self.steps is None else [self.steps]
         if self.epochs is not None:
             left = max(0.0, self.epochs * blocks_per_epoch - blocks)
-            limits.append(step + math.ceil(left / (ranks * self.batch_size * self.grad_accum)))
+            limits.append(step + math.ceil(left / (ranks * batch_size * grad_accum)))
         return min(limits, default=None)
 
     def to_toml(self) -> str:

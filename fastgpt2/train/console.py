@@ -8,6 +8,7 @@ from typing import Any, Self
 import torch
 from tqdm import tqdm
 
+from fastgpt2 import distributed
 from fastgpt2.model import GPT
 from fastgpt2.text.dataset import Dataset
 from fastgpt2.train import summary
@@ -15,14 +16,16 @@ from fastgpt2.train.validation import Validation
 
 
 class Console:
-    """Shows a run; as a context, with the progress bar of its steps.
+    """Shows a run; as a context, with the progress bar of its steps. Of several processes, the
+    first one speaks.
 
     Args:
         notify: shows a line before the training begins.
     """
 
     def __init__(self, notify: Callable[[str], None]) -> None:
-        self.notify = notify
+        self._speaks = distributed.rank() == 0
+        self.notify = notify if self._speaks else _silent
         self._bar: tqdm[Any] | None = None
 
     def introduce(
@@ -60,6 +63,7 @@ class Console:
             unit="step",
             file=sys.stderr,
             dynamic_ncols=True,
+            disable=not self._speaks,
             # a log file gets a line now and then, not ten per second
             mininterval=0.1 if sys.stderr.isatty() else 10.0,
         )
@@ -82,10 +86,18 @@ class Console:
         assert self._bar is not None
         self._bar.update(1)
 
+    def go_back(self, step: int) -> None:
+        """A loss spike is undone: the run is at ``step`` again."""
+        assert self._bar is not None
+        self._bar.n = step
+        self._bar.refresh()
+        self.write(f"gone back to step {step}; the data since then is skipped")
+
     def write(self, text: str) -> None:
         """Lines above the bar."""
         assert self._bar is not None
-        self._bar.write(text)
+        if self._speaks:
+            self._bar.write(text)
 
     def record(
         self, loss: float, lr: float, grad_norm: float, speed: float, mfu: float | None
@@ -109,3 +121,7 @@ class Console:
     def sample(self, text: str) -> None:
         """A sample of the model's text."""
         self.write("\n".join(f"  | {line}" for line in text.strip().splitlines()))
+
+
+def _silent(line: str) -> None:
+    """What the other processes say."""

@@ -4,6 +4,8 @@ import signal
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+from fastgpt2 import distributed
+
 # Windows has no SIGHUP and no SIGUSR1
 _ENDING = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
 _SAVING = [signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []
@@ -21,8 +23,9 @@ class Interrupted(Exception):
 class Interrupt:
     """Within the block, the first SIGINT, SIGTERM or SIGHUP is remembered; a second acts at once.
 
-    SIGUSR1 asks for a checkpoint and ends nothing. A signal that was ignored when the block began,
-    as nohup does with SIGHUP, stays ignored.
+    SIGUSR1 asks for a checkpoint and ends nothing. Of several processes all obey a signal that one
+    of them got: ``poll`` and ``save_is_wanted`` are called at the same places in each. A signal
+    that was ignored when the block began, as nohup does with SIGHUP, stays ignored.
     """
 
     def __init__(self) -> None:
@@ -50,14 +53,16 @@ class Interrupt:
         self._restore()
 
     def poll(self) -> None:
-        """Raise ``Interrupted`` if a signal has come."""
-        if self._received is not None:
-            raise Interrupted(self._received)
+        """Raise ``Interrupted`` if a signal has come to any process."""
+        (received,) = distributed.all_max(self._received or 0)
+        if received:
+            raise Interrupted(received)
 
     def save_is_wanted(self) -> bool:
-        """Whether SIGUSR1 has come since the last call."""
-        wanted, self._save = self._save, False
-        return wanted
+        """Whether SIGUSR1 has come to any process since the last call."""
+        mine, self._save = self._save, False
+        (wanted,) = distributed.all_max(int(mine))
+        return bool(wanted)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self._received = number

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastgpt2.model import GPT
 from fastgpt2.train.config import TrainConfig
+from fastgpt2.train.parallel import own, placed_like, whole_like
 
 # momentum grows linearly from MOMENTUM_START over the first steps (Jordan et al., "Muon", 2024)
 MOMENTUM_START = 0.85
@@ -78,7 +79,8 @@ class Muon(torch.optim.Muon):
     M <- mu M + (1 - mu) G, U = orthogonal((1 - mu) G + mu M), W <- (1 - lr decay) W - lr s U, with
     s = sqrt(max(1, rows / columns)). Matrices of one shape, or of its transpose, are orthogonalised
     in one batch. The iteration is in bf16 on a GPU and in fp32 on a CPU. ``grad_scale`` divides the
-    gradients, and where ``found_inf`` is 1 nothing changes; the device decides.
+    gradients, and where ``found_inf`` is 1 nothing changes; the device decides. Where parameters
+    are sharded, so are the moments; each process orthogonalises all matrices and keeps its part.
     """
 
     grad_scale: Tensor | None = None
@@ -98,30 +100,31 @@ class Muon(torch.optim.Muon):
     def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         lr, decay, momentum = group["lr"], group["weight_decay"], group["momentum"]
         grads = [self._gradient(p) for p in parameters]
-        moments = [self._moment(p) for p in parameters]
+        moments = [own(self._moment(p)) for p in parameters]
         keep = 1.0 if self.found_inf is None else 1.0 - self.found_inf
         torch._foreach_add_(
             moments, torch._foreach_mul(torch._foreach_sub(grads, moments), keep * (1.0 - momentum))
         )
         updates = torch._foreach_lerp(grads, moments, momentum)
-        flat = [
-            u if p.shape[0] <= p.shape[1] else u.T for p, u in zip(parameters, updates, strict=True)
-        ]
+        pairs = zip(parameters, updates, strict=True)
+        wholes = [whole_like(p, u) for p, u in pairs]
+        flat = [u if u.shape[0] <= u.shape[1] else u.T for u in wholes]
         orthogonal = orthogonalize(torch.stack(flat), group["ns_coefficients"], group["ns_steps"])
         sizes = [-lr * max(1.0, p.shape[0] / p.shape[1]) ** 0.5 for p in parameters]
         scale = torch.tensor(sizes, device=orthogonal.device, dtype=orthogonal.dtype) * keep
         orthogonal *= scale[:, None, None]
         out = [
-            u if p.shape[0] <= p.shape[1] else u.T
+            own(placed_like(p, u if p.shape[0] <= p.shape[1] else u.T))
             for p, u in zip(parameters, orthogonal.unbind(), strict=True)
         ]
+        weights = [own(p) for p in parameters]
         if decay:
-            torch._foreach_mul_(parameters, 1.0 - lr * decay * keep)
-        torch._foreach_add_(parameters, out)
+            torch._foreach_mul_(weights, 1.0 - lr * decay * keep)
+        torch._foreach_add_(weights, out)
 
     def _gradient(self, parameter: Tensor) -> Tensor:
-        grad = parameter.grad
-        assert grad is not None
+        assert parameter.grad is not None
+        grad = own(parameter.grad)
         if self.grad_scale is not None:
             grad = grad / self.grad_scale
         # zero times a NaN is a NaN

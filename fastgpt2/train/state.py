@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastgpt2 import runs
+from fastgpt2 import distributed, runs
 from fastgpt2.devices import rng_states, set_rng_states
 from fastgpt2.errors import UserError
 from fastgpt2.model import GPT
@@ -58,12 +58,36 @@ class RunState:
         """Remember what a step changes besides weights and moments, before it begins."""
         self._marked = self.step, self.loader.state_dict(), rng_states(self._device)
 
+    @property
+    def marked_random_numbers(self) -> dict[str, torch.Tensor]:
+        """States of the generators at the last mark."""
+        return self._marked[2]
+
     def rewind(self) -> None:
         """Undo the part of an interrupted step that has happened: data drawn, random numbers."""
         step, loader, rng = self._marked
         if self.step == step:
             self.loader.load_state_dict(loader)
             set_rng_states(rng, self._device)
+
+    def go_back(self, folder: Path) -> None:
+        """Be as the checkpoint in ``folder``, but for the data: it goes on where it is now.
+
+        All processes call it.
+
+        Args:
+            folder: a checkpoint of this run.
+
+        Raises:
+            UserError: a file is missing, damaged, or does not fit the run.
+        """
+        position = self.loader.state_dict()
+        self.pending.clear()
+        self.validation = None
+        checkpoint.load_weights(folder, self.model)
+        self.restore(folder)
+        self.loader.load_state_dict(position)
+        self.mark()
 
     def read_pending(self) -> list[tuple[float, float]]:
         """Loss and gradient norm of each step since the last record, fetched from the device.
@@ -79,6 +103,8 @@ class RunState:
 
     def save(self, run: Path, keep_last: int) -> None:
         """Write the checkpoint of ``step``, then delete those that are no longer kept.
+
+        All processes call it.
 
         Args:
             run: the run folder.
@@ -100,7 +126,7 @@ class RunState:
             **self.fixed,
         }
         checkpoint.save(run, self.step, self.model, self.optimizer, state)
-        checkpoint.prune(run, keep_last)
+        distributed.on_rank_0(lambda: checkpoint.prune(run, keep_last))
 
     def restore(self, folder: Path) -> None:
         """Take everything but the weights from the checkpoint in ``folder``.

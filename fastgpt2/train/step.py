@@ -3,13 +3,17 @@
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from fastgpt2 import distributed
 from fastgpt2.devices import autocast
 from fastgpt2.errors import UserError
 from fastgpt2.model import GPT
 from fastgpt2.train.optimizers import set_learning_rate
+from fastgpt2.train.parallel import Accumulate, alone, whole
 
 # consecutive steps with a non-finite loss or gradient before training stops
 MAX_SKIPPED = 8
@@ -29,9 +33,12 @@ class TrainingStep:
 
     A step whose gradient is not finite leaves the weights and the optimizer untouched, decided on
     the device. Gradients of micro-batches are weighted by their number of valid targets, so 4x1
-    equals 1x4. In fp16 a ``GradScaler`` scales the loss. ``poll`` is called before each
-    micro-batch.
+    equals 1x4, on one process or on several, which count the targets of all of them. In fp16 a
+    ``GradScaler`` scales the loss. ``poll`` is called before each micro-batch. ``accumulate`` gives
+    the context of a micro-batch, told whether it is the last of its step.
     """
+
+    accumulate: Accumulate = staticmethod(alone)
 
     def __init__(
         self,
@@ -50,6 +57,8 @@ class TrainingStep:
         self.dtype = dtype
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         self.skipped = 0
+        # of the last step, for a second look at it
+        self.batches: Sequence[Batch] = ()
 
     def __call__(self, batches: Sequence[Batch], lr: float) -> StepResult:
         """Train on one micro-batch after another, then update once.
@@ -61,31 +70,37 @@ class TrainingStep:
 
         Returns:
             The mean loss in nats per counted target, and the norm of the gradient before clipping,
-            fp32 scalars on the device.
+            fp32 scalars on the device; of all processes together.
         """
         # gradients live until here, so that a diverged run can name the tensor that went bad
         self.optimizer.zero_grad(set_to_none=True)
+        self.batches = batches
         set_learning_rate(self.optimizer, lr)
         counts = [int((targets >= 0).sum()) for _, targets in batches]
-        total = max(sum(counts), 1)
+        ranks = distributed.world_size()
+        total = max(int(distributed.all_sum(np.array([float(sum(counts))]))[0]), 1)
         loss_sum = torch.zeros((), device=self.device)
-        for (idx, targets), count in zip(batches, counts, strict=True):
+        for i, ((idx, targets), count) in enumerate(zip(batches, counts, strict=True), 1):
             self.poll()
             idx = idx.to(self.device, non_blocking=True)
             targets = targets.to(self.device, non_blocking=True)
-            with autocast(self.device, self.dtype):
-                loss = self.forward(idx, targets)[1]
-            weight = count / total
-            scaled = self.scaler.scale(loss if weight == 1.0 else loss * weight)
-            torch.autograd.backward(scaled)
-            loss_sum += loss.detach() * weight
+            with self.accumulate(i == len(batches)):
+                with autocast(self.device, self.dtype):
+                    loss = self.forward(idx, targets)[1]
+                # the gradient of several processes is the mean of theirs
+                weight = ranks * count / total
+                scaled = self.scaler.scale(loss if weight == 1.0 else loss * weight)
+                torch.autograd.backward(scaled)
+            loss_sum += loss.detach() * (count / total)
+        if ranks > 1:
+            dist.all_reduce(loss_sum)
         return StepResult(loss_sum, self._update())
 
     def _update(self) -> Tensor:
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        grad_norm = torch.nn.utils.get_total_norm(grads)
+        grad_norm = whole(torch.nn.utils.get_total_norm(grads))
         clip = (grad_norm / self.grad_clip).clamp(min=1.0) if self.grad_clip > 0 else None
         if self.scaler.is_enabled():
             if clip is not None:
@@ -123,8 +138,8 @@ class TrainingStep:
 
     def _first_bad_tensor(self) -> str:
         for name, parameter in self.model.named_parameters():
-            if not torch.isfinite(parameter).all():
+            if not torch.isfinite(whole(parameter)).all():
                 return f"first non-finite weight: {name}"
-            if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+            if parameter.grad is not None and not torch.isfinite(whole(parameter.grad)).all():
                 return f"first non-finite gradient: {name}"
         return "all weights and gradients are finite"

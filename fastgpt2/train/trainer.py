@@ -2,22 +2,21 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from fastgpt2 import runs
+from fastgpt2 import distributed, runs
 from fastgpt2.devices import (
-    autocast,
     peak_flops,
     resolve_device,
     resolve_dtype,
     resolve_kernels,
 )
-from fastgpt2.errors import UserError
+from fastgpt2.errors import EndedElsewhere, UserError
 from fastgpt2.files import write_text
-from fastgpt2.generate.stream import encode_prompt, stream_text
+from fastgpt2.generate.stream import encode_prompt
 from fastgpt2.model import GPT
 from fastgpt2.streams import steady_streams
 from fastgpt2.text import build_dataset, load_tokenizer, save_tokenizer
@@ -29,35 +28,29 @@ from fastgpt2.train.compiled import compiled
 from fastgpt2.train.config import TrainConfig
 from fastgpt2.train.console import Console
 from fastgpt2.train.freeze import freeze
+from fastgpt2.train.guard import check
 from fastgpt2.train.interrupt import Interrupt, Interrupted
 from fastgpt2.train.metrics import MetricsLog, plot
 from fastgpt2.train.optimizers import build_optimizer, set_momentum
 from fastgpt2.train.origin import open_origin
+from fastgpt2.train.outcome import Outcome
+from fastgpt2.train.parallel import joined, seed_for_rank, shard, whole_model
+from fastgpt2.train.remat import set_remat
+from fastgpt2.train.samples import sample
 from fastgpt2.train.schedules import learning_rate, progress
+from fastgpt2.train.spikes import Spikes
 from fastgpt2.train.state import RunState, check_data
 from fastgpt2.train.step import Batch, TrainingStep
-from fastgpt2.train.validation import Validation, validate
+from fastgpt2.train.validation import validate
 
 # tokens of an evaluation's batch, at least: without gradients they fit wherever training does
 EVAL_TOKENS = 4096
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended."""
-
-    step: int
-    tokens: int
-    elapsed: float
-    train_loss: float
-    validation: Validation | None
-    best_step: int
-    exit_code: int
-    drawn: bool
-
-
 class Trainer:
     """Trains the model a configuration describes, into a run folder.
+
+    Several processes with a process group train one model: each makes a Trainer of the same run.
 
     Args:
         config: the run.
@@ -81,11 +74,14 @@ class Trainer:
             config = origin.config
         self.config, self.run_folder = config, run
         self.console = Console(notify)
-        self.device = resolve_device(config.device)
+        notify = self.console.notify
+        self.device = resolve_device(distributed.local_device(config.device))
         self.dtype = resolve_dtype(config.dtype, self.device)
         self.kernels = resolve_kernels(self.device, self.dtype, config.impl, fp8=config.fp8)
         torch.set_float32_matmul_precision("high")
-        folder = checkpoint.newest_intact(run, notify) if resume else None
+        folder = None
+        if resume:
+            folder = distributed.on_rank_0(lambda: checkpoint.newest_intact(run, notify))
         self.dataset = build_dataset(
             config.data,
             load_tokenizer(run) if resume else origin.tokenizer if origin else config.tokenizer,
@@ -109,6 +105,7 @@ class Trainer:
         if folder is not None:
             check_data(folder, self.tokenizer_id, self.dataset.digest)
         torch.manual_seed(config.seed)
+        ranks = distributed.world_size()
         shape = config.gpt_config(self.tokenizer.vocab_size)
         if folder is not None:
             # the weights' own: a run's configuration does not have it
@@ -120,20 +117,26 @@ class Trainer:
             self.model = GPT(shape)
         self.model.to(self.device)
         self.frozen = freeze(self.model, config.freeze)
+        set_remat(self.model, config.remat)
+        if config.shard and ranks > 1:
+            shard(self.model, self.dtype)
         optimizer = build_optimizer(self.model, config)
+        self.batch_size, self.grad_accum = config.split(ranks)
         self.loader = open_loader(
             self.dataset.train,
             block_size=shape.block_size,
-            batch_size=config.batch_size,
+            batch_size=self.batch_size,
             seed=config.seed,
+            rank=distributed.rank(),
+            world_size=ranks,
             stride=config.stride,
             eot=self.eot,
             vocab_size=shape.vocab_size,
         )
         if self.dataset.val is not None:
             check_eval_tokens(self.dataset.val, shape.vocab_size)
-        self.tokens_per_step = config.grad_accum * config.batch_size * shape.block_size
-        self.interrupt = Interrupt()
+        self.tokens_per_step = ranks * self.grad_accum * self.batch_size * shape.block_size
+        self.interrupt, self.spikes = Interrupt(), Spikes()
         self.training_step = TrainingStep(
             self.model,
             optimizer,
@@ -153,10 +156,14 @@ class Trainer:
                 "config": config.to_toml(),
             },
         )
+        seed_for_rank(config.seed, 0 if folder is None else runs.read_state(folder)["step"])
         if folder is not None:
             self.state.restore(folder)
         self.total_steps = config.total_steps(
-            self.loader.blocks_per_epoch, step=self.state.step, blocks=self.loader.blocks_used
+            self.loader.blocks_per_epoch,
+            step=self.state.step,
+            blocks=self.loader.blocks_used,
+            ranks=ranks,
         )
 
     def run(self) -> Outcome:
@@ -168,20 +175,13 @@ class Trainer:
     def _run(self) -> Outcome:
         exit_code = 0
         config, run, state = self.config, self.run_folder, self.state
-        try:
-            run.mkdir(parents=True, exist_ok=True)
-            write_text(run / "config.toml", config.to_toml())
-            save_tokenizer(self.tokenizer, run)
-            log = MetricsLog(run, state.step)
-        except OSError as error:
-            raise UserError(f"{run}: cannot be written: {error.strerror}") from None
-        drawn = False
+        distributed.on_rank_0(self._begin_folder)
         self.console.introduce(
             self.dataset,
             self.tokenizer_id,
             self.model,
             state.optimizer,
-            batch_size=config.batch_size,
+            batch_size=self.batch_size,
             dtype=self.dtype,
             kernels=self.kernels,
         )
@@ -190,12 +190,15 @@ class Trainer:
         for line in (*self.frozen, *mixture_lines(self.loader, planned)):
             self.console.notify(line)
         self.model.train()
-        if config.compile:
-            self.training_step.forward = compiled(
-                self.model, config.batch_size, self.dtype, self.console.notify, eot=self.eot
-            )
+        step = self.training_step
+        if config.compile and config.shard and distributed.world_size() > 1:
+            self.console.notify("compile: not with --shard; training without it")
+        elif config.compile:
+            notify = self.console.notify
+            step.forward = compiled(self.model, self.batch_size, self.dtype, notify, eot=self.eot)
+        step.forward, step.accumulate = joined(self.model, step.forward)
         if self.eot is not None:
-            self.training_step.forward = packed(self.training_step.forward, self.eot)
+            step.forward = packed(step.forward, self.eot)
         try:
             with (
                 self.interrupt,
@@ -204,39 +207,59 @@ class Trainer:
                 ),
             ):
                 try:
-                    self._loop(log)
+                    self._loop()
                 except Interrupted as signal:
                     exit_code = signal.exit_code
                     state.rewind()
                     state.save(run, config.keep_last)
                     self.console.write(f"stopped by {signal}: step {state.step} is saved")
-                except OSError:
+                except (OSError, EndedElsewhere) as error:
+                    if not distributed.is_agreed(error):
+                        raise
                     # the log could not be written; the weights may still find room
                     state.rewind()
                     state.save(run, config.keep_last)
                     raise
-        finally:
-            # of a run that went wrong, too: the curves say how
-            drawn = plot(run, self.console.notify)
+        except Exception as error:
+            # of a run that went wrong, too: the curves say how; but others may wait for the end
+            if distributed.is_agreed(error):
+                self._plot()
+            raise
+        drawn = self._plot()
+        best = distributed.on_rank_0(lambda: runs.best(run))
         return Outcome(
             step=state.step,
             tokens=state.tokens,
             elapsed=state.elapsed,
             train_loss=state.train_loss,
             validation=state.validation,
-            best_step=int(runs.best(run).name.removeprefix("step_")),
+            best_step=int(best.name.removeprefix("step_")),
             exit_code=exit_code,
             drawn=drawn,
         )
 
-    def _loop(self, log: MetricsLog) -> None:
+    def _plot(self) -> bool:
+        return distributed.rank() == 0 and plot(self.run_folder, self.console.notify)
+
+    def _begin_folder(self) -> None:
+        """What the run folder holds before the first step, and the log in it."""
+        run = self.run_folder
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            write_text(run / "config.toml", self.config.to_toml())
+            save_tokenizer(self.tokenizer, run)
+            self.metrics = MetricsLog(run, self.state.step)
+        except OSError as error:
+            raise UserError(f"{run}: cannot be written: {error.strerror}") from None
+
+    def _loop(self) -> None:
         config, state = self.config, self.state
         mark, mark_step = time.perf_counter(), state.step
         started = mark - state.elapsed
         while True:
             if self._evaluation_is_due():
                 began = time.perf_counter()
-                self._evaluate(log)
+                self._evaluate()
                 # the speed is that of training alone
                 mark += time.perf_counter() - began
             if self._progress() >= 1.0:
@@ -260,18 +283,39 @@ class Trainer:
                 momentum=config.muon_momentum,
                 warmup_steps=config.muon_warmup_steps,
             )
-            batches: list[Batch] = [next(self.loader) for _ in range(config.grad_accum)]
+            batches = distributed.together(self._draw)
             state.pending.append(self.training_step(batches, lr))
             state.step += 1
             state.validation = None
             state.elapsed = time.perf_counter() - started
+            if config.minutes is not None:
+                # they decide when the run ends
+                state.elapsed = distributed.longest(state.elapsed)
             self.console.advance()
             if state.step % config.log_every == 0 or state.step == 1 or self._progress() >= 1.0:
                 grad_norm = self._read()
                 now = time.perf_counter()
                 speed = (state.step - mark_step) * self.tokens_per_step / (now - mark)
-                self._log(log, lr, speed, grad_norm)
+                self._log(lr, speed, grad_norm)
+                if self._spiked and config.on_spike == "rollback":
+                    self._go_back()
+                    started = now - state.elapsed
                 mark, mark_step = now, state.step
+
+    def _go_back(self) -> None:
+        """To the last checkpoint, and on with the data that comes now."""
+        if not distributed.on_rank_0(lambda: runs.saved_steps(self.run_folder)):
+            self.console.write("there is no checkpoint to go back to")
+            return
+        self.state.go_back(distributed.on_rank_0(lambda: runs.latest(self.run_folder)))
+        # later records are dropped
+        distributed.on_rank_0(self._begin_folder)
+        self.spikes.clear()
+        self.console.go_back(self.state.step)
+
+    def _draw(self) -> list[Batch]:
+        """The micro-batches of a step."""
+        return [next(self.loader) for _ in range(self.grad_accum)]
 
     def _evaluation_is_due(self) -> bool:
         """Every ``eval_every`` steps and at the end, if the weights have not been scored yet."""
@@ -283,22 +327,23 @@ class Trainer:
     def _read(self) -> float:
         """Check the results of the last steps; returns the last gradient norm."""
         results = self.state.read_pending()
+        self._spiked = False
         for step, (loss, norm) in enumerate(results, self.state.step - len(results) + 1):
-            self._check(loss, norm, step)
+            check(self.training_step, self.state, self.run_folder, (loss, norm, step), self.eot)
+            score = self.spikes.score(loss)
+            if score is not None:
+                self._spiked = True
+                self.console.write(
+                    f"step {step}: loss {loss:.4f} is a spike, {score:.0f} standard deviations "
+                    "above the losses before"
+                )
         return results[-1][1]
 
-    def _check(self, loss: float, norm: float, step: int) -> None:
-        try:
-            self.training_step.check(loss, norm, step)
-        except UserError as error:
-            if not runs.saved_steps(self.run_folder):
-                raise
-            raise UserError(f"{error}; the last checkpoint is untouched") from None
-
-    def _log(self, log: MetricsLog, lr: float, speed: float, grad_norm: float) -> None:
+    def _log(self, lr: float, speed: float, grad_norm: float) -> None:
         state, peak = self.state, peak_flops(self.device)
-        mfu = None if peak is None else self.model.flops_per_token() * speed / peak
-        log.write(
+        ranks = distributed.world_size()
+        mfu = None if peak is None else self.model.flops_per_token() * speed / (ranks * peak)
+        self._write(
             step=state.step,
             tokens=state.tokens,
             train_loss=state.train_loss,
@@ -310,14 +355,17 @@ class Trainer:
         )
         self.console.record(state.train_loss, lr, grad_norm, speed, mfu)
 
-    def _evaluate(self, log: MetricsLog) -> None:
+    def _write(self, **record: float | None) -> None:
+        distributed.on_rank_0(lambda: self.metrics.write(**record))
+
+    def _evaluate(self) -> None:
         """Score the weights, save them, and only then show what came out."""
         state, config = self.state, self.config
         began = time.perf_counter()
         state.validation = validate(
             self.model,
             self.dataset,
-            batch_size=max(config.batch_size, EVAL_TOKENS // self.model.config.block_size),
+            batch_size=max(self.batch_size, EVAL_TOKENS // self.model.config.block_size),
             dtype=self.dtype,
             poll=self.interrupt.poll,
             eot=self.eot,
@@ -325,7 +373,7 @@ class Trainer:
         seconds = time.perf_counter() - began
         if state.validation is not None:
             result = state.validation
-            log.write(
+            self._write(
                 step=state.step,
                 tokens=state.tokens,
                 val_loss=result.loss,
@@ -337,24 +385,9 @@ class Trainer:
         if state.validation is not None:
             self.console.evaluation(state.step, state.validation, seconds)
         if config.sample_tokens:
-            self.console.sample(self._sample())
-
-    def _sample(self) -> str:
-        config = self.config
-        with autocast(self.device, self.dtype):
-            # a seed of its own: showing a sample must not change the training that follows
-            pieces = stream_text(
-                self.model,
-                self.tokenizer,
-                config.sample_prompt,
-                config.sample_tokens,
-                temperature=0.8,
-                top_k=50,
-                seed=config.seed,
-            )
-            text = config.sample_prompt + "".join(pieces)
-        self.model.train()
-        return text
+            model = whole_model(self.model)
+            if distributed.rank() == 0:
+                self.console.sample(sample(model, self.tokenizer, config, self.dtype))
 
     def _progress(self) -> float:
         """How much of the run is done, 0 to 1."""

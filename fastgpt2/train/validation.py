@@ -4,10 +4,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fastgpt2 import distributed
 from fastgpt2.devices import autocast
 from fastgpt2.model import GPT
 from fastgpt2.text.dataset import Dataset
@@ -57,12 +59,14 @@ def validate(
 ) -> Validation | None:
     """Score every validation token once, in blocks of the model's block_size.
 
+    Several processes share the batches, and each gets the result of all.
+
     Args:
         model: scored in evaluation mode, and put back into the mode it was in.
         dataset: whose validation split is scored.
         batch_size: rows of block_size tokens per batch.
         dtype: autocast's, of the computation; losses are summed in fp64.
-        poll: called before each batch; what it raises ends the scoring.
+        poll: called before each batch, by all processes; what it raises ends the scoring.
         eot: the id that ends a document, where each document of a block is scored alone.
 
     Returns:
@@ -76,11 +80,13 @@ def validate(
     forward = model if eot is None else packed(model, eot)
     losses: list[Tensor] = []
     counts: list[int] = []
-    batches = iter_eval_batches(dataset.val, block_size, batch_size)
-    total = math.ceil((len(dataset.val) - 1) / (batch_size * block_size))
+    rank, ranks = distributed.rank(), distributed.world_size()
+    batches = iter_eval_batches(dataset.val, block_size, batch_size, rank=rank, world_size=ranks)
+    total = math.ceil((len(dataset.val) - 1) / (ranks * batch_size * block_size))
     # seen only on a terminal, and only where it takes long
+    disable = True if rank else None
     with tqdm(
-        batches, "evaluating", total, unit="batch", leave=False, delay=2.0, disable=None
+        batches, "evaluating", total, unit="batch", leave=False, delay=2.0, disable=disable
     ) as bar:
         try:
             for idx, targets in bar:
@@ -94,6 +100,9 @@ def validate(
         finally:
             model.train(was_training)
     # weighted by count, in fp64, with one transfer at the end
+    weights = torch.tensor(counts, dtype=torch.float64)
+    # the mean over no target is not a number
+    sums = torch.where(weights > 0, torch.stack(losses).cpu().double() * weights, 0.0).sum()
+    nats, scored = distributed.all_sum(np.array([sums.item(), weights.sum().item()]))
     text_bytes = dataset.val_bytes - (0 if eot is None else dataset.first_bytes)
-    weighted = torch.stack(losses).cpu().double() * torch.tensor(counts)
-    return Validation(weighted.sum().item() / sum(counts), sum(counts), text_bytes)
+    return Validation(float(nats / scored), int(scored), text_bytes)

@@ -225,6 +225,18 @@ def test_evaluation_covers_every_token_once_in_order(
     assert (batches[-1][1] != -100).any()
 
 
+@given(n=st.integers(2, 90), batch_size=st.integers(1, 4), world_size=st.integers(1, 4))
+def test_evaluation_is_dealt_out_to_ranks(n: int, batch_size: int, world_size: int) -> None:
+    shares = [
+        list(iter_eval_batches(np.arange(n), 5, batch_size, rank=rank, world_size=world_size))
+        for rank in range(world_size)
+    ]
+    # each waits for the others after each batch
+    assert len({len(share) for share in shares}) == 1
+    targets = [batch[1] for batches in zip(*shares, strict=True) for batch in batches]
+    assert [int(x) for batch in targets for x in batch[batch != -100]] == list(range(1, n))
+
+
 def test_evaluation_needs_two_tokens_before_the_first_batch() -> None:
     with pytest.raises(UserError, match="validation tokens: too short: 1 tokens"):
         iter_eval_batches(np.arange(1), 8, 2)

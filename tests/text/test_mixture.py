@@ -10,7 +10,7 @@ from fastgpt2.errors import UserError
 from fastgpt2.prepare import prepare
 from fastgpt2.text import build_dataset
 from fastgpt2.text.mixture import Mixture, absolute_item, item_paths, split_weight, split_weights
-from fastgpt2.text.mixture_loader import MixtureLoader, mixture_lines
+from fastgpt2.text.mixture_loader import _RANGE, _STEP, MixtureLoader, mixture_lines
 from fastgpt2.text.stored import JoinedTokens
 from tests.text.other_programs import write_llmc
 
@@ -86,6 +86,17 @@ def test_counts_are_those_of_the_stream() -> None:
     assert abs(mixed.blocks_of(far)[0] - 0.3 * far) < 0.001 * far
     assert sum(mixed.blocks_of(far)) == far
     assert (loader(seed=6)._sources_at(0, 5000) != chosen).any()
+
+
+@pytest.mark.parametrize("above", [0, 1])
+def test_counts_are_exact_where_a_share_ends_at_a_drawn_number(above: int) -> None:
+    mixed = loader()
+    drawn = (mixed._offset + _STEP * 7) % _RANGE
+    mixed._ends = [drawn + above, _RANGE]
+    chosen = mixed._sources_at(0, 50)
+    assert chosen[7] == 1 - above
+    for place in range(50):
+        assert mixed.blocks_of(place)[0] == int((chosen[:place] == 0).sum())
 
 
 def test_each_source_gives_each_of_its_blocks_once_an_epoch() -> None:

@@ -114,7 +114,7 @@ def test_a_terminal_that_goes_away_at_any_line(
         "fastgpt2.train.trainer.validate",
         "fastgpt2.train.checkpoint.save",
         "fastgpt2.train.checkpoint.prune",
-        "fastgpt2.train.trainer.stream_text",
+        "fastgpt2.train.samples.stream_text",
     ],
 )
 def test_a_signal_at_any_place(

@@ -11,7 +11,8 @@ from torch import Tensor
 from fastgpt2 import runs
 from fastgpt2.train.config import TrainConfig
 from fastgpt2.train.metrics import read_metrics
-from fastgpt2.train.trainer import Outcome, Trainer
+from fastgpt2.train.outcome import Outcome
+from fastgpt2.train.trainer import Trainer
 
 TEXT = "".join(f"the {i} cats and {i * i} dogs sat\n" for i in range(60))
 # two records of one training differ in these alone

@@ -1,0 +1,216 @@
+"""What went wrong in a step whose loss or gradient is not finite: the module, and the batch kept.
+
+The step is computed a second time, its modules called one by one. The weights are those of the bad
+step, since such a step changes nothing.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from fastgpt2 import distributed, runs
+from fastgpt2.config import GPTConfig
+from fastgpt2.devices import autocast, rng_states, set_rng_states
+from fastgpt2.errors import UserError
+from fastgpt2.model import GPT
+from fastgpt2.text.packing import packed
+from fastgpt2.train.state import RunState
+from fastgpt2.train.step import TrainingStep
+
+Batch = tuple[Tensor, Tensor]
+
+# in the run folder
+BAD_STEP = "bad_step.safetensors"
+
+
+@dataclass(frozen=True)
+class BadStep:
+    """A step to be computed again.
+
+    Attributes:
+        model: with the weights that the step began with, in training mode.
+        batches: its micro-batches.
+        random_numbers: states of the generators when it began.
+        step: its number.
+        eot: the id that ends a document, where its blocks are of packed documents.
+    """
+
+    model: GPT
+    batches: Sequence[Batch]
+    random_numbers: Mapping[str, Tensor]
+    step: int
+    eot: int | None = None
+
+    def save(self, path: Path) -> None:
+        """Write everything into one file, which ``load`` reads.
+
+        Args:
+            path: a safetensors file.
+        """
+        weights = self.model.state_dict()
+        tensors = {f"model.{k}": v for k, v in weights.items() if k != "lm_head.weight"}
+        for i, (idx, targets) in enumerate(self.batches):
+            tensors |= {f"idx.{i}": idx.contiguous(), f"targets.{i}": targets.contiguous()}
+        tensors |= {f"rng.{name}": state for name, state in self.random_numbers.items()}
+        config = json.dumps(asdict(self.model.config))
+        metadata = {"config": config, "step": str(self.step)}
+        if self.eot is not None:
+            metadata["eot"] = str(self.eot)
+        save_file(tensors, path, metadata=metadata)
+
+    @classmethod
+    def load(cls, path: Path, **overrides: Any) -> "BadStep":
+        """Read what ``save`` has written.
+
+        Args:
+            path: the file.
+            overrides: fields of the model's configuration, such as ``impl``.
+
+        Raises:
+            UserError: not such a file.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata()
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            with torch.device("meta"):
+                model = GPT(GPTConfig(**(json.loads(metadata["config"]) | overrides)))
+            model.load_state_dict(_below(tensors, "model."), assign=True)
+            idx, targets = _below(tensors, "idx."), _below(tensors, "targets.")
+            batches = [(idx[str(i)], targets[str(i)]) for i in range(len(idx))]
+            eot = int(metadata["eot"]) if "eot" in metadata else None
+            return cls(model, batches, _below(tensors, "rng."), int(metadata["step"]), eot)
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"--replay {path}: not a step that was kept: {reason}") from None
+
+    def first_bad(self, dtype: torch.dtype) -> str | None:
+        """Compute it again; the first output or gradient that is not finite, or None if all are.
+
+        Args:
+            dtype: of the computation.
+        """
+        model = self.model
+        device = model.lm_head.weight.device
+        before = rng_states(device)
+        set_rng_states(self.random_numbers, device)
+        try:
+            with _watched(model) as findings:
+                forward = model if self.eot is None else packed(model, self.eot)
+                for idx, targets in self.batches:
+                    with autocast(device, dtype):
+                        loss = forward(idx.to(device), targets.to(device))[1]
+                    assert loss is not None
+                    if not findings:
+                        torch.autograd.backward(loss)
+                    if findings:
+                        return findings[0]
+        finally:
+            model.zero_grad(set_to_none=True)
+            set_rng_states(before, device)
+        return None
+
+
+def check(
+    training_step: TrainingStep,
+    state: RunState,
+    run: Path,
+    result: tuple[float, float, int],
+    eot: int | None = None,
+) -> None:
+    """Stop a run that has diverged, and say and keep what there is to find; all processes call it.
+
+    Args:
+        training_step: has counted the bad steps, and has the batches of the last one.
+        state: of the run.
+        run: its folder.
+        result: loss, norm of the gradient and number of a step.
+        eot: the id that ends a document, where blocks are of packed documents.
+
+    Raises:
+        UserError: the last steps were not finite.
+    """
+    try:
+        training_step.check(*result)
+    except UserError as error:
+        kept = "; the last checkpoint is untouched" if runs.saved_steps(run) else ""
+        random_numbers = state.marked_random_numbers
+        bad = BadStep(state.model, training_step.batches, random_numbers, state.step, eot)
+        found = explain(bad, training_step.dtype, run / BAD_STEP)
+        raise distributed.agreed(UserError(f"{error}{found}{kept}")) from None
+
+
+def explain(bad: BadStep, dtype: torch.dtype, path: Path) -> str:
+    """The end of the message of a run that diverged; all processes call it.
+
+    Of several processes the first one that finds something keeps its part of the step. A sharded
+    model is not looked at: its modules only work together with those of the other processes.
+
+    Args:
+        bad: the step.
+        dtype: of the computation.
+        path: where the step is kept.
+    """
+    if isinstance(bad.model, FSDPModule):
+        return ""
+    found = bad.first_bad(dtype)
+    first = next((r for r, x in enumerate(distributed.gather([found])) if x), None)
+    if first is None:
+        return "; a second pass, module by module, was finite"
+    if first == distributed.rank():
+        try:
+            bad.save(path)
+        except (OSError, SafetensorError) as error:
+            return f"; not finite first: {found}; the step could not be kept: {error}"
+    return f"; not finite first: {found}; --replay {path} runs the step again"
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+@contextmanager
+def _watched(model: nn.Module) -> Iterator[list[str]]:
+    """What is not finite while the modules are called, in the order in which it appears."""
+    findings: list[str] = []
+
+    def gradient_of(name: str) -> Callable[[Tensor], None]:
+        def look(grad: Tensor) -> None:
+            if not torch.isfinite(grad).all():
+                findings.append(f"the gradient of {name}")
+
+        return look
+
+    def output_of(name: str) -> Callable[..., None]:
+        def look(module: nn.Module, inputs: Any, output: Any) -> None:
+            if not isinstance(output, Tensor):
+                return
+            if not torch.isfinite(output).all():
+                findings.append(f"the output of {name}")
+            if output.requires_grad:
+                hook = gradient_of(f"the output of {name}")
+                output.register_hook(hook)  # type: ignore[no-untyped-call]
+
+        return look
+
+    with ExitStack() as stack:
+        for name, parameter in model.named_parameters():
+            if not torch.isfinite(parameter).all():
+                findings.append(f"the weight {name}")
+            if parameter.requires_grad:
+                handle = parameter.register_hook(gradient_of(name))  # type: ignore[no-untyped-call]
+                stack.callback(handle.remove)
+        for name, module in model.named_modules():
+            # containers are not called
+            if name and not isinstance(module, nn.ModuleList):
+                stack.callback(module.register_forward_hook(output_of(name)).remove)
+        yield findings

@@ -1,0 +1,34 @@
+"""What the model writes while it trains."""
+
+import torch
+
+from fastgpt2.devices import autocast
+from fastgpt2.generate.stream import stream_text
+from fastgpt2.model import GPT
+from fastgpt2.text import Tokenizer
+from fastgpt2.train.config import TrainConfig
+
+
+def sample(model: GPT, tokenizer: Tokenizer, config: TrainConfig, dtype: torch.dtype) -> str:
+    """The run's prompt and what the model makes of it; the model is in training mode afterwards.
+
+    Args:
+        model: whole.
+        tokenizer: of the run.
+        config: has the prompt and the length.
+        dtype: of the computation.
+    """
+    with autocast(model.lm_head.weight.device, dtype):
+        # a seed of its own: showing a sample must not change the training that follows
+        pieces = stream_text(
+            model,
+            tokenizer,
+            config.sample_prompt,
+            config.sample_tokens,
+            temperature=0.8,
+            top_k=50,
+            seed=config.seed,
+        )
+        text = config.sample_prompt + "".join(pieces)
+    model.train()
+    return text

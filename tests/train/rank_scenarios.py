@@ -1,0 +1,103 @@
+"""The scenarios of test_ranks.py, by name: how many ranks, and what each does."""
+
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from fastgpt2.errors import UserError
+from tests.train.ranks import COMMON, RESTARTS, Fault, at_step, command, main
+
+TWO_BY_TWO = ("--batch-size=2", "--grad-accum=2")
+DROPOUT = "--dropout=0.1"
+MUON = ("--optimizer=muon", "--lr=1e-3", "--muon-warmup-steps=2")
+
+
+def fail() -> None:
+    raise UserError("a mistake on this rank")
+
+
+def crash() -> None:
+    raise ZeroDivisionError("a fault of ours")
+
+
+def hang() -> None:
+    time.sleep(600)
+
+
+def dying(rank: int) -> None:
+    """One rank is killed after a while, wherever it is then; not in the last attempt."""
+    attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    if rank == attempt % 2 and attempt < RESTARTS["soak"]:
+        wait = random.Random(attempt).uniform(0.05, 1.0)
+        threading.Timer(wait, sending(signal.SIGKILL)).start()
+
+
+def in_first_attempt(fault: Fault) -> Fault:
+    def prepare(rank: int) -> None:
+        if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            fault(rank)
+
+    return prepare
+
+
+def sending(number: int) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), number)
+
+
+def scenarios(data: Path, folder: Path) -> dict[str, tuple[int, Callable[[int], int]]]:
+    def begin(name: str, *more: str) -> list[str]:
+        return ["--data", str(data), "--out", str(folder / name / "run"), *COMMON, *more]
+
+    def resume(name: str, *more: str) -> Callable[[int], int]:
+        return command(["--resume", "--out", str(folder / name / "run"), *more])
+
+    stop = at_step(3, 1, sending(signal.SIGTERM))
+    table = {
+        # one step of four micro-batches, dealt out in three ways
+        "1x4": (1, command(begin("1x4", "--batch-size=2", "--grad-accum=4"))),
+        "2x2": (2, command(begin("2x2", *TWO_BY_TWO))),
+        "4x1": (4, command(begin("4x1", "--batch-size=2"))),
+        # begun by two ranks, ended by one
+        "fewer": (2, command(begin("fewer", *TWO_BY_TWO, "--steps=2"))),
+        "fewer, resumed": (1, resume("fewer", "--steps=4")),
+        "usr1": (2, command(begin("usr1", *TWO_BY_TWO), at_step(1, 1, sending(signal.SIGUSR1)))),
+        "mistake": (2, command(begin("mistake"), at_step(2, 1, fail))),
+        "fault": (2, command(begin("fault"), at_step(2, 0, crash))),
+        "killed": (2, command(begin("killed"), at_step(2, 1, sending(signal.SIGKILL)))),
+        "taken": (2, command(begin("2x2"))),
+        "hangs": (2, command(begin("hangs", "--timeout=5"), at_step(2, 1, hang))),
+        # killed at its third step, and started again by torchrun with the same command
+        "elastic": (
+            2,
+            command(
+                begin("elastic", *TWO_BY_TWO),
+                in_first_attempt(at_step(3, 1, sending(signal.SIGKILL))),
+            ),
+        ),
+        "soak": (2, command(begin("soak", *TWO_BY_TWO, DROPOUT), dying)),
+        "unknown flag": (2, command(["--no-such-flag"])),
+    }
+    # by one process, replicated, sharded; with AdamW and with Muon
+    for name, flags in (("muon", MUON), ("adamw", ())):
+        table[f"{name} alone"] = (
+            1,
+            command(begin(f"{name} alone", "--batch-size=2", "--grad-accum=4", *flags)),
+        )
+        for kind in ("--no-shard", "--shard"):
+            whole, parts = f"{name} {kind}", f"{name} {kind} parts"
+            table[whole] = (2, command(begin(whole, *TWO_BY_TWO, *flags, kind)))
+            # with dropout: stopped by a signal that one rank alone gets, and resumed
+            for run, fault in ((f"{whole} dropout", None), (parts, stop)):
+                table[run] = (2, command(begin(run, *TWO_BY_TWO, *flags, kind, DROPOUT), fault))
+            table[f"{parts}, resumed"] = (2, resume(parts))
+    return table
+
+
+if __name__ == "__main__":
+    chosen = scenarios(Path(sys.argv[1]), Path(sys.argv[2]))
+    main({name: chosen[name] for name in sys.argv[3:] or chosen}, Path(sys.argv[2]))

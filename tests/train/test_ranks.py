@@ -1,0 +1,178 @@
+"""Several processes train what one does; they stop, fail and speak as one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastgpt2 import runs
+from tests.train.tiny_run import assert_same_training, measured, saved_tensors
+
+ROOT = Path(__file__).parents[2]
+
+KINDS = [(optimizer, kind) for optimizer in ("adamw", "muon") for kind in ("--no-shard", "--shard")]
+
+
+class Ranks:
+    """What all scenarios left behind."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        text = (folder / "outcomes.json").read_text(encoding="utf-8")
+        self.outcomes: dict[str, Any] = json.loads(text)
+
+    def run(self, name: str) -> Path:
+        outcome = self.outcomes[name]
+        assert set(outcome["codes"]) == {0}, outcome
+        return self.folder / name / "run"
+
+    def complaints(self, name: str) -> list[str]:
+        return [line for text in self.outcomes[name]["err"] for line in text.splitlines()]
+
+
+def run_scenarios(data: Path, folder: Path, *names: str, device: str = "cpu") -> Ranks:
+    if not hasattr(os, "fork"):
+        pytest.skip("needs os.fork")
+    command = [sys.executable, "-m", "tests.train.rank_scenarios", str(data), str(folder), *names]
+    # a process that has asked CUDA how many GPUs there are cannot be forked; NVML may be asked
+    environment = os.environ | {"RANKS_DEVICE": device, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
+    )
+    assert result.returncode == 0, result.stderr
+    return Ranks(folder)
+
+
+@pytest.fixture(scope="module")
+def ranks(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    return run_scenarios(data, tmp_path_factory.mktemp("ranks"))
+
+
+def assert_equal_to_rounding(run: Path, expected: Path) -> None:
+    ours, theirs = (load_file(runs.latest(path) / runs.MODEL) for path in (run, expected))
+    assert ours.keys() == theirs.keys()
+    for name, weight in theirs.items():
+        # the gradient of a key's bias is rounding alone, and AdamW makes whole steps of it
+        if name.endswith("c_attn.bias"):
+            C = weight.shape[0] // 3
+            ours[name][C : 2 * C] = weight[C : 2 * C]
+        # Muon makes a gradient's rounding as large as the gradient: a step of it is 0.02
+        torch.testing.assert_close(ours[name], weight, atol=1e-4, rtol=1e-4, msg=name)
+    losses = [[r["train_loss"] for r in measured(x) if "train_loss" in r] for x in (run, expected)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    validation = [[r["val_loss"] for r in measured(x) if "val_loss" in r] for x in (run, expected)]
+    assert validation[0] == pytest.approx(validation[1], rel=1e-5)
+    assert len(losses[0]) == 4 and len(validation[0]) == 2
+
+
+@pytest.mark.parametrize("name", ["2x2", "4x1"])
+def test_ranks_times_micro_batches(ranks: Ranks, name: str) -> None:
+    assert_equal_to_rounding(ranks.run(name), ranks.run("1x4"))
+
+
+@pytest.mark.parametrize(("optimizer", "kind"), KINDS)
+def test_replicated_and_sharded_equal_one_process(ranks: Ranks, optimizer: str, kind: str) -> None:
+    assert_equal_to_rounding(ranks.run(f"{optimizer} {kind}"), ranks.run(f"{optimizer} alone"))
+
+
+@pytest.mark.parametrize(("optimizer", "kind"), KINDS)
+def test_a_signal_to_one_rank_stops_all_and_resuming_is_exact(
+    ranks: Ranks, optimizer: str, kind: str
+) -> None:
+    stopped = ranks.outcomes[f"{optimizer} {kind} parts"]
+    assert stopped["codes"] == [143, 143]
+    assert "stopped by SIGTERM: step 2 is saved" in stopped["out"][0]
+    ranks.run(f"{optimizer} {kind} dropout")
+    parts = ranks.folder / f"{optimizer} {kind} parts" / "run"
+    assert ranks.outcomes[f"{optimizer} {kind} parts, resumed"]["codes"] == [0, 0]
+    assert_same_training(parts, ranks.folder / f"{optimizer} {kind} dropout" / "run")
+
+
+def test_each_rank_has_its_own_dropout(ranks: Ranks) -> None:
+    tensors = saved_tensors(ranks.run("adamw --no-shard dropout"))
+    assert not tensors["rng.cpu"].equal(tensors["rng.cpu.1"])
+
+
+def test_fewer_processes_go_on_with_the_same_tokens(ranks: Ranks) -> None:
+    assert ranks.outcomes["fewer, resumed"]["codes"] == [0]
+    run = ranks.folder / "fewer" / "run"
+    positions = [
+        json.loads((runs.latest(r) / runs.STATE).read_text(encoding="utf-8"))["loader"]["position"]
+        for r in (run, ranks.run("1x4"))
+    ]
+    assert positions == [32, 32]
+    assert_equal_to_rounding(run, ranks.run("1x4"))
+
+
+def test_torchrun_starts_a_killed_job_again(ranks: Ranks) -> None:
+    assert_same_training(ranks.run("elastic"), ranks.run("2x2"))
+    assert "training: 4 steps (2 done)" in ranks.outcomes["elastic"]["out"][0]
+
+
+def test_ranks_that_are_killed_again_and_again_lose_nothing(ranks: Ranks) -> None:
+    assert_same_training(ranks.run("soak"), ranks.run("adamw --no-shard dropout"))
+
+
+def test_a_rank_that_hangs_is_named_with_its_stack(ranks: Ranks) -> None:
+    assert ranks.outcomes["hangs"]["codes"] == [75, 75]
+    said = "\n".join(ranks.complaints("hangs"))
+    assert "rank 1 has not moved on for 5 s" in said and "rank 0 has not" not in said
+    assert "in hang" in said
+
+
+def test_one_rank_speaks(ranks: Ranks) -> None:
+    ranks.run("2x2")
+    first, second = ranks.outcomes["2x2"]["out"]
+    assert "training: 4 steps" in first and "validation loss" in first
+    assert second == ""
+    assert ranks.outcomes["2x2"]["err"][1] == ""
+
+
+def test_sigusr1_to_one_rank_saves_once(ranks: Ranks) -> None:
+    assert runs.saved_steps(ranks.run("usr1")) == [1, 2, 4]
+    assert ranks.outcomes["usr1"]["out"][0].count("step 1 is saved") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "message"),
+    [
+        ("mistake", 2, "a mistake on this rank"),
+        ("taken", 2, "not empty; give --resume or --overwrite"),
+        ("unknown flag", 2, "unrecognized arguments: --no-such-flag"),
+    ],
+)
+def test_a_mistake_is_said_once(ranks: Ranks, name: str, code: int, message: str) -> None:
+    assert ranks.outcomes[name]["codes"] == [code, code]
+    errors = [line for line in ranks.complaints(name) if "rror" in line]
+    assert len(errors) == 1 and message in errors[0], ranks.outcomes[name]
+
+
+def test_a_fault_has_one_traceback(ranks: Ranks) -> None:
+    assert ranks.outcomes["fault"]["codes"] == [1, 1]
+    said = "\n".join(ranks.complaints("fault"))
+    assert said.count("Traceback") == 1 and "ZeroDivisionError: a fault of ours" in said
+
+
+def test_a_rank_that_is_killed_ends_the_others(ranks: Ranks) -> None:
+    assert ranks.outcomes["killed"]["codes"] == [2, -9]
+    errors = [line for line in ranks.complaints("killed") if "rror" in line]
+    assert len(errors) == 1 and "has ended without a word" in errors[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_equal_one(data: Path, tmp_path: Path) -> None:
+    names = [f"{optimizer} {kind}" for optimizer, kind in KINDS]
+    alone = {name: f"{name.split()[0]} alone" for name in names}
+    chosen = (*names, *dict.fromkeys(alone.values()), "killed", "hangs")
+    ranks = run_scenarios(data, tmp_path, *chosen, device="cuda")
+    for name in names:
+        assert_equal_to_rounding(ranks.run(name), ranks.run(alone[name]))
+    assert ranks.outcomes["killed"]["codes"][1] == -9
+    assert ranks.outcomes["hangs"]["codes"] == [75, 75]
