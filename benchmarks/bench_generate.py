@@ -1,12 +1,15 @@
 """Generation with a key/value cache, side by side: the prompt (prefill) and each token after it.
 
-All have the same random weights and prompts, choose greedily, and must write the reference's text
-(in fp32, where no tie decides) before anything is timed. ``prefill`` is one new token after a
-prompt of T tokens, ``decode`` many after a prompt of one.
+All have the same random weights and prompts, choose greedily, and must write one text (in fp32,
+where no tie decides) before anything is timed: transformers', or the reference's where it is not
+installed. Of int8 only ours is checked, against our uncompiled one: each rounds weights in its own
+way. ``prefill`` is one new token after a prompt of T tokens, ``decode`` many after a prompt of one.
+nanoGPT races on a small model, where the host's work is all there is.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -18,22 +21,25 @@ from benchmarks.timing import Ceilings, Work
 from fastgpt2.config import GPTConfig
 from fastgpt2.train.summary import dtype_name
 
-CHECKED_TOKENS = 6
+# tokens of the text that all must write
+CHECKED_TOKENS = {Scale.CUDA: 128, Scale.CPU: 128, Scale.DRY: 6}
+SMALL = GPTConfig(block_size=256, vocab_size=65, n_layer=4, n_head=4, n_embd=128)
 
 
 @dataclass(frozen=True)
 class Sizes:
     """Batch sizes B, T tokens of a prompt to prefill, tokens to decode after a prompt of one."""
 
-    batches: tuple[int, ...]
+    prefills: tuple[int, ...]
+    decodes: tuple[int, ...]
     T: int
     new: int
 
 
 SIZES = {
-    Scale.CUDA: Sizes((1, 8, 64), 512, 256),
-    Scale.CPU: Sizes((1, 8, 64), 32, 16),
-    Scale.DRY: Sizes((1, 2), 5, 3),
+    Scale.CUDA: Sizes((1, 8, 64), (1, 8, 64), 512, 256),
+    Scale.CPU: Sizes((1,), (1, 8), 512, 8),
+    Scale.DRY: Sizes((1, 2), (1, 2), 5, 3),
 }
 
 
@@ -42,6 +48,7 @@ class Players:
     """Everyone who has been made and checked so far, on the same weights; all races share them."""
 
     place: Place
+    checked_tokens: int
     checked: dict[str, Generate] = field(default_factory=dict)
     expected: Tensor | None = None
 
@@ -53,14 +60,21 @@ class Players:
         """
         if name not in self.checked:
             exact = replace(self.place, dtype=torch.float32)
-            prompt = self.prompt(2, 4)
+            prompt, count = self.prompt(1, 4), self.checked_tokens
             if self.expected is None:
-                self.expected = ours(exact, "reference")(prompt, CHECKED_TOKENS)
+                self.expected = self._reference(exact)(prompt, count)
             player = MAKERS[name](exact)
-            text = player(prompt, CHECKED_TOKENS)
-            assert torch.equal(text, self.expected), f"{name} writes {text}, not {self.expected}"
+            if not self.place.int8 or name.startswith("fastgpt2"):
+                text = player(prompt, count)
+                assert torch.equal(text, self.expected), f"{name} writes another text: {text}"
             self.checked[name] = player if exact == self.place else MAKERS[name](self.place)
         return self.checked[name]
+
+    @staticmethod
+    def _reference(exact: Place) -> Generate:
+        if exact.int8 or find_spec("transformers") is None:
+            return ours(exact, "reference")
+        return MAKERS["transformers"](exact)
 
     def prompt(self, B: int, T: int) -> Tensor:
         """Random tokens (B, T), the same every time."""
@@ -75,11 +89,21 @@ class GenerateRace(Race):
     def __init__(self, players: Players, phase: str, B: int, sizes: Sizes, last: bool) -> None:
         self.players, self.phase, self.B, self.last = players, phase, B, last
         self.T, self.new = (sizes.T, 1) if phase == "prefill" else (1, sizes.new)
-        self.dtype = dtype_name(players.place.dtype)
-        self.group = f"{phase} {self.dtype} B{B} T{self.T}+{self.new}"
-        # on a CPU, ours is on PyTorch's operators anyway
-        on_gpu = players.place.device.type == "cuda"
-        self.contenders = tuple(name for name in MAKERS if on_gpu or name != "fastgpt2 torch")
+        place = players.place
+        self.dtype = dtype_name(place.dtype)
+        kind = "int8" if place.int8 else self.dtype
+        size = "small " if place.config == SMALL else ""
+        self.group = f"{size}{phase} {kind} B{B} T{self.T}+{self.new}"
+        on_gpu = place.device.type == "cuda"
+        # on a CPU, ours is on PyTorch's operators anyway, and only there is a step compiled
+        absent = {"fastgpt2 compiled"} if on_gpu else {"fastgpt2 torch"}
+        # prompts are not compiled, and a dry run does not wait for a compiler
+        dry = place.config.n_layer == 1
+        absent |= {"fastgpt2 compiled"} if phase == "prefill" or dry else set()
+        absent |= {"transformers"} if place.int8 else set()
+        # a model without a cache, of the full size, would be all that is waited for
+        absent |= set() if size else {"nanogpt"}
+        self.contenders = tuple(name for name in MAKERS if name not in absent)
 
     def prepare(self, name: str, settings: Settings) -> Work:
         """One that writes the right text."""
@@ -116,14 +140,29 @@ class GenerateRace(Race):
 
 
 def races(settings: Settings) -> list[Race]:
-    """Prefill and decode at each batch size."""
+    """Prefill and decode at each batch size; on a CPU also in bf16 and int8 at one row."""
     dry, on_gpu = settings.scale is Scale.DRY, settings.scale is Scale.CUDA
     tiny = GPTConfig(block_size=16, vocab_size=31, n_layer=1, n_head=2, n_embd=32)
     config = tiny if dry else GPTConfig.preset("gpt2")
-    dtype = torch.bfloat16 if on_gpu else torch.float32
-    players, sizes = Players(Place(config, settings.device, dtype)), SIZES[settings.scale]
-    rounds = [(phase, B) for phase in ("prefill", "decode") for B in sizes.batches]
-    return [GenerateRace(players, *each, sizes, each == rounds[-1]) for each in rounds]
+    sizes, checked = SIZES[settings.scale], CHECKED_TOKENS[settings.scale]
+    exact = Place(config, settings.device, torch.float32)
+    half = replace(exact, dtype=torch.bfloat16)
+    rounds: list[tuple[Place, str, int]] = []
+    if on_gpu:
+        rounds += [(half, "prefill", B) for B in sizes.prefills]
+        rounds += [(half, "decode", B) for B in sizes.decodes]
+    else:
+        rounds += [(exact, "prefill", B) for B in sizes.prefills]
+        rounds += [(exact, "decode", B) for B in sizes.decodes]
+        rounds += [(half, "decode", 1), (replace(exact, int8=True), "decode", 1)]
+    if not dry:
+        rounds.append((replace(exact, config=SMALL), "decode", 1))
+    players = {place: Players(place, checked) for place, _, _ in rounds}
+    last = {place: at for at, (place, _, _) in enumerate(rounds)}
+    return [
+        GenerateRace(players[place], phase, B, sizes, last[place] == at)
+        for at, (place, phase, B) in enumerate(rounds)
+    ]
 
 
 def test_generate(lane: Lane, record: Callable[[Lane], None]) -> None:

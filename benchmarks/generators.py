@@ -1,4 +1,4 @@
-"""Who can generate: ours, transformers, CTranslate2; same weights, greedy, with a KV cache."""
+"""Who can generate: ours, transformers, CTranslate2, nanoGPT; same weights, greedy."""
 
 import tempfile
 from collections.abc import Callable
@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.rivals import transformers_gpt2
+from benchmarks.rivals import PlainGPT, transformers_gpt2
 from fastgpt2.config import GPTConfig
 from fastgpt2.model import GPT
 
@@ -20,26 +21,29 @@ Generate = Callable[[Tensor, int], Tensor]
 
 @dataclass(frozen=True)
 class Place:
-    """Shape of the model, where it runs, in which dtype."""
+    """Shape of the model, where it runs, in which dtype, and whether its weights are int8."""
 
     config: GPTConfig
     device: torch.device
     dtype: torch.dtype
+    int8: bool = False
 
     def model(self, impl: str) -> GPT:
         """Ours, with the weights that all share."""
         torch.manual_seed(0)
-        return GPT(replace(self.config, impl=impl)).to(self.device, self.dtype).eval()
+        model = GPT(replace(self.config, impl=impl)).to(self.device, self.dtype).eval()
+        return model.quantize("int8") if self.int8 else model
 
 
-def ours(place: Place, impl: str = "auto") -> Generate:
-    """Our ``generate``, on the kernels or on PyTorch's operators."""
+def ours(place: Place, impl: str = "auto", *, compile: bool = False) -> Generate:
+    """Our ``generate``, on the kernels or on PyTorch's operators, or compiled."""
     model = place.model(impl)
-    return lambda prompt, new: model.generate(prompt, new, temperature=0.0)
+    return lambda prompt, new: model.generate(prompt, new, temperature=0.0, compile=compile)
 
 
 def _transformers_model(place: Place) -> Any:
-    rival: Any = transformers_gpt2(place.model("auto").float())
+    # rivals quantize for themselves
+    rival: Any = transformers_gpt2(replace(place, int8=False).model("auto").float())
     if rival is None:
         pytest.skip("transformers is not installed: pip install 'fastgpt2[bench]'")
     return rival.eval()
@@ -85,6 +89,7 @@ def ctranslate2(place: Place) -> Generate:
             return vocabulary
 
     compute_type = "float32" if place.dtype == torch.float32 else "bfloat16"
+    compute_type = "int8" if place.int8 else compute_type
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "transformers"), Path(folder, "ctranslate2")
         _transformers_model(place).save_pretrained(source)
@@ -111,9 +116,28 @@ def ctranslate2(place: Place) -> Generate:
     return generate
 
 
+def nanogpt(place: Place) -> Generate:
+    """nanoGPT's loop: without a cache, the whole text goes through the model for each token."""
+    rival = PlainGPT(place.config).to(place.device, place.dtype).eval()
+    rival.copy_weights(place.model("auto"))
+    block_size, V = place.config.block_size, place.config.vocab_size
+
+    @torch.no_grad()
+    def generate(prompt: Tensor, new: int) -> Tensor:
+        for _ in range(new):
+            hidden = rival.hidden(prompt[:, -block_size:])
+            logits = F.linear(hidden[:, -1], rival.wte.weight[:V])
+            prompt = torch.cat([prompt, logits.argmax(dim=-1, keepdim=True)], dim=1)
+        return prompt
+
+    return generate
+
+
 MAKERS: dict[str, Callable[[Place], Generate]] = {
     "fastgpt2": ours,
+    "fastgpt2 compiled": lambda place: ours(place, compile=True),
     "fastgpt2 torch": lambda place: ours(place, "torch"),
     "transformers": hugging_face,
     "ctranslate2": ctranslate2,
+    "nanogpt": nanogpt,
 }

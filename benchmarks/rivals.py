@@ -67,8 +67,8 @@ class PlainGPT(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd)
         self.vocab_size = config.vocab_size
 
-    def forward(self, idx: Tensor, targets: Tensor) -> Tensor:
-        """(B, T) token ids and targets -> the mean loss."""
+    def hidden(self, idx: Tensor) -> Tensor:
+        """(B, T) token ids -> what the head reads, (B, T, C)."""
         x = self.wte(idx) + self.wpe(torch.arange(idx.shape[1], device=idx.device))
         if not self.like_nanogpt and torch.is_autocast_enabled(idx.device.type):
             # a residual stream in the compute dtype, which autocast alone would keep in fp32
@@ -76,7 +76,12 @@ class PlainGPT(nn.Module):
         with nullcontext() if self.backend is None else sdpa_kernel(self.backend):
             for block in self.blocks:
                 x = block(x)
-        logits = F.linear(self.ln_f(x), self.wte.weight)
+        out: Tensor = self.ln_f(x)
+        return out
+
+    def forward(self, idx: Tensor, targets: Tensor) -> Tensor:
+        """(B, T) token ids and targets -> the mean loss."""
+        logits = F.linear(self.hidden(idx), self.wte.weight)
         if not self.like_nanogpt:
             logits = logits[..., : self.vocab_size]
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
