@@ -8,12 +8,15 @@ from textwrap import shorten
 import torch
 
 from fastgpt2.cli import in_one_line
+from fastgpt2.devices import device_kind
 
 
 def compiler_obstacle(device: torch.device) -> str | None:
     """Why ``torch.compile`` cannot work here, or None: it wants a compiler for its host code."""
-    on_cpu = device.type == "cpu"
-    if on_cpu:
+    language = device_kind(device).compiler
+    if language is None:
+        return f"not offered on {device.type}"
+    if device_kind(device).host:
         # the one name that TorchInductor tries
         wanted = [os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")]
     else:
@@ -23,7 +26,6 @@ def compiler_obstacle(device: torch.device) -> str | None:
         wanted = ["cl"]
     if any(shutil.which(name) for name in wanted):
         return None
-    language = "C++" if on_cpu else "C"
     return f"no {language} compiler found ({', '.join(wanted)})"
 
 

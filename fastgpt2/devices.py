@@ -1,8 +1,10 @@
 """The device a model runs on: which one, in which dtype, on which kernels, how fast at most."""
 
+import os
 import re
 from collections.abc import Mapping
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +15,32 @@ from fastgpt2.kernels.gpus import PEAK_TFLOPS
 from fastgpt2.kernels.linear_fp8 import fp8_obstacle
 
 DTYPES = ("auto", "fp32", "bf16", "fp16")
-DEVICE_TYPES = ("cpu", "cuda", "mps", "xpu")
+
+
+class DeviceKind(NamedTuple):
+    """What PyTorch can do on one type of device.
+
+    Attributes:
+        fused_adamw: its fused AdamW takes ``grad_scale`` and ``found_inf``.
+        compiler: the language of the compiler that ``torch.compile`` calls, None: not offered.
+        cuda: a GPU of NVIDIA or AMD, for Triton kernels, tensor cores and CUDA's profiler.
+        host: the processor itself.
+    """
+
+    fused_adamw: bool
+    compiler: str | None
+    cuda: bool = False
+    host: bool = False
+
+
+# nothing has been tested on the last two: they get the ways that need least
+_KINDS = {
+    "cpu": DeviceKind(fused_adamw=True, compiler="C++", host=True),
+    "cuda": DeviceKind(fused_adamw=True, compiler="C", cuda=True),
+    "mps": DeviceKind(fused_adamw=False, compiler=None),
+    "xpu": DeviceKind(fused_adamw=False, compiler="C"),
+}
+DEVICE_TYPES = tuple(_KINDS)
 
 # a name with one of these is a slower product, or a part of one, with the name of a table entry
 _OTHER_PRODUCTS = re.compile(r"\b(Laptop|Max-Q|Mobile|MIG|Ti|SUPER|D)\b")
@@ -37,10 +64,42 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def device_kind(device: torch.device | str) -> DeviceKind:
+    """What is known of the type of a device; the one place that tells them apart.
+
+    Args:
+        device: a device, or the name of its type; one that nobody knows can do the least.
+    """
+    name = device if isinstance(device, str) else device.type
+    return _KINDS.get(name, DeviceKind(fused_adamw=False, compiler=None))
+
+
+def of_this_process(device: torch.device) -> torch.device:
+    """The same device; under torchrun, of several GPUs the one that belongs to this process."""
+    # a name without a number
+    if device_kind(device).cuda and device == torch.device(device.type):
+        return torch.device(device.type, int(os.environ.get("LOCAL_RANK", 0)))
+    return device
+
+
+def default_generator(device: torch.device) -> torch.Generator:
+    """The generator that PyTorch draws from on ``device`` where it is given none."""
+    if device_kind(device).host:
+        return torch.default_generator
+    if device.type == "mps":
+        generator: torch.Generator = torch.mps._get_default_mps_generator()
+        return generator
+    module, index = torch.get_device_module(device), device.index
+    found: torch.Generator = module.default_generators[
+        module.current_device() if index is None else index
+    ]
+    return found
+
+
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """``auto`` is bf16 on a GPU that has it, fp16 on an older one, fp32 on a CPU."""
     if name == "auto":
-        if device.type != "cuda":
+        if not device_kind(device).cuda:
             return torch.float32
         # PyTorch asks the current device, and counts emulation as support
         with torch.cuda.device(device):
@@ -66,7 +125,7 @@ def resolve_kernels(
     obstacle = fp8_obstacle(device, dtype)
     if obstacle is not None:
         raise UserError(f"--fp8: {obstacle}")
-    return f"{line}; FP8{'' if device.type == 'cuda' else ', emulated and slow'}"
+    return f"{line}; FP8{'' if device_kind(device).cuda else ', emulated and slow'}"
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast | nullcontext[None]:
@@ -81,7 +140,7 @@ def rng_states(device: torch.device) -> dict[str, Tensor]:
     states = {"cpu": torch.get_rng_state()}
     if device.type == "mps":
         states["mps"] = torch.mps.get_rng_state()
-    elif device.type != "cpu":
+    elif not device_kind(device).host:
         states[device.type] = torch.get_device_module(device).get_rng_state(device)
     return states
 
@@ -89,7 +148,7 @@ def rng_states(device: torch.device) -> dict[str, Tensor]:
 def set_rng_states(states: Mapping[str, Tensor], device: torch.device) -> None:
     """Put the generators back; one whose state is not there, of another machine, stays as it is."""
     torch.set_rng_state(states["cpu"])
-    if device.type == "cpu" or device.type not in states:
+    if device_kind(device).host or device.type not in states:
         return
     if device.type == "mps":
         torch.mps.set_rng_state(states["mps"])
@@ -99,7 +158,7 @@ def set_rng_states(states: Mapping[str, Tensor], device: torch.device) -> None:
 
 def device_name(device: torch.device) -> str:
     """The device's marketing name, or its type where it has none."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return torch.cuda.get_device_name(device) if device_kind(device).cuda else device.type
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastgpt2.cache import KVCache
 from fastgpt2.config import GPTConfig
-from fastgpt2.devices import peak_flops
+from fastgpt2.devices import device_kind, peak_flops
 from fastgpt2.errors import UserError
 from fastgpt2.explanation import explain_gpt
 from fastgpt2.generative import Generative
@@ -235,14 +235,14 @@ class GPT(Quantizable, Generative):
             weight_decay: of the matrices, per step and unit of learning rate.
             learning_rate: of all parameters.
             betas: decay rates of the two moments.
-            device_type: ``cpu`` or ``cuda`` has a fused step.
+            device_type: ``cpu`` and ``cuda`` have a fused step.
         """
         trained = [p for p in self.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
             {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
         ]
-        fused = device_type in ("cuda", "cpu")
+        fused = device_kind(device_type).fused_adamw
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
 
     def flops_per_token(self, T: int | None = None) -> int:

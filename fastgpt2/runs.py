@@ -3,6 +3,7 @@
 RUN/config.toml                        the resolved configuration
     fastgpt2_tokenizer.json            the tokenizer; GPT-2's vocabulary files if it is GPT-2's
     metrics.jsonl metrics.csv loss.png what was measured
+    trace.json profile.txt tensorboard/ wandb/   where --profile and --log ask for them
     checkpoints/step_00001000/         model.safetensors    weights by their canonical names; with
                                                             LoRA the two files of PEFT instead
                                        gpt_config.json      fields of GPTConfig

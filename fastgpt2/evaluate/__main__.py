@@ -1,7 +1,6 @@
 """``python -m fastgpt2.evaluate``: how well models predict a text, or do a task."""
 
 import argparse
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from fastgpt2.config import IMPLS
 from fastgpt2.devices import (
     DTYPES,
     device_name,
+    of_this_process,
     resolve_device,
     resolve_dtype,
     resolve_kernels,
@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     _check(arguments)
-    device = _device(arguments.device)
+    device = of_this_process(resolve_device(arguments.device))
     dtype = resolve_dtype(arguments.dtype, device)
     resolve_kernels(device, dtype, arguments.impl)
     if arguments.out is not None:
@@ -165,14 +165,6 @@ def _check(arguments: argparse.Namespace) -> None:
             )
     if arguments.data is not None and len(arguments.data) > 1:
         raise UserError(f"--data: --task {arguments.task} takes one file")
-
-
-def _device(name: str) -> torch.device:
-    """Under torchrun each process has a GPU of its own."""
-    device = resolve_device(name)
-    if device == torch.device("cuda"):
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return device
 
 
 def _evaluate_text(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastgpt2.devices import default_generator
 from fastgpt2.errors import UserError
 from fastgpt2.evaluate.scoring import score
 from fastgpt2.evaluate.windows import Window, Windows, make_batch
@@ -93,7 +94,7 @@ def generate(
             compile=compile,
         )
         if is_nanogpts:
-            sources = [_default_generator(engine.slots.device) if generator is None else generator]
+            sources = [default_generator(engine.slots.device) if generator is None else generator]
             sources *= len(copies)
         else:
             sources = _row_generators(engine.slots.device, copies, seed, generator)
@@ -191,13 +192,6 @@ def _rows(prompts: Prompts, mask: Tensor | None) -> list[list[int]]:
     if any(sum(a != b for a, b in pairwise([False, *flags, False])) != 2 for flags in kept):
         raise UserError("attention_mask: each row needs tokens side by side, padding at one end")
     return [[t for t, k in zip(*pair, strict=True) if k] for pair in zip(rows, kept, strict=True)]
-
-
-def _default_generator(device: torch.device) -> torch.Generator:
-    if device.type == "cpu":
-        return torch.default_generator
-    index = device.index if device.index is not None else torch.cuda.current_device()
-    return torch.cuda.default_generators[index]
 
 
 def _row_generators(

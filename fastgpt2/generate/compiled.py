@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastgpt2.compiler import compiler_obstacle, failure
+from fastgpt2.devices import device_kind
 from fastgpt2.generate.step import Weights, logits_after
 from fastgpt2.model import GPT
 
@@ -46,7 +47,7 @@ def pays(model: GPT, new_tokens: int) -> bool:
     quantized = model.lm_head.weight.dtype == torch.int8
     size = sum(p.numel() for p in model.parameters())
     saved = new_tokens * size * (_SAVED_INT8 if quantized else _SAVED)
-    on_cpu = model.transformer.wpe.weight.device.type == "cpu"
+    on_cpu = device_kind(model.transformer.wpe.weight.device).host
     return on_cpu and saved > model.config.n_layer * _COST_PER_LAYER
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastgpt2.devices import device_kind
 from fastgpt2.kernels.backend import Impl, resolve
 from fastgpt2.kernels.few_rows import MAX_ROWS, few_rows_linear, many_rows_linear, words
 from fastgpt2.kernels.gelu import APPROXIMATIONS
@@ -82,7 +83,7 @@ def weights_of(model: GPT) -> Weights | None:
     tables = (nn.Embedding, QuantizedEmbedding)
     if not (
         resolve("generate", config.impl, positions.weight) is Impl.TORCH
-        and positions.weight.device.type == "cpu"
+        and device_kind(positions.weight.device).host
         and type(model) is GPT
         and not vars(model).keys() & {"forward", "head", "hidden_states"}
         and is_plain(transformer, Transformer)

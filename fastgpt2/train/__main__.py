@@ -9,12 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fastgpt2 import distributed, runs
 from fastgpt2.cli import Parser
 from fastgpt2.cli import run as run_command
-from fastgpt2.devices import resolve_device, resolve_dtype
+from fastgpt2.devices import device_kind, resolve_device, resolve_dtype
 from fastgpt2.errors import UserError
 from fastgpt2.peers import Watch, failing_together, recall, remember
 from fastgpt2.streams import silent
@@ -43,6 +41,8 @@ _OWN_METAVARS = {
     "device": "NAME",
     "freeze": "PATTERN",
     "lora_target": "NAME",
+    "log": "NAME",
+    "profile": "STEPS",
 }
 
 # a run keeps these to its end: they decide what its weights and its data stream mean
@@ -156,7 +156,11 @@ def _train(arguments: dict[str, Any]) -> int:
     if "replay" in arguments:
         return _replay(**arguments)
     name = distributed.local_device(str(arguments.get("device", "auto")))
-    kind = "cuda" if name == "auto" and torch.cuda.is_available() else name.partition(":")[0]
+    kind = (
+        "cuda"
+        if name == "auto" and device_kind(resolve_device("auto")).cuda
+        else name.partition(":")[0]
+    )
     speaks = distributed.launched_rank() == 0
     with (
         silent(not speaks, errors=False),
@@ -229,7 +233,7 @@ def _train_in(plan: Plan, watch: Watch) -> int:
     print(f"run: {plan.folder}")
     print("".join(f"  {line}\n" for line in plan.config.to_toml().splitlines()), end="")
     trainer = Trainer(plan.config, plan.folder, resume=plan.resume)
-    if trainer.device.type == "cpu":
+    if device_kind(trainer.device).host:
         keep_freed_memory()
     if plan.overwrite:
         # everything has been checked: only now is the old run given up
@@ -243,7 +247,7 @@ def _train_in(plan: Plan, watch: Watch) -> int:
 
 
 def _default_config() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return "cuda" if device_kind(resolve_device("auto")).cuda else "cpu"
 
 
 def _for_the_weights(base: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:

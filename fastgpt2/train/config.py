@@ -14,6 +14,7 @@ from fastgpt2.config import IMPLS, PRESETS, GPTConfig, unknown_key
 from fastgpt2.devices import DTYPES
 from fastgpt2.errors import UserError
 from fastgpt2.lora import TARGETS
+from fastgpt2.train.loggers import LOGGERS
 from fastgpt2.train.remat import REMATS
 from fastgpt2.train.schedules import SCHEDULES
 from fastgpt2.train.spikes import ON_SPIKE
@@ -123,7 +124,7 @@ class TrainConfig:
     beta2: float = _option(0.95, "AdamW's second moment")
     grad_clip: float = _option(1.0, "largest gradient norm; 0 does not clip")
     dtype: str = _option("auto", "of the computation; weights are kept in fp32", choices=DTYPES)
-    device: str = _option("auto", "auto, cpu, cuda, cuda:1, ...")
+    device: str = _option("auto", "auto, cpu, cuda, cuda:1, ...; mps and xpu are untested")
     impl: str = _option("auto", "implementation of the kernels", choices=IMPLS)
     fp32_residual: bool = _option(False, "keep the residual stream in fp32")
     fp8: bool = _option(
@@ -156,6 +157,10 @@ class TrainConfig:
     )
     seed: int = _option(1337, "of initialisation, data order and dropout")
     log_every: int = _option(10, "steps between records in metrics.jsonl")
+    log: tuple[str, ...] = _option(
+        (), "also show the run in tensorboard, wandb (offline unless WANDB_MODE says else)"
+    )
+    profile: int = _option(0, "record this many steps: trace.json and a table of their time")
     eval_every: int = _option(250, "steps between evaluations, each with a sample and a checkpoint")
     keep_last: int = _option(2, "checkpoints kept beside the best one")
     sample_tokens: int = _option(100, "length of the sample shown at each evaluation")
@@ -166,13 +171,15 @@ class TrainConfig:
             _check(self, name, getattr(self, name) >= 1, "1 or more")
         for name in (
             *("lr", "weight_decay", "warmup_steps", "grad_clip", "sample_tokens", "timeout"),
-            *("muon_lr", "muon_weight_decay", "muon_warmup_steps"),
+            *("muon_lr", "muon_weight_decay", "muon_warmup_steps", "profile"),
         ):
             _check(self, name, getattr(self, name) >= 0, "0 or more")
         _check(self, "wsd_decay", 0 < self.wsd_decay <= 1, "in (0, 1]")
         if self.optimizer == "muon":
             _check(self, "lr", self.lr > 0, "greater than 0 with the optimizer muon")
         self._check_lora()
+        if unknown := [name for name in self.loggers if name not in LOGGERS]:
+            raise UserError(f"config: log must be of {', '.join(LOGGERS)}, got {unknown[0]!r}")
         for name in ("beta1", "beta2", "muon_momentum"):
             _check(self, name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         for name in ("vocab_size", "stride", "steps", "epochs", "minutes", "ranks"):
@@ -200,20 +207,23 @@ class TrainConfig:
         rank, alpha = self.lora_rank, self.lora_alpha
         _check(self, "lora_rank", rank is None or rank >= 1, "1 or more")
         _check(self, "lora_alpha", alpha is None or alpha > 0, "greater than 0")
-        if rank is None:
-            if alpha is not None or self.lora_dropout or self.lora_target != TARGETS:
-                raise UserError("config: lora_alpha, lora_target and lora_dropout need lora_rank")
-            return
-        if self.init_from is None:
+        asked = alpha is not None or self.lora_dropout or self.lora_target != TARGETS
+        if rank is None and asked:
+            raise UserError("config: lora_alpha, lora_target and lora_dropout need lora_rank")
+        if rank is not None and self.init_from is None:
             raise UserError("config: lora_rank needs init_from: adapters belong to trained weights")
-        if self.optimizer == "muon":
+        if rank is not None and self.optimizer == "muon":
             raise UserError("config: adapters are trained by adamw: Muon is for whole matrices")
 
     @property
     def lora_targets(self) -> tuple[str, ...]:
         """Names of the layers with adapters; a text may hold several, between commas."""
-        names = (name.strip() for text in self.lora_target for name in text.split(","))
-        return tuple(dict.fromkeys(name for name in names if name))
+        return _split(self.lora_target)
+
+    @property
+    def loggers(self) -> tuple[str, ...]:
+        """Names of the programs that show the run; a text may hold several, between commas."""
+        return _split(self.log)
 
     def gpt_config(self, vocab_size: int) -> GPTConfig:
         """The model's shape: the preset with this run's overrides."""
@@ -309,6 +319,11 @@ class TrainConfig:
 def _check(config: TrainConfig, name: str, ok: bool, expected: str) -> None:
     if not ok:
         raise UserError(f"config: {name} must be {expected}, got {getattr(config, name)!r}")
+
+
+def _split(texts: tuple[str, ...]) -> tuple[str, ...]:
+    """Every name once, in order."""
+    return tuple(dict.fromkeys(name for text in texts for name in text.replace(",", " ").split()))
 
 
 def _is_utf8(text: str) -> bool:

@@ -93,6 +93,10 @@ class Console:
         self._bar.refresh()
         self.write(f"gone back to step {step}; the data since then is skipped")
 
+    def say(self, text: str) -> None:
+        """Lines above the bar, or before there is one."""
+        (self.notify if self._bar is None else self._bar.write)(text)
+
     def write(self, text: str) -> None:
         """Lines above the bar."""
         assert self._bar is not None

@@ -79,7 +79,9 @@ def paint_runs(runs: Sequence[Curves]) -> Any:
         _finish(axes, label)
         axes.set_xlabel("optimizer step")
     panels[1][2].set_ylim(bottom=0)
-    figure.legend(loc="outside upper center", ncols=min(3, len(runs)), fontsize=9)
+    said = "dots: validation, thin: training"
+    columns = min(3, len(runs))
+    figure.legend(loc="outside upper center", ncols=columns, fontsize=9, title=said)
     return figure
 
 

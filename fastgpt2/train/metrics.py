@@ -40,8 +40,8 @@ class MetricsLog:
         write_text(self._json_path, "".join(json.dumps(record) + "\n" for record in records))
         write_text(self._csv_path, ",".join(COLUMNS) + "\n" + "".join(map(_csv_line, records)))
 
-    def write(self, **record: float | None) -> None:
-        """Append one record; None and non-finite values are left out."""
+    def write(self, **record: float | None) -> dict[str, float]:
+        """Append one record; None and non-finite values are left out. Returns what is kept."""
         unknown = set(record) - set(COLUMNS)
         assert not unknown, unknown
         kept = {k: v for k, v in record.items() if v is not None and math.isfinite(v)}
@@ -51,6 +51,7 @@ class MetricsLog:
         ):
             with path.open("a", encoding="utf-8") as file:
                 file.write(line)
+        return kept
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgpt2.devices import device_kind
 from fastgpt2.model import GPT
 from fastgpt2.train.config import TrainConfig
 from fastgpt2.train.parallel import own, placed_like, whole_like
@@ -146,7 +147,7 @@ def orthogonalize(x: Tensor, coefficients: Coefficients, steps: int) -> Tensor:
     commutes with: G <- P G P and Q <- P Q, and X is multiplied by Q once, at the end.
     """
     a, b, c = coefficients
-    x = x.bfloat16() if x.is_cuda else x
+    x = x.bfloat16() if device_kind(x.device).cuda else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     # the iteration itself is in fp32: G has the squares of the singular values
     gram = (x @ x.mT).float()

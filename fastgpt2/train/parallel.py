@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fastgpt2 import distributed
+from fastgpt2.devices import device_kind
 from fastgpt2.errors import UserError
 from fastgpt2.model import GPT
 
@@ -86,7 +87,7 @@ def joined(model: GPT, forward: Forward) -> tuple[Forward, Accumulate]:
 
         return forward, accumulate_shards
     assert isinstance(forward, nn.Module)
-    on_cpu = model.lm_head.weight.device.type == "cpu"
+    on_cpu = device_kind(model.lm_head.weight.device).host
     ddp = DistributedDataParallel(
         forward,
         bucket_cap_mb=_CPU_BUCKET_MB if on_cpu else None,

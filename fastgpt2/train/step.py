@@ -7,9 +7,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import record_function
 
 from fastgpt2 import distributed
-from fastgpt2.devices import autocast
+from fastgpt2.devices import autocast, device_kind
 from fastgpt2.errors import UserError
 from fastgpt2.model import GPT
 from fastgpt2.train.optimizers import set_learning_rate
@@ -31,11 +32,11 @@ class StepResult(NamedTuple):
 class TrainingStep:
     """Runs optimizer steps on a model whose parameters are fp32.
 
-    A step whose gradient is not finite leaves the weights and the optimizer untouched, decided on
-    the device. Gradients of micro-batches are weighted by their number of valid targets, so 4x1
-    equals 1x4, on one process or on several, which count the targets of all of them. In fp16 a
-    ``GradScaler`` scales the loss. ``poll`` is called before each micro-batch. ``accumulate`` gives
-    the context of a micro-batch, told whether it is the last of its step.
+    A step whose gradient is not finite leaves the weights and the optimizer untouched; the device
+    decides it, where its AdamW is fused. Gradients of micro-batches are weighted by their number of
+    valid targets, so 4x1 equals 1x4, on one process or on several, which count the targets of all
+    of them. In fp16 a ``GradScaler`` scales the loss. ``poll`` is called before each micro-batch.
+    ``accumulate`` gives the context of a micro-batch, told whether it is the last of its step.
     """
 
     accumulate: Accumulate = staticmethod(alone)
@@ -85,16 +86,18 @@ class TrainingStep:
             idx = idx.to(self.device, non_blocking=True)
             targets = targets.to(self.device, non_blocking=True)
             with self.accumulate(i == len(batches)):
-                with autocast(self.device, self.dtype):
+                with record_function("forward"), autocast(self.device, self.dtype):
                     loss = self.forward(idx, targets)[1]
                 # the gradient of several processes is the mean of theirs
                 weight = ranks * count / total
-                scaled = self.scaler.scale(loss if weight == 1.0 else loss * weight)
-                torch.autograd.backward(scaled)
+                with record_function("backward"):
+                    scaled = self.scaler.scale(loss if weight == 1.0 else loss * weight)
+                    torch.autograd.backward(scaled)
             loss_sum += loss.detach() * (count / total)
         if ranks > 1:
             dist.all_reduce(loss_sum)
-        return StepResult(loss_sum, self._update())
+        with record_function("update"):
+            return StepResult(loss_sum, self._update())
 
     def _update(self) -> Tensor:
         if self.scaler.is_enabled():
@@ -107,6 +110,13 @@ class TrainingStep:
                 torch._foreach_div_(grads, clip)
             self.scaler.step(self.optimizer)
             self.scaler.update()
+            return grad_norm
+        if not device_kind(self.device).fused_adamw:
+            # any other AdamW knows neither scale nor guard, so the host waits and decides
+            if clip is not None:
+                torch._foreach_div_(grads, clip)
+            if torch.isfinite(grad_norm):
+                self.optimizer.step()
             return grad_norm
         # fused AdamW divides by grad_scale as it reads the gradient, so that clipping costs no
         # pass of its own, and leaves everything as it is where found_inf is 1

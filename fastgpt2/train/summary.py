@@ -3,7 +3,7 @@
 import torch
 
 from fastgpt2.config import GPTConfig
-from fastgpt2.devices import device_name
+from fastgpt2.devices import device_kind, device_name
 from fastgpt2.kernels.linear_cross_entropy import TORCH_CHUNK_BYTES, TRITON_CHUNK_BYTES
 from fastgpt2.lora import adapters
 from fastgpt2.model import GPT
@@ -86,7 +86,7 @@ def model_lines(
     stored = sum(x.lora_A.numel() + x.lora_B.numel() for x in layers) or parameters
     trained, moments = trained_parameters(model), optimizer_bytes(optimizer)
     device = model.lm_head.weight.device
-    tokens, on_gpu = batch_size * config.block_size, device.type == "cuda"
+    tokens, on_gpu = batch_size * config.block_size, device_kind(device).cuda
     memory = training_memory(config, parameters, trained, moments, tokens, dtype, on_gpu)
     lines = [
         f"model: {human(parameters)} parameters ({config.n_layer} layers, {config.n_head} heads, "

@@ -6,20 +6,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch.profiler import record_function
 
 from fastgpt2 import distributed, runs
-from fastgpt2.devices import (
-    peak_flops,
-    resolve_device,
-    resolve_dtype,
-    resolve_kernels,
-)
+from fastgpt2.devices import peak_flops, resolve_device, resolve_dtype, resolve_kernels
 from fastgpt2.errors import EndedElsewhere, UserError
-from fastgpt2.files import write_text
 from fastgpt2.generate.stream import encode_prompt
 from fastgpt2.model import GPT
 from fastgpt2.streams import steady_streams
-from fastgpt2.text import build_dataset, load_tokenizer, save_tokenizer
+from fastgpt2.text import build_dataset, load_tokenizer
 from fastgpt2.text.loaders import check_eval_tokens
 from fastgpt2.text.mixture_loader import mixture_lines, open_loader
 from fastgpt2.text.packing import packed
@@ -27,14 +22,16 @@ from fastgpt2.train import checkpoint
 from fastgpt2.train.compiled import compiled
 from fastgpt2.train.config import TrainConfig
 from fastgpt2.train.console import Console
+from fastgpt2.train.folder import begin_folder
 from fastgpt2.train.freeze import freeze
 from fastgpt2.train.guard import check
 from fastgpt2.train.interrupt import Interrupt, Interrupted
-from fastgpt2.train.metrics import MetricsLog, plot
+from fastgpt2.train.metrics import plot
 from fastgpt2.train.optimizers import build_optimizer, set_momentum
 from fastgpt2.train.origin import open_origin
 from fastgpt2.train.outcome import Outcome
 from fastgpt2.train.parallel import joined, seed_for_rank, shard, whole_model
+from fastgpt2.train.profiling import StepProfile
 from fastgpt2.train.remat import set_remat
 from fastgpt2.train.samples import sample
 from fastgpt2.train.schedules import learning_rate, progress
@@ -137,6 +134,7 @@ class Trainer:
             check_eval_tokens(self.dataset.val, shape.vocab_size)
         self.tokens_per_step = ranks * self.grad_accum * self.batch_size * shape.block_size
         self.interrupt, self.spikes = Interrupt(), Spikes()
+        self.profile = StepProfile(config.profile, run, self.device, self.console.say)
         self.training_step = TrainingStep(
             self.model,
             optimizer,
@@ -173,7 +171,7 @@ class Trainer:
             return self._run()
 
     def _run(self) -> Outcome:
-        exit_code = 0
+        exit_code, ended = 0, 1
         config, run, state = self.config, self.run_folder, self.state
         distributed.on_rank_0(self._begin_folder)
         self.console.introduce(
@@ -220,11 +218,16 @@ class Trainer:
                     state.rewind()
                     state.save(run, config.keep_last)
                     raise
+            ended = exit_code
         except Exception as error:
             # of a run that went wrong, too: the curves say how; but others may wait for the end
             if distributed.is_agreed(error):
                 self._plot()
             raise
+        finally:
+            self.profile.close()
+            if distributed.rank() == 0:
+                self.metrics.close(ended)
         drawn = self._plot()
         best = distributed.on_rank_0(lambda: runs.best(run))
         return Outcome(
@@ -243,14 +246,9 @@ class Trainer:
 
     def _begin_folder(self) -> None:
         """What the run folder holds before the first step, and the log in it."""
-        run = self.run_folder
-        try:
-            run.mkdir(parents=True, exist_ok=True)
-            write_text(run / "config.toml", self.config.to_toml())
-            save_tokenizer(self.tokenizer, run)
-            self.metrics = MetricsLog(run, self.state.step)
-        except OSError as error:
-            raise UserError(f"{run}: cannot be written: {error.strerror}") from None
+        self.metrics = begin_folder(
+            self.run_folder, self.config, self.tokenizer, self.state.step, self.console.say
+        )
 
     def _loop(self) -> None:
         config, state = self.config, self.state
@@ -283,6 +281,7 @@ class Trainer:
                 momentum=config.muon_momentum,
                 warmup_steps=config.muon_warmup_steps,
             )
+            self.profile.step()
             batches = distributed.together(self._draw)
             state.pending.append(self.training_step(batches, lr))
             state.step += 1
@@ -315,7 +314,8 @@ class Trainer:
 
     def _draw(self) -> list[Batch]:
         """The micro-batches of a step."""
-        return [next(self.loader) for _ in range(self.grad_accum)]
+        with record_function("data"):
+            return [next(self.loader) for _ in range(self.grad_accum)]
 
     def _evaluation_is_due(self) -> bool:
         """Every ``eval_every`` steps and at the end, if the weights have not been scored yet."""
