@@ -30,7 +30,7 @@ def unknown_key(key: str, known: list[str], where: str) -> UserError:
     """The error for a misspelt key, naming the nearest known one."""
     near = get_close_matches(key, known, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
-    return UserError(f"{where}: unknown key {key!r}{hint}")
+    return UserError(f"{where}: unknown key {key!r:.80}{hint}")
 
 
 @dataclass(frozen=True)

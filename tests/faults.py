@@ -43,8 +43,8 @@ class Fault:
 def failing_disk(n: int, folder: Path, *, lasts: bool = False) -> Iterator[Fault]:
     """The n-th thing that is put on the disk under ``folder`` finds it full.
 
-    Files that are opened to be written, safetensors files (half of one is written), folders made,
-    renames and syncs count; deletions work, as they do on a full disk.
+    Files that are opened to be written, safetensors files and ``os.write`` (half of it is
+    written), folders made, renames and syncs count; deletions work, as they do on a full disk.
     """
     fault = Fault(n, lasts)
 
@@ -79,11 +79,20 @@ def failing_disk(n: int, folder: Path, *, lasts: bool = False) -> Iterator[Fault
         check(os.readlink(f"/proc/self/fd/{handle}"))
         sync(handle)
 
-    sync = os.fsync
+    def write(handle: int, data: bytes) -> int:
+        try:
+            check(os.readlink(f"/proc/self/fd/{handle}"))
+        except OSError:
+            write_some(handle, data[: len(data) // 2])
+            raise
+        return write_some(handle, data)
+
+    sync, write_some = os.fsync, os.write
     with ExitStack() as stack:
         for target, name, function in (
             (checkpoint, "save_file", save_file),
             (os, "fsync", fsync),
+            (os, "write", write),
             *((os, name, checked(getattr(os, name))) for name in ("mkdir", "rename", "replace")),
             (builtins, "open", checked_open(builtins.open)),
             (io, "open", checked_open(io.open)),

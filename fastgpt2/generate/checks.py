@@ -52,7 +52,7 @@ def split_stops(model: Configured, stop: Stop) -> tuple[frozenset[int], frozense
     stops = list(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else [stop]
     for item in stops:
         if isinstance(item, bool) or not isinstance(item, str | int):
-            raise UserError(f"stop: expected token ids and strings, got {item!r}")
+            raise UserError(f"stop: expected token ids and strings, got {item!r:.80}")
         if item == "":
             raise UserError("stop: a stop string must not be empty")
         if isinstance(item, int) and not 0 <= item < model.config.vocab_size:

@@ -101,7 +101,7 @@ class Generator:
         require("prompt_lookup", prompt_lookup, is_count(prompt_lookup, 0), "0 or more")
         require("proposals", proposals, is_count(proposals, 1), "1 or more")
         if window not in WINDOWS:
-            raise UserError(f"window must be one of {', '.join(WINDOWS)}, got {window!r}")
+            raise UserError(f"window must be one of {', '.join(WINDOWS)}, got {window!r:.80}")
         if draft is not None and prompt_lookup:
             raise UserError("draft and prompt_lookup exclude each other")
         self.model, self.tokenizer = model, tokenizer
@@ -111,7 +111,8 @@ class Generator:
         if draft is not None:
             self._proposer = Draft(draft, model, batch_size, proposals)
         elif prompt_lookup:
-            self._proposer = PromptLookup(prompt_lookup)
+            # more than the window holds is never taken
+            self._proposer = PromptLookup(min(prompt_lookup, block_size))
         # a pass writes as many keys into every row as the longest proposal needs
         spare = 0 if self._proposer is None else self._proposer.count
         self.slots = Slots(model, batch_size, size + spare, compile=compile, notify=notify)

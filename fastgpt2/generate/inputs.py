@@ -134,7 +134,7 @@ def _job(
     if name is not None and type(name) not in (str, int):
         raise UserError(f"'id' must be a string or an integer, got {name!r:.80}")
     if only_text and record:
-        raise UserError(f"--score takes no {next(iter(record))!r}")
+        raise UserError(f"--score takes no {next(iter(record))!r:.80}")
     return Job(prompt if ids is None else ids, options.replaced(record), index, name, place)
 
 
@@ -146,7 +146,7 @@ def _once(pairs: list[tuple[str, Any]]) -> Mapping[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise UserError(f"{key!r} is given twice")
+            raise UserError(f"{key!r:.80} is given twice")
         found[key] = value
     return found
 

@@ -150,7 +150,9 @@ class Options:
             fine = is_number(self.length_penalty) and abs(self.length_penalty) <= 30
             require("length_penalty", self.length_penalty, fine, "in [-30, 30]")
         if not isinstance(self.early_stopping, bool):
-            raise UserError(f"early_stopping must be true or false, got {self.early_stopping!r}")
+            raise UserError(
+                f"early_stopping must be true or false, got {self.early_stopping!r:.80}"
+            )
         # ranges of the rest
         _ = self.sampling
         if self.min_new_tokens > self.max_new_tokens:
@@ -184,15 +186,15 @@ def _stops(value: Any) -> tuple[str | int, ...]:
     stops = list(value) if isinstance(value, list | tuple) else [value]
     for stop in stops:
         if isinstance(stop, bool) or not isinstance(stop, str | int):
-            raise UserError(f"stop: expected strings and token ids, got {stop!r}")
+            raise UserError(f"stop: expected strings and token ids, got {stop!r:.80}")
     return tuple(stops)
 
 
 def _bias(value: Any) -> dict[int, float]:
     if not isinstance(value, Mapping):
-        raise UserError(f"logit_bias must map token ids to numbers, got {value!r}")
+        raise UserError(f"logit_bias must map token ids to numbers, got {value!r:.80}")
     try:
         # the keys of a JSON object are strings
         return {int(id_): bias for id_, bias in value.items()}
     except (TypeError, ValueError):
-        raise UserError(f"logit_bias must map token ids to numbers, got {value!r}") from None
+        raise UserError(f"logit_bias must map token ids to numbers, got {value!r:.80}") from None

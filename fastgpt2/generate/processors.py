@@ -22,7 +22,7 @@ Processor = Callable[[Tensor, Tensor], Tensor]
 def require(name: str, value: float, fine: bool, expected: str) -> None:
     """Raise a ``UserError`` that names the option and what was expected, unless ``fine``."""
     if isinstance(value, bool) or not fine:
-        raise UserError(f"{name} must be {expected}, got {value!r}")
+        raise UserError(f"{name} must be {expected}, got {value!r:.80}")
 
 
 def is_number(value: object) -> bool:
@@ -54,7 +54,7 @@ class Temperature:
             return logits.masked_fill(logits < best, -torch.inf)
         # with the largest at 0, a temperature near 0 makes the others -inf and nothing NaN, as
         # long as fp32 does not take it for 0
-        return (logits - best) / max(self.temperature, 1e-30)
+        return (logits - best) / max(float(self.temperature), 1e-30)
 
 
 @dataclass(frozen=True)
@@ -175,10 +175,9 @@ class RepetitionPenalty:
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
         """Scores ``logits`` (B, V) of the token after ``ids`` (B, T), changed as said above."""
-        seen = logits.gather(1, ids)
-        return logits.scatter(
-            1, ids, torch.where(seen < 0, seen * self.penalty, seen / self.penalty)
-        )
+        # an integer may be too long for a tensor's
+        seen, penalty = logits.gather(1, ids), float(self.penalty)
+        return logits.scatter(1, ids, torch.where(seen < 0, seen * penalty, seen / penalty))
 
 
 def _counts(ids: Tensor, logits: Tensor) -> Tensor:
@@ -201,7 +200,7 @@ class PresencePenalty:
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
         """Scores ``logits`` (B, V) of the token after ``ids`` (B, T), changed as said above."""
-        return logits - self.penalty * (_counts(ids, logits) > 0)
+        return logits - float(self.penalty) * (_counts(ids, logits) > 0)
 
 
 @dataclass(frozen=True)
@@ -219,7 +218,7 @@ class FrequencyPenalty:
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
         """Scores ``logits`` (B, V) of the token after ``ids`` (B, T), changed as said above."""
-        return logits - self.penalty * _counts(ids, logits)
+        return logits - float(self.penalty) * _counts(ids, logits)
 
 
 @dataclass(frozen=True)
@@ -278,7 +277,8 @@ class LogitBias:
                 f"logit_bias: id {max(self.bias)} is not in [0, {logits.shape[-1]}), the vocabulary"
             )
         index = torch.tensor(list(self.bias), device=logits.device)
-        values = torch.tensor(list(self.bias.values()), device=logits.device, dtype=logits.dtype)
+        biases = [float(value) for value in self.bias.values()]
+        values = torch.tensor(biases, device=logits.device, dtype=logits.dtype)
         return logits.index_add(1, index, values.expand(len(logits), -1))
 
 

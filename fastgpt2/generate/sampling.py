@@ -40,7 +40,7 @@ class Sampling:
         edits: list[Processor] = []
         for processor in self.processors:
             if not callable(processor):
-                raise UserError(f"processors: expected callables, got {processor!r}")
+                raise UserError(f"processors: expected callables, got {processor!r:.80}")
             (warps if getattr(processor, "warps", False) else edits).append(processor)
         object.__setattr__(self, "edits", tuple(edits))
         object.__setattr__(self, "warps", () if self.is_greedy else tuple(warps))

@@ -124,12 +124,17 @@ def test_a_folder_in_use_is_refused(
     assert said == [f"{tmp_path / 'run'}: another process is training into it"]
 
 
-def test_several_processes_are_refused(
+def test_several_processes_cannot_share_a_gpu(
     data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    argv = ["--data", data, "--out", str(tmp_path / "run"), *TINY]
-    assert "training runs in one process" in complaint(train, argv, capsys)
+    monkeypatch.setenv("RANK", "0")
+    argv = ["--data", data, "--out", str(tmp_path / "run"), *TINY, "--device=cuda:0"]
+    assert "each process takes a GPU of its own" in complaint(train, argv, capsys)
+    # it is said once
+    monkeypatch.setenv("RANK", "1")
+    assert train(argv) == 2
+    assert capsys.readouterr().err == ""
     assert not (tmp_path / "run").exists()
 
 

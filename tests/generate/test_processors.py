@@ -97,3 +97,16 @@ def test_bad_options_are_named(make: Callable[[], object], message: str) -> None
 def test_a_bias_outside_the_vocabulary() -> None:
     with pytest.raises(UserError, match=r"id 61 is not in \[0, 61\)"):
         ours.LogitBias({61: 1.0})(*inputs(1, 2, 0))
+
+
+@pytest.mark.parametrize("value", [10**25, 1e25])
+def test_long_integers_are_numbers_like_any_other(value: float) -> None:
+    ids, logits = inputs(1, 2, 0)
+    for processor in (
+        ours.RepetitionPenalty(value),
+        ours.PresencePenalty(value),
+        ours.FrequencyPenalty(value),
+        ours.LogitBias({1: value}),
+        ours.Temperature(value),
+    ):
+        assert processor(ids, logits).isfinite().all()
