@@ -49,7 +49,7 @@ fi
 within() {
     local seconds=$1
     shift
-    timeout --signal INT --kill-after 15 "$seconds" env --default-signal=INT "$@"
+    timeout --foreground --signal INT --kill-after 15 "$seconds" env --default-signal=INT "$@"
 }
 
 bench() {

@@ -65,7 +65,7 @@ def match(base: dict[str, Any], seeds: int) -> dict[str, Any]:
         run: dict[str, Any] = {"seed": seed}
         for form in ("bf16", "fp8"):
             with tempfile.TemporaryDirectory() as folder:
-                config = TrainConfig(**base, seed=seed, fp8=form == "fp8")
+                config = TrainConfig.from_layers(base, {"seed": seed, "fp8": form == "fp8"})
                 run[form] = train(config, Path(folder))
             print(f"seed {seed}, {form}: validation loss {run[form]['val_loss']:.4f}", flush=True)
         runs.append(run)

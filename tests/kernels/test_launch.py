@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,12 +21,12 @@ JIT = Path(__file__).resolve().parents[2] / "kernels" / "jit"
 
 
 def _kernels() -> set[str]:
-    """Names of all kernels: the functions that ``launch_*`` functions launch."""
+    """Names of all kernels: private functions that are called ``_..._kernel``."""
     return {
         node.name
         for path in JIT.glob("*.py")
         for node in ast.parse(path.read_text(encoding="utf-8")).body
-        if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
+        if isinstance(node, ast.FunctionDef) and re.fullmatch("_.*_kernel", node.name)
     }
 
 

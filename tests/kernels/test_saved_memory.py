@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastgpt2.config import GPTConfig
+from fastgpt2.kernels.dropout_bits import bits_size
 from fastgpt2.model import GPT
 from tests.kernels.budget import DEVICE
 
@@ -49,9 +50,10 @@ def test_a_layer_saves_three_quarters_of_what_pytorch_does(dropout: float) -> No
     # in fp32: the stream twice, two norms, qkv, attention's output, the pre-activation
     activations = 12 * C * 4
     lse, statistics = H * 4, 2 * 2 * 4
-    seeds = 3 * 8 / (B * T) if dropout else 0.0
+    # attention's mask in packed bits; a seed for each of the other two masks
+    masks = (bits_size(B, H, T) * 4 + 2 * 8) / (B * T) if dropout else 0.0
     triton = _bytes_a_token("triton", dropout)
-    assert triton == pytest.approx(activations + lse + statistics + seeds)
+    assert triton == pytest.approx(activations + lse + statistics + masks)
     torch_path = _bytes_a_token("torch", dropout)
     if dropout:
         # masks too
