@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._inductor import config as inductor
 
 from fastgpt2 import cli, runs
 from fastgpt2.text import build_dataset
@@ -94,11 +95,13 @@ def test_a_compiler_that_fails_is_one_line(
     fake.chmod(0o755)
     monkeypatch.setenv("CXX", str(fake))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, str(fake)))
+    # monkeypatch would take this setting for a class's and delete it at the end
+    compiler = inductor.patch({"cpp.cxx": (None, str(fake))})
     weights = []
     for name, flags in (("eager", []), ("compiled", ["--compile"])):
         out = tmp_path / name
-        assert train(["--data", data, "--out", str(out), *TINY, "--dropout=0.1", *flags]) == 0
+        with compiler:
+            assert train(["--data", data, "--out", str(out), *TINY, "--dropout=0.1", *flags]) == 0
         weights.append((runs.latest(out) / runs.MODEL).read_bytes())
     said = [x for x in capsys.readouterr().out.splitlines() if "compile: failed" in x]
     assert len(said) == 1
