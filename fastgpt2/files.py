@@ -71,6 +71,27 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def lock_file(handle: int) -> None:
+    """Lock, or raise ``BlockingIOError``; the system ends the lock with the process."""
+    try:
+        import fcntl
+    except ImportError:
+        import msvcrt
+
+        try:
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        except OSError as error:
+            raise BlockingIOError from error
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        # a file system without locks: the name alone is claimed
+        return
+
+
 def _beside(path: Path) -> Path:
     # the same folder is the same file system, where a rename is one step
     path.parent.mkdir(parents=True, exist_ok=True)

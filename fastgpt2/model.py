@@ -183,28 +183,6 @@ class GPT(Quantizable, Generative):
         device = execution_device(self.transformer.wpe)
         return KVCache(self.config, batch_size, size, device, compute_dtype(weight, device))
 
-    @torch.no_grad()
-    def next_logits(
-        self, idx: Tensor, cache: KVCache | None, room: int
-    ) -> tuple[Tensor, KVCache | None]:
-        """Logits of the token after ``idx`` (B, V), and the cache to hand in with the next call.
-
-        Call it with None first, then, each time with ``idx`` one token longer, with what it gave.
-        ``room`` bounds the tokens still to come; at most block_size are ever cached.
-        """
-        T, block_size = idx.shape[1], self.config.block_size
-        if T > block_size:
-            return self.head(self.hidden_states(idx[:, -block_size:])[:, -1]), None
-        if cache is None:
-            size = min(block_size, T + room)
-            cache = self.make_cache(idx.shape[0], size)
-            hidden = self.hidden_states(idx, cache)
-            cache.advance(T)
-        else:
-            hidden = self.hidden_states(idx[:, -1:], cache)
-            cache.advance(1)
-        return self.head(hidden[:, -1]), cache
-
     def get_num_params(self, non_embedding: bool = True) -> int:
         """Number of parameters without padding; ``non_embedding`` leaves the positions out."""
         padding = self.config.padded_vocab_size - self.config.vocab_size

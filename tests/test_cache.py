@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 
 from fastgpt2.cache import KVCache
-from fastgpt2.generate.sampling import next_token
+from fastgpt2.generate.slots import Slots
 from fastgpt2.model import GPT
+from tests.choosing import next_token
 from tests.tiny_gpt import tiny_batch, tiny_config, tiny_gpt
 
 
@@ -40,20 +41,27 @@ def test_generate_equals_the_full_forward(
 def test_cached_logits_are_those_of_the_full_forward() -> None:
     model = tiny_gpt().eval()
     text = tiny_batch()[0]
-    cache = None
+    slots = Slots(model, 3, 16)
     for T in range(5, 17):
-        logits, cache = model.next_logits(text[:, :T], cache, 16)
+        new = text[:, slots.lengths[0] : T].tolist()
+        with torch.no_grad():
+            logits = slots.feed(0, new)
         torch.testing.assert_close(logits, model.logits(text[:, :T])[:, -1], atol=1e-5, rtol=1e-5)
-        assert cache is not None
-        assert cache.lengths.tolist() == [T] * 3
-    assert cache is not None
-    assert cache.size == 16
+        assert slots.lengths == slots.cache.lengths.tolist() == [T] * 3
+    assert slots.cache.size == 16
 
 
-def test_the_cache_is_no_larger_than_needed() -> None:
-    model = tiny_gpt().eval()
-    cache = model.next_logits(tiny_batch(T=4)[0], None, 3)[1]
-    assert cache is not None
+def test_the_cache_is_no_larger_than_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, made = tiny_gpt().eval(), []
+
+    def make_cache(batch_size: int, size: int) -> KVCache:
+        made.append(GPT.make_cache(model, batch_size, size))
+        return made[-1]
+
+    monkeypatch.setattr(model, "make_cache", make_cache)
+    # the last token that is generated needs no place
+    model.generate(tiny_batch(T=4)[0], 4)
+    (cache,) = made
     assert (cache.size, cache.layers[0].k.shape) == (7, (3, 4, 7, 12))
 
 
@@ -98,12 +106,13 @@ def test_cache_has_the_compute_dtype(dtype: torch.dtype) -> None:
     idx = tiny_batch(T=4)[0]
     with torch.autocast("cpu", dtype=dtype):
         model = tiny_gpt().eval()
-        cache = model.next_logits(idx, None, 4)[1]
+        cache = Slots(model, 3, 8).cache
         # longer than the block, so both ways of decoding are taken
         assert model.generate(idx, 20).shape == (3, 24)
-    assert cache is not None
     assert cache.layers[0].k.dtype == dtype
-    assert tiny_gpt().to(dtype).next_logits(idx, None, 4)[0].dtype == dtype
+    slots = Slots(tiny_gpt().to(dtype), 3, 8)
+    with torch.no_grad():
+        assert slots.feed(0, idx.tolist()).dtype == dtype
 
 
 def test_an_empty_cache_says_so() -> None:

@@ -10,6 +10,7 @@ from torch import nn
 from fastgpt2.config import GPTConfig
 from fastgpt2.convert import main
 from fastgpt2.errors import UserError
+from fastgpt2.generate.slots import Slots
 from fastgpt2.model import GPT
 from fastgpt2.quantize import (
     QuantizedEmbedding,
@@ -83,10 +84,10 @@ def test_every_matrix_is_int8_and_shared_once() -> None:
 def test_cached_logits_equal_uncached_ones() -> None:
     model = tiny_gpt().eval().quantize()
     idx = torch.randint(61, (2, 12), generator=torch.Generator().manual_seed(3))
-    cache, steps = None, []
+    slots, steps = Slots(model, 2, 12), []
     for T in range(5, 13):
-        logits, cache = model.next_logits(idx[:, :T], cache, 13 - T)
-        steps.append(logits)
+        with torch.no_grad():
+            steps.append(slots.feed(0, idx[:, slots.lengths[0] : T].tolist()))
     full = model.logits(idx)[:, 4:]
     torch.testing.assert_close(torch.stack(steps, dim=1), full, rtol=1e-4, atol=1e-5)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fastgpt2.errors import UserError
 from fastgpt2.generate.options import Options
+from fastgpt2.text.utf8 import is_utf8
 
 _NUMBERS = (
     ("max_new_tokens", 0),
@@ -85,10 +86,8 @@ def check_flags(arguments: argparse.Namespace) -> None:
 
 def _check_text(name: str, texts: Iterable[str]) -> None:
     for text in texts:
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            raise UserError(f"{_flag(name)} is not UTF-8 text") from None
+        if not is_utf8(text):
+            raise UserError(f"{_flag(name)} is not UTF-8 text")
 
 
 def _check_files(arguments: argparse.Namespace) -> None:

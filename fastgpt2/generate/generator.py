@@ -8,7 +8,7 @@ its tokens are those it would have alone: lengths, random numbers and processors
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +26,7 @@ from fastgpt2.generate.checks import (
     row_generator,
     split_stops,
 )
-from fastgpt2.generate.processors import Processor, require
+from fastgpt2.generate.processors import InVocabulary, Processor, require
 from fastgpt2.generate.request import Request, Stream
 from fastgpt2.generate.sampling import Sampling, allows_some, draw
 from fastgpt2.generate.slots import Slots
@@ -312,14 +312,9 @@ class Generator:
 
     def _process(self, sampling: Sampling, ids: list[list[int]], logits: Tensor) -> Tensor:
         """The logits that are drawn from, for rows of one length."""
-        if self.tokenizer is not None and self.tokenizer.vocab_size < logits.shape[-1]:
-            # ids that only pad the vocabulary have no text
-            logits = logits.index_fill(
-                1,
-                torch.arange(self.tokenizer.vocab_size, logits.shape[-1], device=logits.device),
-                -torch.inf,
-            )
         seen = torch.tensor(ids, device=logits.device) if sampling.reads_ids else logits
+        if self.tokenizer is not None:
+            logits = InVocabulary(self.tokenizer.vocab_size)(seen, logits)
         processed = sampling.process(seen, logits)
         if processed.shape != logits.shape:
             raise UserError(
@@ -330,11 +325,11 @@ class Generator:
 
     def _choose(self, rows: list[Row], logits: Tensor) -> None:
         """The next token of each row, from its logits (rows, V)."""
-        groups: dict[tuple[int, int], list[int]] = {}
+        groups: dict[tuple[Hashable, ...], list[int]] = {}
         for i, row in enumerate(rows):
             sampling = row.stream.request.sampling
             length = len(row.ids) if sampling.reads_ids else 0
-            groups.setdefault((id(sampling), length), []).append(i)
+            groups.setdefault((length, *sampling.key), []).append(i)
         chosen: list[int | None] = [None] * len(rows)
         for members in groups.values():
             sampling = rows[members[0]].stream.request.sampling

@@ -1,6 +1,5 @@
 """Many prompts through one generator: rows share its passes, and results come as they are ready."""
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +9,7 @@ from fastgpt2.generate.beams import Beam, BeamSearch
 from fastgpt2.generate.checks import evaluating
 from fastgpt2.generate.generator import Generator
 from fastgpt2.generate.inputs import Job
-from fastgpt2.generate.processors import LogitBias
+from fastgpt2.generate.processors import InVocabulary, Processor
 from fastgpt2.generate.request import Stream, likeliest
 from fastgpt2.generate.sampling import Sampling
 from fastgpt2.generate.slots import Slots
@@ -272,11 +271,8 @@ class _Beams:
             early_stopping=options.early_stopping,
         )
         stop_ids, stops = _stop_ids(job, tokenizer), _stop_texts(job)
-        edits = [*options.processors(len(ids), stop_ids)]
-        padding = range(tokenizer.vocab_size, model.config.vocab_size)
-        if padding:
-            # ids that only pad the vocabulary have no text
-            edits.append(LogitBias(dict.fromkeys(padding, -math.inf)))
+        known = InVocabulary(tokenizer.vocab_size)
+        edits: list[Processor] = [*options.processors(len(ids), stop_ids), known]
         with evaluating(model):
             return search.search(
                 ids,

@@ -7,17 +7,16 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 from tqdm import tqdm
 
 from fastgpt2.errors import UserError
+from fastgpt2.files import lock_file
 from fastgpt2.generate.inputs import Job
 from fastgpt2.generate.jobs import Event, Task
 from fastgpt2.generate.options import Options
 from fastgpt2.streams import SteadyStream
-from fastgpt2.train.claim import lock_file
 
 
 class ResultFile:
@@ -129,16 +128,11 @@ class ResultFile:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._file is None:
             return
         try:
-            if self._regular and kind is None:
+            if self._regular and error[0] is None:
                 os.fsync(self._file.fileno())
         finally:
             self._file.close()
@@ -233,12 +227,7 @@ class Meter:
         self._begin = time.perf_counter()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._seconds += time.perf_counter() - self._begin
         self._bar.close()
 

@@ -283,6 +283,26 @@ class LogitBias:
 
 
 @dataclass(frozen=True)
+class InVocabulary:
+    """Forbid the ids from ``size`` on, which only pad the vocabulary and have no text.
+
+    Args:
+        size: ids of the tokenizer.
+    """
+
+    size: int
+    reads_ids = False
+
+    def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
+        """Scores ``logits`` (B, V) of the token after ``ids`` (B, T), changed as said above."""
+        if self.size >= logits.shape[-1]:
+            return logits
+        known = logits.clone()
+        known[:, self.size :] = -math.inf
+        return known
+
+
+@dataclass(frozen=True)
 class MinLength:
     """Forbid the tokens that end a text until ``ids``, prompt included, is ``length`` long.
 

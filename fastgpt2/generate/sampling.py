@@ -1,8 +1,9 @@
 """From logits to the next token: temperature, processors, and the draw."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -55,6 +56,12 @@ class Sampling:
         """Whether a processor may look at the tokens so far."""
         return any(getattr(p, "reads_ids", True) for p in (*self.edits, *self.warps))
 
+    @cached_property
+    def key(self) -> tuple[Hashable, ...]:
+        """The same for all that choose alike, as far as can be known: rows may share a call."""
+        processors = (p if _is_hashable(p) else id(p) for p in self.processors)
+        return self.temperature, self.top_k, *processors
+
     def process(self, ids: Tensor, logits: Tensor) -> Tensor:
         """The logits that the choice is made from.
 
@@ -69,6 +76,15 @@ class Sampling:
         for processor in (*self.edits, *self.warps):
             logits = processor(ids, logits)
         return logits
+
+
+def _is_hashable(processor: Processor) -> bool:
+    # a dataclass says that it is, whatever its fields are
+    try:
+        hash(processor)
+    except TypeError:
+        return False
+    return True
 
 
 def allows_some(logits: Tensor) -> list[bool]:
@@ -92,31 +108,3 @@ def draw(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
     hopeless = logits.amax(dim=-1, keepdim=True) == -torch.inf
     probs = torch.softmax(logits.masked_fill(hopeless, 0.0), dim=-1)
     return torch.multinomial(probs, 1, generator=generator)
-
-
-def next_token(
-    logits: Tensor,
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Draw a token from softmax(logits / temperature), or take the best one at temperature 0.
-
-    Args:
-        logits: (B, V).
-        temperature: below 1 sharper, above 1 flatter; 0 is greedy.
-        top_k: only the k most likely tokens can be drawn.
-        generator: source of randomness; None is PyTorch's default one.
-
-    Returns:
-        (B, 1) int64.
-
-    Raises:
-        UserError: temperature is negative or not finite, or top_k below 1.
-    """
-    sampling = Sampling(temperature, top_k)
-    if sampling.is_greedy:
-        return logits.argmax(dim=-1, keepdim=True)
-    # no processor here reads the tokens so far
-    return draw(sampling.process(logits, logits), generator)

@@ -1,52 +1,13 @@
-"""One prompt, streamed: token ids, or text that never splits a character."""
+"""One prompt, streamed: text that never splits a character."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from fastgpt2.generate.generator import Generator
 from fastgpt2.generate.text import encode_prompt
 from fastgpt2.model import GPT
 from fastgpt2.text.encoding import Tokenizer
 
-__all__ = ["encode_prompt", "stream_text", "stream_tokens"]
-
-
-def stream_tokens(
-    model: GPT,
-    prompt: Sequence[int],
-    max_new_tokens: int,
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    seed: int | None = None,
-    stop: int | None = None,
-    window: str = "crop",
-) -> Iterator[int]:
-    """Yield sampled token ids as they come.
-
-    Args:
-        model: used in evaluation mode.
-        prompt: token ids.
-        max_new_tokens: the most that follow.
-        temperature: below 1 sharper, above 1 flatter; 0 is greedy.
-        top_k: draw from the k most likely tokens only.
-        seed: the same one gives the same tokens on the same machine; None is a new one.
-        stop: id that ends the text; it is not yielded.
-        window: what happens past the context: see ``Generator``.
-
-    Raises:
-        UserError: an argument is out of its range.
-    """
-    stream = Generator(model, batch_size=1, window=window).submit(
-        prompt,
-        max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        seed=seed,
-        stop=() if stop is None else stop,
-    )
-    for piece in stream:
-        assert isinstance(piece, int)
-        yield piece
+__all__ = ["encode_prompt", "stream_text"]
 
 
 def stream_text(

@@ -26,6 +26,15 @@ _MAGIC = (
 _HEAD_BYTES = 64
 
 
+def is_utf8(text: str) -> bool:
+    """Whether ``text`` can be written as UTF-8: a lone surrogate, as of a bad argument, cannot."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 class Utf8Decoder:
     """UTF-8 over several chunks of one file.
 

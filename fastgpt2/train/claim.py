@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fastgpt2 import runs
 from fastgpt2.errors import UserError
+from fastgpt2.files import lock_file
 
 LOCK = ".lock"
 
@@ -105,24 +106,3 @@ def _lock(folder: Path) -> int:
             if os.path.samestat(os.fstat(handle), path.stat()):
                 return handle
         os.close(handle)
-
-
-def lock_file(handle: int) -> None:
-    """Lock, or raise ``BlockingIOError``; the system ends the lock with the process."""
-    try:
-        import fcntl
-    except ImportError:
-        import msvcrt
-
-        try:
-            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-        except OSError as error:
-            raise BlockingIOError from error
-        return
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except OSError:
-        # a file system without locks: the name alone is claimed
-        return

@@ -14,6 +14,7 @@ from fastgpt2.config import IMPLS, PRESETS, GPTConfig, unknown_key
 from fastgpt2.devices import DTYPES
 from fastgpt2.errors import UserError
 from fastgpt2.lora import TARGETS
+from fastgpt2.text.utf8 import is_utf8
 from fastgpt2.train.loggers import LOGGERS
 from fastgpt2.train.remat import REMATS
 from fastgpt2.train.schedules import SCHEDULES
@@ -198,7 +199,7 @@ class TrainConfig:
                 _check(self, item.name, math.isfinite(value), "finite")
             # a file's name may hold bytes that are no text, which TOML cannot store
             for text in value if isinstance(value, tuple) else (value,):
-                _check(self, item.name, not isinstance(text, str) or _is_utf8(text), "UTF-8 text")
+                _check(self, item.name, not isinstance(text, str) or is_utf8(text), "UTF-8 text")
         if self.steps is None and self.epochs is None and self.minutes is None:
             raise UserError("config: give a length of training: steps, epochs or minutes")
 
@@ -324,14 +325,6 @@ def _check(config: TrainConfig, name: str, ok: bool, expected: str) -> None:
 def _split(texts: tuple[str, ...]) -> tuple[str, ...]:
     """Every name once, in order."""
     return tuple(dict.fromkeys(name for text in texts for name in text.replace(",", " ").split()))
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def field_types() -> dict[str, tuple[type, bool]]:

@@ -1,7 +1,7 @@
 """Ctrl-C and the signals that end a job, turned into a checkpoint instead of a loss."""
 
 import signal
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Self
 
 from fastgpt2 import distributed
@@ -44,12 +44,7 @@ class Interrupt:
             return self
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._restore()
 
     def poll(self) -> None:

@@ -48,6 +48,20 @@ def test_rows_are_as_if_alone(way: dict[str, Any], window: str, aid: dict[str, A
         assert together == model.generate(PROMPTS, 20, window=window, **way)
 
 
+def test_rows_that_choose_alike_share_a_call() -> None:
+    shapes: list[tuple[int, int]] = []
+
+    def seen(ids: Tensor, logits: Tensor) -> Tensor:
+        shapes.append((len(ids), len(logits)))
+        return logits
+
+    generator = Generator(tiny_gpt(), batch_size=3)
+    for prompt in ([1, 2], [3, 4], [5, 6]):
+        generator.submit(prompt, 4, seed=0, processors=[TopP(0.9), seen])
+    generator.run()
+    assert shapes == [(3, 3)] * 4
+
+
 def test_a_prompt_that_comes_twice_gives_two_samples() -> None:
     model = tiny_gpt()
     first, second = model.generate([[4], [4]], 20, seed=3)

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from fastgpt2.generate.sampling import next_token
+from tests.choosing import next_token
 
 LOGITS = torch.tensor([[0.0, 2.0, 1.0, -1.0], [5.0, 0.0, 0.0, 0.0]])
 

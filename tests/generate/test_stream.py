@@ -1,13 +1,23 @@
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 
 from fastgpt2.errors import UserError
-from fastgpt2.generate.stream import encode_prompt, stream_text, stream_tokens
+from fastgpt2.generate.generator import Generator
+from fastgpt2.generate.stream import encode_prompt, stream_text
 from fastgpt2.model import GPT
 from fastgpt2.text import BytesTokenizer, CharTokenizer
 from tests.tiny_gpt import tiny_gpt
 
 PROMPT = [5, 6, 7]
+
+
+def stream_tokens(model: GPT, prompt: list[int], count: int, **options: Any) -> Iterator[int]:
+    """Token ids as they come, past the window as ``GPT.generate`` goes on."""
+    stream = Generator(model, batch_size=1, window="crop").submit(prompt, count, **options)
+    return (piece for piece in stream if isinstance(piece, int))
 
 
 def says(monkeypatch: pytest.MonkeyPatch, ids: list[int]) -> GPT:

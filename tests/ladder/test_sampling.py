@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from fastgpt2.errors import UserError
-from fastgpt2.generate.sampling import next_token
 from fastgpt2.ladder import generate, generate_text_simple, next_token_probabilities
+from tests.choosing import next_token
 from tests.ladder.tiny import model, tokens
 
 
