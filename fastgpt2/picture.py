@@ -62,6 +62,13 @@ def plain_numbers(axes: Any) -> None:
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
+def short_numbers(axes: Any) -> None:
+    """Label the horizontal axis with numbers such as 50k and 1.2M, which do not run together."""
+    from matplotlib.ticker import EngFormatter
+
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
 def _draw(path: Path, paint: Callable[[], Any], dpi: int) -> None:
     _import_matplotlib()
     from matplotlib import rcParams, style

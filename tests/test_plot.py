@@ -53,6 +53,8 @@ def test_every_panel_shows_what_it_says(tmp_path: Path) -> None:
     # one colour for a run, another for the next
     colours = [line.get_color() for line in norms]
     assert colours[0] != colours[1]
+    ticks = found[loss, "tokens"].xaxis.get_major_formatter()
+    assert [ticks(x) for x in (0, 50_000, 1_200_000)] == ["0", "50k", "1.2M"]
 
 
 @pytest.mark.parametrize(("name", "start"), [("out.png", b"\x89PNG"), ("out.SVG", b"<?xml")])

@@ -20,6 +20,7 @@ from fastgpt2.text.shards import TokenShards, dtype_for
 from fastgpt2.text.stored import BLOCK_IDS, JoinedTokens, StoredTokens, TokenSequence
 from fastgpt2.text.token_files import (
     FoundFiles,
+    check_headers,
     find_token_files,
     open_token_files,
     tokenizer_of,
@@ -132,6 +133,7 @@ def build_dataset(
             )
         return dataset
     if found := find_token_files(data):
+        check_headers(found)
         chosen = tokenizer_of(
             found, tokenizer, vocab_dir=vocab_dir, vocab_size=vocab_size, notify=notify
         )

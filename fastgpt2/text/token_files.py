@@ -129,6 +129,19 @@ def open_token_files(
     return train, val
 
 
+def check_headers(found: FoundFiles) -> None:
+    """Raise what ``open_token_files`` would, before anything looks for a vocabulary.
+
+    Args:
+        found: the files.
+
+    Raises:
+        UserError: a file is no token file, damaged or cut off.
+    """
+    for path in found.all:
+        read_header(path)
+
+
 def read_header(path: Path) -> TokenFile:
     """Where the ids of a token file are.
 

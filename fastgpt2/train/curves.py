@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastgpt2.picture import new_figure
+from fastgpt2.picture import new_figure, short_numbers
 
 # a record of metrics.jsonl
 Record = dict[str, Any]
@@ -78,6 +78,7 @@ def paint_runs(runs: Sequence[Curves]) -> Any:
     for axes, (_, label) in zip(panels[1], (*down, ("", "tokens / s")), strict=True):
         _finish(axes, label)
         axes.set_xlabel("optimizer step")
+    short_numbers(panels[0][0])
     panels[1][2].set_ylim(bottom=0)
     said = "dots: validation, thin: training"
     columns = min(3, len(runs))

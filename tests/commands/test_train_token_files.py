@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from fastgpt2.errors import UserError
 from fastgpt2.text import load_tokenizer
 from fastgpt2.train.__main__ import main as train
 from tests.commands.tiny_command import TEXT, TINY, complaint
@@ -42,3 +43,16 @@ def test_an_id_beyond_the_vocabulary_stops_before_step_0(
     line = complaint(train, argv, capsys)
     assert line == f"token file {path}: id 257 at position 99 is not in the vocabulary of 257"
     assert not (tmp_path / "run" / "config.toml").exists()
+
+
+def test_a_damaged_file_is_named_before_a_vocabulary_is_looked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_vocabulary(*arguments: object, **options: object) -> None:
+        raise UserError("no GPT-2 vocabulary")
+
+    monkeypatch.setattr("fastgpt2.text.token_files.get_tokenizer", no_vocabulary)
+    path = tmp_path / "noise.bin"
+    path.write_bytes(bytes(range(1, 200)) * 20)
+    line = complaint(train, ["--data", str(path), "--out", str(tmp_path / "run"), *FLAGS], capsys)
+    assert f"token file {path}: expected llm.c's magic number" in line
