@@ -13,8 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.kernels.interpreter import quicken
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda")
+
+if INTERPRETED:
+    # whoever checks a kernel runs it often
+    quicken()
 
 # the full grids, for a GPU; each test takes a small half of its own for the interpreter
 ROWS = (1, 3, 127, 129, 1023)
