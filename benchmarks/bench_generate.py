@@ -3,7 +3,7 @@
 All have the same random weights and prompts, choose greedily, and must write one text (in fp32,
 where no tie decides) before anything is timed: transformers', or the reference's where it is not
 installed. Of int8 only ours is checked, against our uncompiled one: each rounds weights in its own
-way. ``prefill`` is one new token after a prompt of T tokens, ``decode`` many after a prompt of one.
+way. ``prefill`` is one new token after a prompt of T tokens, ``decode`` many after a short prompt.
 nanoGPT races on a small model, where the host's work is all there is.
 """
 
@@ -28,18 +28,19 @@ SMALL = GPTConfig(block_size=256, vocab_size=65, n_layer=4, n_head=4, n_embd=128
 
 @dataclass(frozen=True)
 class Sizes:
-    """Batch sizes B, T tokens of a prompt to prefill, tokens to decode after a prompt of one."""
+    """Batch sizes B, T tokens of a prompt to prefill, tokens to decode after a short prompt."""
 
     prefills: tuple[int, ...]
     decodes: tuple[int, ...]
     T: int
+    short: int
     new: int
 
 
 SIZES = {
-    Scale.CUDA: Sizes((1, 8, 64), (1, 8, 64), 512, 256),
-    Scale.CPU: Sizes((1,), (1, 8), 512, 8),
-    Scale.DRY: Sizes((1, 2), (1, 2), 5, 3),
+    Scale.CUDA: Sizes((1, 8, 64), (1, 8, 64), 512, 32, 256),
+    Scale.CPU: Sizes((1,), (1, 8), 512, 32, 32),
+    Scale.DRY: Sizes((1, 2), (1, 2), 5, 1, 3),
 }
 
 
@@ -88,7 +89,7 @@ class GenerateRace(Race):
 
     def __init__(self, players: Players, phase: str, B: int, sizes: Sizes, last: bool) -> None:
         self.players, self.phase, self.B, self.last = players, phase, B, last
-        self.T, self.new = (sizes.T, 1) if phase == "prefill" else (1, sizes.new)
+        self.T, self.new = (sizes.T, 1) if phase == "prefill" else (sizes.short, sizes.new)
         place = players.place
         self.dtype = dtype_name(place.dtype)
         kind = "int8" if place.int8 else self.dtype

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.bench_train_step import COMPILED, TrainStep, Workload
-from benchmarks.harness import Lane, Race, Scale, Settings
+from benchmarks.harness import Lane, Race, Scale, Settings, compute_dtype
 from benchmarks.timing import Ceilings
 from fastgpt2.config import GPTConfig
 
@@ -40,7 +40,7 @@ def points(scale: Scale) -> list[Point]:
 
     def at(model: str, B: int, T: int) -> Workload:
         config = GPTConfig.preset(model, block_size=T)
-        return Workload(config, B, T, torch.bfloat16)
+        return Workload(config, B, T, compute_dtype(scale))
 
     if scale is Scale.DRY:
         config = GPTConfig(block_size=8, vocab_size=31, n_layer=1, n_head=2, n_embd=32)

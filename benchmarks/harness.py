@@ -21,6 +21,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.quiet import Disturbance, Watch
 from benchmarks.timing import Ceilings, Clock, Timing, Work, measure_ceilings
+from fastgpt2.devices import dtype_notice
 
 # a race that other programs disturbed is run at most so many times
 RUNS = 3
@@ -32,6 +33,15 @@ class Scale(StrEnum):
     CUDA = "cuda"
     CPU = "cpu"
     DRY = "dry"
+
+
+def compute_dtype(scale: Scale) -> torch.dtype:
+    """What is timed: bf16, or fp32 on a CPU that has no instructions for bf16.
+
+    Triton's interpreter, in a dry run, multiplies bf16 matrices wrongly.
+    """
+    slow = scale is Scale.CPU and dtype_notice(torch.device("cpu"), torch.bfloat16) is not None
+    return torch.float32 if slow or scale is Scale.DRY else torch.bfloat16
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Race, Scale, Settings
+from benchmarks.harness import Race, Scale, Settings, compute_dtype
 from benchmarks.ops import BACKWARD, BOTH, FORWARD, OpCase, op_cases
 from benchmarks.timing import Ceilings, Work
 from fastgpt2.compiler import compiler_obstacle
@@ -23,11 +23,6 @@ from fastgpt2.kernels import backend
 from fastgpt2.train.summary import dtype_name
 
 Run = Callable[..., Any]
-
-
-def compute_dtype(scale: Scale) -> torch.dtype:
-    """bf16, but the interpreter multiplies bf16 matrices wrongly."""
-    return torch.float32 if scale is Scale.DRY else torch.bfloat16
 
 
 class Judge:

@@ -50,13 +50,14 @@ def muon(muon_lr: float, lr: float, steps: int, seeds: int = 1, *more: str) -> S
     return Setting(f"Muon {muon_lr:g}, AdamW {lr:g}{' '.join(['', *more])}", flags, steps, seeds)
 
 
+# with the warm-up and decay that the trial before this sweep had
+SLOWER = ("--warmup-steps=100", "--schedule=wsd", "--wsd-decay=0.6")
 SWEEP = (
+    muon(0.04, 4e-3, 500, 1, *SLOWER),
     muon(0.02, 4e-3, 500),
-    muon(0.04, 4e-3, 500),
-    muon(0.02, 8e-3, 500),
-    muon(0.03, 6e-3, 500, 1, "--muon-weight-decay=0.1"),
-    muon(0.03, 6e-3, 500, 1, "--muon-warmup-steps=100"),
-    muon(0.04, 4e-3, 600, 3),
+    muon(0.06, 4e-3, 500),
+    muon(0.04, 8e-3, 500),
+    muon(0.04, 4e-3, 500, 3),
 )
 
 

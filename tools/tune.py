@@ -20,9 +20,9 @@ from unittest.mock import patch
 import torch
 from tqdm import tqdm
 
-from benchmarks.harness import Scale
+from benchmarks.harness import Scale, compute_dtype
 from benchmarks.machine import machine
-from benchmarks.op_race import Judge, compute_dtype, works
+from benchmarks.op_race import Judge, works
 from benchmarks.ops import OpCase, op_cases
 from benchmarks.timing import ROUNDS, Clock, Work
 from fastgpt2.files import write_text
