@@ -81,6 +81,20 @@ def _reason(error: Exception) -> str:
     return f"not a file of torch.save that can be loaded safely ({type(error).__name__}: {line})"
 
 
+def write_torch(content: dict[str, Any], file: IO[bytes]) -> None:
+    """``torch.save`` into an open file; what interrupts a write is raised as it is.
+
+    PyTorch's writer, which closes its archive after a failed write, would raise a ``RuntimeError``
+    about positions instead.
+    """
+    try:
+        torch.save(content, file)
+    except RuntimeError as error:
+        if error.__context__ is not None:
+            raise error.__context__ from None
+        raise
+
+
 def lazy_tensors(path: Path, content: dict[str, Any]) -> dict[str, LazyTensor]:
     """The state dict ``content``, taken from ``read_torch(path)``, as lazy tensors."""
     tensors = {name: _lazy(path, name, value) for name, value in content.items()}
