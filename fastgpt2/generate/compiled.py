@@ -7,11 +7,12 @@ process loads it.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from fastgpt2.compiler import compiler_obstacle, failure
 from fastgpt2.devices import device_kind
@@ -26,6 +27,8 @@ BLOCK = 64
 _TRIAL_SIZE, _TRIAL_KEYS = 3 * BLOCK, 2 * BLOCK
 # programs kept for one function: shapes, rows, dtypes
 _PROGRAMS = 32
+# what a trial run has been made for: rows, dtypes, shapes
+_TRIED: set[Hashable] = set()
 _OPTIONS: dict[str, Any] = {
     # multiplications and sums become one instruction
     "cpp.enable_floating_point_contract_flag": "fast",
@@ -54,7 +57,9 @@ def pays(model: GPT, new_tokens: int) -> bool:
 def compiled_step(
     weights: Weights, rows: int, notify: Callable[[str], None] | None = None
 ) -> Run | None:
-    """The compiled step after a trial run, or None, with one line that says why.
+    """The compiled step, or None, with one line that says why.
+
+    The first time for such weights and rows in a process, a trial run compiles it, or fails to.
 
     Args:
         weights: the model's.
@@ -67,10 +72,6 @@ def compiled_step(
         return None
     if notify is not None:
         notify("compile: on; the first time takes a minute or so, later ones seconds")
-    H = weights.n_head
-    shape = (2, rows, H, _TRIAL_SIZE, weights.positions.shape[1] // H)
-    kv = [torch.zeros(shape, dtype=weights.positions.dtype) for _ in weights.layers]
-    tokens, lengths = torch.zeros(2, rows, dtype=torch.int64)
 
     def step(
         weights: Weights, tokens: Tensor, lengths: Tensor, kv: list[Tensor], seen: Tensor
@@ -82,10 +83,27 @@ def compiled_step(
             logits: Tensor = run(weights, tokens, lengths, kv, seen)
         return logits
 
+    H = weights.n_head
+    shape = (2, rows, H, _TRIAL_SIZE, weights.positions.shape[1] // H)
+    kind = (rows, _kind(weights), torch.get_num_threads())
     try:
         run = torch.compile(logits_after, fullgraph=True, dynamic=False, options=_OPTIONS)
+        if kind in _TRIED:
+            return step
+        kv = [torch.zeros(shape, dtype=weights.positions.dtype) for _ in weights.layers]
+        tokens, lengths = torch.zeros(2, rows, dtype=torch.int64)
         step(weights, tokens, lengths, kv, torch.arange(_TRIAL_KEYS))
     except Exception as error:
         (notify or warnings.warn)(f"compile: failed ({failure(error)}); generating without it")
         return None
+    _TRIED.add(kind)
     return step
+
+
+def _kind(weights: Weights) -> Hashable:
+    """All that the program is compiled for: shapes, dtypes and settings, but not the values."""
+    leaves = tree_leaves(weights, is_leaf=lambda leaf: leaf is None)
+    return tuple(
+        (leaf.shape, leaf.stride(), leaf.dtype) if isinstance(leaf, Tensor) else leaf
+        for leaf in leaves
+    )
