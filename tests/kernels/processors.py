@@ -43,6 +43,7 @@ class Processor:
 PROCESSORS = (
     Processor("AMD with AVX-512", "AuthenticAMD", "AVX512", True, False, ALWAYS),
     Processor("AMD with AVX2", "AuthenticAMD", "AVX2", True, False, FORWARD),
+    Processor("AMD without AVX2", "AuthenticAMD", "DEFAULT", True, False, NEVER),
     Processor("Intel with AMX", "GenuineIntel", "AVX512", True, True, FEW),
     Processor("Intel with AVX-512", "GenuineIntel", "AVX512", True, False, FEW),
     Processor("Intel with AVX2", "GenuineIntel", "AVX2", True, False, NEVER),

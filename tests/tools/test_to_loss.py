@@ -20,8 +20,8 @@ def nanogpt(folder: Path) -> Path:
     """What is read of a checkout."""
     data = folder / "data" / "shakespeare_char"
     data.mkdir(parents=True)
-    (data / "prepare.py").write_text("open('prepared', 'w').close()\n")
-    (folder / "train.py").write_text(f"{to_loss._SEED}\n")
+    (data / "prepare.py").write_text("open('prepared', 'w').close()\n", encoding="utf-8")
+    (folder / "train.py").write_text(f"{to_loss._SEED}\n", encoding="utf-8")
     return folder
 
 
@@ -39,13 +39,19 @@ def test_a_program_that_fails_is_named(program: str, tmp_path: Path) -> None:
 
 def test_both_run_by_turns_with_each_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text, ran = tmp_path / "text", []
-    text.write_text("to be")
+    text.write_text("to be", encoding="utf-8")
 
     def curve(command: Sequence[str], folder: Path) -> list[dict[str, float]]:
         if command[0] == "train.py":
             ran.append("nanogpt")
-            seed = int((folder / "train.py").read_text().strip()[len("torch.manual_seed(") : -1])
-            assert (folder / "data" / "shakespeare_char" / "input.txt").read_text() == "to be"
+            seed = int(
+                (folder / "train.py")
+                .read_text(encoding="utf-8")
+                .strip()[len("torch.manual_seed(") : -1]
+            )
+            assert (folder / "data" / "shakespeare_char" / "input.txt").read_text(
+                encoding="utf-8"
+            ) == "to be"
             points = [(250, 2.0, 30.0), (2000, 1.9, 200.0 + seed)]
         else:
             ran.append("fastgpt2")
@@ -57,7 +63,7 @@ def test_both_run_by_turns_with_each_seed(tmp_path: Path, monkeypatch: pytest.Mo
     out = tmp_path / "out.json"
     program = [str(text), str(nanogpt(tmp_path / "nanogpt")), "--out", str(out)]
     assert to_loss.main(program) == 0
-    record = json.loads(out.read_text())
+    record = json.loads(out.read_text(encoding="utf-8"))
     assert ran == ["fastgpt2", "nanogpt", "nanogpt", "fastgpt2", "fastgpt2", "nanogpt"]
     assert record["summary"] == {
         "target": to_loss.TARGET,
@@ -78,6 +84,6 @@ def test_both_run_by_turns_with_each_seed(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_another_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "text"
-    text.write_text("to be")
+    text.write_text("to be", encoding="utf-8")
     assert to_loss.main([str(text), str(tmp_path), "--out", str(tmp_path / "o")]) == 2
     assert "not a checkout of nanoGPT" in capsys.readouterr().err
