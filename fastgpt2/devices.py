@@ -190,7 +190,7 @@ def peak_flops(device: torch.device) -> float | None:
     if _OTHER_PRODUCTS.search(name):
         return None
     for entry, tflops in PEAK_TFLOPS:
-        # whole words only: an "RTX A4000" is no "A40"
+        # whole words only: an "RTX A4000" is not an "A40"
         if re.search(rf"\b{entry}\b", name):
             return tflops * 1e12
     return None

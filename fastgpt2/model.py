@@ -190,7 +190,7 @@ class GPT(Quantizable, Generative):
         return count - self.transformer.wpe.weight.numel() * non_embedding
 
     def crop_block_size(self, block_size: int) -> None:
-        """Shorten the context: drop the positions behind ``block_size``."""
+        """Shorten the context: drop the positions beyond ``block_size``."""
         if not 1 <= block_size <= self.config.block_size:
             raise ValueError(
                 f"crop_block_size: must be in [1, {self.config.block_size}], got {block_size}"

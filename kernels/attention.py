@@ -233,7 +233,7 @@ def _torch_attention(
 ) -> Tensor:
     B, T, three_C = qkv.shape
     if dropout_p > 0 and seed is not None:
-        # PyTorch's kernels draw masks of their own: a given seed wants the written-out form
+        # PyTorch's kernels draw their own masks: an explicit seed needs the reference formula
         key = philox.as_seed(seed, qkv.device)
         return reference.attention(qkv, n_head, dropout_p, key, segment_ids, key_range, scale)
     unmasked = segment_ids is None and key_range is None

@@ -127,7 +127,7 @@ def resolve(
         own_obstacle: why this op's kernels cannot run, or None; asked where kernels could.
 
     Raises:
-        ValueError: ``impl`` is no implementation's name.
+        ValueError: ``impl`` is not the name of an implementation.
         RuntimeError: ``triton`` was asked for by name and cannot run here; says why.
     """
     choice = parse_impl(impl, op)

@@ -111,7 +111,7 @@ def _lazy(path: Path, name: str, value: object) -> LazyTensor:
         or value.is_conj()
         or value.is_neg()
     ):
-        raise UserError(f"{path}: {shown(name)} is no plain tensor")
+        raise UserError(f"{path}: {shown(name)} is not a plain tensor")
     if value.device.type != "meta":
         return LazyTensor.of(value.detach())
     storage = value.untyped_storage()._checkpoint_offset
