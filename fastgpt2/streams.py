@@ -59,9 +59,8 @@ def steady_streams(*, stdout: bool = True) -> Iterator[None]:
     try:
         yield
     finally:
-        for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, SteadyStream):
-                stream.flush()
+        for stream in (sys.stdout, sys.stderr) if stdout else (sys.stderr,):
+            stream.flush()
         sys.stdout, sys.stderr = before
 
 

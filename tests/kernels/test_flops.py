@@ -24,9 +24,10 @@ C = H * D
 
 
 def flops(call: Callable[[], Any]) -> int:
-    with FlopCounterMode(display=False) as counter:
+    counter: Any = FlopCounterMode(display=False)
+    with counter:
         call()
-    return counter.get_total_flops()
+    return int(counter.get_total_flops())
 
 
 def of_products(call: Callable[[], Any]) -> int:
