@@ -79,8 +79,11 @@ def watched_disk(folder: Path, watch: Callable[[Any], None]) -> Iterator[None]:
     raises), safetensors files, folders made, links, renames and syncs count.
     """
 
+    def is_watched(path: Any) -> bool:
+        return str(path).startswith(str(folder))
+
     def check(path: Any) -> None:
-        if str(path).startswith(str(folder)):
+        if is_watched(path):
             watch(path)
 
     def checked(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -92,10 +95,11 @@ def watched_disk(folder: Path, watch: Callable[[Any], None]) -> Iterator[None]:
 
     def checked_open(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(path: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
-            if not set(mode) & set("wax+"):
+            if not set(mode) & set("wax+") or not is_watched(path):
                 return function(path, mode, *arguments, **options)
             check(path)
-            if "b" in mode and "+" not in mode and 0 not in arguments:
+            buffered = 0 not in (*arguments, *options.values())
+            if "b" in mode and "+" not in mode and buffered:
                 return io.BufferedWriter(FailingFile(path, mode, check))
             return function(path, mode, *arguments, **options)
 
