@@ -206,8 +206,8 @@ def _body(options: argparse.Namespace) -> int:
     if options.update:
         file = expectation_file(current)
         kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() and not whole else {}
-        found = {key: row for key, row in kept.items() if key.rpartition(" | ")[2] not in archs}
-        write_text(file, _as_lines(dict(sorted((found | expectation(rows)).items(), key=_place))))
+        others = {key: row for key, row in kept.items() if key.rpartition(" | ")[2] not in archs}
+        write_text(file, _as_lines(dict(sorted((others | expectation(rows)).items(), key=_place))))
     return 1 if any(row.error for row in rows) else 0
 
 

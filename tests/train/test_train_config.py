@@ -38,8 +38,7 @@ def test_fineweb_is_one_run_on_one_gpu_and_on_eight() -> None:
         assert config.steps is not None
         decay = config.wsd_decay * config.steps
         assert config.warmup_steps < config.steps - decay and config.steps * 524_288 < 2e9
-    same = {"grad_accum": one.grad_accum, "ranks": one.ranks}
-    assert replace(eight, **same) == one
+    assert replace(eight, grad_accum=one.grad_accum, ranks=one.ranks) == one
 
 
 def test_toml_round_trip(tmp_path: Path) -> None:
