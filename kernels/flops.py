@@ -50,7 +50,7 @@ def _mlp_fwd(x: Shape, fc: Shape, fc_bias: Shape | None, proj: Shape, **_: Any) 
 
 def _linear_cross_entropy_fwd(x: Shape, weight: Shape, *options: Any, **_: Any) -> int:
     # targets and four numbers come before the two
-    products = 1 + sum(options[5:7])
+    products: int = 1 + sum(options[5:7])
     return products * 2 * x[0] * prod(weight)
 
 
