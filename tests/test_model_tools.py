@@ -172,30 +172,6 @@ def test_an_exported_program_takes_any_batch_and_length() -> None:
         torch.testing.assert_close(loaded(idx, targets), model(idx, targets))
 
 
-def test_onnx_computes_the_logits() -> None:
-    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
-    evaluator = pytest.importorskip("onnx.reference", reason="onnx is not installed")
-    model, (idx, _) = tiny_gpt(n_layer=1).eval(), tiny_batch(T=8)
-    # an exporter records the forward method
-    model.forward = model.logits  # type: ignore[assignment]
-    program = torch.onnx.export(model, (idx,), dynamo=True, verbose=False)
-    assert program is not None
-    (found,) = evaluator.ReferenceEvaluator(program.model_proto).run(None, {"idx": idx.numpy()})
-    torch.testing.assert_close(torch.from_numpy(found), model.logits(idx), atol=1e-5, rtol=1e-4)
-
-
-def test_torchao_quantises_the_weights() -> None:
-    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
-    model, (idx, _) = tiny_gpt(n_embd=64).eval(), tiny_batch()
-    expected = model.logits(idx).detach()
-    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
-    kinds = {type(m.weight).__name__ for m in model.modules() if isinstance(m, nn.Linear)}
-    assert kinds == {"Int8Tensor"}
-    found = model.logits(idx).detach()
-    error = float((found - expected).norm() / expected.norm())
-    assert 1e-6 < error < 0.02
-
-
 def test_meta_device() -> None:
     with torch.device("meta"):
         model = tiny_gpt()
