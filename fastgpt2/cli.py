@@ -2,12 +2,15 @@
 
 import argparse
 import io
+import os
+import signal
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import NoReturn
 
-from fastgpt2.errors import EndedElsewhere, UserError
+from fastgpt2.errors import EndedElsewhere, Stopped, UserError
 from fastgpt2.streams import abandon, open_missing_streams, steady_streams
 
 # how PyTorch says that a tensor has no room, or could have none on any machine
@@ -44,22 +47,48 @@ def check_counts(options: argparse.Namespace, *names: str) -> None:
 def run(name: str, body: Callable[[], int | None], *, steady: bool = False) -> int:
     """Call ``body`` and turn how it ended into an exit code.
 
-    A ``UserError``, an ``OSError`` and a lack of memory become one line on stderr and 2, Ctrl-C
-    one line and 130, a closed pipe (``... | head``) a quiet 141, as the shell has them. Any other
-    exception is a fault of ours and keeps its traceback.
+    A ``UserError``, an ``OSError`` and a lack of memory become one line on stderr and 2. Ctrl-C
+    becomes one line and 130, SIGTERM one line and 143, SIGHUP one line and 129, a closed pipe
+    (``... | head``) a quiet 141, as the shell has them; what was half written is removed. Any
+    other exception is a fault of ours and keeps its traceback. A stderr that fails ends nothing.
 
     Args:
         name: the command, as the line on stderr calls it.
         body: does the work; returns its exit code, None for 0.
-        steady: the work matters more than its output: a closed pipe or terminal ends nothing.
+        steady: the work matters more than its output: a stdout that fails ends nothing either.
     """
     open_missing_streams()
     for stream in (sys.stdout, sys.stderr):
         # a generated character that the terminal's encoding lacks must not end the program
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    with steady_streams() if steady else nullcontext():
+    with steady_streams(stdout=steady), _signals_raise():
         return _run(name, body)
+
+
+@contextmanager
+def _signals_raise() -> Iterator[None]:
+    """Within the block SIGTERM and SIGHUP raise ``Stopped``; one that is ignored stays ignored."""
+    previous = {}
+    try:
+        for number in (getattr(signal, n) for n in ("SIGTERM", "SIGHUP") if hasattr(signal, n)):
+            # torchrun ends processes that wait for each other: they would not see an exception
+            if "RANK" not in os.environ and signal.getsignal(number) is signal.SIG_DFL:
+                previous[number] = signal.signal(number, _stop)
+    except ValueError:
+        # not the main thread: signals are somebody else's business
+        pass
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    # a second one acts at once
+    signal.signal(number, signal.SIG_DFL)
+    raise Stopped(number)
 
 
 def _run(name: str, body: Callable[[], int | None]) -> int:
@@ -68,6 +97,9 @@ def _run(name: str, body: Callable[[], int | None]) -> int:
         # what is still in the buffer may find the disk full
         sys.stdout.flush()
         return code
+    except Stopped as stopped:
+        _say(f"\nfastgpt2 {name}: stopped by {stopped}")
+        return stopped.exit_code
     except KeyboardInterrupt:
         _say(f"\nfastgpt2 {name}: interrupted")
         return 130

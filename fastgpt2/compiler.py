@@ -1,4 +1,4 @@
-"""The compiler behind ``torch.compile``: whether there is one, and one line where it fails."""
+"""The compiler that ``torch.compile`` calls: whether there is one, and one line where it fails."""
 
 import os
 import shutil

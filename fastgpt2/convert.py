@@ -71,7 +71,7 @@ def convert(
 ) -> list[str]:
     """Convert ``src`` and say in a few lines what was done; see the command's help."""
     path = locate(src, offline=offline)
-    checkpoint = load(path)
+    checkpoint = load(path, offline=offline)
     folder = path if path.is_dir() else path.parent
     notes = list(checkpoint.notes)
     gelu = checkpoint.config.gelu
@@ -176,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for line in lines:
             print(line)
 
-    return run("convert", body)
+    return run("convert", body, steady=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The device a model runs on: which one, in which dtype, on which kernels, how fast at most."""
 
 import os
+import platform
 import re
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -108,6 +109,26 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
+def dtype_notice(device: torch.device, dtype: torch.dtype) -> str | None:
+    """One line where ``dtype`` is slower than fp32 on this processor, or None.
+
+    Args:
+        device: where the model computes.
+        dtype: of the computation.
+    """
+    slow = device_kind(device).host and dtype in (torch.bfloat16, torch.float16)
+    if not slow or platform.machine().lower() not in ("x86_64", "amd64"):
+        return None
+    name = "bf16" if dtype == torch.bfloat16 else "fp16"
+    if name == "bf16":
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    else:
+        native = torch.cpu._is_amx_fp16_supported()
+    if native:
+        return None
+    return f"{name} is slow: this processor has no instructions for it, --dtype fp32 is faster"
+
+
 def resolve_kernels(
     device: torch.device, dtype: torch.dtype, impl: str, *, fp8: bool = False
 ) -> str:
@@ -120,6 +141,8 @@ def resolve_kernels(
         line = explain(device, dtype, impl)
     except RuntimeError as error:
         raise UserError(str(error)) from None
+    if (slow := dtype_notice(device, dtype)) is not None:
+        line += f"; {slow}"
     if not fp8:
         return line
     obstacle = fp8_obstacle(device, dtype)
@@ -167,7 +190,7 @@ def peak_flops(device: torch.device) -> float | None:
     if _OTHER_PRODUCTS.search(name):
         return None
     for entry, tflops in PEAK_TFLOPS:
-        # whole words only: an "RTX A4000" is no "A40"
+        # whole words only: an "RTX A4000" is not an "A40"
         if re.search(rf"\b{entry}\b", name):
             return tflops * 1e12
     return None

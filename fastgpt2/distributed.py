@@ -85,7 +85,7 @@ def attempt() -> int:
 
 
 def job_store() -> Store:
-    """A connection of its own to the key-value store of the job."""
+    """A separate connection to the key-value store of the job."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store: Store = TCPStore(address, port, is_master=False, timeout=timedelta(minutes=5))
     return store
@@ -112,7 +112,7 @@ def launched_world_size() -> int:
 
 
 def local_device(name: str) -> str:
-    """The device of this process: of several on one machine, each takes a GPU of its own.
+    """The device of this process: of several on one machine, each takes one GPU.
 
     Args:
         name: ``auto``, or a device's name.

@@ -42,7 +42,7 @@ class _AttemptError(Exception):
 def cache_dir() -> Path:
     """``$FASTGPT2_CACHE``, else ``$XDG_CACHE_HOME/fastgpt2``, else ``~/.cache/fastgpt2``.
 
-    Where there is no home directory, a folder of this user among the temporary files.
+    Without a home directory it is a folder of this user among the temporary files.
     """
     if chosen := os.environ.get("FASTGPT2_CACHE"):
         return Path(chosen)

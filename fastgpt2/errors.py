@@ -1,5 +1,7 @@
 """What a user did wrong, said in one line."""
 
+from signal import Signals
+
 
 class UserError(ValueError):
     """A mistake in the input (a file, a flag, a configuration) that the user can mend.
@@ -7,6 +9,19 @@ class UserError(ValueError):
     The commands print its message on one line and exit with code 2; library callers catch it as
     the ``ValueError`` it is. Programming errors stay ordinary exceptions with a traceback.
     """
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asks the program to end; it cleans up, as after Ctrl-C.
+
+    Args:
+        number: the signal's.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(Signals(number).name)
+        # what a shell reports for a process that a signal ended
+        self.exit_code = 128 + number
 
 
 class EndedElsewhere(Exception):

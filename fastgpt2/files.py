@@ -18,8 +18,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     either the old file or the new one. On an error the temporary file is removed.
     """
     temporary = _beside(path)
-    temporary.touch(exist_ok=False)
     try:
+        temporary.touch(exist_ok=False)
         yield temporary
         sync(temporary)
         os.replace(temporary, path)
@@ -40,8 +40,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path}: exists already and is not empty")
     temporary = _beside(path)
-    temporary.mkdir()
     try:
+        temporary.mkdir()
         yield temporary
         for entry in (*temporary.rglob("*"), temporary):
             sync(entry)

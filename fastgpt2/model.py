@@ -190,7 +190,7 @@ class GPT(Quantizable, Generative):
         return count - self.transformer.wpe.weight.numel() * non_embedding
 
     def crop_block_size(self, block_size: int) -> None:
-        """Shorten the context: drop the positions behind ``block_size``."""
+        """Shorten the context: drop the positions beyond ``block_size``."""
         if not 1 <= block_size <= self.config.block_size:
             raise ValueError(
                 f"crop_block_size: must be in [1, {self.config.block_size}], got {block_size}"
@@ -224,13 +224,23 @@ class GPT(Quantizable, Generative):
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
 
     def flops_per_token(self, T: int | None = None) -> int:
-        """Training FLOPs a token: 6 N + 12 L C T (Chowdhery et al., "PaLM", 2022, appendix B).
+        """Training FLOPs per token: 6 N + 12 L C T (Chowdhery et al., "PaLM", 2022, appendix B).
 
-        N leaves the positions out; attention is counted in full, as nanoGPT does, though half of
-        it is masked away.
+        Of the 6 N, 2 N are the forward pass, 2 N the gradients of activations, and 2 those of each
+        parameter that is trained: frozen ones (``--freeze``, LoRA's base) have none. N leaves the
+        positions out; attention is counted in full, as nanoGPT does, though half of it is masked
+        away.
+
+        Args:
+            T: tokens in a sequence; None is block_size.
         """
         T = self.config.block_size if T is None else T
-        return 6 * self.get_num_params() + 12 * self.config.n_layer * self.config.n_embd * T
+        N, wpe = self.get_num_params(), self.transformer.wpe.weight
+        frozen = sum(p.numel() for p in self.parameters() if not p.requires_grad and p is not wpe)
+        if not self.transformer.wte.weight.requires_grad:
+            # N does not count its padding
+            frozen -= (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
+        return 6 * N - 2 * frozen + 12 * self.config.n_layer * self.config.n_embd * T
 
     def estimate_mfu(self, fwdbwd_per_iter: float, dt: float) -> float:
         """Model FLOPs utilisation of ``fwdbwd_per_iter`` sequences in ``dt`` seconds, 0 to 1.

@@ -74,7 +74,7 @@ def open_model(
     path = locate(name, offline=offline)
     if (path / runs.CHECKPOINTS).is_dir():
         path = runs.best(path) if checkpoint == "best" else runs.latest(path)
-    opened = load(path)
+    opened = load(path, offline=offline)
     vocab_size = opened.config.vocab_size
     found = runs.find_tokenizer(path) or tokenizer
     if found is None and vocab_size >= GPT2_VOCAB:

@@ -140,7 +140,7 @@ class Watch:
                 self._report()
 
     def _report(self) -> None:
-        """Show the stack of each process that is behind the others, and end the job."""
+        """Show the stack of each process that lags the others, and end the job."""
         frame = sys._current_frames().get(self._main)
         stack = "" if frame is None else "".join(traceback.format_stack(frame))
         mine = f"{distributed.agreements()}\n{stack}"

@@ -32,7 +32,7 @@ def draw(
     try:
         _draw(path, paint, dpi)
     except Exception as error:
-        # whatever it is: the numbers behind the picture are worth more than the picture
+        # whatever it is: the numbers that it shows are worth more than the picture
         reason = shorten(str(error) or type(error).__name__, 200, placeholder=" ...")
         notify(f"{path.name}: not drawn ({reason})")
         return False

@@ -230,7 +230,7 @@ def _run(arguments: dict[str, Any]) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     args = build_parser().parse_args(argv)
-    return run("prepare", lambda: _run(vars(args)))
+    return run("prepare", lambda: _run(vars(args)), steady=True)
 
 
 if __name__ == "__main__":

@@ -48,14 +48,18 @@ class SteadyStream:
 
 
 @contextmanager
-def steady_streams() -> Iterator[None]:
-    """Within the block, a write to stdout or stderr that fails raises nothing."""
+def steady_streams(*, stdout: bool = True) -> Iterator[None]:
+    """Within the block, a write to stdout or stderr that fails raises nothing.
+
+    Args:
+        stdout: False leaves stdout as it is, where what is printed is the program's result.
+    """
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = map(_steady, before)
+    sys.stdout, sys.stderr = _steady(sys.stdout) if stdout else sys.stdout, _steady(sys.stderr)
     try:
         yield
     finally:
-        for stream in (sys.stdout, sys.stderr):
+        for stream in (sys.stdout, sys.stderr) if stdout else (sys.stderr,):
             stream.flush()
         sys.stdout, sys.stderr = before
 

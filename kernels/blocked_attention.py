@@ -3,7 +3,7 @@
 PyTorch's own CPU kernel multiplies tiles too small for the matrix units: in backward everywhere, in
 forward on processors without AMX. Here a block of queries meets all keys that it sees in one
 batched product over the heads, so half of the scores are never computed and a block of them stays
-in cache. Backward computes the probabilities again. Shapes: B batch, T tokens, C width, H heads, D
+in cache. Backward recomputes the probabilities. Shapes: B batch, T tokens, C width, H heads, D
 head size, C = H D.
 """
 

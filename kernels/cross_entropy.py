@@ -119,7 +119,7 @@ def cross_entropy(
     result too; 0 if no target is kept. z-loss: Chowdhery et al., "PaLM", 2022.
 
     Args:
-        logits: (..., V'), V' >= vocab_size; columns behind the vocabulary are padding.
+        logits: (..., V'), V' >= vocab_size; columns beyond the vocabulary are padding.
         targets: (...), token ids in [0, vocab_size) or ``ignore_index``.
         ignore_index: targets of this value are left out of sum and count.
         vocab_size: V, number of true columns; None is all of them.

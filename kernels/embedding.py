@@ -121,7 +121,7 @@ class _TiedRows(torch.autograd.Function):
         return None, dhead.contiguous().index_put_((idx,), drows, accumulate=True)
 
 
-# apply has no types of its own
+# PyTorch's apply is untyped
 _tied_embedding: Callable[..., tuple[Tensor, Tensor]] = _TiedEmbedding.apply
 _tied_rows: Callable[..., tuple[Tensor, Tensor]] = _TiedRows.apply
 
@@ -155,7 +155,7 @@ def embedding(
 
     Raises:
         ValueError: a shape does not match; more tokens than positions; dropout_p outside [0, 1).
-        TypeError: idx, positions or seed is no integer tensor; wte, wpe or dtype no floating one.
+        TypeError: idx, positions or seed is not integer; wte, wpe or dtype not floating point.
     """
     return _embed("embedding", idx, wte, wpe, positions, dropout_p, seed, dtype, impl, False)[0]
 

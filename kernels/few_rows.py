@@ -51,7 +51,7 @@ def _rows_of_words(x: Tensor, packed: Tensor) -> list[Tensor]:
     """Four weights of an int32 word meet the four columns of x that they belong to."""
     B, C = x.shape
     # 4 of (B, C / 4): what the lowest byte of each word meets, then the next; a concatenation is
-    # a buffer of its own, which the loop reads in order
+    # a separate buffer, which the loop reads in order
     columns = x.view(B, C // _IN_A_WORD, _IN_A_WORD).unbind(dim=2)
     planes = torch.cat(columns).view(_IN_A_WORD, B, C // _IN_A_WORD)
     # a shift to the left and an arithmetic one to the right leave one byte, with its sign

@@ -154,7 +154,7 @@ class _StreamLayerNorm(torch.autograd.Function):
         return dx, dweight, None if bias is None else dbias, None
 
 
-# apply has no types of its own
+# PyTorch's apply is untyped
 _stream_layer_norm: Callable[..., tuple[Tensor, Tensor, Tensor]] = _StreamLayerNorm.apply
 
 
@@ -220,7 +220,7 @@ def stream_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """``layer_norm``, and x once more for the residual stream that goes past it.
 
-    For two uses of x, autograd would add their gradients in a pass of its own. Here ``triton`` adds
+    For two uses of x, autograd would add their gradients in a separate pass. Here ``triton`` adds
     the stream's gradient in the backward pass of the norm.
 
     Args:
@@ -280,7 +280,7 @@ def add_layer_norm(
 
     Raises:
         ValueError: a shape or device does not match; dropout_p outside [0, 1); eps not positive.
-        TypeError: a tensor is not floating point; seed is no integer.
+        TypeError: a tensor is not floating point; seed is not an integer.
     """
     op = "add_layer_norm"
     _check_affine(op, x, weight, bias, eps)

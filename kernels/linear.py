@@ -145,7 +145,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         (..., F), accumulated in fp32 or wider; zeros, or the bias, where C is 0.
 
     Raises:
-        TypeError: an argument is no floating-point tensor, or not of x's dtype (under autocast,
+        TypeError: an argument is not floating point, or not of x's dtype (under autocast,
             which has a dtype of its own, it may be).
         ValueError: weight or bias does not match x's shape or device.
     """

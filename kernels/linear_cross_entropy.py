@@ -78,7 +78,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b in ``dtype``, rounded to no shorter one on its way where that is built."""
+    """a @ b in ``dtype``, without rounding to a narrower one where that is supported."""
     if dtype != a.dtype and a.is_cuda and torch.version.hip is None:
         return torch.mm(a, b, out_dtype=dtype)
     return matmul(a, b).to(dtype)
@@ -115,7 +115,7 @@ class _Head:
         return matmul(self.x[rows], self.weight.t(), into=into)
 
     def gradient(self, dlogits: Tensor) -> Tensor:
-        """What the two methods below are given."""
+        """Prepares dlogits for ``dx`` and ``dweight``."""
         return dlogits
 
     def dx(self, dlogits: Tensor) -> Tensor:
@@ -167,7 +167,7 @@ def _linear_cross_entropy_fwd(
         if dx_wanted:
             dx[rows] = head.dx(dlogits)
         if rows.stop == N:
-            # a copy of the weight is in the way of its gradient, where memory is at its fullest
+            # free the weight's copy before its gradient is allocated: peak memory is here
             del head.weight
         if dweight_wanted:
             product = head.dweight(dlogits, rows, dweight_dtype)
@@ -213,7 +213,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 @first_order("linear_cross_entropy")
 def _backward(ctx: Any, dloss: Tensor, *_unused: Tensor) -> tuple[Tensor | None, ...]:
-    # computed in the forward pass, whose graph is not known here
+    # computed in the forward pass, so they cannot be differentiated again
     dx, dweight, count = ctx.saved_tensors
     scale = gradient_scale(dloss, count)
     dx_wanted, dweight_wanted = ctx.wanted
@@ -251,7 +251,7 @@ def linear_cross_entropy(
 
     Args:
         x: (..., C), the final LayerNorm's output.
-        weight: (V', C), the head; rows behind ``vocab_size`` are padding.
+        weight: (V', C), the head; rows from ``vocab_size`` on are padding.
         targets: (...), token ids in [0, vocab_size) or ``ignore_index``.
         ignore_index: targets of this value are left out of sum and count.
         vocab_size: V, number of true rows; None is all of them.

@@ -70,7 +70,7 @@ def _scale(x: Tensor, dtype: torch.dtype, amax: Tensor) -> tuple[Tensor, Tensor]
     """x * scale in fp32, and 1 / scale."""
     largest, amax = torch.finfo(dtype).max, amax.clamp(min=_SMALLEST_AMAX)
     # a tensor of one dimension makes the product fp32 in the pass that computes it; an infinity
-    # times its scale, zero, is NaN; what rounding adds to the largest is no step of the format
+    # times its scale, zero, is NaN; rounding adds less than a step of the format to the largest
     return x * (largest / amax)[None], amax / largest
 
 
@@ -278,7 +278,7 @@ def linear_fp8(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         (..., F), in x's dtype.
 
     Raises:
-        TypeError: x is no floating-point tensor.
+        TypeError: x is not a floating-point tensor.
         ValueError: weight or bias does not match, or FP8 cannot run on these (``fp8_obstacle``).
     """
     op = "linear_fp8"

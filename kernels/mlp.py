@@ -56,7 +56,7 @@ def _backward(ctx: Any, dy: Tensor, _dz: Tensor) -> tuple[Tensor | None, ...]:
     dx_wanted, dfc_wanted, _, dproj_wanted = ctx.needs_input_grad
     dz, dbias, hidden = _gelu_again_bwd(dy @ proj_weight, z, fc_bias)
     dproj = dy.t() @ hidden if dproj_wanted else None
-    # free it: as large as everything that was saved
+    # free it: it is as large as everything that was saved
     del hidden
     return (
         dz @ fc_weight if dx_wanted else None,

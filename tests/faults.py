@@ -40,17 +40,51 @@ class Fault:
 
 
 @contextmanager
-def failing_disk(n: int, folder: Path, *, lasts: bool = False) -> Iterator[Fault]:
-    """The n-th thing that is put on the disk under ``folder`` finds it full.
+def failing_disk(
+    n: int, folder: Path, *, lasts: bool = False, number: int = errno.ENOSPC
+) -> Iterator[Fault]:
+    """The n-th thing that is put on the disk under ``folder`` fails: the disk is full.
 
-    Files that are opened to be written, safetensors files and ``os.write`` (half of it is
-    written), folders made, renames and syncs count; deletions work, as they do on a full disk.
+    Deletions work, as they do on a full disk. ``number`` is the error's: ``errno.EIO`` for a disk
+    that breaks.
     """
     fault = Fault(n, lasts)
 
+    def fail(path: Any) -> None:
+        if fault.strikes():
+            raise OSError(number, os.strerror(number), str(path))
+
+    with watched_disk(folder, fail):
+        yield fault
+
+
+@contextmanager
+def signalling_disk(n: int, folder: Path, number: int) -> Iterator[Fault]:
+    """Send this process a signal before the n-th thing is put on the disk under ``folder``."""
+    fault = Fault(n)
+
+    def send(path: Any) -> None:
+        if fault.strikes():
+            os.kill(os.getpid(), number)
+
+    with watched_disk(folder, send):
+        yield fault
+
+
+@contextmanager
+def watched_disk(folder: Path, watch: Callable[[Any], None]) -> Iterator[None]:
+    """Call ``watch`` with the path before anything is put on the disk under ``folder``.
+
+    Files that are opened to be written, what is written into them (half of it arrives if ``watch``
+    raises), safetensors files, folders made, links, renames and syncs count.
+    """
+
+    def is_watched(path: Any) -> bool:
+        return str(path).startswith(str(folder))
+
     def check(path: Any) -> None:
-        if str(path).startswith(str(folder)) and fault.strikes():
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        if is_watched(path):
+            watch(path)
 
     def checked(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(path: Any, *arguments: Any, **options: Any) -> Any:
@@ -61,8 +95,12 @@ def failing_disk(n: int, folder: Path, *, lasts: bool = False) -> Iterator[Fault
 
     def checked_open(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(path: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
-            if set(mode) & set("wax+"):
-                check(path)
+            if not set(mode) & set("wax+") or not is_watched(path):
+                return function(path, mode, *arguments, **options)
+            check(path)
+            buffered = 0 not in (*arguments, *options.values())
+            if "b" in mode and "+" not in mode and buffered:
+                return io.BufferedWriter(FailingFile(path, mode, check))
             return function(path, mode, *arguments, **options)
 
         return call
@@ -93,12 +131,31 @@ def failing_disk(n: int, folder: Path, *, lasts: bool = False) -> Iterator[Fault
             (checkpoint, "save_file", save_file),
             (os, "fsync", fsync),
             (os, "write", write),
-            *((os, name, checked(getattr(os, name))) for name in ("mkdir", "rename", "replace")),
+            *(
+                (os, name, checked(getattr(os, name)))
+                for name in ("mkdir", "link", "rename", "replace")
+            ),
             (builtins, "open", checked_open(builtins.open)),
             (io, "open", checked_open(io.open)),
         ):
             stack.enter_context(patch.object(target, name, function))
-        yield fault
+        yield
+
+
+class FailingFile(io.FileIO):
+    """A file in which ``check``, called with its path before each write, may fail the write."""
+
+    def __init__(self, path: Any, mode: str, check: Callable[[Any], None]) -> None:
+        super().__init__(path, mode.replace("b", ""))
+        self._check = check
+
+    def write(self, data: Any) -> int:
+        try:
+            self._check(self.name)
+        except OSError:
+            super().write(memoryview(data)[: len(data) // 2])
+            raise
+        return super().write(data)
 
 
 class BreakingStream(io.StringIO):

@@ -3,6 +3,7 @@ import torch
 
 from fastgpt2.devices import (
     autocast,
+    dtype_notice,
     peak_flops,
     resolve_device,
     resolve_dtype,
@@ -94,6 +95,18 @@ def test_kernels_that_cannot_run_are_the_users_mistake(monkeypatch: pytest.Monke
     assert resolve_kernels(CPU, torch.float32, "torch") == "torch, as asked for"
     with pytest.raises(UserError, match="impl='triton' cannot run"):
         resolve_kernels(CPU, torch.float32, "triton")
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_a_processor_without_bf16_says_so(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    for name in ("avx512_bf16", "amx_tile", "amx_fp16"):
+        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda: native)
+    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16")):
+        said = f"; {name} is slow: this processor has no instructions for it"
+        assert (said in resolve_kernels(CPU, dtype, "torch")) is not native
+    assert dtype_notice(CPU, torch.float32) is None
+    assert dtype_notice(torch.device("cuda"), torch.bfloat16) is None
 
 
 def test_random_states_go_back() -> None:

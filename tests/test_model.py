@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from fastgpt2.config import GPTConfig
 from fastgpt2.errors import UserError
 from fastgpt2.kernels import use_impl
+from fastgpt2.lora import add_lora
 from fastgpt2.model import GPT
 from tests.tiny_gpt import assert_rms_within, gradients, tiny_batch, tiny_config, tiny_gpt
 
@@ -258,6 +259,25 @@ def test_flops_and_mfu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastgpt2.model.peak_flops", lambda device: 1e9)
     expected = model.flops_per_token() * 16 * 4 / 0.5 / 1e9
     assert model.estimate_mfu(4, 0.5) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("names", [("wte",), ("wpe",), ("h.0",), ("h.0", "h.1", "ln_f", "wpe")])
+def test_frozen_parameters_have_no_gradient_to_compute(names: tuple[str, ...]) -> None:
+    model = tiny_gpt()
+    full = model.flops_per_token()
+    for name in names:
+        model.get_submodule(f"transformer.{name}").requires_grad_(False)
+    counted = {"wte": 61 * 48, "wpe": 0}
+    of_block = sum(p.numel() for p in model.transformer.h[0].parameters())
+    frozen = sum(counted.get(name, 2 * 48 if name == "ln_f" else of_block) for name in names)
+    assert full - model.flops_per_token() == 2 * frozen
+
+
+def test_adapters_leave_two_thirds_of_the_flops() -> None:
+    model = tiny_gpt(n_embd=192)
+    full = model.flops_per_token()
+    add_lora(model, rank=1)
+    assert 0.6 * full < model.flops_per_token() < 0.8 * full
 
 
 def test_overrides_that_the_weights_fix_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

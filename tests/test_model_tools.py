@@ -158,6 +158,20 @@ def test_exported_and_traced_programs_compute_the_logits(tmp_path: Path) -> None
     torch.testing.assert_close(traced(other), model.logits(other))
 
 
+def test_an_exported_program_takes_any_batch_and_length() -> None:
+    """Also one row of one token: a size of 1 is a constant where a branch asks for it."""
+    model, (idx, targets) = tiny_gpt(n_layer=1).eval(), tiny_batch(T=8)
+    sizes = {0: torch.export.Dim("B"), 1: torch.export.Dim("T", max=16)}
+    program = torch.export.export(model, (idx, targets), dynamic_shapes=(sizes, sizes))
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    buffer.seek(0)
+    loaded = torch.export.load(buffer).module()
+    for B, T in ((1, 1), (5, 16), (70, 2)):
+        idx, targets = torch.randint(61, (2, B, T))
+        torch.testing.assert_close(loaded(idx, targets), model(idx, targets))
+
+
 def test_meta_device() -> None:
     with torch.device("meta"):
         model = tiny_gpt()

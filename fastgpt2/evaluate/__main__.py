@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -135,7 +136,8 @@ def main(argv: list[str] | None = None) -> int:
         with distributed.process_group():
             _evaluate(arguments)
 
-    return run_command("evaluate", body)
+    # a report matters more than what stands on the terminal
+    return run_command("evaluate", body, steady=arguments.out is not None)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -201,10 +203,9 @@ def _evaluate_text(arguments: argparse.Namespace, device: torch.device, dtype: t
             batch_size=arguments.batch_size,
             dtype=dtype,
         )
-    _say(f"\n{report.text_table(scores)}")
-    if arguments.out is not None and not distributed.rank():
-        report.write_text_report(arguments.out, protocol, scores)
-        _say(f"\nreport: {arguments.out}")
+    with _shown(report.text_table(scores), arguments.out) as out:
+        if out is not None:
+            report.write_text_report(out, protocol, scores)
 
 
 def _evaluate_task(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> None:
@@ -233,10 +234,9 @@ def _evaluate_task(arguments: argparse.Namespace, device: torch.device, dtype: t
             batch_size=arguments.batch_size,
             dtype=dtype,
         )
-    _say(f"\n{report.task_table(results)}")
-    if arguments.out is not None and not distributed.rank():
-        report.write_task_report(arguments.out, protocol, results, task.chance)
-        _say(f"\nreport: {arguments.out}")
+    with _shown(report.task_table(results), arguments.out) as out:
+        if out is not None:
+            report.write_task_report(out, protocol, results, task.chance)
 
 
 def _candidates(arguments: argparse.Namespace, of_data: Tokenizer | None) -> list[OpenedModel]:
@@ -297,6 +297,20 @@ def _with_bar(candidates: list[OpenedModel]) -> Iterator[OpenedModel]:
         for candidate in bar:
             bar.set_description(candidate.name)
             yield candidate
+
+
+@contextmanager
+def _shown(table: str, out: Path | None) -> Iterator[Path | None]:
+    """Show the results after the block; it writes them to what it is given, if to anything.
+
+    Saved first, then shown; and shown where they could not be saved.
+    """
+    try:
+        yield None if distributed.rank() else out
+    finally:
+        _say(f"\n{table}")
+    if out is not None:
+        _say(f"\nreport: {out}")
 
 
 def _say(text: str) -> None:

@@ -29,7 +29,7 @@ SPLITS = ("all", "train", "val")
 
 @dataclass(frozen=True)
 class Text:
-    """Tokens to score; ``words`` is None where the text is not at hand, or not all of it."""
+    """Tokens to score; ``words`` is None where the text is not known, or not all of it."""
 
     tokens: TokenSequence
     tokenizer: Tokenizer

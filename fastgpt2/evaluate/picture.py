@@ -9,7 +9,7 @@ from fastgpt2.evaluate.perplexity import TextScore
 from fastgpt2.evaluate.tasks import Metrics
 from fastgpt2.picture import draw, new_figure, printable
 
-# points of the curve over the positions, and the fewest tokens behind one of them
+# points of the curve over the positions, and the fewest tokens that one of them averages
 _POINTS, _LEAST_TOKENS = 32, 30
 # characters shown before a token, and of a model's name
 _SHOWN, _NAME = 44, 32

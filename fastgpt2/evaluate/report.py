@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: a JSON record, a table in Markdown, a picture."""
+"""What an evaluation writes: a JSON record, a table in Markdown, a picture."""
 
 import json
 import math

@@ -147,7 +147,8 @@ def fetch(task: Task, *, offline: bool = False) -> Path:
         return download(remote.urls, path, sha256=remote.sha256, size=remote.size)
     except DownloadError as error:
         raise UserError(
-            f"{task.name}: {remote.file} is not at hand ({error}); give the file: --data FILE"
+            f"{task.name}: {remote.file} could not be downloaded ({error}); "
+            "give the file: --data FILE"
         ) from error
 
 

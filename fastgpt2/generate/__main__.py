@@ -9,7 +9,7 @@ import torch
 from fastgpt2.cli import Parser
 from fastgpt2.cli import run as run_command
 from fastgpt2.config import IMPLS
-from fastgpt2.devices import DTYPES, resolve_device, resolve_dtype, resolve_kernels
+from fastgpt2.devices import DTYPES, dtype_notice, resolve_device, resolve_dtype, resolve_kernels
 from fastgpt2.generate.checks import WINDOWS
 from fastgpt2.generate.compiled import pays
 from fastgpt2.generate.flags import check_flags, options_of
@@ -211,6 +211,8 @@ def _generate(arguments: argparse.Namespace) -> int:
     check_flags(arguments)
     device, dtype = _machine(arguments)
     resolve_kernels(device, dtype, arguments.impl)
+    if (notice := dtype_notice(device, dtype)) is not None:
+        print(f"fastgpt2 generate: {notice}", file=sys.stderr)
     jobs = _jobs(arguments)
     opened = _open(arguments, arguments.model)
     # a text that is scored is read in windows

@@ -141,7 +141,7 @@ class GPT2LMHeadModel(transformers.GPT2LMHeadModel):  # type: ignore[no-untyped-
             return "loss_function has been replaced"
         head = self.lm_head
         if not is_plain(head, nn.Linear) or head._parameters["bias"] is not None:
-            return "lm_head is no bare nn.Linear without bias and hooks"
+            return "lm_head is not a bare nn.Linear without bias and hooks"
         return None
 
     @can_return_tuple  # type: ignore[untyped-decorator]
@@ -290,7 +290,7 @@ def _explain_attention(model: Any) -> str:
         return f"transformers' {name}, which the config names"
     return (
         f"{asked}for causal sequences, whole or padded at their ends; transformers' sdpa, which "
-        "takes any mask, for tokens behind a cache, other masks, masks traced by torch.compile, "
+        "takes any mask, for tokens after a cache, other masks, masks traced by torch.compile, "
         "packed positions and cross-attention; neither forms the probabilities: output_attentions "
         "and reorder_and_upcast_attn want set_attn_implementation('eager')"
     )

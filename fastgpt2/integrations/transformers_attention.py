@@ -64,7 +64,7 @@ def _key_range(mask: Tensor) -> Tensor | None:
     Returns:
         None if the mask is any other.
     """
-    # the last query sees every key that is no padding
+    # the last query sees every key that is not padding
     kept = mask[:, 0, -1]
     start = kept.int().argmax(dim=1)
     end = start + kept.sum(dim=1)

@@ -47,7 +47,7 @@ class MultiHeadAttentionWrapper(nn.Module):
 
 
 def head_size(d_out: int, num_heads: int) -> int:
-    """D = d_out / num_heads; raises UserError where that is no whole number."""
+    """D = d_out / num_heads; raises UserError where that is not a whole number."""
     if num_heads < 1 or d_out % num_heads:
         raise UserError(
             f"attention: d_out must be a multiple of num_heads, got {d_out}, {num_heads}"
@@ -66,7 +66,7 @@ class MultiHeadAttention(nn.Module):
         qkv_bias: whether the three projections have biases.
 
     Raises:
-        UserError: d_out is no multiple of num_heads.
+        UserError: d_out is not a multiple of num_heads.
     """
 
     mask: Tensor

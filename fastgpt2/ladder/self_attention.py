@@ -42,7 +42,7 @@ def attend(
 
 
 def future(context_length: int) -> Tensor:
-    """(T, T) bool, true where the key stands behind the query: what a causal head must not see."""
+    """(T, T) bool, true where the key comes after the query: what a causal head must not see."""
     return torch.ones(context_length, context_length, dtype=torch.bool).triu(diagonal=1)
 
 

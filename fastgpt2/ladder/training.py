@@ -35,7 +35,7 @@ def token_ids_to_text(token_ids: Tensor, tokenizer: Encoder) -> str:
 def calc_loss_batch(
     input_batch: Tensor, target_batch: Tensor, model: nn.Module, device: torch.device | str
 ) -> Tensor:
-    """Cross-entropy of the targets, -mean(log softmax(logits)[target]), in nats a token.
+    """Cross-entropy of the targets, -mean(log softmax(logits)[target]), in nats per token.
 
     Args:
         input_batch, target_batch: (B, T) token ids; the targets are the inputs moved on by one.

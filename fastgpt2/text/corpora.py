@@ -235,7 +235,7 @@ def _fetch(name: str, text: RemoteText) -> Path:
         return download(text.urls, path, sha256=text.sha256, size=text.size)
     except DownloadError as error:
         raise UserError(
-            f"data: {name} is not at hand ({error}); give a text file instead: --data FILE"
+            f"data: {name} could not be downloaded ({error}); give a text file instead: --data FILE"
         ) from error
 
 

@@ -121,7 +121,7 @@ def open_token_files(
         vocab_size: V; every id is in [0, V).
 
     Raises:
-        UserError: a file is no token file, damaged or cut off.
+        UserError: a file is not a token file, damaged or cut off.
     """
     parts = [[read_header(path) for path in paths] for paths in (found.train, found.val)]
     train, val = (StoredTokens(files, vocab_size) if files else None for files in parts)
@@ -136,7 +136,7 @@ def check_headers(found: FoundFiles) -> None:
         found: the files.
 
     Raises:
-        UserError: a file is no token file, damaged or cut off.
+        UserError: a file is not a token file, damaged or cut off.
     """
     for path in found.all:
         read_header(path)

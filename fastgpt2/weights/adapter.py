@@ -8,7 +8,8 @@ ignores, and hold it against the weights that are there. Written after PEFT 0.21
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,6 +52,8 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
 }
 # weights may have adapters themselves: the folders that are being opened
 _BELOW: ContextVar[tuple[Path, ...]] = ContextVar("below", default=())
+# whether the weights below may come from the network
+_OFFLINE: ContextVar[bool] = ContextVar("offline", default=False)
 
 
 @dataclass(frozen=True)
@@ -211,7 +214,7 @@ def open_base(adapter: Adapter, config: GPTConfig | None = None) -> Checkpoint:
         raise UserError(f"{where}: its weights are adapters of themselves")
     token = _BELOW.set((*below, folder))
     try:
-        path = locate(settings.base)
+        path = locate(settings.base, offline=_OFFLINE.get())
         base = load(path)
         found = None if settings.base_sha256 is None else weights_sha256(path)
     except UserError as error:
@@ -227,6 +230,20 @@ def open_base(adapter: Adapter, config: GPTConfig | None = None) -> Checkpoint:
         if tensors[name].shape[0] > rows:
             tensors[name] = tensors[name].rows(rows)
     return replace(base, config=config, tensors=tensors, quantization=None)
+
+
+@contextmanager
+def bases_offline(offline: bool) -> Iterator[None]:
+    """Within the block, ``offline`` keeps the weights below adapters from the network.
+
+    Args:
+        offline: False leaves it as it is.
+    """
+    token = _OFFLINE.set(offline or _OFFLINE.get())
+    try:
+        yield
+    finally:
+        _OFFLINE.reset(token)
 
 
 def read(folder: Path, config: GPTConfig | None = None) -> Checkpoint:

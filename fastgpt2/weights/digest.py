@@ -1,6 +1,7 @@
 """The sha256 of a model's weights, in whatever files they are."""
 
 import hashlib
+from functools import lru_cache
 from pathlib import Path
 
 from fastgpt2 import runs
@@ -19,8 +20,20 @@ def weights_sha256(path: Path) -> str:
     if path.is_dir():
         found = {file for pattern in _WEIGHT_FILES for file in path.glob(pattern)}
         files = sorted(file for file in found if file.name != runs.OPTIMIZER)
+    stats = [file.stat() for file in files]
+    return _sha256(
+        tuple(
+            (file.resolve(), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+            for file, stat in zip(files, stats, strict=True)
+        )
+    )
+
+
+# adapters are opened more than once in a process, and a file that looks unchanged is not read again
+@lru_cache(maxsize=64)
+def _sha256(files: tuple[tuple[Path, int, int, int, int], ...]) -> str:
     digest = hashlib.sha256()
-    for file in files:
+    for file, *_ in files:
         with file.open("rb") as stream:
             while chunk := stream.read(2**20):
                 digest.update(chunk)

@@ -86,18 +86,20 @@ def _detect_file(path: Path) -> tuple[str, Path]:
     raise UserError(f"{path}: neither a ckpt.pt of nanoGPT nor a .bin of llm.c")
 
 
-def load(path: str | Path) -> Checkpoint:
+def load(path: str | Path, *, offline: bool = False) -> Checkpoint:
     """Open a model in any known format; no weights are read yet.
 
     Args:
         path: a folder (Hugging Face, OpenAI, a run or a checkpoint of ours, PEFT's adapters, which
             are added to their weights) or a file (nanoGPT's ``ckpt.pt``, llm.c's ``.bin``).
+        offline: do not use the network: adapters may name a release.
 
     Raises:
         UserError: the path holds no model, or a damaged one; the message names file and tensor.
     """
     format, path = detect(Path(path))
-    return _READERS[format](path)
+    with adapter.bases_offline(offline):
+        return _READERS[format](path)
 
 
 def save_model(

@@ -149,7 +149,7 @@ def load_pretrained(
         UserError: nothing there, not to be had, or damaged.
     """
     path = locate(name_or_path, offline=offline)
-    checkpoint = load(path)
+    checkpoint = load(path, offline=offline)
     config = checkpoint.config
     if not Path(name_or_path).exists():
         # Hugging Face's config.json has 0.1, OpenAI's has none: the source must not matter

@@ -19,7 +19,7 @@ from fastgpt2.errors import UserError
 from fastgpt2.files import atomic_path
 from fastgpt2.weights.checkpoint import HEAD, WTE, Checkpoint, drop_tied_head
 from fastgpt2.weights.metadata import make_config, require
-from fastgpt2.weights.torch_file import lazy_tensors, read_torch
+from fastgpt2.weights.torch_file import lazy_tensors, read_torch, write_torch
 
 FIELDS = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "dropout")
 # nanoGPT's training from scratch rounds GPT-2's 50257 up to this; ids above never occur
@@ -71,8 +71,8 @@ def write(checkpoint: Checkpoint, path: Path) -> None:
         "best_val_loss": 1e9,
         "config": {} if config.gelu == EXACT else {GELU: config.gelu},
     }
-    with atomic_path(path) as temporary:
-        torch.save(content, temporary)
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        write_torch(content, file)
 
 
 def _fresh_optimizer(dims: list[int]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ HPARAMS = {
     "n_head": "n_head",
     "n_layer": "n_layer",
 }
-# our names and OpenAI's, behind "transformer." and "model/", or behind the name of the block
+# our names and OpenAI's, after "transformer." and "model/", or after the name of the block
 _NAMES = {
     "wte.weight": "wte",
     "wpe.weight": "wpe",

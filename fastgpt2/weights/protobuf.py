@@ -9,7 +9,7 @@ VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 
 
 def read_varint(data: bytes, at: int) -> tuple[int, int]:
-    """The unsigned varint at ``data[at:]`` (at most 64 bits) and the position behind it."""
+    """The unsigned varint at ``data[at:]`` (at most 64 bits) and the position after it."""
     value = 0
     for shift in range(0, 64, 7):
         if at >= len(data):

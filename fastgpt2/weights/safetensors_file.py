@@ -1,6 +1,6 @@
 """Safetensors files: opened lazily, written one tensor at a time.
 
-Eight bytes hold the length of a JSON header (name -> dtype, shape, place), behind it lie the
+Eight bytes hold the length of a JSON header (name -> dtype, shape, place), after it come the
 values. Reading is the safetensors library's; its writer wants every tensor in memory at once, ours
 streams. Format: https://huggingface.co/docs/safetensors/index#format
 """

@@ -3,7 +3,7 @@
     data block ... | metaindex block | index block | footer (48 bytes)
 
 A block is a run of entries whose keys share prefixes, then the positions of its restart points
-(entries with a whole key); behind it stand a compression byte and a masked CRC-32C. The index
+(entries with a whole key); after it come a compression byte and a masked CRC-32C. The index
 block's values are the places of the data blocks, and the footer holds the place of the index block.
 Format: https://github.com/google/leveldb/blob/main/doc/table_format.md
 """

@@ -81,6 +81,20 @@ def _reason(error: Exception) -> str:
     return f"not a file of torch.save that can be loaded safely ({type(error).__name__}: {line})"
 
 
+def write_torch(content: dict[str, Any], file: IO[bytes]) -> None:
+    """``torch.save`` into an open file; what interrupts a write is raised as it is.
+
+    PyTorch's writer, which closes its archive after a failed write, would raise a ``RuntimeError``
+    about positions instead.
+    """
+    try:
+        torch.save(content, file)
+    except RuntimeError as error:
+        if error.__context__ is not None:
+            raise error.__context__ from None
+        raise
+
+
 def lazy_tensors(path: Path, content: dict[str, Any]) -> dict[str, LazyTensor]:
     """The state dict ``content``, taken from ``read_torch(path)``, as lazy tensors."""
     tensors = {name: _lazy(path, name, value) for name, value in content.items()}
@@ -97,7 +111,7 @@ def _lazy(path: Path, name: str, value: object) -> LazyTensor:
         or value.is_conj()
         or value.is_neg()
     ):
-        raise UserError(f"{path}: {shown(name)} is no plain tensor")
+        raise UserError(f"{path}: {shown(name)} is not a plain tensor")
     if value.device.type != "meta":
         return LazyTensor.of(value.detach())
     storage = value.untyped_storage()._checkpoint_offset

@@ -8,7 +8,7 @@ that is one branch inside one software pipeline, where two loops would drain it 
 Grid (H, cdiv(T, BLOCK_M), B). Saved for backward: out, and of each row the log2 of its sum of
 exp2(score), lse (B, H, T) in fp32. Bytes: q, k, v read in place from (B, T, 3C), out (B, T, C)
 written, 8 B T C in bf16, as k and v stay in the L2 cache; FLOPs 2 B T^2 C, half of 4 B T^2 C
-because the tiles behind the diagonal are skipped.
+because the tiles beyond the diagonal are skipped.
 """
 
 import torch

@@ -5,10 +5,10 @@ With P = softmax(S), dP = dO V^T, and dropout's mask and factor M (all ones with
     dV = (P M)^T dO,    dS = P (dP M - delta),    dQ = scale dS K,    dK = scale dS^T Q
 
 where delta_i = sum_j P_ij (dP M)_ij = dO_i . O_i, so no second pass over a row is needed. P is
-made again from q, k and the saved lse.
+recomputed from q, k and the saved lse.
 
 The first kernel owns BLOCK_M queries and walks over their keys: it sums up dq, and stores delta for
-the second one, which owns BLOCK_N keys and walks over the queries that see them. (Queries behind T
+the second one, which owns BLOCK_N keys and walks over the queries that see them. (Queries beyond T
 are zeros: p is 1 there, but do, dp and delta are 0.) The second one computes transposed tiles,
 K Q^T and V dO^T, so that P^T and dS^T come out of one product as the left operands of the next
 without being transposed, which Hopper's compilers have got wrong. Scores and dP are computed twice,

@@ -95,7 +95,7 @@ def launch(
         *tensors,
         None if segment_ids is None else segment_ids.contiguous(),
         None if key_range is None else key_range.contiguous(),
-        # p = 0 is a kernel of its own, without the mask
+        # p = 0 has a separate kernel, without the mask
         None if bits is None else (bits, dropout_p),
         (qkv.stride(0), qkv.stride(1)),
         (n_head, T),

@@ -144,7 +144,7 @@ def launch_bwd(dy: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tens
 
 
 def launch_bwd_with_y(dy: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dbias, gelu(x + bias)): the forward pass once more for a write of its own."""
+    """(dx, dbias, gelu(x + bias)): recomputes the forward pass and writes its result."""
     y = x.new_empty(x.shape)
     return *_launch_bwd(dy, x, bias, y), y
 
@@ -216,7 +216,7 @@ def _case(
 
 
 def compile_cases(arch: str) -> list[CompileCase]:
-    """Both kernels, with and without the bias; backward with the output made again, too."""
+    """Both kernels, with and without the bias; backward also with the recomputed output."""
     cases = [
         _case(op, config, dtype, bias)
         for op in ("gelu_fwd", "gelu_bwd")

@@ -120,7 +120,7 @@ def _layer_norm_bwd_kernel(
         s = tl.load(s_ptrs, mask=mask, other=0.0).to(tl.float32)
         mean = tl.load(stats_ptr + offs_n, mask=mask_n, other=0.0)
         rstd = tl.load(stats_ptr + N + offs_n, mask=mask_n, other=0.0)
-        # behind C, and behind N, dy is zero: there n may be anything
+        # beyond C, and beyond N, dy is zero: there n may be anything
         n = (s - mean[:, None]) * rstd[:, None]
         dw += tl.sum(dy * n, axis=0)
         db += tl.sum(dy, axis=0)

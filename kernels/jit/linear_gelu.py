@@ -69,7 +69,7 @@ def _linear_gelu_fwd_kernel(
     # within a tile, offsets are int32: half the registers
     offs_m, offs_n, offs_k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     mask_m, mask_n = offs_m < N - first_m, offs_n < F - first_n
-    # what lies behind the end is the tile's first row again: read without a mask, never stored
+    # rows beyond the end repeat the tile's first row: read without a mask, never stored
     rows, columns = tl.where(mask_m, offs_m, 0), tl.where(mask_n, offs_n, 0)
     x_ptr += first_m * x_strides[0]
     weight_ptr += first_n * weight_strides[0]

@@ -37,7 +37,7 @@ def keep_words(dropout, rows, width, groups):
 
 @triton.jit
 def load_tile(ptr, rows, row_stride, n_rows, D: tl.constexpr, EVEN: tl.constexpr):
-    """[rows, D padded] of an (n_rows, D) matrix, zero behind D; EVEN: no row is behind n_rows."""
+    """[rows, D padded] of an (n_rows, D) matrix, zero beyond D; EVEN: no row is beyond n_rows."""
     # what tl.dot takes: at least 16, a power of two
     BLOCK_D: tl.constexpr = max(16, triton.next_power_of_2(D))
     cols = tl.arange(0, BLOCK_D)

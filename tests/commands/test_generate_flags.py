@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from fastgpt2.convert import main as convert
 from fastgpt2.generate.__main__ import main as generate
 from tests.commands.tiny_command import complaint
 
@@ -68,3 +69,19 @@ def test_mistakes_are_one_line(
     finished: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
 ) -> None:
     assert message in complaint(generate, ["--model", str(finished), *flags], capsys)
+
+
+def test_run_takes_every_format(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder that brings no tokenizer says which flags give one."""
+    expected = text(finished, capsys, "--greedy", "--dtype=fp32")
+    for format in ("hf", "nanogpt"):
+        assert convert([str(finished), str(tmp_path / format), "--to", format]) == 0
+        argv = ["--run", str(tmp_path / format), "--prompt", "the ", "--max-new-tokens", "40"]
+        said = complaint(generate, argv, capsys)
+        assert (
+            said == f"{tmp_path / format}: no tokenizer beside it; give --tokenizer or --vocab-dir"
+        )
+        assert generate([*argv, "--greedy", "--tokenizer", "bytes"]) == 0
+        assert capsys.readouterr().out[:8] == expected[:8]

@@ -136,7 +136,9 @@ def test_offline_says_how_to_give_a_file(monkeypatch: pytest.MonkeyPatch, tmp_pa
         dead = RemoteText(known.file, ("http://127.0.0.1:9/",), known.sha256, known.size)
         monkeypatch.setitem(REMOTE, name, dead)
     for name in ("the-verdict", "tinyshakespeare"):
-        with pytest.raises(UserError, match=f"{name} is not at hand .* --data FILE") as caught:
+        with pytest.raises(
+            UserError, match=f"{name} could not be downloaded .* --data FILE"
+        ) as caught:
             load_corpus(name)
         assert "\n" not in str(caught.value)
 

@@ -1,8 +1,10 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fastgpt2.config import GPTConfig
 from fastgpt2.errors import UserError
 from fastgpt2.train.config import TrainConfig, named_configs, read_config
 
@@ -17,6 +19,26 @@ def write(folder: Path, text: str | bytes) -> str:
 def test_named_configs_are_valid(name: str) -> None:
     config = TrainConfig.from_layers(read_config(name))
     assert config.gpt_config(vocab_size=257).vocab_size == 257
+
+
+def test_fineweb_is_one_run_on_one_gpu_and_on_eight() -> None:
+    names = ("fineweb", "fineweb-8gpus")
+    one, eight = (TrainConfig.from_layers(read_config(name)) for name in names)
+    assert one.optimizer == "muon" and one.schedule == "wsd"
+    for config, ranks in ((one, 1), (eight, 8)):
+        assert config.ranks == ranks
+        shape = config.gpt_config(vocab_size=50257)
+        assert shape == GPTConfig.preset("gpt2")
+        sequences = ranks * config.batch_size * config.grad_accum
+        assert sequences * shape.block_size == 524_288
+        # either plan is dealt out to the other's machine
+        assert [n * batch * accum for n in (1, 8) for batch, accum in [config.split(n)]] == [
+            512
+        ] * 2
+        assert config.steps is not None
+        decay = config.wsd_decay * config.steps
+        assert config.warmup_steps < config.steps - decay and config.steps * 524_288 < 2e9
+    assert replace(eight, grad_accum=one.grad_accum, ranks=one.ranks) == one
 
 
 def test_toml_round_trip(tmp_path: Path) -> None:

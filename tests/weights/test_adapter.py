@@ -12,8 +12,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from fastgpt2 import GPT, UserError, add_lora, load_adapter, save_adapter
+from fastgpt2.convert import main as convert
 from fastgpt2.lora import adapters
-from fastgpt2.weights import load
+from fastgpt2.weights import digest, load
+from fastgpt2.weights.digest import weights_sha256
 from tests.tiny_gpt import tiny_gpt
 
 TARGETS = ("c_attn", "mlp.c_proj", "c_fc")
@@ -175,3 +177,31 @@ def test_an_adapter_of_something_else_is_named(base: Path, tmp_path: Path) -> No
     save_file(tensors | {name: torch.zeros(4, 61)}, path)
     with pytest.raises(UserError, match=f"unexpected '{name}'"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("flags", [[], ["--offline"]])
+def test_offline_holds_for_the_weights_below(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str]
+) -> None:
+    asked: list[bool] = []
+
+    def fetch(name: str, *, offline: bool) -> Path:
+        asked.append(offline)
+        return base
+
+    monkeypatch.setattr("fastgpt2.weights.hub.fetch", fetch)
+    save_adapter(randomised(base), tmp_path / "adapter")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    record = json.loads(config.read_text("utf-8")) | {"base_model_name_or_path": "gpt2"}
+    config.write_text(json.dumps(record), "utf-8")
+    assert convert([str(config.parent), str(tmp_path / "out"), "--to=hf", *flags]) == 0
+    assert asked == [bool(flags)]
+
+
+def test_unchanged_weights_are_hashed_once(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"weights")
+    first, misses = weights_sha256(path), digest._sha256.cache_info().misses
+    assert weights_sha256(path) == first and digest._sha256.cache_info().misses == misses
+    path.write_bytes(b"another")
+    assert weights_sha256(path) != first
