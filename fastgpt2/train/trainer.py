@@ -22,6 +22,7 @@ from fastgpt2.train import checkpoint
 from fastgpt2.train.compiled import compiled
 from fastgpt2.train.config import TrainConfig
 from fastgpt2.train.console import Console
+from fastgpt2.train.fitted import fitted
 from fastgpt2.train.folder import begin_folder
 from fastgpt2.train.freeze import freeze
 from fastgpt2.train.guard import check
@@ -38,10 +39,7 @@ from fastgpt2.train.schedules import learning_rate, progress
 from fastgpt2.train.spikes import Spikes
 from fastgpt2.train.state import RunState, check_data
 from fastgpt2.train.step import Batch, TrainingStep
-from fastgpt2.train.validation import validate
-
-# tokens of an evaluation's batch, at least: without gradients they fit wherever training does
-EVAL_TOKENS = 4096
+from fastgpt2.train.validation import EVAL_TOKENS, validate
 
 
 class Trainer:
@@ -118,6 +116,7 @@ class Trainer:
         if config.shard and ranks > 1:
             shard(self.model, self.dtype)
         optimizer = build_optimizer(self.model, config)
+        config = self.config = fitted(config, self.model, optimizer, self.dtype, notify)
         self.batch_size, self.grad_accum = config.split(ranks)
         self.loader = open_loader(
             self.dataset.train,
@@ -180,6 +179,7 @@ class Trainer:
             self.model,
             state.optimizer,
             batch_size=self.batch_size,
+            grad_accum=self.grad_accum,
             dtype=self.dtype,
             kernels=self.kernels,
         )
