@@ -6,7 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch.profiler import record_function
 
 from fastgpt2 import distributed, runs
 from fastgpt2.devices import peak_flops, resolve_device, resolve_dtype, resolve_kernels
@@ -33,12 +32,13 @@ from fastgpt2.train.origin import open_origin
 from fastgpt2.train.outcome import Outcome
 from fastgpt2.train.parallel import joined, seed_for_rank, shard, whole_model
 from fastgpt2.train.profiling import StepProfile
+from fastgpt2.train.reader import Reader
 from fastgpt2.train.remat import set_remat
 from fastgpt2.train.samples import sample
 from fastgpt2.train.schedules import learning_rate, progress
 from fastgpt2.train.spikes import Spikes
 from fastgpt2.train.state import RunState, check_data
-from fastgpt2.train.step import Batch, TrainingStep
+from fastgpt2.train.step import TrainingStep
 from fastgpt2.train.validation import EVAL_TOKENS, validate
 
 
@@ -200,6 +200,8 @@ class Trainer:
         try:
             with (
                 self.interrupt,
+                # the micro-batches of the next step, while this one is computed
+                Reader(self.loader, self.device, self.grad_accum) as self.reader,
                 self.console.begin(
                     state.step, self.total_steps, config.minutes, self.tokens_per_step
                 ),
@@ -282,7 +284,7 @@ class Trainer:
                 warmup_steps=config.muon_warmup_steps,
             )
             self.profile.step()
-            batches = distributed.together(self._draw)
+            batches = distributed.together(lambda: self.reader.take(self.grad_accum))
             state.pending.append(self.training_step(batches, lr))
             state.step += 1
             state.validation = None
@@ -311,11 +313,6 @@ class Trainer:
         distributed.on_rank_0(self._begin_folder)
         self.spikes.clear()
         self.console.go_back(self.state.step)
-
-    def _draw(self) -> list[Batch]:
-        """The micro-batches of a step."""
-        with record_function("data"):
-            return [next(self.loader) for _ in range(self.grad_accum)]
 
     def _evaluation_is_due(self) -> bool:
         """Every ``eval_every`` steps and at the end, if the weights have not been scored yet."""
