@@ -15,7 +15,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from fastgpt2 import distributed
-from fastgpt2.devices import autocast, device_kind
+from fastgpt2.devices import autocast, device_kind, rng_states, set_rng_states
 from fastgpt2.errors import UserError
 from fastgpt2.kernels.linear_cross_entropy import TORCH_CHUNK_BYTES, TRITON_CHUNK_BYTES
 from fastgpt2.layers import Block
@@ -220,6 +220,7 @@ def largest_batch(
 def _fits(model: GPT, moments: int, batch_size: int, dtype: torch.dtype) -> bool:
     """Whether a step's forward and backward pass find room beside the optimizer's moments."""
     device = model.lm_head.weight.device
+    random_numbers = rng_states(device)
     try:
         filler = torch.empty(moments, dtype=torch.uint8, device=device)
         idx = torch.zeros(batch_size, model.config.block_size, dtype=torch.int64, device=device)
@@ -232,4 +233,5 @@ def _fits(model: GPT, moments: int, batch_size: int, dtype: torch.dtype) -> bool
         return False
     finally:
         model.zero_grad(set_to_none=True)
+        set_rng_states(random_numbers, device)
         torch.cuda.empty_cache()

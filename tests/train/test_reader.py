@@ -23,7 +23,8 @@ PATIENCE = 60.0
 
 
 def stream(**options: Any) -> BlockLoader:
-    return BlockLoader(np.arange(200), **dict(block_size=4, batch_size=2, seed=3) | options)
+    defaults: dict[str, Any] = dict(block_size=4, batch_size=2, seed=3)
+    return BlockLoader(np.arange(200), **(defaults | options))
 
 
 def assert_same(ours: list[Batch], theirs: list[Batch]) -> None:
@@ -162,10 +163,11 @@ def test_a_step_reads_nothing_from_the_device() -> None:
 @pytest.mark.gpu
 def test_a_step_does_not_wait_for_a_gpu() -> None:
     step = plain_step("cuda")
-    batches = [tuple(x.pin_memory() for x in tiny_batch()) for _ in range(2)]
-    step(batches, lr=1e-3)  # type: ignore[arg-type]
+    idx, targets = tiny_batch()
+    batches = [(idx.pin_memory(), targets.pin_memory())] * 2
+    step(batches, lr=1e-3)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        step(batches, lr=1e-3)  # type: ignore[arg-type]
+        step(batches, lr=1e-3)
     finally:
         torch.cuda.set_sync_debug_mode("default")
