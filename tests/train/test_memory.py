@@ -35,13 +35,13 @@ def measured(step: TrainingStep, batch: tuple[torch.Tensor, torch.Tensor]) -> in
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         step([batch], lr=1e-3)
-    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events = profile.profiler.kineto_results.events()
     changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
-    now = peak = 0
+    now, peak = 0, 0
     for _, change in sorted(changes, key=lambda pair: pair[0]):
-        now += change
+        now += int(change)
         peak = max(peak, now)
-    return before + peak
+    return int(before + peak)
 
 
 @pytest.mark.parametrize(

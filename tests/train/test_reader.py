@@ -122,11 +122,11 @@ def test_a_run_says_it_in_one_line_and_saves(
     assert (state["step"], state["loader"]["position"]) == (3, 6)
 
 
-class Reads(TorchDispatchMode):
+class Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """How often the host asks for a number that the device has."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.count = 0
 
     def __torch_dispatch__(
