@@ -17,6 +17,8 @@ from fastgpt2 import distributed
 from fastgpt2.cli import exit_code
 from fastgpt2.errors import EndedElsewhere, UserError
 
+# what the thread is called that reads batches ahead
+READER = "reader"
 # what a job that hangs ends with: EX_TEMPFAIL of sysexits.h, "try again"
 STUCK = 75
 # seconds between two looks, and from an error elsewhere to the end of a process that still waits
@@ -143,6 +145,7 @@ class Watch:
         """Show the stack of each process that lags the others, and end the job."""
         frame = sys._current_frames().get(self._main)
         stack = "" if frame is None else "".join(traceback.format_stack(frame))
+        stack += _reader_stack()
         mine = f"{distributed.agreements()}\n{stack}"
         reports: dict[int, str] = {0: mine}
         if self._store is not None:
@@ -173,6 +176,16 @@ class Watch:
                 if self._store.check([key]):
                     found[rank] = self._store.get(key).decode("utf-8")
         return found
+
+
+def _reader_stack() -> str:
+    """Where the thread that reads batches is; the main thread may wait for it."""
+    frames = sys._current_frames()
+    for thread in threading.enumerate():
+        if thread.name == READER and thread.ident in frames:
+            stack = "".join(traceback.format_stack(frames[thread.ident]))
+            return f"its reader is here:\n{stack}"
+    return ""
 
 
 def _say(line: str) -> None:

@@ -107,7 +107,7 @@ class BlockStream(ABC):
     @property
     def steps_per_epoch(self) -> int:
         """Batches each process takes to see all blocks once, rounded up."""
-        return -(-self.blocks_per_epoch // (self.batch_size * self._world_size))
+        return -(-self.blocks_per_epoch // self.blocks_per_step)
 
     @property
     def blocks_used(self) -> int:
@@ -124,8 +124,29 @@ class BlockStream(ABC):
 
     def __next__(self) -> Batch:
         """Inputs and targets, int64 ``(B, T)`` each."""
-        first = self._position + self._rank * self.batch_size
-        self._position += self._world_size * self.batch_size
+        batch = self.batch_at(self._position)
+        self.advance()
+        return batch
+
+    @property
+    def blocks_per_step(self) -> int:
+        """Blocks of a batch of each process."""
+        return self._world_size * self.batch_size
+
+    def advance(self) -> None:
+        """Move the place in the stream by one batch of each process."""
+        self._position += self.blocks_per_step
+
+    def batch_at(self, place: int) -> Batch:
+        """This process's batch where the stream is at ``place``; the place itself stays.
+
+        Args:
+            place: blocks before it, over all processes.
+
+        Returns:
+            Inputs and targets, int64 ``(B, T)`` each.
+        """
+        first = place + self._rank * self.batch_size
         batch = torch.from_numpy(self.blocks(first, self.batch_size).astype(np.int64))
         idx, targets = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
         return idx, targets if self._eot is None else inside_documents(idx, targets, self._eot)

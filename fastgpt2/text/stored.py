@@ -3,6 +3,7 @@
 import hashlib
 import os
 import sys
+import threading
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ DType = np.dtype[Any]
 
 # ids in memory at once where all are read
 BLOCK_IDS = 1 << 20
+# held where reading moves a file's position
+_SEEKING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -222,8 +225,10 @@ def verifying(total: int) -> "tqdm[Any]":
 def _read_at(file: Any, offset: int, count: int) -> bytes:
     """``count`` bytes at ``offset``, without moving a position that a forked process shares."""
     if sys.platform == "win32":
-        file.seek(offset)
-        return bytes(file.read(count))
+        # one thread reads batches ahead while another evaluates
+        with _SEEKING:
+            file.seek(offset)
+            return bytes(file.read(count))
     parts = []
     while count and (part := os.pread(file.fileno(), count, offset)):
         parts.append(part)

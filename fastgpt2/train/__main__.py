@@ -45,6 +45,13 @@ _OWN_METAVARS = {
     "profile": "STEPS",
 }
 
+
+def _number_or_auto(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
+_OWN_TYPES: dict[str, Any] = {"batch_size": _number_or_auto}
+
 # a run keeps these to its end: they decide what its weights and its data stream mean
 _FIXED = (
     "tokenizer",
@@ -70,7 +77,7 @@ _FIXED = (
 # with --init-from, these are the weights' where the command line says nothing
 _OF_THE_WEIGHTS = ("tokenizer", "model", "block_size", "n_layer", "n_head", "n_embd", "bias")
 # what a run notes of itself
-_NOTED = ("init_sha256", "ranks")
+_NOTED = ("init_sha256", "ranks", "auto_batch_size")
 
 
 @dataclass(frozen=True)
@@ -122,7 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
         if plain is bool:
             extra["action"] = argparse.BooleanOptionalAction
         else:
-            extra["type"] = str if plain is tuple else plain
+            extra["type"] = _OWN_TYPES.get(name, str if plain is tuple else plain)
             extra["choices"] = item.metadata["choices"]
             metavar = _OWN_METAVARS.get(name, _METAVARS[plain])
             extra["metavar"] = None if extra["choices"] else metavar

@@ -100,7 +100,8 @@ class TrainConfig:
     resid_dropout: float | None = _option(
         None, "rate on what joins the residual stream [--dropout]"
     )
-    batch_size: int = _option(12, "sequences in a micro-batch")
+    batch_size: int = _option(12, "sequences in a micro-batch; auto: as many as fit")
+    auto_batch_size: bool = _option(False, "batch_size is still to be found")
     grad_accum: int = _option(1, "micro-batches in an optimizer step, of each process")
     ranks: int | None = _option(None, "processes that batch_size and grad_accum are meant for")
     steps: int | None = _option(None, "optimizer steps to train")
@@ -307,11 +308,16 @@ class TrainConfig:
         """Later layers override earlier ones.
 
         A layer's table ``muon`` holds where the run, by whichever layer, takes that optimizer.
+        Under a ``batch_size`` of ``auto`` the layers before it say how many a step has.
         """
         chosen = [layer["optimizer"] for layer in layers if "optimizer" in layer]
         merged: dict[str, Any] = {}
         for layer in layers:
-            merged |= {name: value for name, value in layer.items() if name != MUON_TABLE}
+            auto = layer.get("batch_size") == "auto"
+            if "batch_size" in layer:
+                merged["auto_batch_size"] = auto
+            left_out = (MUON_TABLE, "batch_size") if auto else (MUON_TABLE,)
+            merged |= {name: value for name, value in layer.items() if name not in left_out}
             if chosen and chosen[-1] == "muon":
                 merged |= layer.get(MUON_TABLE, {})
         return cls(**merged)
@@ -381,6 +387,8 @@ def _typed(where: str, key: str, value: Any) -> Any:
     if key not in known:
         raise unknown_key(key, list(known), where)
     expected, _ = known[key]
+    if key == "batch_size" and value == "auto":
+        return value
     if expected is tuple:
         value = (value,) if isinstance(value, str) else value
         if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):

@@ -35,6 +35,7 @@ class Console:
         optimizer: torch.optim.Optimizer,
         *,
         batch_size: int,
+        grad_accum: int,
         dtype: torch.dtype,
         kernels: str,
     ) -> None:
@@ -44,7 +45,7 @@ class Console:
             f"data: {dataset.source}; {len(dataset.train):,} training and {val_tokens:,} "
             f"validation tokens (tokenizer {tokenizer_id})"
         )
-        for line in summary.model_lines(model, optimizer, batch_size, dtype):
+        for line in summary.model_lines(model, optimizer, batch_size, dtype, grad_accum):
             self.notify(line)
         self.notify(f"kernels: {kernels}")
 

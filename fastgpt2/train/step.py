@@ -77,7 +77,8 @@ class TrainingStep:
         self.optimizer.zero_grad(set_to_none=True)
         self.batches = batches
         set_learning_rate(self.optimizer, lr)
-        counts = [int((targets >= 0).sum()) for _, targets in batches]
+        # counted on the host, where a reader leaves them: the device is not waited for
+        counts = [int(np.count_nonzero(targets.numpy(force=True) >= 0)) for _, targets in batches]
         ranks = distributed.world_size()
         total = max(int(distributed.all_sum(np.array([float(sum(counts))]))[0]), 1)
         loss_sum = torch.zeros((), device=self.device)

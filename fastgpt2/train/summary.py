@@ -2,17 +2,12 @@
 
 import torch
 
-from fastgpt2.config import GPTConfig
-from fastgpt2.devices import device_kind, device_name
-from fastgpt2.kernels.linear_cross_entropy import TORCH_CHUNK_BYTES, TRITON_CHUNK_BYTES
+from fastgpt2.devices import device_name
 from fastgpt2.lora import adapters
 from fastgpt2.model import GPT
+from fastgpt2.train.memory import Memory, estimate
 
 _DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-
-# activations a block saves, in multiples of C a token: norm 1, qkv 3, attention 1, stream 2,
-# norm 1, MLP 4 + 4
-_SAVED_WIDTHS = 16
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -36,28 +31,6 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
     )
 
 
-def training_memory(
-    config: GPTConfig,
-    parameters: int,
-    trained: int,
-    moments: int,
-    tokens: int,
-    dtype: torch.dtype,
-    triton: bool,
-) -> int:
-    """Estimated bytes of training on ``tokens`` tokens per micro-batch.
-
-    Weights, gradients and ``moments`` bytes of the optimizer in fp32, the activations that the
-    blocks save, one chunk of logits, and the head's gradient.
-    """
-    element = dtype.itemsize
-    activations = tokens * config.n_layer * config.n_embd * _SAVED_WIDTHS * element
-    logits = tokens * config.padded_vocab_size * element
-    chunk = min(logits, TRITON_CHUNK_BYTES if triton else TORCH_CHUNK_BYTES)
-    head = config.padded_vocab_size * config.n_embd * 4
-    return 4 * (parameters + trained) + moments + activations + chunk + head
-
-
 def human(count: float, unit: str = "") -> str:
     """1234567 -> 1.23M; for bytes, decimal units too."""
     for suffix, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
@@ -75,8 +48,19 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
+def memory_line(memory: Memory) -> str:
+    """What a process needs, and of what; the parts are not all there at one time."""
+    names = ("weights", "gradients", "moments", "activations", "loss")
+    parts = ", ".join(f"{name} {human(getattr(memory, name), 'B')}" for name in names)
+    return f"memory: about {human(memory.peak, 'B')} for training, at its peak ({parts})"
+
+
 def model_lines(
-    model: GPT, optimizer: torch.optim.Optimizer, batch_size: int, dtype: torch.dtype
+    model: GPT,
+    optimizer: torch.optim.Optimizer,
+    batch_size: int,
+    dtype: torch.dtype,
+    grad_accum: int = 1,
 ) -> list[str]:
     """The model, what of it is trained, its memory and where it runs, a line each."""
     config = model.config
@@ -86,14 +70,13 @@ def model_lines(
     stored = sum(x.lora_A.numel() + x.lora_B.numel() for x in layers) or parameters
     trained, moments = trained_parameters(model), optimizer_bytes(optimizer)
     device = model.lm_head.weight.device
-    tokens, on_gpu = batch_size * config.block_size, device_kind(device).cuda
-    memory = training_memory(config, parameters, trained, moments, tokens, dtype, on_gpu)
+    memory = estimate(model, moments, batch_size, dtype, grad_accum=grad_accum)
     lines = [
         f"model: {human(parameters)} parameters ({config.n_layer} layers, {config.n_head} heads, "
         f"width {config.n_embd}, context {config.block_size}, vocabulary {config.vocab_size})",
         f"trained: {human(trained)} parameters ({trained / parameters:.3g} of all); optimizer "
         f"{human(moments, 'B')}, a checkpoint {human(4 * stored + moments, 'B')}",
-        f"memory: about {human(memory, 'B')} for training",
+        memory_line(memory),
         f"device: {device_name(device)}, {dtype_name(dtype)}, "
         f"{torch.get_num_threads()} CPU threads, PyTorch {torch.__version__}",
     ]

@@ -6,7 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch.profiler import record_function
 
 from fastgpt2 import distributed, runs
 from fastgpt2.devices import peak_flops, resolve_device, resolve_dtype, resolve_kernels
@@ -22,6 +21,7 @@ from fastgpt2.train import checkpoint
 from fastgpt2.train.compiled import compiled
 from fastgpt2.train.config import TrainConfig
 from fastgpt2.train.console import Console
+from fastgpt2.train.fitted import fitted
 from fastgpt2.train.folder import begin_folder
 from fastgpt2.train.freeze import freeze
 from fastgpt2.train.guard import check
@@ -32,16 +32,14 @@ from fastgpt2.train.origin import open_origin
 from fastgpt2.train.outcome import Outcome
 from fastgpt2.train.parallel import joined, seed_for_rank, shard, whole_model
 from fastgpt2.train.profiling import StepProfile
+from fastgpt2.train.reader import Reader
 from fastgpt2.train.remat import set_remat
 from fastgpt2.train.samples import sample
 from fastgpt2.train.schedules import learning_rate, progress
 from fastgpt2.train.spikes import Spikes
 from fastgpt2.train.state import RunState, check_data
-from fastgpt2.train.step import Batch, TrainingStep
-from fastgpt2.train.validation import validate
-
-# tokens of an evaluation's batch, at least: without gradients they fit wherever training does
-EVAL_TOKENS = 4096
+from fastgpt2.train.step import TrainingStep
+from fastgpt2.train.validation import EVAL_TOKENS, validate
 
 
 class Trainer:
@@ -118,6 +116,7 @@ class Trainer:
         if config.shard and ranks > 1:
             shard(self.model, self.dtype)
         optimizer = build_optimizer(self.model, config)
+        config = self.config = fitted(config, self.model, optimizer, self.dtype, notify)
         self.batch_size, self.grad_accum = config.split(ranks)
         self.loader = open_loader(
             self.dataset.train,
@@ -180,6 +179,7 @@ class Trainer:
             self.model,
             state.optimizer,
             batch_size=self.batch_size,
+            grad_accum=self.grad_accum,
             dtype=self.dtype,
             kernels=self.kernels,
         )
@@ -200,6 +200,8 @@ class Trainer:
         try:
             with (
                 self.interrupt,
+                # the micro-batches of the next step, while this one is computed
+                Reader(self.loader, self.device, self.grad_accum) as self.reader,
                 self.console.begin(
                     state.step, self.total_steps, config.minutes, self.tokens_per_step
                 ),
@@ -282,7 +284,7 @@ class Trainer:
                 warmup_steps=config.muon_warmup_steps,
             )
             self.profile.step()
-            batches = distributed.together(self._draw)
+            batches = distributed.together(lambda: self.reader.take(self.grad_accum))
             state.pending.append(self.training_step(batches, lr))
             state.step += 1
             state.validation = None
@@ -311,11 +313,6 @@ class Trainer:
         distributed.on_rank_0(self._begin_folder)
         self.spikes.clear()
         self.console.go_back(self.state.step)
-
-    def _draw(self) -> list[Batch]:
-        """The micro-batches of a step."""
-        with record_function("data"):
-            return [next(self.loader) for _ in range(self.grad_accum)]
 
     def _evaluation_is_due(self) -> bool:
         """Every ``eval_every`` steps and at the end, if the weights have not been scored yet."""

@@ -17,6 +17,9 @@ from fastgpt2.text.loaders import iter_eval_batches
 from fastgpt2.text.packing import inside_documents, packed
 from fastgpt2.units import perplexity
 
+# tokens of an evaluation's batch, at least: without gradients they fit wherever training does
+EVAL_TOKENS = 4096
+
 
 @dataclass(frozen=True)
 class Validation:

@@ -1,0 +1,49 @@
+"""``--batch-size auto``: the configuration with the micro-batch that fits, as a number."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from fastgpt2 import distributed
+from fastgpt2.model import GPT
+from fastgpt2.train.config import TrainConfig
+from fastgpt2.train.memory import largest_batch
+from fastgpt2.train.summary import optimizer_bytes
+
+
+def fitted(
+    config: TrainConfig,
+    model: GPT,
+    optimizer: torch.optim.Optimizer,
+    dtype: torch.dtype,
+    notify: Callable[[str], None],
+) -> TrainConfig:
+    """The configuration with the largest micro-batch that fits, and steps of as many tokens.
+
+    All processes call it, and get the same.
+
+    Args:
+        config: its ``batch_size`` and ``grad_accum`` say how many sequences a step has. One that
+            does not ask for it comes back as it is.
+        model: in training mode, on its device; sharded where it will be.
+        optimizer: of its parameters, before the first step.
+        dtype: of the computation.
+        notify: shows a line.
+
+    Raises:
+        UserError: one sequence does not fit, or the sequences of a step cannot be dealt out.
+    """
+    if not config.auto_batch_size:
+        return config
+    ranks = distributed.world_size()
+    batch_size, grad_accum = config.split(ranks)
+    sequences = batch_size * grad_accum
+    size = largest_batch(model, optimizer_bytes(optimizer), sequences, dtype, notify)
+    return replace(
+        config,
+        auto_batch_size=False,
+        batch_size=size,
+        grad_accum=sequences // size,
+        ranks=ranks,
+    )

@@ -1,0 +1,237 @@
+"""The memory of a training step: what it is made of, its peak, and the micro-batch that fits.
+
+The peak is that of the stages a step goes through: the loss, the backward pass of the last block,
+of the first block, and the update. What a stage holds is counted in tensors of the model's shapes,
+as the kernels keep them. Letters: N tokens of a micro-batch, C width, T context, H heads, L layers,
+V padded vocabulary; e bytes of an element in the dtype of the computation.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+
+from fastgpt2 import distributed
+from fastgpt2.devices import autocast, device_kind, rng_states, set_rng_states
+from fastgpt2.errors import UserError
+from fastgpt2.kernels.linear_cross_entropy import TORCH_CHUNK_BYTES, TRITON_CHUNK_BYTES
+from fastgpt2.layers import Block
+from fastgpt2.model import GPT
+from fastgpt2.train.parallel import own
+
+# queries of a block of the CPU's attention in bf16, and logits of a tile of its loss, at most
+_QUERIES, _TILE = 256, 2**20
+# of the memory that is free, what a step may take by estimate
+SHARE = 0.85
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one process while it trains.
+
+    Attributes:
+        weights: in fp32.
+        gradients: in fp32, when all are there.
+        moments: of the optimizer, in fp32.
+        activations: kept from the forward pass for the backward pass.
+        loss: one chunk of logits and what is computed from it.
+        peak: the most that is there at one time.
+    """
+
+    weights: int
+    gradients: int
+    moments: int
+    activations: int
+    loss: int
+    peak: int
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """Bytes of one block: ``full`` is what its backward pass needs, ``kept`` what waits for it."""
+
+    full: float
+    kept: float
+    mlp: float
+    attention: float
+    gradients: float
+
+
+def _layer(model: GPT, rows: int, dtype: torch.dtype, gradients: float) -> _Layer:
+    config, e = model.config, dtype.itemsize
+    C, T, H = config.n_embd, config.block_size, config.n_head
+    width = float(rows * T * C * e)
+    scores = float(rows * H * T * T)
+    triton = device_kind(model.lm_head.weight.device).cuda
+    # weights in the dtype of the computation, where that is not theirs: those of attention and MLP
+    copy = C * C * e * (e != 4)
+    # norm 1, qkv 3, attention 1, stream 2, norm 1; in the MLP its pre-activation, and its GELU
+    own, inner = 8 * width + 4 * copy, (4 if triton else 8) * width + 8 * copy
+    if config.resid_p > 0 and not triton:
+        own += 2 * rows * T * C * 4
+    if config.attn_p > 0:
+        own += scores / 8 if triton else 12 * scores
+    # gradients of the hidden layer before and after the GELU, its output on a GPU; the stream's
+    mlp = (13 if triton else 5) * width + 4 * C * C * 4
+    attention = (6 if triton else 11) * width + 8 * C * C * 4
+    if not triton and e == 2 and config.attn_p == 0:
+        attention += 3 * scores / T * min(T, _QUERIES) * e
+    full, blocks = own + inner, [m for m in model.modules() if isinstance(m, Block)]
+    kept = full
+    if model.transformer.remat_blocks:
+        kept = width
+    elif blocks and blocks[0].remat_mlp:
+        kept = own
+    return _Layer(full, kept, mlp, attention - inner, gradients)
+
+
+def estimate(
+    model: GPT, moments: int, batch_size: int, dtype: torch.dtype, *, grad_accum: int = 1
+) -> Memory:
+    """The memory of each process, from shapes alone.
+
+    Args:
+        model: on its device; sharded where it will be.
+        moments: bytes of the optimizer's, of all processes together where they are sharded.
+        batch_size: B, sequences in a micro-batch.
+        dtype: of the computation.
+        grad_accum: micro-batches of a step.
+    """
+    config, e = model.config, dtype.itemsize
+    C, L, V = config.n_embd, config.n_layer, config.padded_vocab_size
+    N = batch_size * config.block_size
+    host = device_kind(model.lm_head.weight.device).host
+    sharded = isinstance(model, FSDPModule)
+    ranks = distributed.world_size()
+    weights = 4 * sum(p.numel() for p in model.parameters())
+    trained = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    blocks = 4 * sum(p.numel() for p in model.transformer.h.parameters() if p.requires_grad)
+    layer = _layer(model, batch_size, dtype, blocks / L)
+    # the residual stream before the first block and after the last one, the gradient of the latter
+    base = 3 * N * C * e + (4 * N * C if config.embd_p > 0 and host else 0)
+    activations = base + L * layer.kept
+    chunk = min(N * V * e, TORCH_CHUNK_BYTES if host else TRITON_CHUNK_BYTES)
+    tile = min(chunk // e, _TILE) if host else 0
+    # a tile's probabilities, its logits, and without the padding's a copy of them
+    copies = 4 + e * (1 if config.vocab_size == V else 2)
+    loss = chunk + tile * copies + V * C * (e if e != 4 else 0)
+    head = 4 * V * C * model.lm_head.weight.requires_grad
+    stages = [activations + loss + head]
+    # the last block's backward pass, and the first one's
+    for waiting in (L, 1):
+        held = base + head + waiting * layer.kept + (L - waiting) * layer.gradients
+        held += layer.full - layer.kept
+        stages += [held + layer.mlp, held + layer.attention]
+    gradients, peak = float(trained), max(*stages, float(trained))
+    shared = ranks if sharded else 1
+    if sharded:
+        # embeddings and two blocks are whole, and a block's gradient before it is shared out
+        whole = V * C + config.block_size * C + 3 * blocks / L / 4
+        peak += e * whole + (gradients if grad_accum > 1 else 0)
+    elif ranks > 1:
+        # the buckets of DDP are there all the time
+        peak = max(stages) - head + trained
+    gradients /= shared
+    peak += (weights + moments) / shared
+    return Memory(
+        round(weights / shared),
+        round(gradients),
+        round(moments / shared),
+        round(activations),
+        round(loss),
+        round(peak),
+    )
+
+
+def available(device: torch.device) -> int:
+    """Bytes that this process may still take on ``device``.
+
+    Args:
+        device: a GPU, or the processor, whose memory the processes of a machine share.
+
+    Raises:
+        UserError: the system does not say.
+    """
+    if device_kind(device).cuda:
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    meminfo = Path("/proc/meminfo")
+    if not device_kind(device).host or not meminfo.is_file():
+        raise UserError("--batch-size auto: the memory that is free cannot be asked for here")
+    lines = meminfo.read_text(encoding="utf-8").splitlines()
+    free = 1024 * next(int(x.split()[1]) for x in lines if x.startswith("MemAvailable"))
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        # a container's
+        files = Path("/sys/fs/cgroup", limit), Path("/sys/fs/cgroup", used)
+        texts = [f.read_text(encoding="utf-8").strip() if f.is_file() else "" for f in files]
+        if all(text.isdigit() for text in texts):
+            free = min(free, int(texts[0]) - int(texts[1]))
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def largest_batch(
+    model: GPT, moments: int, sequences: int, dtype: torch.dtype, notify: Callable[[str], None]
+) -> int:
+    """The largest micro-batch that fits, of those that ``sequences`` can be dealt out in.
+
+    The estimate chooses; on a GPU a forward and a backward pass try it, and where memory does not
+    suffice the next smaller one is tried. All processes call it, and get the same number.
+
+    Args:
+        model: in training mode, on its device.
+        moments: bytes of the optimizer's, which are not there yet.
+        sequences: of a step and process.
+        dtype: of the computation.
+        notify: shows a line.
+
+    Raises:
+        UserError: one sequence does not fit.
+    """
+    device = model.lm_head.weight.device
+    held = sum(own(p).nbytes for p in model.parameters())
+    free = int(SHARE * (available(device) + held))
+    sizes = [size for size in range(sequences, 0, -1) if sequences % size == 0]
+    peaks = {s: estimate(model, moments, s, dtype, grad_accum=sequences // s).peak for s in sizes}
+    mine = next((i for i, size in enumerate(sizes) if peaks[size] <= free), len(sizes))
+    (chosen,) = distributed.all_max(mine)
+    # the ranks of a sharded model would wait for one that has found no room
+    tries = device_kind(device).cuda and not isinstance(model, FSDPModule)
+    while tries and chosen < len(sizes):
+        (failed,) = distributed.all_max(int(not _fits(model, moments, sizes[chosen], dtype)))
+        if not failed:
+            break
+        chosen += 1
+    if chosen == len(sizes):
+        raise UserError(
+            f"--batch-size auto: one sequence takes about {peaks[1] / 1e9:.3g} GB, and "
+            f"{free / 1e9:.3g} GB are free; --remat block and --shard take less"
+        )
+    size = sizes[chosen]
+    notify(f"batch size: {size} x {sequences // size} sequences; {free / 1e9:.3g} GB are free")
+    return size
+
+
+def _fits(model: GPT, moments: int, batch_size: int, dtype: torch.dtype) -> bool:
+    """Whether a step's forward and backward pass find room beside the optimizer's moments."""
+    device = model.lm_head.weight.device
+    random_numbers = rng_states(device)
+    try:
+        filler = torch.empty(moments, dtype=torch.uint8, device=device)
+        idx = torch.zeros(batch_size, model.config.block_size, dtype=torch.int64, device=device)
+        with autocast(device, dtype):
+            loss = model(idx, idx)[1]
+        torch.autograd.backward(loss)
+        del loss, filler
+        return True
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        model.zero_grad(set_to_none=True)
+        set_rng_states(random_numbers, device)
+        torch.cuda.empty_cache()
