@@ -14,7 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastgpt2.kernels.gpus import ARCHITECTURES
-from fastgpt2.kernels.jit.launch import launch_kernel
+from fastgpt2.kernels.jit.launch import Launch, launch_kernel, noting
 from tests.played_gpus import PlayedGPUs
 
 JIT = Path(__file__).resolve().parents[2] / "kernels" / "jit"
@@ -107,3 +107,21 @@ def test_a_launch_without_a_gpu_selects_none(monkeypatch: pytest.MonkeyPatch) ->
     kernel = SeenKernel(gpus)
     launch_kernel(kernel, (1,), torch.empty(4))
     assert (kernel.device, gpus.current) == (2, 2)
+
+
+def test_noted_launches_do_not_run_and_keep_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = SeenKernel(PlayedGPUs(monkeypatch))
+    x = torch.empty(40, dtype=torch.float16)
+    launches: list[Launch] = []
+    with noting(launches):
+        launch_kernel(kernel, (3,), (x, 4), x[1:], None, BLOCK_N=8)
+    assert kernel.meta == {}
+    (noted,) = launches
+    assert (noted.grid, noted.meta, noted.device) == ((3,), {"BLOCK_N": 8}, x.device)
+    (whole, four), rest, nothing = noted.arguments
+    assert (four, nothing) == (4, None)
+    assert whole.dtype is rest.dtype is torch.float16
+    assert (whole.data_ptr() % 16, rest.data_ptr() % 16) == (x.data_ptr() % 16, 2)
+    assert not isinstance(whole, torch.Tensor)
+    launch_kernel(kernel, (3,), x)
+    assert kernel.grid == (3,)
