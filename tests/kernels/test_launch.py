@@ -149,6 +149,7 @@ def test_launches_of_a_decoded_token() -> None:
         "_append_kv_kernel": 1,
         "_decode_attention_kernel": 1,
         "_gelu_fwd_kernel": 1,
+        "_add_branch_fwd_kernel": 1,
     }
     # the embedding, and the last LayerNorm
     assert (one + one - two).total() == 2
