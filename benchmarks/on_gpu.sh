@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Proves and times the kernels on this machine's CUDA GPU, in less than nine minutes.
 #
-#   benchmarks/on_gpu.sh FOLDER [correct|kernels|step|decode|tune ...]
+#   benchmarks/on_gpu.sh FOLDER [warm|correct|kernels|step|decode|tune ...]
 #
 # Needs Python with torch, triton, pytest, pytest-benchmark and tqdm; builds, installs and downloads
 # nothing. Leaves a log and a JSON file of every stage in FOLDER (of kernels, step and decode what
@@ -10,9 +10,9 @@
 # the same tiny and interpreted, on any machine: the times mean nothing.
 set -uo pipefail
 
-stages=(correct kernels step decode tune)
+stages=(warm correct kernels step decode tune)
 # seconds of each stage when all run
-declare -A share=([correct]=150 [kernels]=120 [step]=120 [decode]=50 [tune]=80)
+declare -A share=([warm]=30 [correct]=150 [kernels]=120 [step]=120 [decode]=50 [tune]=80)
 
 usage() {
     echo "usage: benchmarks/on_gpu.sh FOLDER [${stages[*]// /|}]" >&2
@@ -63,6 +63,14 @@ run_stage() {
     local stage=$1 seconds=$2
     local b=benchmarks/bench
     case $stage in
+    warm)
+        if [ -n "${DRY:-}" ]; then
+            echo "interpreted kernels are not compiled"
+            return
+        fi
+        # GPT-2's kernels, all cores at once: the stages after it find them in Triton's cache
+        within "$seconds" "$python" -m fastgpt2.kernels.warm --batch-size 64
+        ;;
     correct)
         local workers=()
         if "$python" -c "import xdist" 2>/dev/null; then

@@ -62,6 +62,7 @@ FLOORS = {
     # the commands, and the package's public names
     "fastgpt2": 7,
     "fastgpt2.kernels.report": 7,
+    "fastgpt2.kernels.warm": 7,
     "fastgpt2.train.__main__": 7,
     "fastgpt2.generate.__main__": 7,
     "fastgpt2.evaluate.__main__": 7,

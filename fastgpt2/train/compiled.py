@@ -1,4 +1,4 @@
-"""``torch.compile`` for training, or one line that says why not."""
+"""What is compiled before the first step: kernels, and the model where ``torch.compile`` can."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,6 +7,8 @@ import torch
 
 from fastgpt2.compiler import compiler_obstacle, failure
 from fastgpt2.devices import autocast, rng_states, set_rng_states
+from fastgpt2.kernels.ahead import compile_ahead
+from fastgpt2.kernels.backend import Impl, resolve
 from fastgpt2.model import GPT
 from fastgpt2.text.packing import packed
 
@@ -37,16 +39,56 @@ def compiled(
         return model
     notify("compile: on; the first step takes a minute or so")
     forward = torch.compile(model, fullgraph=True, dynamic=False)
+    try:
+        _try_out(model, forward, batch_size, dtype, eot)
+    except Exception as error:
+        notify(f"compile: failed ({failure(error)}); training without it")
+        return model
+    return forward
+
+
+def compile_kernels(
+    model: GPT,
+    batch_size: int,
+    dtype: torch.dtype,
+    *,
+    eot: int | None = None,
+    jobs: int | None = None,
+) -> int:
+    """Compile the Triton kernels of a training step in parallel, before the first one needs them.
+
+    Weights, gradients and random numbers are left as they were.
+
+    Args:
+        model: in training mode, on its device.
+        batch_size: B of the micro-batches to come.
+        dtype: what it computes in.
+        eot: the id that ends a document, where the blocks to come are of packed documents.
+        jobs: threads; None is one for each core.
+
+    Returns:
+        How many binaries the step needs; 0 where it takes PyTorch's operators.
+    """
+    if resolve("train", model.config.impl, model.lm_head.weight) is not Impl.TRITON:
+        return 0
+    return compile_ahead(lambda: _try_out(model, model, batch_size, dtype, eot), jobs)
+
+
+def _try_out(
+    model: GPT,
+    forward: Callable[..., Any],
+    batch_size: int,
+    dtype: torch.dtype,
+    eot: int | None,
+) -> None:
+    """A forward and backward pass that leaves nothing behind."""
+    device = model.lm_head.weight.device
     random_numbers = rng_states(device)
     idx = torch.zeros(batch_size, model.config.block_size, dtype=torch.int64, device=device)
     try:
         with autocast(device, dtype):
             loss = (forward if eot is None else packed(forward, eot))(idx, idx)[1]
         torch.autograd.backward(loss)
-    except Exception as error:
-        notify(f"compile: failed ({failure(error)}); training without it")
-        return model
     finally:
         model.zero_grad(set_to_none=True)
         set_rng_states(random_numbers, device)
-    return forward

@@ -18,7 +18,7 @@ from fastgpt2.text.loaders import check_eval_tokens
 from fastgpt2.text.mixture_loader import mixture_lines, open_loader
 from fastgpt2.text.packing import packed
 from fastgpt2.train import checkpoint
-from fastgpt2.train.compiled import compiled
+from fastgpt2.train.compiled import compile_kernels, compiled
 from fastgpt2.train.config import TrainConfig
 from fastgpt2.train.console import Console
 from fastgpt2.train.fitted import fitted
@@ -188,6 +188,7 @@ class Trainer:
         for line in (*self.frozen, *mixture_lines(self.loader, planned)):
             self.console.notify(line)
         self.model.train()
+        compile_kernels(self.model, self.batch_size, self.dtype, eot=self.eot)
         step = self.training_step
         if config.compile and config.shard and distributed.world_size() > 1:
             self.console.notify("compile: not with --shard; training without it")
@@ -230,7 +231,6 @@ class Trainer:
             self.profile.close()
             if distributed.rank() == 0:
                 self.metrics.close(ended)
-        drawn = self._plot()
         best = distributed.on_rank_0(lambda: runs.best(run))
         return Outcome(
             step=state.step,
@@ -240,7 +240,7 @@ class Trainer:
             validation=state.validation,
             best_step=int(best.name.removeprefix("step_")),
             exit_code=exit_code,
-            drawn=drawn,
+            drawn=self._plot(),
         )
 
     def _plot(self) -> bool:

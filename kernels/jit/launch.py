@@ -2,20 +2,74 @@
 
 Triton launches on the *current* device and stream, whatever device the tensors are on: without a
 guard, a model on ``cuda:1`` would run on GPU 0 and read another GPU's memory.
+
+Triton compiles a kernel when it is first launched, one after another. ``noting`` notes launches
+instead of running them, and ``compile_noted`` then compiles all of them at once.
 """
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 # said explicitly, since Triton's default changes: multiplications and additions become FMAs
 COMPILER_OPTIONS = {"enable_fp_fusion": True}
+# bytes that the compiler may assume an address to be a multiple of
+_ALIGNMENT = 16
+
+
+@dataclass(frozen=True)
+class _StandIn:
+    """What the compiler asks a tensor for; it keeps no memory alive."""
+
+    dtype: torch.dtype
+    misalignment: int
+    size: int
+
+    def data_ptr(self) -> int:
+        """An address, as far as its alignment goes."""
+        return self.misalignment
+
+    def ptr_range(self) -> int:
+        """The bytes of the tensor's memory."""
+        return self.size
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch that was noted: its tensors are stand-ins."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    meta: dict[str, Any]
+    device: torch.device
+
+
+# where launches are noted instead of run; of all threads, because autograd has some of its own
+_noted: list[Launch] | None = None
 
 
 def _first_tensor(argument: Any) -> Tensor:
     return argument if isinstance(argument, Tensor) else _first_tensor(argument[0])
+
+
+def _stand_in(argument: Any) -> Any:
+    if isinstance(argument, tuple):
+        return tuple(_stand_in(part) for part in argument)
+    if isinstance(argument, Tensor):
+        size = argument.untyped_storage().size()
+        return _StandIn(argument.dtype, argument.data_ptr() % _ALIGNMENT, size)
+    return argument
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def launch_kernel(kernel: Any, grid: tuple[int, ...], *arguments: Any, **meta: Any) -> None:
@@ -29,5 +83,45 @@ def launch_kernel(kernel: Any, grid: tuple[int, ...], *arguments: Any, **meta: A
         meta: the kernel's constants, and the warps and stages of the launch.
     """
     device = _first_tensor(arguments[0]).device
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    if _noted is not None:
+        _noted.append(Launch(kernel, grid, _stand_in(arguments), meta, device))
+        return
+    with _on(device):
         kernel[grid](*arguments, **meta, **COMPILER_OPTIONS)
+
+
+@contextmanager
+def noting(launches: list[Launch] | None) -> Iterator[None]:
+    """Within the block kernels do not run: each launch is appended to ``launches``.
+
+    What they would have written stays as it was. ``None`` runs them, within such a block, too.
+    """
+    global _noted
+    previous, _noted = _noted, launches
+    try:
+        yield
+    finally:
+        _noted = previous
+
+
+def compile_noted(launches: list[Launch], workers: int) -> int:
+    """Compile what these launches need, in threads; a launch then finds it in Triton's cache.
+
+    Most of a compilation runs outside Python's lock: LLVM, and ptxas as a program of its own.
+
+    Args:
+        launches: as ``noting`` has left them.
+        workers: how many threads.
+
+    Returns:
+        How many different binaries the launches need, those included that were there already.
+    """
+    compiled = set()
+    with ThreadPoolExecutor(workers) as pool, triton.AsyncCompileMode(pool):
+        for launch in launches:
+            with _on(launch.device):
+                options = launch.meta | COMPILER_OPTIONS
+                compiled.add(
+                    id(launch.kernel.warmup(*launch.arguments, grid=launch.grid, **options))
+                )
+    return len(compiled)

@@ -35,5 +35,5 @@ def test_the_end_of_a_stages_time_is_a_ctrl_c(prepare: object) -> None:
 def test_every_stage_ends_this_way() -> None:
     script = (ROOT / "benchmarks" / "on_gpu.sh").read_text(encoding="utf-8")
     calls = re.findall(r'^ *(\S+) "\$seconds" "\$python"', script, re.MULTILINE)
-    assert len(calls) == 3
+    assert len(calls) == 4
     assert set(calls) == {"within"}

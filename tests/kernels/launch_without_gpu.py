@@ -1,9 +1,10 @@
 """Every public op through Triton's real launcher, for a GPU that is not there.
 
-Arguments are bound, specialised and compiled exactly as on that GPU; only the launch itself is left
-out, so what comes back is garbage. As a program it takes an architecture, a dtype and the names of
-sizes, and prints a line of JSON: the kernels launched, each with its shared memory. Not under
-TRITON_INTERPRET=1, and never within a test's own process: it replaces Triton's driver.
+Arguments are bound, specialised and compiled exactly as on that GPU, at first all at once as
+``compile_ahead`` does it, so that the launches find everything compiled. Only the launch itself is
+left out, so what comes back is garbage. As a program it takes an architecture, a dtype and the
+names of sizes, and prints a line of JSON: the kernels launched, each with its shared memory. Not
+under TRITON_INTERPRET=1, and never within a test's own process: it replaces Triton's driver.
 """
 
 import importlib
@@ -14,12 +15,14 @@ from functools import partial
 from typing import Any
 
 import torch
+from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from benchmarks.op_race import works
 from benchmarks.ops import Sizes, cases_at
 from fastgpt2.kernels import backend, tuning
+from fastgpt2.kernels.ahead import compile_ahead
 from fastgpt2.kernels.jit.compile import TARGETS
 
 # GPT-2's widths, which decide what is compiled. The matrix products between the kernels run on the
@@ -64,7 +67,6 @@ def launch_everything(arch: str, dtype: torch.dtype, sizes: Sequence[Sizes]) -> 
 
     driver.set_active(AbsentGPU(arch))
     for module, name, value in (
-        (JITFunction, "run", bind_and_compile),
         (backend, "_triton_obstacle", lambda x: None),
         (tuning, "_architecture", lambda device: arch),
         (tuning, "multiprocessors", lambda device: 132),
@@ -72,10 +74,21 @@ def launch_everything(arch: str, dtype: torch.dtype, sizes: Sequence[Sizes]) -> 
         (importlib.import_module("fastgpt2.kernels.attention"), "_miscompiled", lambda *_: None),
     ):
         setattr(module, name, value)
-    for case in (case for s in sizes for case in cases_at(s, DECODE_BATCHES, on_kernels=True)):
-        inputs = case.inputs(torch.device("cpu"), dtype)
-        for _, work in works(case, partial(case.run, "triton"), inputs):
-            work()
+
+    def everything() -> None:
+        for case in (case for s in sizes for case in cases_at(s, DECODE_BATCHES, on_kernels=True)):
+            inputs = case.inputs(torch.device("cpu"), dtype)
+            for _, work in works(case, partial(case.run, "triton"), inputs):
+                work()
+
+    compiled: list[str] = []
+    # Triton calls it after each compilation
+    knobs.runtime.jit_post_compile_hook = lambda **hook: compiled.append(hook["repr"])
+    ahead = compile_ahead(everything)
+    assert ahead == len(compiled), f"{len(compiled)} binaries compiled, {ahead} needed"
+    JITFunction.run = bind_and_compile
+    everything()
+    assert len(compiled) == ahead, f"compiled when launched, not ahead: {compiled[ahead:]}"
     return shared
 
 

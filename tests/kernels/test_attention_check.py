@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastgpt2.kernels import attention, backend, reference, tuning
-from fastgpt2.kernels.jit import attention_check, attention_dropout, attention_parts
+from fastgpt2.kernels.jit import attention_check, attention_dropout, attention_parts, launch
 from fastgpt2.kernels.jit.attention import launch_fwd
 from fastgpt2.kernels.jit.attention_bwd import launch_bwd
 from tests.kernels import budget
@@ -86,6 +86,14 @@ def test_wrong_kernels_do_not_pass(how: str, monkeypatch: pytest.MonkeyPatch) ->
     else:
         monkeypatch.setattr(attention_check, "launch_fwd", wrong_fwd)
     assert not attention_check.passes(DEVICE, KIND._replace(dtype=torch.float16, D=16))
+
+
+def test_it_runs_where_kernels_are_only_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_check, "LENGTHS", (1,))
+    launches: list[launch.Launch] = []
+    with launch.noting(launches):
+        assert attention_check.passes(DEVICE, KIND._replace(dtype=torch.float16, D=16))
+    assert not launches
 
 
 @dataclass

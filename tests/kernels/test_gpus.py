@@ -105,6 +105,16 @@ def test_what_spills_with_every_tile_is_refused(monkeypatch: pytest.MonkeyPatch)
             assert _resolve("triton", obstacle) is backend.Impl.TRITON
 
 
+@pytest.mark.parametrize("D", [64, 80, 128])
+@pytest.mark.parametrize("size", [2, 4])
+def test_attention_on_rdna_3(D: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    play_architecture(monkeypatch, "gfx1100")
+    reason = contract._refused(0, D, size, False, False)
+    assert reason == "every tile of attention_fwd needs more registers than gfx1100 has"
+    # everything else runs
+    assert _resolve("auto") is backend.Impl.TRITON
+
+
 def test_every_architecture_ends_at_tiles_that_every_kernel_has() -> None:
     for rules in tuning.TABLE.values():
         for rule in rules:

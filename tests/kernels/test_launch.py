@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastgpt2.kernels.gpus import ARCHITECTURES
-from fastgpt2.kernels.jit.launch import launch_kernel
+from fastgpt2.kernels.jit.launch import Launch, launch_kernel, noting
 from tests.played_gpus import PlayedGPUs
+from tests.tiny_gpt import tiny_gpt
 
 JIT = Path(__file__).resolve().parents[2] / "kernels" / "jit"
 
@@ -107,3 +109,47 @@ def test_a_launch_without_a_gpu_selects_none(monkeypatch: pytest.MonkeyPatch) ->
     kernel = SeenKernel(gpus)
     launch_kernel(kernel, (1,), torch.empty(4))
     assert (kernel.device, gpus.current) == (2, 2)
+
+
+def test_noted_launches_do_not_run_and_keep_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = SeenKernel(PlayedGPUs(monkeypatch))
+    x = torch.empty(40, dtype=torch.float16)
+    launches: list[Launch] = []
+    with noting(launches):
+        launch_kernel(kernel, (3,), (x, 4), x[1:], None, BLOCK_N=8)
+    assert kernel.meta == {}
+    (noted,) = launches
+    assert (noted.grid, noted.meta, noted.device) == ((3,), {"BLOCK_N": 8}, x.device)
+    (whole, four), rest, nothing = noted.arguments
+    assert (four, nothing) == (4, None)
+    assert whole.dtype is rest.dtype is torch.float16
+    assert (whole.data_ptr() % 16, rest.data_ptr() % 16) == (x.data_ptr() % 16, 2)
+    assert not isinstance(whole, torch.Tensor)
+    launch_kernel(kernel, (3,), x)
+    assert kernel.grid == (3,)
+
+
+def _launches_of_a_decoded_token(n_layer: int) -> Counter[str]:
+    """How often each kernel is launched for one more token."""
+    model = tiny_gpt(impl="triton", n_layer=n_layer).eval()
+    cache = model.make_cache(2, 16)
+    launches: list[Launch] = []
+    with torch.no_grad(), noting(launches):
+        model.hidden_states(torch.zeros(2, 4, dtype=torch.int64), cache)
+        cache.advance(4)
+        launches.clear()
+        model.hidden_states(torch.zeros(2, 1, dtype=torch.int64), cache)
+    return Counter(launch.kernel.fn.__name__ for launch in launches)
+
+
+def test_launches_of_a_decoded_token() -> None:
+    one, two = (_launches_of_a_decoded_token(n_layer) for n_layer in (1, 2))
+    assert dict(two - one) == {
+        "_layer_norm_fwd_kernel": 2,
+        "_append_kv_kernel": 1,
+        "_decode_attention_kernel": 1,
+        "_gelu_fwd_kernel": 1,
+        "_add_branch_fwd_kernel": 1,
+    }
+    # the embedding, and the last LayerNorm
+    assert (one + one - two).total() == 2

@@ -1,0 +1,69 @@
+"""``python -m fastgpt2.kernels.warm``: compile what training and decoding launch, all at once.
+
+Plays a training step and a few tokens of decoding at the sizes given, on random weights, without
+running their kernels. The binaries stay in Triton's cache on disk (``TRITON_CACHE_DIR``), where
+every later process finds them. ``fastgpt2 train`` does the same for itself before its first step.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+
+import torch
+
+from fastgpt2 import cli
+from fastgpt2.config import PRESETS, GPTConfig
+from fastgpt2.devices import DTYPES, resolve_device, resolve_dtype
+from fastgpt2.errors import UserError
+from fastgpt2.kernels.ahead import compile_ahead
+from fastgpt2.kernels.backend import Impl, explain, resolve
+from fastgpt2.model import GPT
+from fastgpt2.train.compiled import compile_kernels
+
+# a prompt, and tokens after it that are decoded one by one
+_PROMPT, _NEW = 16, 2
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m fastgpt2.kernels.warm",
+        description="Compile the kernels of training and decoding in parallel, and keep them.",
+    )
+    parser.add_argument("--model", choices=PRESETS, default="gpt2", help="whose widths")
+    parser.add_argument("--batch-size", type=int, default=16, help="sequences of a micro-batch")
+    parser.add_argument("--block-size", type=int, default=1024, help="tokens of a sequence")
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="threads")
+    return parser.parse_args(arguments)
+
+
+def _body(options: argparse.Namespace) -> int:
+    device = resolve_device(options.device)
+    dtype = resolve_dtype(options.dtype, device)
+    if resolve("warm", Impl.AUTO, torch.empty(0, device=device, dtype=dtype)) is not Impl.TRITON:
+        raise UserError(f"nothing to compile: the ops run on {explain(device, dtype)}")
+    # every layer launches the same kernels
+    shape = dict(n_layer=1, block_size=options.block_size, dropout=options.dropout)
+    model = GPT(GPTConfig.preset(options.model, **shape)).to(device)
+    began = time.perf_counter()
+    trained = compile_kernels(model, options.batch_size, dtype, jobs=options.jobs)
+    model.to(dtype).eval()
+    prompt = torch.zeros(1, _PROMPT, dtype=torch.int64, device=device)
+    decoded = compile_ahead(lambda: model.generate(prompt, _NEW, temperature=0.0), options.jobs)
+    seconds = time.perf_counter() - began
+    print(f"{trained} binaries for a training step, {decoded} for decoding: {seconds:.1f} s")
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    options = _parse(arguments)
+    return cli.run("kernels.warm", lambda: _body(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
