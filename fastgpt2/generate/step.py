@@ -74,17 +74,23 @@ class Weights(NamedTuple):
 
 
 def weights_of(model: GPT) -> Weights | None:
-    """The weights of a model that is what it was built as, or quantized; None for any other.
+    """The weights for ``logits_after``: of a plain model on PyTorch's operators and a CPU, or None.
 
     They are the model's own tensors, not copies.
     """
+    positions = model.transformer.wpe.weight
+    by_torch = resolve("generate", model.config.impl, positions) is Impl.TORCH
+    here = by_torch and device_kind(positions.device).host
+    return plain_weights(model) if here else None
+
+
+def plain_weights(model: GPT) -> Weights | None:
+    """The weights of a model that is what it was built as, or quantized; None for any other."""
     transformer, config = model.transformer, model.config
     positions = transformer.wpe
     tables = (nn.Embedding, QuantizedEmbedding)
     if not (
-        resolve("generate", config.impl, positions.weight) is Impl.TORCH
-        and device_kind(positions.weight.device).host
-        and type(model) is GPT
+        type(model) is GPT
         and not vars(model).keys() & {"forward", "head", "hidden_states"}
         and is_plain(transformer, Transformer)
         and is_plain(positions, nn.Embedding)
@@ -175,7 +181,7 @@ def logits_after(
     rows = torch.arange(B)
     # a row that is not in use may be full: what is written then is never read
     last = weights.positions.shape[0] - 1
-    x = _lookup(weights.tokens, tokens) + F.embedding(lengths.clamp(max=last), weights.positions)
+    x = lookup(weights.tokens, tokens) + F.embedding(lengths.clamp(max=last), weights.positions)
     x = x.float() if weights.fp32_residual else x.to(dtype)
     visible = seen <= lengths[:, None]
     # (B, H, 1, n): the same for every head
@@ -191,7 +197,8 @@ def logits_after(
     return _linear(weights.head, _normalize(weights.norm, x, dtype))
 
 
-def _lookup(table: Matrix, idx: Tensor) -> Tensor:
+def lookup(table: Matrix, idx: Tensor) -> Tensor:
+    """Rows ``idx`` (B,) of a table of embeddings, (B, C); of int8 in fp32."""
     rows: Tensor = F.embedding(idx, table.weight)
     return rows if table.scales is None else rows.float() * table.scales[idx][:, None]
 
