@@ -76,8 +76,8 @@ class Workload:
 def workloads(scale: Scale) -> list[Workload]:
     """What is trained at a scale."""
     if scale is Scale.DRY:
-        tiny = GPTConfig(block_size=16, vocab_size=31, n_layer=1, n_head=2, n_embd=32)
-        return [Workload(tiny, 2, 16, torch.float32)]
+        tiny = GPTConfig(block_size=8, vocab_size=31, n_layer=1, n_head=2, n_embd=32)
+        return [Workload(tiny, 2, 8, torch.float32)]
     config = GPTConfig.preset("gpt2")
     if scale is Scale.CUDA:
         return [Workload(config, 64, 1024, torch.bfloat16)]

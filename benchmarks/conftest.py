@@ -10,6 +10,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.harness import TAPE, Lane, Scale, Settings, Stopwatch, lanes
 from benchmarks.machine import machine
+from fastgpt2.kernels.backend import INTERPRETED
 
 STOPWATCH = pytest.StashKey[Stopwatch]()
 
@@ -31,6 +32,10 @@ def settings(config: pytest.Config) -> Settings:
     if scale is Scale.CUDA and not on_gpu:
         raise pytest.UsageError("--scale cuda: there is no CUDA GPU here")
     dry = scale is Scale.DRY
+    if dry and INTERPRETED:
+        from tests.kernels.interpreter import quicken
+
+        quicken()
     return Settings(
         scale=scale,
         device=torch.device("cuda" if scale is Scale.CUDA else "cpu"),

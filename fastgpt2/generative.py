@@ -44,8 +44,8 @@ class Generative(nn.Module):
                 log-probability per token is returned;
                 ``draft``, a smaller model that proposes tokens, or ``prompt_lookup``, how many to
                 propose from the text itself: the same greedy tokens, the same distribution;
-                ``compile``, whether the decoding step is compiled (on a CPU; it takes a minute or
-                so, and is kept on disk): a warning says so where it cannot be.
+                ``compile``, whether the decoding step is compiled (on a CPU; half a minute, and
+                then kept on disk): a warning says so where it cannot be.
 
         Returns:
             A tensor for a tensor, with as many new columns as the longest row has new tokens; a

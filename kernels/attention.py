@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt2.kernels import checks, philox, reference
+from fastgpt2.kernels import checks, philox, reference, tuning
 from fastgpt2.kernels.backend import INTERPRETED, Impl, resolve
 from fastgpt2.kernels.blocked_attention import blocked_attention
 from fastgpt2.kernels.dropout_bits import bits_size
@@ -16,6 +16,8 @@ from fastgpt2.kernels.modes import recorded
 # the widest head that the kernels' tiles are made for, the most rows that a grid holds, and how
 # far apart tokens may lie for offsets within a tile to fit in 32 bits
 _MAX_HEAD_SIZE, _MAX_ROWS, _MAX_STRIDE = 128, 65535, 2**23
+# forward and backward alike: a GPU that cannot run one of them runs none
+_KERNELS = ("attention_fwd", "attention_bwd_dq", "attention_bwd_dkv")
 
 
 @torch.library.custom_op("fastgpt2::attention_dropout_bits", mutates_args=())
@@ -107,8 +109,16 @@ def _miscompiled(index: int, *kind: Any) -> str | None:
     return attention_check.obstacle(index, attention_check.Kind(*kind))
 
 
-# a constant to torch.compile, which must not look into a self-check
+def _refused(index: int, D: int, bytes: int, dropout: bool, masked: bool) -> str | None:
+    arch = tuning.arch_of(torch.device("cuda", index))
+    shape_class = {"D": D, "bytes": bytes, "dropout": int(dropout), "masked": int(masked)}
+    reasons = (tuning.refusal(kernel, arch, **shape_class) for kernel in _KERNELS)
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+# constants to torch.compile, which must look neither into a self-check nor at the GPU
 _miscompiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_refused._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _obstacle(
@@ -126,8 +136,13 @@ def _obstacle(
         return f"the kernels take up to {_MAX_ROWS} rows, not {qkv.shape[0]}"
     if INTERPRETED:
         return None
+    index = qkv.device.index or 0
+    masked = segment_ids is not None or key_range is not None
+    refusal = _refused(index, D, qkv.element_size(), dropout, masked)
+    if refusal is not None:
+        return refusal
     masks = (None if ids is None else ids.dtype for ids in (segment_ids, key_range))
-    return _miscompiled(qkv.device.index or 0, qkv.dtype, D, n_head, *masks, dropout)
+    return _miscompiled(index, qkv.dtype, D, n_head, *masks, dropout)
 
 
 def attention(

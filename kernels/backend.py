@@ -13,6 +13,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from fastgpt2.kernels.gpus import ARCHITECTURES
 from fastgpt2.kernels.modes import transformed
 
 
@@ -68,6 +69,29 @@ def capability(index: int | None) -> tuple[int, int]:
 capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def amd_architecture(index: int | None) -> str:
+    """``gfx942`` and the like of an AMD GPU, None the current one; a constant to the compiler."""
+    found: str = torch.cuda.get_device_properties(index).gcnArchName
+    # the rest says which features are switched on
+    return found.partition(":")[0]
+
+
+amd_architecture._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _gpu_obstacle(index: int | None) -> str | None:
+    """Why no kernel runs on this GPU, or None."""
+    if torch.version.hip is None:
+        if capability(index) < _OLDEST_CAPABILITY:
+            return "the GPU is older than compute capability 8.0"
+        return None
+    name = amd_architecture(index)
+    if name in ARCHITECTURES:
+        return None
+    known = ", ".join(arch for arch in ARCHITECTURES if arch.startswith("gfx"))
+    return f"of AMD's GPUs the kernels have tiles for {known}, not for {name}"
+
+
 def wants_gradient(*tensors: Tensor | None) -> bool:
     """Whether autograd will ask for a gradient by one of these."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
@@ -85,9 +109,7 @@ def _triton_obstacle(x: Tensor) -> str | None:
         return None
     if not x.is_cuda:
         return f"the tensor is on {x.device.type} (set TRITON_INTERPRET=1 to interpret the kernels)"
-    if torch.version.hip is None and capability(x.device.index) < _OLDEST_CAPABILITY:
-        return "the GPU is older than compute capability 8.0"
-    return None
+    return _gpu_obstacle(x.device.index)
 
 
 def resolve(

@@ -30,9 +30,11 @@ PEAK_TFLOPS: tuple[tuple[str, float], ...] = (
     ("V100-PCIE", 112.0),
     ("V100", 125.0),
     ("T4", 65.0),
+    ("MI355X", 2516.6),
     ("MI325X", 1307.4),
     ("MI300X", 1307.4),
     ("MI250X", 191.5),
+    ("RX 7900 XTX", 122.8),
 )
 
 
@@ -41,6 +43,7 @@ class Architecture:
     """A multiprocessor (NVIDIA) or compute unit (AMD), from the vendors' programming guides.
 
     Attributes:
+        like: the architecture whose tiles it runs with where the table has no row of its own.
         block_shared: most shared memory one block may have, in bytes.
         shared: what a multiprocessor has for all its blocks, in bytes.
         reserved_shared: taken by the system from that for each block, in bytes.
@@ -52,6 +55,7 @@ class Architecture:
         warp: threads of a warp (wavefront).
     """
 
+    like: str
     block_shared: int
     shared: int
     reserved_shared: int
@@ -63,14 +67,21 @@ class Architecture:
     warp: int = 32
 
 
-# CUDA C++ programming guide, "Compute capabilities"; CDNA 3 instruction set and MI300X data sheet.
-# The one list of architectures that the kernels are compiled for.
-# A block of sm_80 may have 163 KB, but its tiles also serve sm_86, sm_89 and sm_120: 99 KB.
+# CUDA C++ programming guide, "Compute capabilities"; instruction set manuals of CDNA 2 to 4 and
+# RDNA 3. The one list of architectures that the kernels are compiled for.
+# A block of sm_80 may have 163 KB, but its tiles also serve NVIDIA GPUs that are not listed: 99 KB.
+# What PyTorch counts of RDNA 3 as a multiprocessor is a pair of compute units.
 ARCHITECTURES = {
-    "sm_80": Architecture(99 * 1024, 164 * 1024, 1024, 512, 8, 4, 16, 32),
-    "sm_90": Architecture(227 * 1024, 228 * 1024, 1024, 512, 8, 4, 16, 32),
-    "sm_100": Architecture(227 * 1024, 228 * 1024, 1024, 512, 8, 4, 16, 32),
-    "gfx942": Architecture(64 * 1024, 64 * 1024, 0, 512, 8, 4, 8, 16, 64),
+    "sm_80": Architecture("", 99 * 1024, 164 * 1024, 1024, 512, 8, 4, 16, 32),
+    "sm_86": Architecture("sm_80", 99 * 1024, 100 * 1024, 1024, 512, 8, 4, 12, 16),
+    "sm_89": Architecture("sm_86", 99 * 1024, 100 * 1024, 1024, 512, 8, 4, 12, 24),
+    "sm_90": Architecture("sm_80", 227 * 1024, 228 * 1024, 1024, 512, 8, 4, 16, 32),
+    "sm_100": Architecture("sm_80", 227 * 1024, 228 * 1024, 1024, 512, 8, 4, 16, 32),
+    "sm_120": Architecture("sm_86", 99 * 1024, 100 * 1024, 1024, 512, 8, 4, 12, 24),
+    "gfx90a": Architecture("gfx942", 64 * 1024, 64 * 1024, 0, 512, 8, 4, 8, 16, 64),
+    "gfx942": Architecture("sm_80", 64 * 1024, 64 * 1024, 0, 512, 8, 4, 8, 16, 64),
+    "gfx950": Architecture("gfx942", 160 * 1024, 160 * 1024, 0, 512, 8, 4, 8, 16, 64),
+    "gfx1100": Architecture("gfx942", 64 * 1024, 128 * 1024, 0, 1536, 24, 4, 16, 32),
 }
 
 
@@ -127,15 +138,21 @@ class GPU:
         return moved_bytes / (COPY_SHARE * self.bandwidth * 1e6)
 
 
-# bandwidth in TB/s from NVIDIA's A100 80GB SXM, H100 SXM, H200 SXM and HGX B200 data sheets and
-# from AMD's MI300X data sheet; the first one of an architecture stands for it in the report
+# bandwidth in TB/s from the vendors' data sheets (A100 80GB SXM, H100 SXM, H200 SXM, HGX B200, one
+# device of the two of an MI250X); the first one of an architecture stands for it in the report
 GPUS = {
     gpu.name.lower(): gpu
     for gpu in (
         GPU("A100", "sm_80", 2.039, 108, 1.41),
+        GPU("A40", "sm_86", 0.696, 84, 1.74),
+        GPU("L40S", "sm_89", 0.864, 142, 2.52),
         GPU("H200", "sm_90", 4.8, 132, 1.7),
         GPU("H100", "sm_90", 3.35, 132, 1.7),
         GPU("B200", "sm_100", 8.0, 148, 1.85),
+        GPU("RTX 5090", "sm_120", 1.792, 170, 2.41),
+        GPU("MI250X", "gfx90a", 1.638, 110, 1.7),
         GPU("MI300X", "gfx942", 5.3, 304, 2.1),
+        GPU("MI355X", "gfx950", 8.0, 256, 2.4),
+        GPU("RX 7900 XTX", "gfx1100", 0.96, 48, 2.5),
     )
 }

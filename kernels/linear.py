@@ -1,16 +1,17 @@
 """Linear layers: a library's product, and which library's.
 
 PyTorch gives a CPU's fp32 products to MKL, which keeps its AVX-512 code to Intel's processors.
-oneDNN, which PyTorch carries as well and gives the bf16 ones to, has no such preference: on an AMD
-processor it is the faster one, with AVX2 alone from two rows on. On Intel's with AVX-512 it is so
-for a few rows, as in decoding.
+oneDNN, which PyTorch carries as well and gives the bf16 ones to, has no such preference. On an AMD
+processor with AVX-512 it is the faster one. With AVX2 alone it is faster from two rows on, but
+slower, by up to a factor of two, where an operand is transposed, as in the gradients. On Intel's
+with AVX-512 it is faster for a few rows, as in decoding.
 Everywhere else the library is PyTorch's choice. Shapes: N rows, C wide, F features.
 """
 
 import platform
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,38 +22,56 @@ from fastgpt2.kernels.backend import wants_gradient
 from fastgpt2.kernels.modes import autocasts, is_ordinary, transformed
 
 
-def _rows_for_onednn(info: Path = Path("/proc/cpuinfo")) -> tuple[int, int]:
-    """From how many rows, and below how many, oneDNN is faster on this processor; (0, 0): never.
+class Share(NamedTuple):
+    """The products that go to oneDNN.
+
+    Attributes:
+        first: from how many rows.
+        end: below how many; 0 means none.
+        gradients: whether also those of transposed operands, of which gradients consist.
+    """
+
+    first: int = 0
+    end: int = 0
+    gradients: bool = True
+
+
+def _share_of_onednn(info: Path = Path("/proc/cpuinfo")) -> Share:
+    """The products that oneDNN computes faster on this processor.
 
     ``info`` is the file in which Linux describes the processors.
     """
     mkl, onednn = torch.backends.mkl, torch.backends.mkldnn
     if not (mkl.is_available() and onednn.is_available()):  # type: ignore[no-untyped-call]
-        return 0, 0
+        return Share()
     capability = torch.backends.cpu.get_cpu_capability()
     if capability not in ("AVX512", "AVX2"):
-        return 0, 0
+        return Share()
     processor = platform.processor()
     if info.exists():
         with info.open(encoding="utf-8", errors="replace") as file:
             # the first core's lines name the vendor, and there may be hundreds of cores
             processor += file.read(1000)
     if "AuthenticAMD" in processor:
-        return (1 if capability == "AVX512" else 2), sys.maxsize
-    return (4, 65) if capability == "AVX512" else (0, 0)
+        wide = capability == "AVX512"
+        return Share(1 if wide else 2, sys.maxsize, gradients=wide)
+    return Share(4, 65) if capability == "AVX512" else Share()
 
 
 # read once: the compiler cannot look into it
-_ONEDNN_ROWS = _rows_for_onednn()
+_ONEDNN = _share_of_onednn()
 
 
 def _takes_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     if x.device.type != "cpu" or x.dtype != torch.float32 or x.numel() * weight.numel() == 0:
         # oneDNN rejects empty operands
         return False
-    first, end = _ONEDNN_ROWS
+    first, end, gradients = _ONEDNN
     if end == 0 or torch.is_autocast_enabled("cpu"):
         # autocast makes a bf16 product of fp32 operands
+        return False
+    in_rows = x.stride(-1) == weight.stride(-1) == 1
+    if not gradients and (not in_rows or wants_gradient(x, weight, bias)):
         return False
     if torch.compiler.is_compiling():
         # a number of rows in the condition would compile one program for each side of it
@@ -150,6 +169,6 @@ def matmul(a: Tensor, b: Tensor, *, into: Tensor | None = None) -> Tensor:
 
     ``into``, a tensor of the result's shape, is where the library puts it if it can.
     """
-    if _takes_onednn(a, b):
+    if _takes_onednn(a, b.t()):
         return _onednn(a, b.t(), None)
     return torch.mm(a, b, out=into)

@@ -6,9 +6,10 @@ are. Prints a table with blocks resident and times of a stated model, and writes
 ``kernels/REPORT.md``. ``--check`` compares with the committed expectation instead and fails on a
 spill, on shared memory that no block can have, on lost tensor-core instructions, on 5 % more
 instructions, and on a launch that gives a multiprocessor more blocks than fit: exit code 1. Another
-compiler makes other binaries, so each Triton has an
-expectation of its own, ``expectation-VERSION.json`` by ``--update``; without one there is nothing
-to compare with: exit code 2. Results are cached by source, so that a second run takes seconds.
+compiler makes other binaries, so each Triton has an expectation of its own,
+``expectation-VERSION.json`` by ``--update``, with ``--arch`` of those architectures alone; without
+one there is nothing to compare with: exit code 2. Results are cached by source, so that a second
+run takes seconds.
 """
 
 import argparse
@@ -154,6 +155,12 @@ def find_expectation(triton: str, folder: Path = _HERE) -> dict[str, dict[str, A
     )
 
 
+def _place(entry: tuple[str, Any]) -> tuple[str, str, int]:
+    """An entry's place in the expectation: by kernel, config and architecture, as in the report."""
+    kernel, config, arch = entry[0].split(" | ")
+    return kernel, config, list(ARCHITECTURES).index(arch)
+
+
 def _as_lines(expected: dict[str, dict[str, Any]]) -> str:
     """JSON with a line a kernel, so that a change shows as one."""
     rows = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in expected.items()]
@@ -197,9 +204,10 @@ def _body(options: argparse.Namespace) -> int:
     if whole:
         write_text(REPORT, render(rows, gpus))
     if options.update:
-        if not whole:
-            raise UserError("--update records the whole matrix: leave out --arch and --gpu")
-        write_text(expectation_file(current), _as_lines(expectation(rows)))
+        file = expectation_file(current)
+        kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() and not whole else {}
+        found = {key: row for key, row in kept.items() if key.rpartition(" | ")[2] not in archs}
+        write_text(file, _as_lines(dict(sorted((found | expectation(rows)).items(), key=_place))))
     return 1 if any(row.error for row in rows) else 0
 
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from fastgpt2.kernels.backend import INTERPRETED
+from fastgpt2.kernels.backend import INTERPRETED, amd_architecture, capability
 from fastgpt2.kernels.gpus import ARCHITECTURES
 
-# stands for every NVIDIA GPU that the table has no column for
+# stands for NVIDIA GPUs of a generation that is not listed
 FALLBACK = "sm_80"
 # the architecture that the candidates are made for: they are compiled only for this one
 TUNED = "sm_90"
@@ -66,26 +66,29 @@ class Rule:
 
     Attributes:
         limits: largest value of each quantity named, such as ``{"D": 64, "dropout": 0}``.
-        configs: architecture (and ``interpret``) -> config; ``sm_80`` for one not named.
+        configs: architecture (and ``interpret``) -> config, or None where every tile spills and
+            the kernel is refused; one that is not named runs as the one that it is like.
         candidates: further configs that the tuner tries.
     """
 
     limits: Mapping[str, int]
-    configs: Mapping[str, Config]
+    configs: Mapping[str, Config | None]
     candidates: tuple[Config, ...]
 
     def applies(self, shape_class: Mapping[str, int]) -> bool:
         """Whether every limited quantity is within its limit."""
         return all(shape_class[name] <= limit for name, limit in self.limits.items())
 
-    def on(self, arch: str) -> Config:
-        """The config of this shape class on ``arch``."""
-        return self.configs.get(arch, self.configs[FALLBACK])
+    def on(self, arch: str) -> Config | None:
+        """The config of this shape class on ``arch``, None where the kernel is refused."""
+        while arch not in self.configs:
+            arch = ARCHITECTURES[arch].like if arch in ARCHITECTURES else FALLBACK
+        return self.configs[arch]
 
     def compiled(self, arch: str) -> list[Config]:
         """What the compile matrix covers: the config, and the candidates where they are for."""
         tried = self.candidates if arch == TUNED else ()
-        return list(dict.fromkeys([self.on(arch), *tried]))
+        return [c for c in dict.fromkeys([self.on(arch), *tried]) if c is not None]
 
 
 def read_table(text: str) -> dict[str, tuple[Rule, ...]]:
@@ -95,7 +98,7 @@ def read_table(text: str) -> dict[str, tuple[Rule, ...]]:
         kernel: tuple(
             Rule(
                 rule["limits"],
-                {arch: config(**row) for arch, row in rule["configs"].items()},
+                {arch: row and config(**row) for arch, row in rule["configs"].items()},
                 tuple(config(**row) for row in rule.get("candidates", ())),
             )
             for rule in rules
@@ -145,13 +148,22 @@ def pick(op: str, arch: str, **shape_class: int) -> Config:
     """
     if op in _overrides:
         return _overrides[op]
-    return rule_of(op, **shape_class).on(arch)
+    chosen = rule_of(op, **shape_class).on(arch)
+    assert chosen is not None, f"{op}: refused on {arch}"
+    return chosen
+
+
+def refusal(op: str, arch: str, **shape_class: int) -> str | None:
+    """Why ``op`` must not run on ``arch`` for a launch of this shape class, or None if it may."""
+    if rule_of(op, **shape_class).on(arch) is not None:
+        return None
+    return f"every tile of {op} needs more registers than {arch} has"
 
 
 def candidates(op: str, **shape_class: int) -> list[Config]:
     """What the tuner tries for such a launch: what is in the table, then the rule's candidates."""
     rule = rule_of(op, **shape_class)
-    chosen = [c for arch, c in rule.configs.items() if arch != INTERPRET]
+    chosen = [c for arch, c in rule.configs.items() if arch != INTERPRET and c is not None]
     return list(dict.fromkeys([*chosen, *rule.candidates]))
 
 
@@ -165,13 +177,25 @@ def overriding(op: str, choice: Config) -> Iterator[None]:
         del _overrides[op]
 
 
+def nvidia_architecture(major: int, minor: int) -> str:
+    """The listed architecture of this compute capability: of its generation, and not newer.
+
+    >>> nvidia_architecture(8, 7)
+    'sm_86'
+    """
+    found = FALLBACK
+    for name in ARCHITECTURES:
+        number = name.removeprefix("sm_")
+        if number.isdigit() and divmod(int(number), 10) <= (major, minor):
+            found = name if int(number) // 10 == major else found
+    return found
+
+
 @lru_cache
 def _architecture(device: torch.device) -> str:
     if torch.version.hip is not None:
-        return "gfx942"
-    major, _ = torch.cuda.get_device_capability(device)
-    own = f"sm_{major}0"
-    return own if own in ARCHITECTURES else FALLBACK
+        return amd_architecture(device.index)
+    return nvidia_architecture(*capability(device.index))
 
 
 def arch_of(device: torch.device) -> str:

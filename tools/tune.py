@@ -121,7 +121,7 @@ class Tuner:
             return
         self.done.add((launch.kernel, rule))
         arch = tuning.arch_of(self.device)
-        current = rules[rule].on(arch)
+        current = tuning.pick(launch.kernel, arch, **shape_class)
         tried = dict.fromkeys([current, *tuning.candidates(launch.kernel, **shape_class)])
         # the interpreter's times mean nothing: there, one candidate proves that this works
         for config in list(tried)[: None if self.device.type == "cuda" else 2]:

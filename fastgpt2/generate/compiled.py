@@ -1,31 +1,45 @@
-"""The decoding step compiled: one program over buffers that stay where they are.
+"""The decoding step compiled: programs over buffers that stay where they are.
 
-TorchInductor makes one C++ function of the whole step. It is compiled for a number of rows and the
-model's shapes; the cache's size and how many keys are in use are variables of it, so no length
-compiles anything anew. The program is kept on disk (by Inductor, in its own cache), and a second
-process loads it.
+TorchInductor makes one C++ function of a block, which all blocks share, and one of the head. They
+are compiled for a number of rows and the model's shapes; the cache's size and how many keys are in
+use are variables of them, so no length compiles anything anew. One program of the whole step would
+save the calls between blocks, a tenth of a step of GPT-2 124M in int8, and take four times as long
+to compile and to load. The programs are kept on disk (by Inductor, in its own cache), and a second
+process loads them.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from fastgpt2.compiler import compiler_obstacle, failure
 from fastgpt2.devices import device_kind
-from fastgpt2.generate.step import Weights, logits_after
+from fastgpt2.generate.step import (
+    Layer,
+    Options,
+    Position,
+    Weights,
+    block_after,
+    head_after,
+    logits_after,
+)
 from fastgpt2.model import GPT
 
 # as ``logits_after``
 Run = Callable[[Weights, Tensor, Tensor, list[Tensor], Tensor], Tensor]
 # keys in use are rounded up to this, so that the loops over them have no rest
 BLOCK = 64
-# the compiler tells dimensions apart by their first sizes: no two of these may be equal
+# the compiler tells dimensions apart by their first sizes: no two of these may be equal, and the
+# cache is always larger than the part of it that is in use
 _TRIAL_SIZE, _TRIAL_KEYS = 3 * BLOCK, 2 * BLOCK
 # programs kept for one function: shapes, rows, dtypes
 _PROGRAMS = 32
+# what a trial run has been made for: rows, dtypes, shapes
+_TRIED: set[Hashable] = set()
 _OPTIONS: dict[str, Any] = {
     # multiplications and sums become one instruction
     "cpp.enable_floating_point_contract_flag": "fast",
@@ -34,27 +48,29 @@ _OPTIONS: dict[str, Any] = {
     "max_pointwise_cat_inputs": 0,
 }
 # seconds, on two cores with AVX2: what compiling costs, and what each token saves by the weight
-_COST_PER_LAYER = 5.0
-_SAVED, _SAVED_INT8 = 2.5e-10, 1.8e-9
+_COST = 25.0
+_SAVED, _SAVED_INT8 = 2.5e-10, 8e-10
 
 
 def pays(model: GPT, new_tokens: int) -> bool:
     """Whether compiling takes less time than it saves, for so many steps of this model.
 
-    GPT-2 124M pays from about 2,000 steps on in fp32, and from 300 in int8. A program that is on
+    GPT-2 124M pays from about 800 steps on in fp32, and from 250 in int8. A program that is on
     disk already would pay earlier; that is not looked up.
     """
     quantized = model.lm_head.weight.dtype == torch.int8
     size = sum(p.numel() for p in model.parameters())
     saved = new_tokens * size * (_SAVED_INT8 if quantized else _SAVED)
     on_cpu = device_kind(model.transformer.wpe.weight.device).host
-    return on_cpu and saved > model.config.n_layer * _COST_PER_LAYER
+    return on_cpu and saved > _COST
 
 
 def compiled_step(
     weights: Weights, rows: int, notify: Callable[[str], None] | None = None
 ) -> Run | None:
-    """The compiled step after a trial run, or None, with one line that says why.
+    """The compiled step, or None, with one line that says why.
+
+    The first time for such weights and rows in a process, a trial run compiles it, or fails to.
 
     Args:
         weights: the model's.
@@ -66,26 +82,46 @@ def compiled_step(
         (notify or warnings.warn)(f"compile: {obstacle}; generating without it")
         return None
     if notify is not None:
-        notify("compile: on; the first time takes a minute or so, later ones seconds")
-    H = weights.n_head
-    shape = (2, rows, H, _TRIAL_SIZE, weights.positions.shape[1] // H)
-    kv = [torch.zeros(shape, dtype=weights.positions.dtype) for _ in weights.layers]
-    tokens, lengths = torch.zeros(2, rows, dtype=torch.int64)
+        notify("compile: on; the first time takes half a minute or so, later ones seconds")
+
+    def any_length(
+        layer: Layer, x: Tensor, cache: Tensor, position: Position, options: Options
+    ) -> Tensor:
+        torch._dynamo.mark_dynamic(cache, 3)
+        torch._dynamo.mark_dynamic(position.visible, 1)
+        out: Tensor = block(layer, x, cache, position, options)
+        return out
 
     def step(
         weights: Weights, tokens: Tensor, lengths: Tensor, kv: list[Tensor], seen: Tensor
     ) -> Tensor:
-        torch._dynamo.mark_dynamic(seen, 0)
-        for layer in kv:
-            torch._dynamo.mark_dynamic(layer, 3)
         with torch._dynamo.config.patch(recompile_limit=_PROGRAMS), torch.no_grad():
-            logits: Tensor = run(weights, tokens, lengths, kv, seen)
-        return logits
+            return logits_after(weights, tokens, lengths, kv, seen, block=any_length, head=head)
 
+    H = weights.n_head
+    shape = (2, rows, H, _TRIAL_SIZE, weights.positions.shape[1] // H)
+    kind = (rows, _kind(weights), torch.get_num_threads())
     try:
-        run = torch.compile(logits_after, fullgraph=True, dynamic=False, options=_OPTIONS)
+        block, head = (
+            torch.compile(part, fullgraph=True, dynamic=False, options=_OPTIONS)
+            for part in (block_after, head_after)
+        )
+        if kind in _TRIED:
+            return step
+        kv = [torch.zeros(shape, dtype=weights.positions.dtype) for _ in weights.layers]
+        tokens, lengths = torch.zeros(2, rows, dtype=torch.int64)
         step(weights, tokens, lengths, kv, torch.arange(_TRIAL_KEYS))
     except Exception as error:
         (notify or warnings.warn)(f"compile: failed ({failure(error)}); generating without it")
         return None
+    _TRIED.add(kind)
     return step
+
+
+def _kind(weights: Weights) -> Hashable:
+    """All that the program is compiled for: shapes, dtypes and settings, but not the values."""
+    leaves = tree_leaves(weights, is_leaf=lambda leaf: leaf is None)
+    return tuple(
+        (leaf.shape, leaf.stride(), leaf.dtype) if isinstance(leaf, Tensor) else leaf
+        for leaf in leaves
+    )

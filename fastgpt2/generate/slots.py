@@ -53,8 +53,9 @@ class Slots:
             )
         elif compile and self._weights is not None:
             self.compiled = compiled_step(self._weights, count, notify)
-        # the compiled step writes a key for every row: one that is full has room for it
-        room = size if self.compiled is None else (size // BLOCK + 1) * BLOCK
+        # the compiled step writes a key for every row, also for one that is full, and takes the
+        # cache to be larger than what is in use
+        room = size if self.compiled is None else (size // BLOCK + 2) * BLOCK
         self.cache = model.make_cache(count, room)
         self.lengths = [0] * count
         self._seen = torch.arange(room, device=self.device)

@@ -1,12 +1,14 @@
 """One decoding step of a plain model: a token of each row in, the next ones out.
 
 ``GPT.hidden_states`` serves every model, with hooks, adapters and gradients; this serves the one
-case that decoding spends its time in, as a plain function of tensors: B rows, one new token each,
-on a CPU. Called as it is, it is a handful of PyTorch's operators per layer. Compiled, it is one
-program over buffers that stay where they are. Both compute OpenAI's graph, as ``layers.py`` does.
+case that decoding spends its time in, as plain functions of tensors: B rows, one new token each,
+on a CPU. Called as they are, they are a handful of PyTorch's operators per layer. Compiled, they
+are programs over buffers that stay where they are. Both compute OpenAI's graph, as ``layers.py``
+does.
 Shapes: B rows, C width, H heads, D head size, S keys of the cache, n of them in use, V vocabulary.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -71,6 +73,27 @@ class Weights(NamedTuple):
     n_head: int
     approximate: str
     fp32_residual: bool
+
+
+class Position(NamedTuple):
+    """Where the new tokens stand.
+
+    Attributes:
+        rows: (B,), the numbers 0 to B - 1.
+        lengths: (B,), the position of each row's new token.
+        visible: (B, n), which of the first n keys it attends to.
+    """
+
+    rows: Tensor
+    lengths: Tensor
+    visible: Tensor
+
+
+class Options(NamedTuple):
+    """What all blocks compute alike: the dtype of their layers, and the form of the GELU."""
+
+    dtype: torch.dtype
+    approximate: str
 
 
 def weights_of(model: GPT) -> Weights | None:
@@ -162,7 +185,14 @@ def _matrix(layer: nn.Module) -> Matrix | None:
 
 
 def logits_after(
-    weights: Weights, tokens: Tensor, lengths: Tensor, kv: list[Tensor], seen: Tensor
+    weights: Weights,
+    tokens: Tensor,
+    lengths: Tensor,
+    kv: list[Tensor],
+    seen: Tensor,
+    *,
+    block: "BlockAfter | None" = None,
+    head: "HeadAfter | None" = None,
 ) -> Tensor:
     """The logits after one more token of each row, whose keys and values go into the cache.
 
@@ -172,29 +202,47 @@ def logits_after(
         lengths: (B,), how many tokens of the row are in the cache.
         kv: of each layer (2, B, H, S, D), keys and values, written at ``lengths``.
         seen: (n,), the numbers 0 to n - 1: the keys that may be in use, n > every length.
+        block: ``block_after`` compiled; None for itself.
+        head: ``head_after`` compiled; None for itself.
 
     Returns:
         (B, V) in the weights' dtype.
     """
-    B, n = tokens.shape[0], seen.shape[0]
-    dtype, H, D = weights.positions.dtype, kv[0].shape[2], kv[0].shape[4]
-    rows = torch.arange(B)
+    options = Options(weights.positions.dtype, weights.approximate)
     # a row that is not in use may be full: what is written then is never read
     last = weights.positions.shape[0] - 1
     x = lookup(weights.tokens, tokens) + F.embedding(lengths.clamp(max=last), weights.positions)
-    x = x.float() if weights.fp32_residual else x.to(dtype)
-    visible = seen <= lengths[:, None]
-    # (B, H, 1, n): the same for every head
-    mask = visible[:, None, None, :]
+    x = x.float() if weights.fp32_residual else x.to(options.dtype)
+    position = Position(torch.arange(tokens.shape[0]), lengths, seen <= lengths[:, None])
     for layer, cache in zip(weights.layers, kv, strict=True):
-        qkv = _linear(layer.qkv, _normalize(layer.norm_1, x, dtype)).view(B, 3, H, D)
-        # advanced indices with a slice between them come first: (B, 2, H, D)
-        cache[:, rows, :, lengths] = qkv[:, 1:]
-        out = _attend(qkv[:, 0], cache[0, :, :, :n], cache[1, :, :, :n], mask)
-        x = x + _linear(layer.proj, out.reshape(B, H * D))
-        hidden = _linear(layer.fc, _normalize(layer.norm_2, x, dtype))
-        x = x + _linear(layer.out, F.gelu(hidden, approximate=weights.approximate))
-    return _linear(weights.head, _normalize(weights.norm, x, dtype))
+        x = (block or block_after)(layer, x, cache, position, options)
+    return (head or head_after)(weights.head, weights.norm, x, options)
+
+
+def block_after(
+    layer: Layer, x: Tensor, cache: Tensor, position: Position, options: Options
+) -> Tensor:
+    """A block: x (B, C) -> (B, C); cache (2, B, H, S, D) takes the new keys and values."""
+    B, n = position.visible.shape
+    H, D = cache.shape[2], cache.shape[4]
+    qkv = _linear(layer.qkv, _normalize(layer.norm_1, x, options.dtype)).view(B, 3, H, D)
+    # advanced indices with a slice between them come first: (B, 2, H, D)
+    cache[:, position.rows, :, position.lengths] = qkv[:, 1:]
+    # (B, 1, 1, n): the same for every head
+    mask = position.visible[:, None, None, :]
+    out = _attend(qkv[:, 0], cache[0, :, :, :n], cache[1, :, :, :n], mask)
+    x = x + _linear(layer.proj, out.reshape(B, H * D))
+    hidden = _linear(layer.fc, _normalize(layer.norm_2, x, options.dtype))
+    return x + _linear(layer.out, F.gelu(hidden, approximate=options.approximate))
+
+
+def head_after(head: Matrix, norm: Norm, x: Tensor, options: Options) -> Tensor:
+    """x (B, C) -> logits (B, V)."""
+    return _linear(head, _normalize(norm, x, options.dtype))
+
+
+BlockAfter = Callable[[Layer, Tensor, Tensor, Position, Options], Tensor]
+HeadAfter = Callable[[Matrix, Norm, Tensor, Options], Tensor]
 
 
 def lookup(table: Matrix, idx: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ class Resources:
         spill_bytes: per thread, of the stack frame on NVIDIA, of scratch memory on AMD.
         shared_bytes: per block.
         mma: ``tcgen05``, ``wgmma`` (``wgmma-rs`` if any takes its first operand from registers),
-            ``mma.sync``, ``mfma``, or empty without tensor cores.
+            ``mma.sync``, ``mfma`` or ``wmma`` on AMD, or empty without tensor cores.
         serialized: ptxas waits after every wgmma instead of overlapping them.
         units: instructions of the loops by the unit that executes them, per warp; NVIDIA only.
         skipped: how many of those a branch may skip.
@@ -142,7 +142,7 @@ def _amd_resources(compiled: Any) -> Resources:
         registers=counts["vgpr_count"],
         spill_bytes=max(counts["private_segment_fixed_size"], 4 * counts["vgpr_spill_count"]),
         shared_bytes=compiled.metadata.shared,
-        mma="mfma" if "v_mfma" in assembly else "",
+        mma=next((kind for kind in ("mfma", "wmma") if f"v_{kind}" in assembly), ""),
         serialized=False,
         units={},
         skipped=0,

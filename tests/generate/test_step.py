@@ -111,7 +111,8 @@ class TestCompiled:
 
     @needs_compiler
     def test_the_full_pass_whatever_the_lengths(self, model: GPT) -> None:
-        fed(Slots(model, 3, 20, compile=True), texts_of(3, 5))
+        # the trial of the first one compiles what all need
+        assert Slots(model, 3, 20, compile=True).compiled is not None
         count = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         for size, length in ((5, 5), (63, 60), (200, 140)):
             slots, texts = Slots(model, 3, size, compile=True), texts_of(3, length)

@@ -10,7 +10,11 @@ from triton.runtime import interpreter
 
 from fastgpt2.kernels.backend import INTERPRETED
 from tests.kernels.budget import DEVICE
+from tests.kernels.interpreter import quicken
 from tests.kernels.processors import PROCESSORS, Processor
+
+if INTERPRETED:
+    quicken()
 
 
 @pytest.fixture

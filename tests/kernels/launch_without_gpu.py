@@ -1,14 +1,15 @@
 """Every public op through Triton's real launcher, for a GPU that is not there.
 
 Arguments are bound, specialised and compiled exactly as on that GPU; only the launch itself is left
-out, so what comes back is garbage. Run as a program, it prints a line of JSON: the kernels
-launched, each with its shared memory. Not under TRITON_INTERPRET=1, and never within a test's own
-process: it replaces Triton's driver.
+out, so what comes back is garbage. As a program it takes an architecture, a dtype and the names of
+sizes, and prints a line of JSON: the kernels launched, each with its shared memory. Not under
+TRITON_INTERPRET=1, and never within a test's own process: it replaces Triton's driver.
 """
 
 import importlib
 import json
 import sys
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -50,7 +51,7 @@ class AbsentGPU:
         return self.target
 
 
-def launch_everything(arch: str, dtype: torch.dtype) -> dict[str, int]:
+def launch_everything(arch: str, dtype: torch.dtype, sizes: Sequence[Sizes]) -> dict[str, int]:
     """Launch each op's kernels; kernel function's name -> largest shared memory in bytes."""
     shared: dict[str, int] = {}
     run = JITFunction.run
@@ -71,7 +72,7 @@ def launch_everything(arch: str, dtype: torch.dtype) -> dict[str, int]:
         (importlib.import_module("fastgpt2.kernels.attention"), "_miscompiled", lambda *_: None),
     ):
         setattr(module, name, value)
-    for case in (case for s in SIZES for case in cases_at(s, DECODE_BATCHES, on_kernels=True)):
+    for case in (case for s in sizes for case in cases_at(s, DECODE_BATCHES, on_kernels=True)):
         inputs = case.inputs(torch.device("cpu"), dtype)
         for _, work in works(case, partial(case.run, "triton"), inputs):
             work()
@@ -79,4 +80,6 @@ def launch_everything(arch: str, dtype: torch.dtype) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(launch_everything(sys.argv[1], getattr(torch, sys.argv[2]))))
+    arch, dtype, *names = sys.argv[1:]
+    chosen = [size for size in SIZES if size.name in names]
+    print(json.dumps(launch_everything(arch, getattr(torch, dtype), chosen)))

@@ -4,6 +4,7 @@ import importlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,20 +13,20 @@ import torch
 _linear = importlib.import_module("fastgpt2.kernels.linear")
 _blocked_attention = importlib.import_module("fastgpt2.kernels.blocked_attention")
 
-ALWAYS, FEW, NEVER = (1, sys.maxsize), (4, 65), (0, 0)
-SEVERAL = (2, sys.maxsize)
+ALWAYS, FEW, NEVER = _linear.Share(1, sys.maxsize), _linear.Share(4, 65), _linear.Share()
+FORWARD = _linear.Share(2, sys.maxsize, gradients=False)
 
 
 @dataclass(frozen=True)
 class Processor:
-    """What PyTorch and Linux say of a processor, and the rows that are oneDNN's on it."""
+    """What PyTorch and Linux say of a processor, and what is oneDNN's share on it."""
 
     name: str
     info: str | None
     capability: str
     has_mkl: bool
     has_amx: bool
-    onednn_rows: tuple[int, int]
+    onednn: Any
 
     def install(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
         """Make the kernels believe that this is the machine; ``folder`` holds its description."""
@@ -35,13 +36,14 @@ class Processor:
         monkeypatch.setattr(_linear.platform, "processor", lambda: "")
         monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: self.has_mkl)
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: self.capability)
-        monkeypatch.setattr(_linear, "_ONEDNN_ROWS", _linear._rows_for_onednn(path))
+        monkeypatch.setattr(_linear, "_ONEDNN", _linear._share_of_onednn(path))
         monkeypatch.setattr(_blocked_attention, "_HAS_AMX", self.has_amx)
 
 
 PROCESSORS = (
     Processor("AMD with AVX-512", "AuthenticAMD", "AVX512", True, False, ALWAYS),
-    Processor("AMD with AVX2", "AuthenticAMD", "AVX2", True, False, SEVERAL),
+    Processor("AMD with AVX2", "AuthenticAMD", "AVX2", True, False, FORWARD),
+    Processor("AMD without AVX2", "AuthenticAMD", "DEFAULT", True, False, NEVER),
     Processor("Intel with AMX", "GenuineIntel", "AVX512", True, True, FEW),
     Processor("Intel with AVX-512", "GenuineIntel", "AVX512", True, False, FEW),
     Processor("Intel with AVX2", "GenuineIntel", "AVX2", True, False, NEVER),

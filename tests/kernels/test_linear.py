@@ -12,7 +12,7 @@ from fastgpt2.kernels import linear
 from fastgpt2.kernels.linear import _onednn_linear, matmul
 from tests.kernels import budget
 from tests.kernels.layouts import LAYOUTS, lay_out
-from tests.kernels.processors import ALWAYS, FEW, NEVER, Processor
+from tests.kernels.processors import ALWAYS, FEW, FORWARD, NEVER, Processor
 from tests.tiny_gpt import gradients, tiny_batch, tiny_gpt
 
 # the package exports the function under its module's name
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(params=[True, False], ids=["onednn", "pytorch's choice"])
 def onednn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether the processor is one on which fp32 products go to oneDNN."""
-    monkeypatch.setattr(op_module, "_ONEDNN_ROWS", ALWAYS if request.param else NEVER)
+    monkeypatch.setattr(op_module, "_ONEDNN", ALWAYS if request.param else NEVER)
     return bool(request.param)
 
 
@@ -96,7 +96,7 @@ def test_empty_products(rows: int, C: int, features: int) -> None:
 def test_other_dtypes_are_pytorch_s(
     dtype: torch.dtype, calls: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(op_module, "_ONEDNN_ROWS", ALWAYS)
+    monkeypatch.setattr(op_module, "_ONEDNN", ALWAYS)
     inputs = {name: x.to(dtype) for name, x in _inputs(5).items()}
     assert torch.equal(linear(**inputs), F.linear(**inputs))
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -119,7 +119,7 @@ def test_the_processor_decides(onednn: bool, calls: list[tuple[int, ...]]) -> No
 def test_only_wanted_gradients_are_computed(
     calls: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(op_module, "_ONEDNN_ROWS", ALWAYS)
+    monkeypatch.setattr(op_module, "_ONEDNN", ALWAYS)
     for wanted in ("x", "weight", "bias"):
         calls.clear()
         leaves = {name: x.requires_grad_(name == wanted) for name, x in _inputs(5).items()}
@@ -136,12 +136,12 @@ def test_matmul_into_a_buffer() -> None:
     torch.testing.assert_close(matmul(a.t(), a), a.t() @ a)
 
 
-def test_rows_of_each_processor(processor: Processor) -> None:
-    assert processor.onednn_rows == op_module._ONEDNN_ROWS
+def test_share_of_each_processor(processor: Processor) -> None:
+    assert processor.onednn == op_module._ONEDNN
 
 
 def test_processors_that_no_file_describes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read, none = op_module._rows_for_onednn, tmp_path / "none"
+    read, none = op_module._share_of_onednn, tmp_path / "none"
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     for name, expected in (("", FEW), ("x86, AuthenticAMD", ALWAYS)):
@@ -150,22 +150,44 @@ def test_processors_that_no_file_describes(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_few_rows(calls: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(op_module, "_ONEDNN_ROWS", FEW)
+    monkeypatch.setattr(op_module, "_ONEDNN", FEW)
     with torch.no_grad():
         for shape in ((3,), (4,), (64,), (65,), (2, 2), (8, 9), ()):
             linear(**_inputs(*shape))
     assert [rows for rows, _, _ in calls] == [4, 64, 4]
 
 
+def test_forward_only(calls: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where transposed operands are slow: neither they nor a layer that will have a gradient."""
+    monkeypatch.setattr(op_module, "_ONEDNN", FORWARD)
+    x, weight, bias = _inputs(5).values()
+    for compiled in (False, True):
+        layer = torch.compile(linear, backend="eager", fullgraph=True) if compiled else linear
+        layer(x, weight, bias)
+        assert calls == [(5, 33, 20)]
+        calls.clear()
+        torch.autograd.backward(layer(x, weight.requires_grad_(), bias).sum())
+        weight = weight.detach()
+        layer(x, weight.t().contiguous().t())
+        layer(x.t().contiguous().t(), weight)
+        assert not calls
+    matmul(x, weight.t())
+    assert len(calls) == 1
+    matmul(x.t(), x)
+    matmul(x, weight.t().contiguous())
+    assert len(calls) == 1
+
+
 def test_a_model_trains_and_answers_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[dict[str, Tensor]] = []
     idx, targets = tiny_batch()
-    for rows in (ALWAYS, NEVER):
-        monkeypatch.setattr(op_module, "_ONEDNN_ROWS", rows)
+    for share in (ALWAYS, FORWARD, NEVER):
+        monkeypatch.setattr(op_module, "_ONEDNN", share)
         model = tiny_gpt()
         found.append(gradients(model, idx, targets) | {"logits": model.logits(idx)})
-    for name, expected in found[1].items():
-        torch.testing.assert_close(found[0][name], expected)
+    for name, expected in found.pop().items():
+        for other in found:
+            torch.testing.assert_close(other[name], expected)
 
 
 @pytest.mark.usefixtures("onednn")

@@ -90,7 +90,7 @@ def test_routes_are_what_they_claim(
     by_library = not fused
     # 5 rows are oneDNN's wherever any are, but on a GPU none is
     built = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    onednn = by_library and built and processor.onednn_rows[1] > 0 and DEVICE.type == "cpu"
+    onednn = by_library and built and processor.onednn.end > 0 and DEVICE.type == "cpu"
     assert asked == {"linear": int(by_library), "oneDNN": int(onednn)}
 
 

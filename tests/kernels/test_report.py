@@ -214,6 +214,10 @@ def test_check_fails_on_each_fault(
     assert last == f"1 kernels checked, {len(lines)} worse than expected"
 
 
+def _by_place(row: Row) -> tuple[str, int]:
+    return row.kernel, list(ARCHITECTURES).index(row.arch)
+
+
 @pytest.mark.usefixtures("compiling")
 def test_update_records_what_check_then_finds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -231,6 +235,14 @@ def test_update_records_what_check_then_finds(
     assert json.loads(text) == expectation(rows)
     # one line a row, and two braces
     assert len(text.splitlines()) == len(rows) + 2
+    # one architecture again: the others keep their rows, and a case that is gone loses its row
+    again = [replace(rows[0], arch="gfx942", spill_bytes=0)]
+    monkeypatch.setattr(report, "measure", lambda *arguments: again)
+    assert report.main(["--update", "--arch", "gfx942"]) == 0
+    kept = [row for row in rows if row.arch != "gfx942"]
+    text = (tmp_path / f"{metadata.version('triton')}.json").read_text(encoding="utf-8")
+    assert json.loads(text) == expectation([*kept, *again])
+    assert list(json.loads(text)) == [row.key for row in sorted(kept + again, key=_by_place)]
 
 
 def test_committed_kernels_are_as_expected() -> None:

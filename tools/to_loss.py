@@ -1,0 +1,146 @@
+"""``python -m tools.to_loss TEXT NANOGPT --out FILE``: how long to nanoGPT's loss, beside nanoGPT.
+
+TEXT is Tiny Shakespeare, NANOGPT a checkout of https://github.com/karpathy/nanoGPT. Its own
+``prepare.py`` and ``train.py`` run as its README says for a CPU (but for the seed), and our
+``fastgpt2 train --config shakespeare-char --optimizer muon``, by turns, each in a process of its
+own. The time is the process's, from its start: imports and validations count.
+"""
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from benchmarks.machine import machine
+from fastgpt2.cli import Parser, check_counts
+from fastgpt2.cli import run as run_command
+from fastgpt2.errors import UserError
+from fastgpt2.files import write_text
+
+# nats per character: nanoGPT's validation loss in its README, after 2,000 steps
+TARGET = 1.886
+# its README, "I only have a macbook", but for the seed
+_THEIRS = (
+    *("config/train_shakespeare_char.py", "--device=cpu", "--compile=False", "--eval_iters=20"),
+    *("--log_interval=100", "--block_size=64", "--batch_size=12", "--n_layer=4", "--n_head=4"),
+    *("--n_embd=128", "--max_iters=2000", "--lr_decay_iters=2000", "--dropout=0.0"),
+)
+_OURS = ("--config=shakespeare-char", "--optimizer=muon", "--device=cpu", "--sample-tokens=0")
+# a validation in the output of either: the step and the loss
+_VALIDATION = re.compile(r"step (\d+): .*?(?:val|validation) loss (\d+\.\d+)")
+_SEED = "torch.manual_seed(1337 + seed_offset)"
+
+
+def curve(command: Sequence[str], folder: Path) -> list[dict[str, float]]:
+    """Run it in ``folder``: each validation's step, loss and seconds since the process began.
+
+    Raises:
+        UserError: it failed, or validated nothing.
+    """
+    began, points, tail = time.perf_counter(), [], ""
+    with subprocess.Popen(
+        [sys.executable, "-u", *command],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as child:
+        assert child.stdout is not None
+        for line in child.stdout:
+            tail = line.strip() or tail
+            found = _VALIDATION.search(line)
+            if found:
+                seconds = round(time.perf_counter() - began, 2)
+                step, loss = int(found[1]), float(found[2])
+                points.append({"step": step, "val_loss": loss, "seconds": seconds})
+    if child.returncode or not points:
+        raise UserError(f"{' '.join(command)}: exit code {child.returncode}, {tail}")
+    return points
+
+
+def seeded(nanogpt: Path, seed: int, folder: Path) -> None:
+    """A copy of nanoGPT that starts from ``seed``, which is not among its settings.
+
+    Raises:
+        UserError: the folder is not a checkout of nanoGPT.
+    """
+    shutil.copytree(nanogpt, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".git"))
+    program = folder / "train.py"
+    text = program.read_text(encoding="utf-8") if program.exists() else ""
+    if _SEED not in text:
+        raise UserError(f"{nanogpt}: not a checkout of nanoGPT with `{_SEED}` in its train.py")
+    write_text(program, text.replace(_SEED, f"torch.manual_seed({seed})"))
+
+
+def race(text: Path, nanogpt: Path, seeds: int, record: dict[str, Any], out: Path) -> None:
+    """Both, for each seed; the file is written after each run."""
+    for seed in range(1, seeds + 1):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            theirs = folder / "nanogpt"
+            seeded(nanogpt, seed, theirs)
+            data = theirs / "data" / "shakespeare_char"
+            shutil.copyfile(text, data / "input.txt")
+            subprocess.run([sys.executable, data / "prepare.py"], check=True, capture_output=True)
+            where = (f"--data={text.resolve()}", f"--out={folder / 'run'}", f"--seed={seed}")
+            programs = {
+                "nanogpt": (("train.py", *_THEIRS), theirs),
+                "fastgpt2": (("-m", "fastgpt2.train", *_OURS, *where), folder),
+            }
+            for who, (command, at) in sorted(programs.items(), reverse=seed % 2 == 0):
+                points = curve(command, at)
+                record["runs"].append({"who": who, "seed": seed, "curve": points})
+                record["summary"] = summary(record["runs"])
+                write_text(out, json.dumps(record, indent=1) + "\n")
+                print(f"seed {seed}, {who}: {points[-1]}", flush=True)
+
+
+def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of each program the last losses, and when it was first at the target, or else at its end."""
+    result: dict[str, Any] = {"target": TARGET}
+    for who in ("nanogpt", "fastgpt2"):
+        own = [run["curve"] for run in runs if run["who"] == who]
+        ends = [next((p for p in c if p["val_loss"] <= TARGET), c[-1]) for c in own]
+        result[who] = {
+            "last_losses": [c[-1]["val_loss"] for c in own],
+            "steps": [p["step"] for p in ends],
+            "seconds": [p["seconds"] for p in ends],
+        }
+    a, b = (result[who] for who in ("fastgpt2", "nanogpt"))
+    if a["seconds"] and b["seconds"]:
+        result["share_of_steps"] = round(median(a["steps"]) / median(b["steps"]), 3)
+        result["share_of_seconds"] = round(median(a["seconds"]) / median(b["seconds"]), 3)
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    parser = Parser(prog="python -m tools.to_loss", description=__doc__)
+    parser.add_argument("text", type=Path, metavar="TEXT", help="tinyshakespeare.txt")
+    parser.add_argument("nanogpt", type=Path, metavar="NANOGPT", help="a checkout of nanoGPT")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the JSON to write")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="pairs of runs [3]")
+    options = parser.parse_args(arguments)
+    return run_command("to_loss", lambda: _body(options))
+
+
+def _body(options: argparse.Namespace) -> int:
+    check_counts(options, "seeds")
+    record: dict[str, Any] = {"machine": machine(torch.device("cpu")), "runs": []}
+    race(options.text, options.nanogpt, options.seeds, record, options.out)
+    print(json.dumps(record["summary"], indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
