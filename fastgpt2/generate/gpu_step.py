@@ -16,6 +16,7 @@ from torch import Tensor
 from fastgpt2.generate.step import Matrix, Norm, Weights, lookup, plain_weights
 from fastgpt2.kernels import append_kv, decode_attention, decode_linear, embedding
 from fastgpt2.kernels.backend import Impl, resolve
+from fastgpt2.kernels.decode_attention import MAX_HEAD_SIZE
 from fastgpt2.kernels.decode_linear import MAX_ROWS
 from fastgpt2.kernels.gelu import APPROXIMATIONS
 from fastgpt2.model import GPT
@@ -30,7 +31,8 @@ def gpu_weights_of(model: GPT) -> Weights | None:
     """
     positions = model.transformer.wpe.weight
     on_kernels = resolve("generate", model.config.impl, positions) is Impl.TRITON
-    return plain_weights(model) if on_kernels else None
+    fits = model.config.head_size <= MAX_HEAD_SIZE
+    return plain_weights(model) if on_kernels and fits else None
 
 
 def gpu_logits_after(

@@ -27,9 +27,7 @@ from tests.tiny_gpt import tiny_gpt
 FORMS: dict[str, dict[str, Any]] = {
     "fp32": {},
     "int8": {},
-    "no bias, erf": {"bias": False, "gelu": "erf"},
-    "padded vocabulary": {"vocab_size": 61},
-    "fp32 residual": {"fp32_residual": True},
+    "no bias, erf, fp32 residual": {"bias": False, "gelu": "erf", "fp32_residual": True},
 }
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10]]
 
@@ -223,6 +221,14 @@ def test_logits_that_are_not_finite_are_one_line(graphs: PlayedGraphs) -> None:
     with pytest.raises(Exception, match="the logits are not finite") as raised:
         stream.wait()
     assert type(raised.value).__name__ == "UserError"
+
+
+def test_heads_that_the_kernels_do_not_take_go_the_long_way(graphs: PlayedGraphs) -> None:
+    model = _model(n_layer=1, n_head=1, n_embd=136)
+    assert gpu_weights_of(model) is None
+    with pytest.warns(UserWarning, match="generating without it"):
+        model.generate([[1, 2]], 2, 0.0, compile=True)
+    assert graphs.captures == 0
 
 
 def test_more_rows_than_the_kernel_takes(graphs: PlayedGraphs) -> None:
