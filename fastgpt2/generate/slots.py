@@ -56,6 +56,9 @@ class Slots:
         # the compiled step writes a key for every row, also for one that is full, and takes the
         # cache to be larger than what is in use
         room = size if self.compiled is None else (size // BLOCK + 2) * BLOCK
+        if compile and on_gpu:
+            # so does the captured one
+            room = size + 1
         self.cache = model.make_cache(count, room)
         self.lengths = [0] * count
         self._seen = torch.arange(room, device=self.device)

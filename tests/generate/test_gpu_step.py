@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastgpt2.config import GPTConfig
 from fastgpt2.generate import Generator, gpu_step, graph
+from fastgpt2.generate import slots as slots_module
 from fastgpt2.generate.gpu_step import gpu_logits_after, gpu_weights_of
 from fastgpt2.generate.slots import Slots
 from fastgpt2.generate.step import plain_weights
@@ -41,10 +42,16 @@ def _texts(rows: int, length: int) -> list[list[int]]:
     return torch.randint(61, (rows, length), generator=torch.Generator().manual_seed(2)).tolist()
 
 
+def _play_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_step, "resolve", lambda *_: Impl.TRITON)
+    # the CPU's step does not know a model on a GPU
+    monkeypatch.setattr(slots_module, "weights_of", lambda model: None)
+
+
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> PlayedGraphs:
     """Models on the CPU take the GPU's step, on PyTorch's operators, and graphs are played."""
-    monkeypatch.setattr(gpu_step, "resolve", lambda *_: Impl.TRITON)
+    _play_gpu(monkeypatch)
     played = PlayedGraphs()
     monkeypatch.setattr(graph, "capture", played)
     return played
@@ -241,7 +248,7 @@ def test_what_fails_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None
     def broken(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
 
-    monkeypatch.setattr(gpu_step, "resolve", lambda *_: Impl.TRITON)
+    _play_gpu(monkeypatch)
     monkeypatch.setattr(graph, "capture", broken)
     lines: list[str] = []
     model = _model()

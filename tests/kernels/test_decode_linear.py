@@ -28,7 +28,7 @@ NAMES = ("bias", "norm_weight", "norm_bias", "residual")
 
 def _inputs(
     B: int, C: int, F: int, dtype: torch.dtype = torch.float32, names: tuple[str, ...] = NAMES
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     shapes = {
         "x": (B, C),
         "weight": (F, C),
@@ -38,7 +38,7 @@ def _inputs(
         "norm_bias": (C,),
         "residual": (B, F),
     }
-    tensors = {
+    tensors: dict[str, Any] = {
         name: torch.randn(shapes[name], device=DEVICE).to(dtype) for name in ("x", "weight", *names)
     }
     # products of C terms of size 1
@@ -47,7 +47,7 @@ def _inputs(
 
 
 def _op(form: str = "none", **options: Any) -> Callable[..., Tensor]:
-    def op(impl: str, **tensors: Tensor) -> Tensor:
+    def op(impl: str, **tensors: Any) -> Tensor:
         return decode_linear(**tensors, form=form, impl=impl, **options)
 
     return op
