@@ -78,7 +78,7 @@ run_stage() {
             workers=(-n 6)
         fi
         within "$seconds" "$python" -m pytest -q -p no:cacheprovider "${workers[@]}" \
-            -m gpu tests/kernels --junitxml "$out/correct.xml"
+            -m gpu tests/kernels tests/generate --junitxml "$out/correct.xml"
         ;;
     kernels)
         bench kernels "$seconds" ${b}_ops.py --seconds 1

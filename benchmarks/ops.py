@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.harness import Scale
 from fastgpt2 import kernels
+from fastgpt2.kernels.decode_linear import MAX_ROWS
 
 # an op as the tests know it, too: implementation's name and named inputs in, outputs out
 Op = Callable[..., Any]
@@ -352,6 +353,24 @@ def _append_kv(s: Sizes, batch: int) -> OpCase:
     return OpCase("append_kv", f"{s.name} B{batch} S{s.S} H{s.H}", run, plain, inputs, cost)
 
 
+def _decode_linear(s: Sizes, batch: int) -> OpCase:
+    """LayerNorm and the projection to queries, keys and values."""
+
+    def run(impl: str, x: Tensor, matrix: Tensor, bias: Tensor, **norm: Tensor) -> Tensor:
+        return kernels.decode_linear(x, matrix, bias, **norm, impl=impl)
+
+    def plain(
+        x: Tensor, matrix: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor
+    ) -> Tensor:
+        return F.linear(F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias), matrix, bias)
+
+    norm = {"norm_weight": (s.C,), "norm_bias": (s.C,)}
+    inputs = _draw(x=(batch, s.C), matrix=(3 * s.C, s.C), bias=(3 * s.C,), **norm)
+    elements = 3.0 * s.C * s.C
+    cost = Cost(2 * elements, 2 * batch * elements)
+    return OpCase("decode_linear", f"{s.name} B{batch} C{s.C}", run, plain, inputs, cost)
+
+
 def cases_at(s: Sizes, decode_batches: Sequence[int], *, on_kernels: bool) -> list[OpCase]:
     """Every op at one size, and with ``on_kernels`` the forms that only the kernels have."""
     cases = [_attention(s, 0.0), _add_layer_norm(s), _add_branch(s), _layer_norm(s)]
@@ -359,6 +378,8 @@ def cases_at(s: Sizes, decode_batches: Sequence[int], *, on_kernels: bool) -> li
     cases += [_cross_entropy(s), _linear_cross_entropy(s), _embedding(s)]
     for batch in decode_batches:
         cases += [_append_kv(s, batch), _decode_attention(s, batch)]
+        if batch <= MAX_ROWS:
+            cases.append(_decode_linear(s, batch))
     if on_kernels:
         cases += [_linear_gelu(s, fused=True), _attention(s, 0.1)]
     return cases

@@ -45,7 +45,8 @@ class Generative(nn.Module):
                 ``draft``, a smaller model that proposes tokens, or ``prompt_lookup``, how many to
                 propose from the text itself: the same greedy tokens, the same distribution;
                 ``compile``, whether the decoding step is compiled (on a CPU; half a minute, and
-                then kept on disk): a warning says so where it cannot be.
+                then kept on disk) or captured as a CUDA graph (on a GPU): a warning says so where
+                it cannot be.
 
         Returns:
             A tensor for a tensor, with as many new columns as the longest row has new tokens; a

@@ -10,7 +10,7 @@ from fastgpt2.kernels import checks, reference
 from fastgpt2.kernels.backend import Impl, resolve
 
 # the widest head that the kernels' tiles are made for, and the most queries that a grid holds
-_MAX_HEAD_SIZE, _MAX_QUERIES = 128, 65535
+MAX_HEAD_SIZE, _MAX_QUERIES = 128, 65535
 
 
 @torch.library.custom_op("fastgpt2::append_kv", mutates_args=("k_cache", "v_cache"))
@@ -48,8 +48,8 @@ def _adjacent(x: Tensor) -> Tensor:
 def _obstacle(x: Tensor) -> str | None:
     """Why the kernels cannot run on these new tokens (B, T, H, D), or None if they can."""
     B, T, _, D = x.shape
-    if D > _MAX_HEAD_SIZE:
-        return f"the kernels take heads up to {_MAX_HEAD_SIZE}, not {D}"
+    if D > MAX_HEAD_SIZE:
+        return f"the kernels take heads up to {MAX_HEAD_SIZE}, not {D}"
     if B * T > _MAX_QUERIES:
         return f"the kernels take up to {_MAX_QUERIES} new tokens, not {B * T}"
     return None

@@ -154,6 +154,29 @@ def append_kv(
     return new_k, new_v
 
 
+def decode_linear(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    form: str,
+) -> Tensor:
+    """residual + gelu(scales * (layer_norm(x) @ weight.T) + bias), not rounded."""
+    y = up(x) if norm_weight is None else layer_norm(up(x), norm_weight, norm_bias, eps)
+    y = y @ weight.to(y.dtype).T
+    if scales is not None:
+        y = y * scales.to(y.dtype)
+    if bias is not None:
+        y = y + bias.to(y.dtype)
+    if form != "none":
+        y = gelu(y, form)
+    return y if residual is None else residual.to(y.dtype) + y
+
+
 def visible_in_cache(T: int, S: int, lengths: Tensor) -> Tensor:
     """(B, 1, T, S) bool: query t of row b sees the keys up to its own, at ``lengths[b] + t``."""
     own = lengths[:, None] + torch.arange(T, device=lengths.device)

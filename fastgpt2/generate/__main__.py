@@ -190,8 +190,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--compile",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="compile the decoding step on a CPU; kept on disk for the next time [if that takes "
-        "less time than it saves for so many tokens]",
+        help="compile the decoding step on a CPU, kept on disk for the next time; capture it as a "
+        "CUDA graph on a GPU [on a CPU, if that takes less time than it saves for so many tokens]",
     )
     machine.add_argument(
         "--impl", choices=IMPLS, default="auto", help="implementation of the kernels [%(default)s]"

@@ -10,11 +10,13 @@ its tokens are those it would have alone: lengths, random numbers and processors
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from fastgpt2.errors import UserError
+from fastgpt2.generate.ahead import AHEAD, Ahead, may_run_ahead
 from fastgpt2.generate.checks import (
     WINDOWS,
     Stop,
@@ -28,7 +30,7 @@ from fastgpt2.generate.checks import (
 )
 from fastgpt2.generate.processors import InVocabulary, Processor, require
 from fastgpt2.generate.request import Request, Stream
-from fastgpt2.generate.sampling import Sampling, allows_some, draw
+from fastgpt2.generate.sampling import Sampling, allows_some, draw, may_follow
 from fastgpt2.generate.slots import Slots
 from fastgpt2.generate.speculation import Draft, PromptLookup, Proposal, verify
 from fastgpt2.generate.text import TextPieces, encode_prompt
@@ -73,7 +75,8 @@ class Generator:
         draft: a smaller model with the same vocabulary that proposes tokens.
         prompt_lookup: propose what followed the last tokens earlier in the text, up to this many.
         proposals: tokens that the draft model proposes at once.
-        compile: compile the decoding step, on a CPU: it takes a minute or so the first time.
+        compile: compile the decoding step, on a CPU: it takes a minute or so the first time. On a
+            GPU: capture it as a CUDA graph, in which the tokens are chosen some steps ahead.
         notify: shows what came of that, a line each; None says only what failed, as a warning.
 
     Raises:
@@ -280,15 +283,10 @@ class Generator:
         proposals: list[Proposal] = [Proposal([], None)] * len(rows)
         if self._proposer is not None:
             # what a row proposes depends on the row alone, and so do its random numbers
-            context = self.model.config.block_size
-            limits = [
-                min(
-                    context - (len(row.ids) - row.start),
-                    row.stream.request.max_new_tokens - len(row.stream.ids) - 1,
-                )
-                for row in rows
-            ]
-            proposals = self._proposer.propose(rows, limits)
+            proposals = self._proposer.propose(rows, [self._spare(row) for row in rows])
+        elif self.slots.graph is not None and may_run_ahead([r.stream.request for r in rows]):
+            self._run_ahead()
+            return
         tokens = [[row.ids[-1], *p.tokens] for row, p in zip(rows, proposals, strict=True)]
         if all(len(ids) == 1 for ids in tokens):
             self._choose(rows, self.slots.feed(0, tokens))
@@ -296,6 +294,26 @@ class Generator:
         logits = self.slots.feed(0, tokens, every=True)
         for row, proposal, row_logits in zip(rows, proposals, logits, strict=True):
             self._verify(row, proposal, row_logits[: len(proposal.tokens) + 1])
+        self.slots.cut([len(row.ids) - 1 - row.start for row in rows])
+
+    def _spare(self, row: Row) -> int:
+        """How many tokens the row may have beside the next one, before it ends or slides."""
+        request, context = row.stream.request, self.model.config.block_size
+        wanted = request.max_new_tokens - len(row.stream.ids) - 1
+        return min(context - (len(row.ids) - row.start), wanted)
+
+    def _run_ahead(self) -> None:
+        """Some tokens for every row; those after the end of a text are dropped."""
+        rows, requests = self._rows, [row.stream.request for row in self._rows]
+        count = min(AHEAD, 1 + min(self._spare(row) for row in rows))
+        process = partial(self._process, requests[0].sampling, [])
+        ahead = Ahead(self.slots, requests, [row.ids[-1] for row in rows], count, process)
+        for step, (tokens, best) in enumerate(zip(ahead.tokens, ahead.best, strict=True)):
+            for i, allowed in enumerate(may_follow(best)):
+                if rows[i].stream.finish_reason is None:
+                    self._append(rows[i], tokens[i] if allowed else None, None)
+                    if rows[i].stream.finish_reason is not None:
+                        ahead.rewind(i, step + 1)
         self.slots.cut([len(row.ids) - 1 - row.start for row in rows])
 
     def _verify(self, row: Row, proposal: Proposal, logits: Tensor) -> None:

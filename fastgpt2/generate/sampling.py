@@ -93,7 +93,11 @@ def allows_some(logits: Tensor) -> list[bool]:
     Raises:
         UserError: logits are NaN or infinite.
     """
-    best = logits.amax(dim=-1).tolist()
+    return may_follow(logits.amax(dim=-1).tolist())
+
+
+def may_follow(best: Sequence[float]) -> list[bool]:
+    """``allows_some``, given the largest processed logit of each row."""
     if any(math.isnan(value) or value == math.inf for value in best):
         raise UserError("the logits are not finite: damaged weights, or too large for fp16")
     return [value > -math.inf for value in best]
@@ -102,9 +106,12 @@ def allows_some(logits: Tensor) -> list[bool]:
 def draw(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """(B, V) processed logits -> (B, 1) tokens, drawn from their softmax in fp32.
 
-    A row in which every token is forbidden gives any token.
+    A row in which every token is forbidden gives any token. The token with the least arrival time
+    of exponential clocks that run at the rates p is distributed as p: ``torch.multinomial`` draws
+    the same tokens from the same random numbers, but waits for the GPU.
     """
     logits = logits.float()
     hopeless = logits.amax(dim=-1, keepdim=True) == -torch.inf
     probs = torch.softmax(logits.masked_fill(hopeless, 0.0), dim=-1)
-    return torch.multinomial(probs, 1, generator=generator)
+    times = torch.empty_like(probs).exponential_(1.0, generator=generator)
+    return (probs / times).argmax(dim=-1, keepdim=True)

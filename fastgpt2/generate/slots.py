@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from fastgpt2.generate.compiled import BLOCK, Run, compiled_step
+from fastgpt2.generate.gpu_step import gpu_weights_of
+from fastgpt2.generate.graph import Choice, graph_step
 from fastgpt2.generate.step import logits_after, weights_of
 from fastgpt2.kernels.modes import autocasts
 from fastgpt2.model import GPT
@@ -25,7 +27,8 @@ class Slots:
 
     Attributes:
         lengths: tokens in each row.
-        compiled: the compiled step, or None.
+        compiled: the compiled step on a CPU, or None.
+        graph: the captured step on a GPU, or None; also None while the model is not plain.
     """
 
     def __init__(
@@ -42,18 +45,25 @@ class Slots:
         # read anew with each prompt; None where the step does not know the model
         self._weights = weights_of(model)
         self.compiled: Run | None = None
-        if compile and self._weights is None:
+        on_gpu = gpu_weights_of(model) is not None
+        if compile and self._weights is None and not on_gpu:
             (notify or warnings.warn)(
-                "compile: for plain models on a CPU only; generating without it"
+                "compile: for plain models on a CPU or on the Triton kernels only; "
+                "generating without it"
             )
         elif compile and self._weights is not None:
             self.compiled = compiled_step(self._weights, count, notify)
         # the compiled step writes a key for every row, also for one that is full, and takes the
         # cache to be larger than what is in use
         room = size if self.compiled is None else (size // BLOCK + 2) * BLOCK
+        if compile and on_gpu:
+            # so does the captured one
+            room = size + 1
         self.cache = model.make_cache(count, room)
         self.lengths = [0] * count
         self._seen = torch.arange(room, device=self.device)
+        self._graph = graph_step(model, self.cache, notify) if compile and on_gpu else None
+        self.graph = self._graph
 
     def feed(self, first: int, tokens: Sequence[Sequence[int]], *, every: bool = False) -> Tensor:
         """Append ``tokens[i]`` to row ``first + i``, for neighbouring rows in one pass.
@@ -71,6 +81,12 @@ class Slots:
         T, stop = max(counts), first + len(tokens)
         if T > 1 or 0 in self.lengths[first:stop]:
             self._weights = weights_of(self.model)
+            if self._graph is not None:
+                self.graph = self._graph if self._graph.refresh() else None
+        elif self.graph is not None and not autocasts(self.device):
+            logits = self.graph.logits_after(first, [ids[0] for ids in tokens])
+            self._count(first, stop, 1)
+            return logits[:, None] if every else logits
         elif self._weights is not None and not autocasts(self.device):
             logits = self._step(first, [ids[0] for ids in tokens])
             return logits[:, None] if every else logits
@@ -105,8 +121,21 @@ class Slots:
             every = self.compiled(self._weights, idx, self.cache.lengths, kv, seen)
             logits = every[first:stop]
         lengths += 1
-        self.lengths[first:stop] = [length + 1 for length in self.lengths[first:stop]]
+        self._count(first, stop, 1)
         return logits
+
+    def ahead(
+        self, tokens: list[int], count: int, choose: Choice
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """``GraphStep.ahead``; all that was chosen but the last of each row is in the cache."""
+        assert self.graph is not None
+        found = self.graph.ahead(tokens, count, choose)
+        self._count(0, len(tokens), count)
+        return found
+
+    def _count(self, first: int, stop: int, new: int) -> None:
+        """The host's lengths, which the device has counted by itself."""
+        self.lengths[first:stop] = [length + new for length in self.lengths[first:stop]]
 
     def cut(self, lengths: Sequence[int], first: int = 0) -> None:
         """Keep the first ``lengths[i]`` tokens of row ``first + i``."""

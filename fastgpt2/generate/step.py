@@ -97,17 +97,23 @@ class Options(NamedTuple):
 
 
 def weights_of(model: GPT) -> Weights | None:
-    """The weights of a model that is what it was built as, or quantized; None for any other.
+    """The weights for ``logits_after``: of a plain model on PyTorch's operators and a CPU, or None.
 
     They are the model's own tensors, not copies.
     """
+    positions = model.transformer.wpe.weight
+    by_torch = resolve("generate", model.config.impl, positions) is Impl.TORCH
+    here = by_torch and device_kind(positions.device).host
+    return plain_weights(model) if here else None
+
+
+def plain_weights(model: GPT) -> Weights | None:
+    """The weights of a model that is what it was built as, or quantized; None for any other."""
     transformer, config = model.transformer, model.config
     positions = transformer.wpe
     tables = (nn.Embedding, QuantizedEmbedding)
     if not (
-        resolve("generate", config.impl, positions.weight) is Impl.TORCH
-        and device_kind(positions.weight.device).host
-        and type(model) is GPT
+        type(model) is GPT
         and not vars(model).keys() & {"forward", "head", "hidden_states"}
         and is_plain(transformer, Transformer)
         and is_plain(positions, nn.Embedding)
@@ -205,7 +211,7 @@ def logits_after(
     options = Options(weights.positions.dtype, weights.approximate)
     # a row that is not in use may be full: what is written then is never read
     last = weights.positions.shape[0] - 1
-    x = _lookup(weights.tokens, tokens) + F.embedding(lengths.clamp(max=last), weights.positions)
+    x = lookup(weights.tokens, tokens) + F.embedding(lengths.clamp(max=last), weights.positions)
     x = x.float() if weights.fp32_residual else x.to(options.dtype)
     position = Position(torch.arange(tokens.shape[0]), lengths, seen <= lengths[:, None])
     for layer, cache in zip(weights.layers, kv, strict=True):
@@ -239,7 +245,8 @@ BlockAfter = Callable[[Layer, Tensor, Tensor, Position, Options], Tensor]
 HeadAfter = Callable[[Matrix, Norm, Tensor, Options], Tensor]
 
 
-def _lookup(table: Matrix, idx: Tensor) -> Tensor:
+def lookup(table: Matrix, idx: Tensor) -> Tensor:
+    """Rows ``idx`` (B,) of a table of embeddings, (B, C); of int8 in fp32."""
     rows: Tensor = F.embedding(idx, table.weight)
     return rows if table.scales is None else rows.float() * table.scales[idx][:, None]
 

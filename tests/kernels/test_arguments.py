@@ -90,6 +90,13 @@ CONTRACTS: dict[str, Contract] = {
         {"lengths": (2,)},
         ("scale", "impl"),
     ),
+    "decode_linear": Contract(
+        {
+            **{"x": (2, 8), "weight": (9, 8), "bias": (9,), "scales": (9,), "residual": (2, 9)},
+            **{"norm_weight": (8,), "norm_bias": (8,)},
+        },
+        options=("eps", "dtype", "impl"),
+    ),
     "embedding": _EMBEDDING,
     "gelu": Contract({"x": (2, 8)}, options=_GELU),
     "layer_norm": Contract(_AFFINE, options=("eps", "impl")),
@@ -207,7 +214,9 @@ def _second_order(op: str, impl: str) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
-@pytest.mark.parametrize("op", sorted(set(CONTRACTS) - {"append_kv", "decode_attention"}))
+@pytest.mark.parametrize(
+    "op", sorted(set(CONTRACTS) - {"append_kv", "decode_attention", "decode_linear"})
+)
 def test_a_gradient_of_the_gradient_is_right_or_refused(op: str, impl: str) -> None:
     try:
         found = _second_order(op, impl)

@@ -33,6 +33,10 @@ OPS: dict[str, tuple[Run, tuple[tuple[int, ...], ...]]] = {
         lambda q, k, v, impl: kernels.decode_attention(q, k, v, _ids(B), impl=impl),
         (NEW, CACHE, CACHE),
     ),
+    "decode_linear": (
+        lambda x, weight, bias, impl: kernels.decode_linear(x, weight, bias, impl=impl),
+        ((T, C), (F, C), (F,)),
+    ),
     "embedding": (
         lambda wte, wpe, impl: kernels.embedding(_ids(B, T), wte, wpe, impl=impl),
         ((V, C), (T, C)),
@@ -65,7 +69,7 @@ OPS: dict[str, tuple[Run, tuple[tuple[int, ...], ...]]] = {
 }
 # what the package exports beside its ops; append_kv writes in place and returns nothing
 NOT_OPS = {"Impl", "append_kv", "explain", "use_impl"}
-NO_GRADIENT = {"decode_attention"}
+NO_GRADIENT = {"decode_attention", "decode_linear"}
 
 
 def _ids(*shape: int) -> Tensor:

@@ -1,0 +1,77 @@
+"""Several tokens of every row, chosen on the device before the host looks at them.
+
+Waiting for each token would leave the GPU idle while the host reads it, decides and launches. What
+the host alone can decide, whether a text ends, is decided afterwards: the tokens after its end are
+dropped, and the row's random numbers go back to where it ended.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fastgpt2.generate.request import Request
+from fastgpt2.generate.sampling import draw
+from fastgpt2.generate.slots import Slots
+
+# steps per look
+AHEAD = 8
+
+
+def may_run_ahead(requests: Sequence[Request]) -> bool:
+    """Whether the next tokens of these rows can be chosen without the host.
+
+    They can where all choose alike, by temperature and top_k alone, and each row has random numbers
+    of its own.
+    """
+    sampling = requests[0].sampling
+    own_numbers = len({id(request.generator) for request in requests}) == len(requests)
+    return (
+        not sampling.processors
+        and all(request.sampling.key == sampling.key for request in requests)
+        and (sampling.is_greedy or own_numbers)
+        and not any(request.log_probs for request in requests)
+    )
+
+
+class Ahead:
+    """The next ``count`` tokens of the first rows of a cache.
+
+    Args:
+        slots: the cache, with a captured step.
+        requests: what the rows ask for, for which ``may_run_ahead`` is true.
+        tokens: of each row the newest, which the cache does not hold yet.
+        count: tokens to choose, 1 or more; each row has room for as many.
+        process: the logits (rows, V) that are chosen from, given the model's.
+
+    Attributes:
+        tokens: ``count`` lists, of a token per row.
+        best: ``count`` lists, of a row's largest logit among those that it chose from.
+    """
+
+    def __init__(
+        self,
+        slots: Slots,
+        requests: Sequence[Request],
+        tokens: list[int],
+        count: int,
+        process: Callable[[Tensor], Tensor],
+    ) -> None:
+        self._requests, self._process = requests, process
+        self._states: list[list[Tensor]] = []
+        self.tokens, self.best = slots.ahead(tokens, count, self._choose)
+
+    def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        processed = self._process(logits)
+        best = processed.amax(dim=-1)
+        if self._requests[0].sampling.is_greedy:
+            return processed.argmax(dim=-1), best
+        generators = [request.generator for request in self._requests]
+        self._states.append([generator.get_state() for generator in generators])
+        rows = zip(processed.split(1), generators, strict=True)
+        return torch.cat([draw(row, generator)[:, 0] for row, generator in rows]), best
+
+    def rewind(self, row: int, used: int) -> None:
+        """The row's random numbers go on as after its first ``used`` tokens."""
+        if used < len(self._states):
+            self._requests[row].generator.set_state(self._states[used][row])

@@ -1,0 +1,94 @@
+"""One decoding step of a plain model on the Triton kernels: six launches per layer, no other work.
+
+A layer is LayerNorm and projection to queries, keys and values; the write of the new key and
+value; attention to the cache (a seventh launch merges its shares where rows are few and long);
+projection and addition; LayerNorm, first linear layer and GELU; second linear layer and addition.
+Token ids and lengths are on the GPU, and nothing asks the host for a number, so the step can become
+a CUDA graph (``graph.py``). Shapes: B rows, C width, H heads, D head size, S keys, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgpt2.generate.step import Matrix, Norm, Weights, lookup, plain_weights
+from fastgpt2.kernels import append_kv, decode_attention, decode_linear, embedding
+from fastgpt2.kernels.backend import Impl, resolve
+from fastgpt2.kernels.decode_attention import MAX_HEAD_SIZE
+from fastgpt2.kernels.decode_linear import MAX_ROWS
+from fastgpt2.kernels.gelu import APPROXIMATIONS
+from fastgpt2.model import GPT
+
+_FORMS = {approximate: form for form, approximate in APPROXIMATIONS.items()}
+
+
+def gpu_weights_of(model: GPT) -> Weights | None:
+    """The weights of a plain model, quantized or not, that runs on the Triton kernels, or None.
+
+    They are the model's own tensors, not copies.
+    """
+    positions = model.transformer.wpe.weight
+    on_kernels = resolve("generate", model.config.impl, positions) is Impl.TRITON
+    fits = model.config.head_size <= MAX_HEAD_SIZE
+    return plain_weights(model) if on_kernels and fits else None
+
+
+def gpu_logits_after(
+    weights: Weights, tokens: Tensor, lengths: Tensor, kv: list[Tensor], impl: str
+) -> Tensor:
+    """The logits after one more token of each row, whose keys and values go into the cache.
+
+    Args:
+        weights: the model's.
+        tokens: (B,), each row's newest.
+        lengths: (B,), how many tokens of the row are in the cache. Of a row that is full nothing
+            is written, and its logits mean nothing.
+        kv: of each layer (2, B, H, S, D), keys and values, written at ``lengths``.
+        impl: of the ops. More than ``MAX_ROWS`` rows go through the library's products.
+
+    Returns:
+        (B, V) in the weights' dtype.
+    """
+    B, C = tokens.shape[0], weights.positions.shape[1]
+    dtype, H = weights.positions.dtype, weights.n_head
+    form = _FORMS[weights.approximate]
+    linear_impl = impl if B <= MAX_ROWS else Impl.TORCH
+    x = _embed(weights, tokens, lengths, impl)
+
+    def linear(matrix: Matrix, x: Tensor, norm: Norm | None = None, **options: Any) -> Tensor:
+        if norm is not None:
+            options |= {"norm_weight": norm.weight, "norm_bias": norm.bias, "eps": norm.eps}
+            options |= {"dtype": dtype}
+        bias, scales = matrix.bias, matrix.scales
+        return decode_linear(x, matrix.weight, bias, scales=scales, impl=linear_impl, **options)
+
+    for layer, cache in zip(weights.layers, kv, strict=True):
+        qkv = linear(layer.qkv, x, layer.norm_1).view(B, 1, 3, H, C // H)
+        q, k, v = qkv.unbind(2)
+        append_kv(cache[0], cache[1], k, v, lengths, impl=impl)
+        out = decode_attention(q, cache[0], cache[1], lengths, impl=impl)
+        x = linear(layer.proj, out.reshape(B, C), residual=x)
+        hidden = linear(layer.fc, x, layer.norm_2, form=form)
+        x = linear(layer.out, hidden, residual=x)
+    return linear(weights.head, x, weights.norm)
+
+
+def _embed(weights: Weights, tokens: Tensor, lengths: Tensor, impl: str) -> Tensor:
+    """(B, C), the residual stream before the first block."""
+    stream = torch.float32 if weights.fp32_residual else weights.positions.dtype
+    # a row that is full has no position left
+    positions = lengths.clamp(max=weights.positions.shape[0] - 1)
+    table = weights.tokens
+    if table.scales is not None:
+        return (lookup(table, tokens) + F.embedding(positions, weights.positions)).to(stream)
+    x = embedding(
+        tokens[:, None],
+        table.weight,
+        weights.positions,
+        positions=positions[:, None],
+        dtype=stream,
+        impl=impl,
+    )
+    return x[:, 0]

@@ -1,0 +1,165 @@
+"""The decoding step as one CUDA graph over buffers that stay where they are.
+
+A launch costs the host several microseconds, and a step of GPT-2 124M has some 75 of them: more
+time than the GPU needs for their work at batch 1. Captured once, they are one launch. Token ids,
+lengths, keys, values and logits keep their addresses, so a replay does the next token's work, and
+the host reads the tokens after several steps only.
+"""
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from fastgpt2.cache import KVCache
+from fastgpt2.compiler import failure
+from fastgpt2.devices import device_kind
+from fastgpt2.generate.gpu_step import gpu_logits_after, gpu_weights_of
+from fastgpt2.generate.step import Weights
+from fastgpt2.model import GPT
+
+# (rows, V) logits -> the tokens (rows,), and of each row the largest logit that it chose from
+Choice = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+def capture(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """What repeats ``step``: a replay of its CUDA graph, or ``step`` itself without a GPU.
+
+    On a GPU ``step`` runs once before, since nothing can be compiled or loaded during a capture.
+    """
+    if not device_kind(device).cuda:
+        return step
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+    replay: Callable[[], None] = graph.replay
+    return replay
+
+
+class GraphStep:
+    """The step of a model for all rows of a cache; those that are not fed keep their lengths.
+
+    Args:
+        model: a plain one, on the Triton kernels.
+        cache: where keys and values are; its lengths advance with the step.
+
+    Raises:
+        ValueError: the step does not know the model.
+    """
+
+    def __init__(self, model: GPT, cache: KVCache) -> None:
+        self._model, self._cache = model, cache
+        lengths = cache.lengths
+        self._tokens, self._active = torch.zeros_like(lengths), torch.zeros_like(lengths)
+        # what the two hold, as far as the host knows
+        self._held: tuple[int, list[int]] = 0, []
+        self._fed = (0, 0)
+        self._captured: tuple[tuple[int, torch.dtype], ...] = ()
+        if not self.refresh():
+            raise ValueError("the model is not plain, or not on the Triton kernels")
+
+    def refresh(self) -> bool:
+        """Capture the step anew if the model's tensors are others; False if it cannot be."""
+        weights = gpu_weights_of(self._model)
+        if weights is None:
+            return False
+        tensors = [leaf for leaf in tree_leaves(weights) if isinstance(leaf, Tensor)]
+        identity = tuple((tensor.data_ptr(), tensor.dtype) for tensor in tensors)
+        if identity != self._captured:
+            self._feed_rows((0, 0))
+            with torch.no_grad():
+                self._replay = capture(lambda: self._step(weights), self._tokens.device)
+            self._captured = identity
+        return True
+
+    def _step(self, weights: Weights) -> None:
+        kv, lengths = [layer.kv for layer in self._cache.layers], self._cache.lengths
+        impl = self._model.config.impl
+        self._logits = gpu_logits_after(weights, self._tokens, lengths, kv, impl)
+        lengths.add_(self._active)
+
+    def _feed_rows(self, rows: tuple[int, int]) -> None:
+        """Only rows ``first`` to ``stop`` - 1 advance from now on."""
+        if rows != self._fed:
+            self._active.zero_()
+            self._active[slice(*rows)] = 1
+            self._fed = rows
+
+    def _load(self, first: int, tokens: list[int]) -> Tensor:
+        """The buffer of these rows' tokens, which holds them."""
+        stop = first + len(tokens)
+        self._feed_rows((first, stop))
+        buffer = self._tokens[first:stop]
+        if self._held != (first, tokens):
+            buffer.copy_(torch.tensor(tokens))
+            self._held = first, tokens
+        return buffer
+
+    @torch.no_grad()
+    def logits_after(self, first: int, tokens: list[int]) -> Tensor:
+        """The logits after one more token of each of neighbouring rows.
+
+        Args:
+            first: the first row.
+            tokens: of each row the newest, which the cache does not hold yet.
+
+        Returns:
+            (rows, V).
+        """
+        self._load(first, tokens)
+        self._replay()
+        return self._logits[first : first + len(tokens)].clone()
+
+    @torch.no_grad()
+    def ahead(
+        self, tokens: list[int], count: int, choose: Choice
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """Several more tokens of the first rows; the host waits once, for all of them.
+
+        Args:
+            tokens: of each row the newest, which the cache does not hold yet.
+            count: how many to choose, 1 or more.
+            choose: called with the logits (rows, V), which the next step overwrites.
+
+        Returns:
+            ``count`` lists of what was chosen, and of the largest logits.
+        """
+        buffer, steps = self._load(0, tokens), []
+        for _ in range(count):
+            self._replay()
+            chosen, best = choose(self._logits[: len(tokens)])
+            buffer.copy_(chosen)
+            # fp64 holds both, for one copy to the host
+            steps.append(torch.stack([chosen.double(), best.double()]))
+        ids, values = torch.stack(steps, 1).tolist()
+        written = [[int(id_) for id_ in step] for step in ids]
+        self._held = 0, written[-1]
+        return written, values
+
+
+def graph_step(
+    model: GPT, cache: KVCache, notify: Callable[[str], None] | None = None
+) -> GraphStep | None:
+    """The captured step, or None, with one line that says why.
+
+    Args:
+        model: a plain one, on the Triton kernels.
+        cache: of all rows to come.
+        notify: shows what was decided, a line each; None says only what failed, as a warning.
+    """
+    try:
+        step = GraphStep(model, cache)
+    except Exception as error:
+        (notify or warnings.warn)(f"compile: failed ({failure(error)}); generating without it")
+        return None
+    if notify is not None:
+        notify("compile: on; a decoding step is one CUDA graph")
+    return step

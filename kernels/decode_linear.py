@@ -1,0 +1,196 @@
+"""A linear layer of a few rows with what stands before and after it: one launch in decoding."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgpt2.kernels import checks, reference
+from fastgpt2.kernels.backend import Impl, resolve
+from fastgpt2.kernels.gelu import APPROXIMATIONS
+
+# more rows cost the kernel more instructions than their weights cost time: matrix units then
+MAX_ROWS = 8
+# what may follow the product: a form of the GELU, or nothing
+NO_GELU = "none"
+
+
+@torch.library.custom_op("fastgpt2::decode_linear", mutates_args=())
+def _decode_linear(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    form: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """y (B, F) in ``dtype``."""
+    from fastgpt2.kernels.jit import decode_linear as jit
+
+    beside = jit.Beside(scales, bias, norm_weight, norm_bias, residual)
+    return jit.launch(x, weight, beside, eps=eps, form=form, dtype=dtype)
+
+
+@_decode_linear.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    form: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]), dtype=dtype)
+
+
+def _obstacle(x: Tensor) -> str | None:
+    """Why the kernel should not run on x (B, C), or None if it should."""
+    if x.shape[0] > MAX_ROWS:
+        return f"the kernel is made for up to {MAX_ROWS} rows, not {x.shape[0]}"
+    return None
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    residual: Tensor | None,
+) -> None:
+    op = "decode_linear"
+    checks.check_vectors(op, "x", x)
+    checks.check_dim(op, "x", x, 2, "(B, C)")
+    checks.check_dim(op, "weight", weight, 2, "(F, C)")
+    B, C = x.shape
+    features = weight.shape[0]
+    if not (weight.is_floating_point() or weight.dtype == torch.int8):
+        raise TypeError(f"{op}: weight must be floating point or int8, got {weight.dtype}")
+    checks.check_shape(op, "weight", weight, (features, C), f"x {tuple(x.shape)}")
+    checks.check_same_device(op, "weight", weight, x.device)
+    if norm_bias is not None and norm_weight is None:
+        raise ValueError(f"{op}: norm_bias must be None without norm_weight, got a tensor")
+    operands = {
+        "scales": (scales, (features,)),
+        "bias": (bias, (features,)),
+        "norm_weight": (norm_weight, (C,)),
+        "norm_bias": (norm_bias, (C,)),
+        "residual": (residual, (B, features)),
+    }
+    for name, (given, shape) in operands.items():
+        if given is not None:
+            checks.check_operand(op, name, given, shape, x)
+
+
+def decode_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scales: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    form: str = NO_GELU,
+    residual: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """y_b = residual_b + gelu(scales (W norm(x_b)) + bias), for the few rows of a decoding step.
+
+    Norm, GELU and addition are left out where they are not asked for. The Triton kernel computes
+    all of it in fp32 and rounds once, at the end. The library (``torch``) rounds between its
+    operators, to ``dtype``. No gradient flows through the kernel; autocast does not change it.
+
+    Args:
+        x: (B, C). ``auto`` takes the library for more than ``MAX_ROWS`` rows, ``triton`` refuses.
+        weight: (F, C), floating point or int8.
+        bias: (F,) or None.
+        scales: (F,), of int8 weights; None is 1.
+        norm_weight: (C,), of the LayerNorm of x before the product; None is no LayerNorm.
+        norm_bias: (C,) or None.
+        eps: of the LayerNorm, positive.
+        form: ``tanh`` or ``erf``, as in ``gelu``, or ``none``.
+        residual: (B, F) or None.
+        dtype: of y; None is that of the residual, or of x.
+        impl: ``auto``, ``triton``, ``torch`` or ``reference``.
+
+    Returns:
+        (B, F).
+
+    Raises:
+        ValueError: a shape, device, form or eps does not fit.
+        TypeError: a tensor is not floating point (weight: nor int8), or dtype is not.
+        RuntimeError: ``triton`` was asked for and cannot run.
+    """
+    op = "decode_linear"
+    _check(x, weight, scales, bias, norm_weight, norm_bias, residual)
+    checks.check_positive(op, "eps", eps)
+    if form not in (*APPROXIMATIONS, NO_GELU):
+        forms = ", ".join((*APPROXIMATIONS, NO_GELU))
+        raise ValueError(f"{op}: form must be one of {forms}, got {form!r}")
+    if dtype is None:
+        dtype = x.dtype if residual is None else residual.dtype
+    if not dtype.is_floating_point:
+        raise TypeError(f"{op}: dtype must be floating point, got {dtype}")
+    norm = norm_weight, norm_bias
+    match resolve(op, impl, x, lambda: _obstacle(x)):
+        case Impl.REFERENCE:
+            return reference.decode_linear(x, weight, scales, bias, *norm, residual, eps, form).to(
+                dtype
+            )
+        case Impl.TORCH:
+            return _by_library(x, weight, scales, bias, *norm, residual, eps, form, dtype)
+    tensors = [None if t is None else t.contiguous() for t in (scales, bias, *norm)]
+    rows = [_adjacent(t) for t in (x, weight)]
+    beside = None if residual is None else _adjacent(residual)
+    out: Tensor = _decode_linear(*rows, *tensors, beside, eps, form, dtype)
+    return out
+
+
+def _adjacent(x: Tensor) -> Tensor:
+    """``x``, copied only if the elements of its rows are not side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _by_library(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    form: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    def cast(given: Tensor | None, like: torch.dtype) -> Tensor | None:
+        return None if given is None else given.to(like)
+
+    # the dtype of the products: that of the weights, or for int8 the narrower of x's and y's
+    narrow = min(x.dtype, dtype, key=lambda d: d.itemsize)
+    inner = narrow if weight.dtype == torch.int8 else weight.dtype
+    with torch.autocast(x.device.type, enabled=False):
+        if norm_weight is not None:
+            affine = norm_weight.to(x.dtype), cast(norm_bias, x.dtype)
+            x = F.layer_norm(x, x.shape[-1:], *affine, eps)
+        x, weight = x.to(inner), weight.to(inner)
+        if scales is None:
+            y = F.linear(x, weight, cast(bias, inner))
+        else:
+            y = F.linear(x, weight) * scales
+            y = y if bias is None else y + bias
+        if form != NO_GELU:
+            y = F.gelu(y, approximate=APPROXIMATIONS[form])
+        if residual is not None:
+            y = residual + y
+    return y.to(dtype)
