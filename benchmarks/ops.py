@@ -356,7 +356,7 @@ def _append_kv(s: Sizes, batch: int) -> OpCase:
 def _decode_linear(s: Sizes, batch: int) -> OpCase:
     """LayerNorm and the projection to queries, keys and values."""
 
-    def run(impl: str, x: Tensor, matrix: Tensor, bias: Tensor, **norm: Tensor) -> Tensor:
+    def run(impl: str, x: Tensor, matrix: Tensor, bias: Tensor, **norm: Any) -> Tensor:
         return kernels.decode_linear(x, matrix, bias, **norm, impl=impl)
 
     def plain(

@@ -68,7 +68,7 @@ class Ahead:
             return processed.argmax(dim=-1), best
         generators = [request.generator for request in self._requests]
         self._states.append([generator.get_state() for generator in generators])
-        rows = zip(processed.split(1), generators, strict=True)
+        rows = zip(processed[:, None].unbind(), generators, strict=True)
         return torch.cat([draw(row, generator)[:, 0] for row, generator in rows]), best
 
     def rewind(self, row: int, used: int) -> None:

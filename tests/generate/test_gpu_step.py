@@ -156,9 +156,14 @@ def test_requests_come_and_go_and_stop_early(way: dict[str, Any], graphs: Played
 def test_the_host_looks_once_for_several_tokens(
     graphs: PlayedGraphs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    looks = []
+    looks: list[torch.Size] = []
     real = Tensor.tolist
-    monkeypatch.setattr(Tensor, "tolist", lambda x: looks.append(x.shape) or real(x))
+
+    def look(x: Tensor) -> Any:
+        looks.append(x.shape)
+        return real(x)
+
+    monkeypatch.setattr(Tensor, "tolist", look)
     engine = Generator(_model(block_size=64), batch_size=2, compile=True)
     streams = [engine.submit([1, 2, i], 41, temperature=0.0) for i in range(2)]
     engine.run()
@@ -204,7 +209,7 @@ def test_other_weights_are_captured_anew(graphs: PlayedGraphs) -> None:
     assert graphs.captures == 1
     # in place: the same memory
     with torch.no_grad():
-        model.transformer.h[0].mlp.c_fc.weight.mul_(-3.0)
+        model.get_parameter("transformer.h.0.mlp.c_fc.weight").mul_(-3.0)
     expected = model.generate([[1, 2]], 8, 0.0)[0][2:]
     assert engine.submit([1, 2], 8, temperature=0.0).wait().ids == expected
     assert graphs.captures == 1
@@ -228,7 +233,7 @@ def test_logits_that_are_not_finite_are_one_line(graphs: PlayedGraphs) -> None:
     stream = engine.submit([1, 2], 9, temperature=0.0)
     engine.step()
     with torch.no_grad():
-        model.transformer.h[0].mlp.c_fc.weight.fill_(float("nan"))
+        model.get_parameter("transformer.h.0.mlp.c_fc.weight").fill_(float("nan"))
     with pytest.raises(Exception, match="the logits are not finite") as raised:
         stream.wait()
     assert type(raised.value).__name__ == "UserError"

@@ -75,6 +75,8 @@ def test_products() -> None:
     assert flops(lambda: kernels.linear(x, w, b)) == one
     assert flops(lambda: kernels.linear_gelu(x, w, b, fused=True, impl="triton")) == one
     assert flops(lambda: linear_fp8(x.bfloat16(), w, b)) == one
+    few = x.detach()[:5]
+    assert flops(lambda: kernels.decode_linear(few, w, b, impl="triton")) == one // 2
 
 
 @pytest.mark.parametrize("impl", ["triton", "torch"])
