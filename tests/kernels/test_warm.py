@@ -37,5 +37,5 @@ def test_nothing_but_kernels_is_left_behind(
 def test_without_a_gpu_there_is_nothing_to_warm(capsys: pytest.CaptureFixture[str]) -> None:
     assert warm.main(["--device", "cpu"]) == 2
     said = capsys.readouterr().err
-    assert "kernels.warm: nothing to compile: the ops run on torch" in said
+    assert "kernels.warm: error: nothing to compile: the ops run on torch" in said
     assert len(said.splitlines()) == 1
