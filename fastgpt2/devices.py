@@ -179,6 +179,17 @@ def set_rng_states(states: Mapping[str, Tensor], device: torch.device) -> None:
         torch.get_device_module(device).set_rng_state(states[device.type], device)
 
 
+def spare_gpu_memory(device: torch.device) -> int:
+    """Bytes of a CUDA GPU that this process may still take, what its allocator holds included."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def release_gpu_memory() -> None:
+    """Give back what PyTorch's allocator holds of CUDA GPUs and does not use."""
+    torch.cuda.empty_cache()
+
+
 def device_name(device: torch.device) -> str:
     """The device's marketing name, or its type where it has none."""
     return torch.cuda.get_device_name(device) if device_kind(device).cuda else device.type

@@ -44,19 +44,26 @@ class Setting:
     seeds: int = 1
 
 
-def muon(muon_lr: float, lr: float, steps: int, seeds: int = 1, *more: str) -> Setting:
+# a longer warm-up, and a constant rate before the decay
+_FLAT = ("--warmup-steps=100", "--schedule=wsd", "--wsd-decay=0.6")
+
+
+def muon(
+    muon_lr: float, lr: float, steps: int, seeds: int = 1, *more: str, flat: bool = False
+) -> Setting:
     """Muon with these two learning rates; the rest is what the configuration ships."""
-    flags = ("--optimizer=muon", f"--muon-lr={muon_lr:g}", f"--lr={lr:g}", *more)
-    return Setting(f"Muon {muon_lr:g}, AdamW {lr:g}{' '.join(['', *more])}", flags, steps, seeds)
+    name = f"Muon {muon_lr:g}, AdamW {lr:g}{' '.join(['', *more])}{', flat first' if flat else ''}"
+    rates = ("--optimizer=muon", f"--muon-lr={muon_lr:g}", f"--lr={lr:g}")
+    return Setting(name, (*rates, *more, *(_FLAT if flat else ())), steps, seeds)
 
 
-# with the warm-up and decay that the trial before this sweep had
-SLOWER = ("--warmup-steps=100", "--schedule=wsd", "--wsd-decay=0.6")
 SWEEP = (
-    muon(0.04, 4e-3, 500, 1, *SLOWER),
-    muon(0.02, 4e-3, 500),
-    muon(0.06, 4e-3, 500),
-    muon(0.04, 8e-3, 500),
+    muon(0.02, 4e-3, 500, flat=True),
+    muon(0.04, 4e-3, 500, flat=True),
+    muon(0.02, 8e-3, 500, flat=True),
+    muon(0.03, 6e-3, 500, 1, "--muon-weight-decay=0.1", flat=True),
+    muon(0.03, 6e-3, 500, 1, "--muon-warmup-steps=100", flat=True),
+    muon(0.04, 4e-3, 600, 3, flat=True),
     muon(0.04, 4e-3, 500, 3),
 )
 

@@ -211,7 +211,7 @@ def _plan(arguments: dict[str, Any]) -> Plan:
     if resume and (out is None or name is not None):
         raise UserError("--resume continues the run given by --out, with its own configuration")
     if out is None:
-        base = read_config(name or _default_config())
+        base = _base(name, arguments)
         config = _configuration(base, arguments, resume=False)
         folder = new_folder(Path(name or "default").stem)
     else:
@@ -220,7 +220,7 @@ def _plan(arguments: dict[str, Any]) -> Plan:
             raise UserError(f"--out {out}: is a file")
         if resume:
             _check_resumable(folder)
-        base = read_config(str(folder / "config.toml") if resume else name or _default_config())
+        base = read_config(str(folder / "config.toml")) if resume else _base(name, arguments)
         if resume:
             _check_unchanged(base, arguments)
         config = _configuration(base, arguments, resume=resume)
@@ -253,8 +253,15 @@ def _train_in(plan: Plan, watch: Watch) -> int:
     return outcome.exit_code
 
 
-def _default_config() -> str:
-    return "cuda" if device_kind(resolve_device("auto")).cuda else "cpu"
+def _base(name: str | None, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of that name, or the machine's default one."""
+    if name is not None:
+        return read_config(name)
+    base = read_config("cuda" if device_kind(resolve_device("auto")).cuda else "cpu")
+    if arguments.get("init_from") is not None:
+        # Muon at the rates of a run from scratch would undo the weights
+        base.pop("optimizer", None)
+    return base
 
 
 def _for_the_weights(base: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:

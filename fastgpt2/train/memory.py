@@ -15,7 +15,14 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from fastgpt2 import distributed
-from fastgpt2.devices import autocast, device_kind, rng_states, set_rng_states
+from fastgpt2.devices import (
+    autocast,
+    device_kind,
+    release_gpu_memory,
+    rng_states,
+    set_rng_states,
+    spare_gpu_memory,
+)
 from fastgpt2.errors import UserError
 from fastgpt2.kernels.linear_cross_entropy import TORCH_CHUNK_BYTES, TRITON_CHUNK_BYTES
 from fastgpt2.layers import Block
@@ -156,8 +163,7 @@ def available(device: torch.device) -> int:
         UserError: the system does not say.
     """
     if device_kind(device).cuda:
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return spare_gpu_memory(device)
     meminfo = Path("/proc/meminfo")
     if not device_kind(device).host or not meminfo.is_file():
         raise UserError("--batch-size auto: the memory that is free cannot be asked for here")
@@ -234,4 +240,4 @@ def _fits(model: GPT, moments: int, batch_size: int, dtype: torch.dtype) -> bool
     finally:
         model.zero_grad(set_to_none=True)
         set_rng_states(random_numbers, device)
-        torch.cuda.empty_cache()
+        release_gpu_memory()

@@ -11,7 +11,6 @@ Grid (cdiv(F, BLOCK_F), cdiv(B, BLOCK_B)). Bytes: the weights once for each bloc
 int8 and 2 F C in bf16, beside which rows and outputs are small; FLOPs 2 B F C. Nothing is saved.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -193,8 +192,9 @@ def compile_cases(arch: str) -> list[CompileCase]:
     cases = []
     for limits, config in configs("decode_linear", arch):
         dtype = "int8" if limits.get("bytes") == 1 else "bf16"
-        widest = limits.get("F", math.inf)
-        cases += [_case(config, layer, dtype) for layer in _LAYERS if _LAYERS[layer][0] <= widest]
+        widest = limits.get("F")
+        fitting = [n for n, (F, _) in _LAYERS.items() if widest is None or F <= widest]
+        cases += [_case(config, layer, dtype) for layer in fitting]
         if dtype == "bf16":
             cases.append(_case(config, "FC2+residual", "fp32"))
     return cases

@@ -130,11 +130,12 @@ def reserved_parameters(tree: ast.AST) -> Iterator[ast.AST]:
 
 
 def unguarded_launches(tree: ast.AST) -> Iterator[ast.AST]:
-    """Triton launches on the current GPU: only ``launch_kernel`` selects that of the tensors."""
+    """Triton launches on the current GPU: only these two select that of the tensors."""
     guarded = {
         part
         for function in ast.walk(tree)
-        if isinstance(function, ast.FunctionDef) and function.name == "launch_kernel"
+        if isinstance(function, ast.FunctionDef)
+        and function.name in ("launch_kernel", "compile_noted")
         for part in ast.walk(function)
     }
     for node in ast.walk(tree):

@@ -6,6 +6,7 @@ import pytest
 
 from fastgpt2.config import GPTConfig
 from fastgpt2.errors import UserError
+from fastgpt2.train.__main__ import _base, build_parser
 from fastgpt2.train.config import TrainConfig, named_configs, read_config
 
 
@@ -138,3 +139,16 @@ def test_shape_of_the_model() -> None:
 def test_number_of_steps(fields: dict[str, Any], steps: int | None) -> None:
     config = TrainConfig(batch_size=2, grad_accum=2, **fields)
     assert config.total_steps(blocks_per_epoch=20) == steps
+
+
+def test_only_a_run_from_scratch_takes_muon_by_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At its rates released weights would not survive; and LoRA has no use for it."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for flags, optimizer in (([], "muon"), (["--init-from=gpt2"], "adamw")):
+        arguments = vars(build_parser().parse_args(flags))
+        assert TrainConfig.from_layers(_base(None, arguments), arguments).optimizer == optimizer
+    # whoever names a configuration has what it says
+    named = write(tmp_path, 'optimizer = "muon"')
+    assert _base(named, {"init_from": "gpt2"})["optimizer"] == "muon"
