@@ -41,7 +41,8 @@ def check_counts(options: argparse.Namespace, *names: str) -> None:
     """
     for name in names:
         if getattr(options, name) < 1:
-            raise UserError(f"--{name}: must be 1 or more, got {getattr(options, name)}")
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag}: must be 1 or more, got {getattr(options, name)}")
 
 
 def run(name: str, body: Callable[[], int | None], *, steady: bool = False) -> int:

@@ -1,5 +1,7 @@
 """A linear layer of a few rows with what stands before and after it: one launch in decoding."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -7,6 +9,7 @@ from torch import Tensor
 from fastgpt2.kernels import checks, reference
 from fastgpt2.kernels.backend import Impl, resolve
 from fastgpt2.kernels.gelu import APPROXIMATIONS
+from fastgpt2.kernels.reference import Beside
 
 # more rows cost the kernel more instructions than their weights cost time: matrix units then
 MAX_ROWS = 8
@@ -30,24 +33,14 @@ def _decode_linear(
     """y (B, F) in ``dtype``."""
     from fastgpt2.kernels.jit import decode_linear as jit
 
-    beside = jit.Beside(scales, bias, norm_weight, norm_bias, residual)
+    beside = Beside(scales, bias, norm_weight, norm_bias, residual)
     return jit.launch(x, weight, beside, eps=eps, form=form, dtype=dtype)
 
 
 @_decode_linear.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    scales: Tensor | None,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    residual: Tensor | None,
-    eps: float,
-    form: str,
-    dtype: torch.dtype,
-) -> Tensor:
-    return x.new_empty((x.shape[0], weight.shape[0]), dtype=dtype)
+def _(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    # the dtype comes last
+    return x.new_empty((x.shape[0], weight.shape[0]), dtype=rest[-1])
 
 
 def _obstacle(x: Tensor) -> str | None:
@@ -57,15 +50,7 @@ def _obstacle(x: Tensor) -> str | None:
     return None
 
 
-def _check(
-    x: Tensor,
-    weight: Tensor,
-    scales: Tensor | None,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    residual: Tensor | None,
-) -> None:
+def _check(x: Tensor, weight: Tensor, beside: Beside) -> None:
     op = "decode_linear"
     checks.check_vectors(op, "x", x)
     checks.check_dim(op, "x", x, 2, "(B, C)")
@@ -76,16 +61,10 @@ def _check(
         raise TypeError(f"{op}: weight must be floating point or int8, got {weight.dtype}")
     checks.check_shape(op, "weight", weight, (features, C), f"x {tuple(x.shape)}")
     checks.check_same_device(op, "weight", weight, x.device)
-    if norm_bias is not None and norm_weight is None:
+    if beside.norm_bias is not None and beside.norm_weight is None:
         raise ValueError(f"{op}: norm_bias must be None without norm_weight, got a tensor")
-    operands = {
-        "scales": (scales, (features,)),
-        "bias": (bias, (features,)),
-        "norm_weight": (norm_weight, (C,)),
-        "norm_bias": (norm_bias, (C,)),
-        "residual": (residual, (B, features)),
-    }
-    for name, (given, shape) in operands.items():
+    shapes = ((features,), (features,), (C,), (C,), (B, features))
+    for name, given, shape in zip(Beside._fields, beside, shapes, strict=True):
         if given is not None:
             checks.check_operand(op, name, given, shape, x)
 
@@ -132,7 +111,8 @@ def decode_linear(
         RuntimeError: ``triton`` was asked for and cannot run.
     """
     op = "decode_linear"
-    _check(x, weight, scales, bias, norm_weight, norm_bias, residual)
+    beside = Beside(scales, bias, norm_weight, norm_bias, residual)
+    _check(x, weight, beside)
     checks.check_positive(op, "eps", eps)
     if form not in (*APPROXIMATIONS, NO_GELU):
         forms = ", ".join((*APPROXIMATIONS, NO_GELU))
@@ -141,18 +121,13 @@ def decode_linear(
         dtype = x.dtype if residual is None else residual.dtype
     if not dtype.is_floating_point:
         raise TypeError(f"{op}: dtype must be floating point, got {dtype}")
-    norm = norm_weight, norm_bias
     match resolve(op, impl, x, lambda: _obstacle(x)):
         case Impl.REFERENCE:
-            return reference.decode_linear(x, weight, scales, bias, *norm, residual, eps, form).to(
-                dtype
-            )
+            return reference.decode_linear(x, weight, beside, eps, form).to(dtype)
         case Impl.TORCH:
-            return _by_library(x, weight, scales, bias, *norm, residual, eps, form, dtype)
-    tensors = [None if t is None else t.contiguous() for t in (scales, bias, *norm)]
-    rows = [_adjacent(t) for t in (x, weight)]
-    beside = None if residual is None else _adjacent(residual)
-    out: Tensor = _decode_linear(*rows, *tensors, beside, eps, form, dtype)
+            return _by_library(x, weight, beside, eps, form, dtype)
+    tensors = [None if t is None else _adjacent(t) for t in (x, weight, *beside)]
+    out: Tensor = _decode_linear(*tensors, eps, form, dtype)
     return out
 
 
@@ -162,17 +137,10 @@ def _adjacent(x: Tensor) -> Tensor:
 
 
 def _by_library(
-    x: Tensor,
-    weight: Tensor,
-    scales: Tensor | None,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    residual: Tensor | None,
-    eps: float,
-    form: str,
-    dtype: torch.dtype,
+    x: Tensor, weight: Tensor, beside: Beside, eps: float, form: str, dtype: torch.dtype
 ) -> Tensor:
+    scales, bias, norm_weight, norm_bias, residual = beside
+
     def cast(given: Tensor | None, like: torch.dtype) -> Tensor | None:
         return None if given is None else given.to(like)
 

@@ -6,6 +6,7 @@ S key tokens, H heads, D head size, C width, V vocabulary, N rows.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -154,18 +155,19 @@ def append_kv(
     return new_k, new_v
 
 
-def decode_linear(
-    x: Tensor,
-    weight: Tensor,
-    scales: Tensor | None,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    residual: Tensor | None,
-    eps: float,
-    form: str,
-) -> Tensor:
+class Beside(NamedTuple):
+    """What goes with x and weight of ``decode_linear``, each or none."""
+
+    scales: Tensor | None
+    bias: Tensor | None
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    residual: Tensor | None
+
+
+def decode_linear(x: Tensor, weight: Tensor, beside: Beside, eps: float, form: str) -> Tensor:
     """residual + gelu(scales * (layer_norm(x) @ weight.T) + bias), not rounded."""
+    scales, bias, norm_weight, norm_bias, residual = beside
     y = up(x) if norm_weight is None else layer_norm(up(x), norm_weight, norm_bias, eps)
     y = y @ weight.to(y.dtype).T
     if scales is not None:

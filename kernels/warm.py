@@ -27,7 +27,7 @@ _PROMPT, _NEW = 16, 2
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m fastgpt2.kernels.warm",
         description="Compile the kernels of training and decoding in parallel, and keep them.",
     )
@@ -42,6 +42,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _body(options: argparse.Namespace) -> int:
+    cli.check_counts(options, "batch_size", "block_size", "jobs")
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device)
     if resolve("warm", Impl.AUTO, torch.empty(0, device=device, dtype=dtype)) is not Impl.TRITON:

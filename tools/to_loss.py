@@ -26,9 +26,8 @@ from fastgpt2.cli import Parser, check_counts
 from fastgpt2.cli import run as run_command
 from fastgpt2.errors import UserError
 from fastgpt2.files import write_text
+from tools.optimizer_sweep import TARGET
 
-# nats per character: nanoGPT's validation loss in its README, after 2,000 steps
-TARGET = 1.886
 # its README, "I only have a macbook", but for the seed
 _THEIRS = (
     *("config/train_shakespeare_char.py", "--device=cpu", "--compile=False", "--eval_iters=20"),
@@ -125,7 +124,7 @@ def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command."""
-    parser = Parser(prog="python -m tools.to_loss", description=__doc__)
+    parser = Parser(prog="python -m tools.to_loss")
     parser.add_argument("text", type=Path, metavar="TEXT", help="tinyshakespeare.txt")
     parser.add_argument("nanogpt", type=Path, metavar="NANOGPT", help="a checkout of nanoGPT")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the JSON to write")

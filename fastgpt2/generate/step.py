@@ -184,41 +184,6 @@ def _matrix(layer: nn.Module) -> Matrix | None:
     return Matrix(weight, packed, scales, None if bias is None else bias.detach())
 
 
-def logits_after(
-    weights: Weights,
-    tokens: Tensor,
-    lengths: Tensor,
-    kv: list[Tensor],
-    seen: Tensor,
-    *,
-    block: "BlockAfter | None" = None,
-    head: "HeadAfter | None" = None,
-) -> Tensor:
-    """The logits after one more token of each row, whose keys and values go into the cache.
-
-    Args:
-        weights: the model's.
-        tokens: (B,), each row's newest.
-        lengths: (B,), how many tokens of the row are in the cache.
-        kv: of each layer (2, B, H, S, D), keys and values, written at ``lengths``.
-        seen: (n,), the numbers 0 to n - 1: the keys that may be in use, n > every length.
-        block: ``block_after`` compiled; None for itself.
-        head: ``head_after`` compiled; None for itself.
-
-    Returns:
-        (B, V) in the weights' dtype.
-    """
-    options = Options(weights.positions.dtype, weights.approximate)
-    # a row that is not in use may be full: what is written then is never read
-    last = weights.positions.shape[0] - 1
-    x = lookup(weights.tokens, tokens) + F.embedding(lengths.clamp(max=last), weights.positions)
-    x = x.float() if weights.fp32_residual else x.to(options.dtype)
-    position = Position(torch.arange(tokens.shape[0]), lengths, seen <= lengths[:, None])
-    for layer, cache in zip(weights.layers, kv, strict=True):
-        x = (block or block_after)(layer, x, cache, position, options)
-    return (head or head_after)(weights.head, weights.norm, x, options)
-
-
 def block_after(
     layer: Layer, x: Tensor, cache: Tensor, position: Position, options: Options
 ) -> Tensor:
@@ -243,6 +208,41 @@ def head_after(head: Matrix, norm: Norm, x: Tensor, options: Options) -> Tensor:
 
 BlockAfter = Callable[[Layer, Tensor, Tensor, Position, Options], Tensor]
 HeadAfter = Callable[[Matrix, Norm, Tensor, Options], Tensor]
+
+
+def logits_after(
+    weights: Weights,
+    tokens: Tensor,
+    lengths: Tensor,
+    kv: list[Tensor],
+    seen: Tensor,
+    *,
+    block: BlockAfter = block_after,
+    head: HeadAfter = head_after,
+) -> Tensor:
+    """The logits after one more token of each row, whose keys and values go into the cache.
+
+    Args:
+        weights: the model's.
+        tokens: (B,), each row's newest.
+        lengths: (B,), how many tokens of the row are in the cache.
+        kv: of each layer (2, B, H, S, D), keys and values, written at ``lengths``.
+        seen: (n,), the numbers 0 to n - 1: the keys that may be in use, n > every length.
+        block: ``block_after``, or what a compiler made of it.
+        head: ``head_after``, likewise.
+
+    Returns:
+        (B, V) in the weights' dtype.
+    """
+    options = Options(weights.positions.dtype, weights.approximate)
+    # a row that is not in use may be full: what is written then is never read
+    last = weights.positions.shape[0] - 1
+    x = lookup(weights.tokens, tokens) + F.embedding(lengths.clamp(max=last), weights.positions)
+    x = x.float() if weights.fp32_residual else x.to(options.dtype)
+    position = Position(torch.arange(tokens.shape[0]), lengths, seen <= lengths[:, None])
+    for layer, cache in zip(weights.layers, kv, strict=True):
+        x = block(layer, x, cache, position, options)
+    return head(weights.head, weights.norm, x, options)
 
 
 def lookup(table: Matrix, idx: Tensor) -> Tensor:

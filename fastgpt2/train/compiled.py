@@ -40,7 +40,7 @@ def compiled(
     notify("compile: on; the first step takes a minute or so")
     forward = torch.compile(model, fullgraph=True, dynamic=False)
     try:
-        _try_out(model, forward, batch_size, dtype, eot)
+        try_out(model, forward, batch_size, dtype, eot)
     except Exception as error:
         notify(f"compile: failed ({failure(error)}); training without it")
         return model
@@ -71,17 +71,25 @@ def compile_kernels(
     """
     if resolve("train", model.config.impl, model.lm_head.weight) is not Impl.TRITON:
         return 0
-    return compile_ahead(lambda: _try_out(model, model, batch_size, dtype, eot), jobs)
+    return compile_ahead(lambda: try_out(model, model, batch_size, dtype, eot), jobs)
 
 
-def _try_out(
+def try_out(
     model: GPT,
     forward: Callable[..., Any],
     batch_size: int,
     dtype: torch.dtype,
-    eot: int | None,
+    eot: int | None = None,
 ) -> None:
-    """A forward and backward pass that leaves nothing behind."""
+    """A forward and backward pass that leaves neither gradients nor a trace in the random numbers.
+
+    Args:
+        model: in training mode, on its device, without gradients.
+        forward: the model, or what a compiler made of it.
+        batch_size: B of the micro-batch, of block_size tokens each.
+        dtype: what it computes in.
+        eot: the id that ends a document, where the blocks are of packed documents.
+    """
     device = model.lm_head.weight.device
     random_numbers = rng_states(device)
     idx = torch.zeros(batch_size, model.config.block_size, dtype=torch.int64, device=device)

@@ -15,18 +15,12 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from fastgpt2 import distributed
-from fastgpt2.devices import (
-    autocast,
-    device_kind,
-    release_gpu_memory,
-    rng_states,
-    set_rng_states,
-    spare_gpu_memory,
-)
+from fastgpt2.devices import device_kind, release_gpu_memory, spare_gpu_memory
 from fastgpt2.errors import UserError
 from fastgpt2.kernels.linear_cross_entropy import TORCH_CHUNK_BYTES, TRITON_CHUNK_BYTES
 from fastgpt2.layers import Block
 from fastgpt2.model import GPT
+from fastgpt2.train.compiled import try_out
 from fastgpt2.train.parallel import own
 
 # queries of a block of the CPU's attention in bf16, and logits of a tile of its loss, at most
@@ -225,19 +219,12 @@ def largest_batch(
 
 def _fits(model: GPT, moments: int, batch_size: int, dtype: torch.dtype) -> bool:
     """Whether a step's forward and backward pass find room beside the optimizer's moments."""
-    device = model.lm_head.weight.device
-    random_numbers = rng_states(device)
     try:
-        filler = torch.empty(moments, dtype=torch.uint8, device=device)
-        idx = torch.zeros(batch_size, model.config.block_size, dtype=torch.int64, device=device)
-        with autocast(device, dtype):
-            loss = model(idx, idx)[1]
-        torch.autograd.backward(loss)
-        del loss, filler
+        filler = torch.empty(moments, dtype=torch.uint8, device=model.lm_head.weight.device)
+        try_out(model, model, batch_size, dtype)
+        del filler
         return True
     except torch.OutOfMemoryError:
         return False
     finally:
-        model.zero_grad(set_to_none=True)
-        set_rng_states(random_numbers, device)
         release_gpu_memory()

@@ -11,8 +11,6 @@ Grid (cdiv(F, BLOCK_F), cdiv(B, BLOCK_B)). Bytes: the weights once for each bloc
 int8 and 2 F C in bf16, beside which rows and outputs are small; FLOPs 2 B F C. Nothing is saved.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -22,22 +20,13 @@ from fastgpt2.kernels import tuning
 from fastgpt2.kernels.cases import SIZES, CompileCase, Work, case, configs
 from fastgpt2.kernels.jit.gelu import gelu_tile
 from fastgpt2.kernels.jit.launch import launch_kernel
+from fastgpt2.kernels.reference import Beside
 
 # tiles of weights on their way at a time
 PREFETCH = tl.constexpr(3)
 # what FORM says
 _FORMS = {"none": 0, "tanh": 1, "erf": 2}
 _ROOT_HALF = tl.constexpr(0.7071067811865476)
-
-
-class Beside(NamedTuple):
-    """What goes with x and weight, each or none."""
-
-    scales: Tensor | None
-    bias: Tensor | None
-    norm_weight: Tensor | None
-    norm_bias: Tensor | None
-    residual: Tensor | None
 
 
 @triton.jit

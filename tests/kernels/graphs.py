@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from fastgpt2.generate.graph import capture
 from tests.kernels.budget import DEVICE, Outputs, as_tuple
 
 # the interpreter's code is opaque to the compiler: generating C++ around it would prove no more
@@ -42,17 +43,14 @@ def assert_graph_replays(step: Callable[[], Sequence[Tensor]], inputs: Sequence[
         _change(inputs)
         assert not all(torch.equal(*pair) for pair in zip(before, step(), strict=True))
         return
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        # compiling and loading kernels is not allowed while capturing
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    captured: list[Tensor] = []
+
+    def keep() -> None:
+        captured[:] = step()
+
+    replay = capture(keep, DEVICE)
     _change(inputs)
-    graph.replay()
+    replay()
     for got, expected in zip(captured, step(), strict=True):
         assert torch.equal(got, expected)
 

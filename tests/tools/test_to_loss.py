@@ -8,6 +8,7 @@ import pytest
 
 from fastgpt2.errors import UserError
 from tools import to_loss
+from tools.optimizer_sweep import TARGET
 
 PROGRAM = """
 print("step 0: train loss 4.2, val loss 4.3000")
@@ -56,7 +57,7 @@ def test_both_run_by_turns_with_each_seed(tmp_path: Path, monkeypatch: pytest.Mo
         else:
             ran.append("fastgpt2")
             seed = int(command[-1].removeprefix("--seed="))
-            points = [(450, to_loss.TARGET, 50.0 + seed), (600, 1.8, 70.0)]
+            points = [(450, TARGET, 50.0 + seed), (600, 1.8, 70.0)]
         return [{"step": a, "val_loss": b, "seconds": c} for a, b, c in points]
 
     monkeypatch.setattr(to_loss, "curve", curve)
@@ -66,7 +67,7 @@ def test_both_run_by_turns_with_each_seed(tmp_path: Path, monkeypatch: pytest.Mo
     record = json.loads(out.read_text(encoding="utf-8"))
     assert ran == ["fastgpt2", "nanogpt", "nanogpt", "fastgpt2", "fastgpt2", "nanogpt"]
     assert record["summary"] == {
-        "target": to_loss.TARGET,
+        "target": TARGET,
         "nanogpt": {
             "last_losses": [1.9, 1.9, 1.9],
             "steps": [2000, 2000, 2000],
