@@ -73,12 +73,13 @@ def seeded(nanogpt: Path, seed: int, folder: Path) -> None:
     Raises:
         UserError: the folder is not a checkout of nanoGPT.
     """
-    shutil.copytree(nanogpt, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".git"))
-    program = folder / "train.py"
+    program = nanogpt / "train.py"
     text = program.read_text(encoding="utf-8") if program.exists() else ""
+    # before anything is copied: another folder may be large, or hold this one
     if _SEED not in text:
         raise UserError(f"{nanogpt}: not a checkout of nanoGPT with `{_SEED}` in its train.py")
-    write_text(program, text.replace(_SEED, f"torch.manual_seed({seed})"))
+    shutil.copytree(nanogpt, folder, ignore=shutil.ignore_patterns(".git"))
+    write_text(folder / "train.py", text.replace(_SEED, f"torch.manual_seed({seed})"))
 
 
 def race(text: Path, nanogpt: Path, seeds: int, record: dict[str, Any], out: Path) -> None:

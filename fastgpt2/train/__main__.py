@@ -47,7 +47,10 @@ _OWN_METAVARS = {
 
 
 def _number_or_auto(text: str) -> int | str:
-    return text if text == "auto" else int(text)
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number or auto, got {text!r}") from None
 
 
 _OWN_TYPES: dict[str, Any] = {"batch_size": _number_or_auto}

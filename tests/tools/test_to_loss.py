@@ -83,7 +83,10 @@ def test_both_run_by_turns_with_each_seed(tmp_path: Path, monkeypatch: pytest.Mo
     }
 
 
-def test_another_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_folder_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.copytree", None)
     text = tmp_path / "text"
     text.write_text("to be", encoding="utf-8")
     assert to_loss.main([str(text), str(tmp_path), "--out", str(tmp_path / "o")]) == 2

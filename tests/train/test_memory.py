@@ -105,7 +105,9 @@ def test_auto_finds_the_largest_micro_batch_that_fits_and_keeps_the_tokens_of_a_
         make_trainer(auto, tmp_path / "none")
 
 
-def test_auto_on_the_command_line_and_in_a_file(tmp_path: Path) -> None:
+def test_auto_on_the_command_line_and_in_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "auto.toml"
     file.write_text('batch_size = "auto"\nsteps = 3\n', encoding="utf-8")
     base: dict[str, Any] = {"batch_size": 6, "steps": 1}
@@ -119,6 +121,7 @@ def test_auto_on_the_command_line_and_in_a_file(tmp_path: Path) -> None:
     assert parser.parse_args(["--batch-size", "auto"]).batch_size == "auto"
     with pytest.raises(SystemExit):
         parser.parse_args(["--batch-size", "many"])
+    assert "--batch-size: expected a number or auto, got 'many'" in capsys.readouterr().err
 
 
 def test_a_gpu_tries_what_the_estimate_says(monkeypatch: pytest.MonkeyPatch) -> None:
