@@ -1,8 +1,8 @@
-"""Linear layers of a few rows, written for the compiler: each weight is read once.
+"""Linear layers for a few rows, written for the compiler: each weight is read once.
 
-A library's product of one row waits for memory, and of a few rows it packs the weights first, which
-costs more than the product. Here row b is y_bf = sum_c W_fc x_bc, a multiplication and a sum, which
-Inductor makes one loop over F of for all rows: it reads a weight once and accumulates in fp32.
+For one row, a library's product is bound by memory. For a few rows it packs the weights first,
+which costs more than the product. Here row b is y_bf = sum_c W_fc x_bc, a multiplication and a sum.
+Inductor turns all rows into one loop over F, which reads each weight once and accumulates in fp32.
 Uncompiled it would be slow. Shapes: B rows, C wide, F features.
 """
 
@@ -48,10 +48,10 @@ def few_rows_linear(x: Tensor, weight: Tensor, scales: Tensor | None = None) -> 
 
 
 def _rows_of_words(x: Tensor, packed: Tensor) -> list[Tensor]:
-    """Four weights of an int32 word meet the four columns of x that they belong to."""
+    """sum_c W_fc x_bc: the four weights of each word are multiplied with their columns of x."""
     B, C = x.shape
-    # 4 of (B, C / 4): what the lowest byte of each word meets, then the next; a concatenation is
-    # a separate buffer, which the loop reads in order
+    # four planes (B, C / 4): the columns of the words' lowest bytes, then of the next ones; a
+    # concatenation is a separate buffer, which the loop reads in order
     columns = x.view(B, C // _IN_A_WORD, _IN_A_WORD).unbind(dim=2)
     planes = torch.cat(columns).view(_IN_A_WORD, B, C // _IN_A_WORD)
     # a shift to the left and an arithmetic one to the right leave one byte, with its sign
@@ -68,10 +68,10 @@ def _rows_of_words(x: Tensor, packed: Tensor) -> list[Tensor]:
 
 
 def many_rows_linear(x: Tensor, weight: Tensor, scales: Tensor | None = None) -> Tensor:
-    """The same by the library, for any number of rows: (B, F) in x's dtype.
+    """The same with a library, for any number of rows: (B, F) in x's dtype.
 
-    PyTorch's product with int8 weights is the faster one for one row on a CPU; for several, fp32
-    weights are made for the time of the product, and a library multiplies.
+    PyTorch's product with int8 weights is the faster one for one row on a CPU. For several rows a
+    library multiplies with a temporary copy of the weights in fp32.
 
     Args:
         x: (B, C).

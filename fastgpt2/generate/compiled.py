@@ -1,11 +1,11 @@
-"""The decoding step compiled: programs over buffers that stay where they are.
+"""The decoding step compiled: programs over buffers with fixed addresses.
 
-TorchInductor makes one C++ function of a block, which all blocks share, and one of the head. They
-are compiled for a number of rows and the model's shapes; the cache's size and how many keys are in
-use are variables of them, so no length compiles anything anew. One program of the whole step would
-save the calls between blocks, a tenth of a step of GPT-2 124M in int8, and take four times as long
-to compile and to load. The programs are kept on disk (by Inductor, in its own cache), and a second
-process loads them.
+TorchInductor compiles one C++ function for a block, which all blocks share, and one for the head.
+They are compiled for a number of rows and the model's shapes. The cache's size and the number of
+keys in use are variables, so no length needs another compilation. One program for the whole step
+would save the calls between blocks, a tenth of a step of GPT-2 124M in int8, but take four times as
+long to compile and to load. Inductor keeps the programs on disk, in its own cache, where a second
+process finds them.
 """
 
 import warnings
@@ -29,16 +29,16 @@ from fastgpt2.generate.step import (
 )
 from fastgpt2.model import GPT
 
-# as ``logits_after``
+# the signature of ``logits_after``, without its compiled parts
 Run = Callable[[Weights, Tensor, Tensor, list[Tensor], Tensor], Tensor]
-# keys in use are rounded up to this, so that the loops over them have no rest
+# the number of keys in use is rounded up to this, so that loops over them have no remainder
 BLOCK = 64
 # the compiler tells dimensions apart by their first sizes: no two of these may be equal, and the
 # cache is always larger than the part of it that is in use
 _TRIAL_SIZE, _TRIAL_KEYS = 3 * BLOCK, 2 * BLOCK
 # programs kept for one function: shapes, rows, dtypes
 _PROGRAMS = 32
-# what a trial run has been made for: rows, dtypes, shapes
+# what has had a trial run: rows, dtypes, shapes
 _TRIED: set[Hashable] = set()
 _OPTIONS: dict[str, Any] = {
     # multiplications and sums become one instruction
@@ -47,7 +47,7 @@ _OPTIONS: dict[str, Any] = {
     "realize_reads_threshold": 0,
     "max_pointwise_cat_inputs": 0,
 }
-# seconds, on two cores with AVX2: what compiling costs, and what each token saves by the weight
+# seconds on two cores with AVX2: the cost of compiling, and what each token saves per weight
 _COST = 25.0
 _SAVED, _SAVED_INT8 = 2.5e-10, 8e-10
 
@@ -55,8 +55,8 @@ _SAVED, _SAVED_INT8 = 2.5e-10, 8e-10
 def pays(model: GPT, new_tokens: int) -> bool:
     """Whether compiling takes less time than it saves, for so many steps of this model.
 
-    GPT-2 124M pays from about 800 steps on in fp32, and from 250 in int8. A program that is on
-    disk already would pay earlier; that is not looked up.
+    For GPT-2 124M it pays from about 800 steps on in fp32, and from 250 in int8. A program that is
+    on disk already would pay earlier; that is not checked.
     """
     quantized = model.lm_head.weight.dtype == torch.int8
     size = sum(p.numel() for p in model.parameters())
@@ -73,9 +73,9 @@ def compiled_step(
     The first time for such weights and rows in a process, a trial run compiles it, or fails to.
 
     Args:
-        weights: the model's.
+        weights: the model's weights.
         rows: B of all steps to come.
-        notify: shows what was decided, a line each; None says only what failed, as a warning.
+        notify: shows each decision in a line; None shows only failures, as a warning.
     """
     obstacle = compiler_obstacle(weights.positions.device)
     if obstacle is not None:
@@ -119,7 +119,7 @@ def compiled_step(
 
 
 def _kind(weights: Weights) -> Hashable:
-    """All that the program is compiled for: shapes, dtypes and settings, but not the values."""
+    """What the program is compiled for: shapes, dtypes and settings, but not the values."""
     leaves = tree_leaves(weights, is_leaf=lambda leaf: leaf is None)
     return tuple(
         (leaf.shape, leaf.stride(), leaf.dtype) if isinstance(leaf, Tensor) else leaf

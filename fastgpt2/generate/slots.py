@@ -1,4 +1,4 @@
-"""The rows of a key/value cache, by number: fed, cut, copied, reordered."""
+"""The rows of a key/value cache, by number: feed, cut, copy, reorder."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -19,11 +19,11 @@ class Slots:
     """``count`` rows of ``size`` tokens, each with a length of its own.
 
     Args:
-        model: whose keys and values they hold.
-        count: rows.
-        size: tokens of a row, at most block_size.
-        compile: whether a step is compiled, if it can be.
-        notify: shows what came of that, a line each; None says only what failed, as a warning.
+        model: the model whose keys and values they hold.
+        count: number of rows.
+        size: tokens per row, at most block_size.
+        compile: whether to compile a step, if possible.
+        notify: shows what came of that, in a line; None shows only failures, as a warning.
 
     Attributes:
         lengths: tokens in each row.
@@ -42,7 +42,7 @@ class Slots:
     ) -> None:
         self.model, self.size = model, size
         self.device = execution_device(model.transformer.wpe)
-        # read anew with each prompt; None where the step does not know the model
+        # read again with each prompt; None if the step does not support the model
         self._weights = weights_of(model)
         self.compiled: Run | None = None
         on_gpu = gpu_weights_of(model) is not None
@@ -53,11 +53,11 @@ class Slots:
             )
         elif compile and self._weights is not None:
             self.compiled = compiled_step(self._weights, count, notify)
-        # the compiled step writes a key for every row, also for one that is full, and takes the
-        # cache to be larger than what is in use
+        # the compiled step writes a key for every row, even a full one, and assumes that the cache
+        # is larger than the part in use
         room = size if self.compiled is None else (size // BLOCK + 2) * BLOCK
         if compile and on_gpu:
-            # so does the captured one
+            # the captured step writes for every row, too
             room = size + 1
         self.cache = model.make_cache(count, room)
         self.lengths = [0] * count
@@ -66,7 +66,7 @@ class Slots:
         self.graph = self._graph
 
     def feed(self, first: int, tokens: Sequence[Sequence[int]], *, every: bool = False) -> Tensor:
-        """Append ``tokens[i]`` to row ``first + i``, for neighbouring rows in one pass.
+        """Append ``tokens[i]`` to row ``first + i``, for adjacent rows in one pass.
 
         Args:
             first: the first row.
@@ -75,7 +75,7 @@ class Slots:
             every: return the logits after every token, not only after each row's last one.
 
         Returns:
-            (rows, V), or (rows, T, V); what follows a row's own tokens is garbage.
+            (rows, V), or (rows, T, V); logits after a row's own tokens have no meaning.
         """
         counts = [len(ids) for ids in tokens]
         T, stop = max(counts), first + len(tokens)
@@ -103,7 +103,7 @@ class Slots:
         return self.model.head(hidden)
 
     def _step(self, first: int, tokens: list[int]) -> Tensor:
-        """One token for each of neighbouring rows: their logits (rows, V)."""
+        """One token for each of some adjacent rows: their logits (rows, V)."""
         assert self._weights is not None
         stop = first + len(tokens)
         n = max(self.lengths[first:stop]) + 1
@@ -113,7 +113,7 @@ class Slots:
             kv = [layer.kv[:, first:stop] for layer in self.cache.layers]
             logits = logits_after(self._weights, idx, lengths, kv, self._seen[:n])
         else:
-            # all rows take part; what those outside write is overwritten before it is read
+            # all rows take part; what the others write is overwritten before it is read
             others = len(self.lengths) - stop
             idx = torch.tensor([*[0] * first, *tokens, *[0] * others], device=self.device)
             kv = [layer.kv for layer in self.cache.layers]
@@ -127,14 +127,14 @@ class Slots:
     def ahead(
         self, tokens: list[int], count: int, choose: Choice
     ) -> tuple[list[list[int]], list[list[float]]]:
-        """``GraphStep.ahead``; all that was chosen but the last of each row is in the cache."""
+        """``GraphStep.ahead``; the cache then holds all chosen tokens except each row's last."""
         assert self.graph is not None
         found = self.graph.ahead(tokens, count, choose)
         self._count(0, len(tokens), count)
         return found
 
     def _count(self, first: int, stop: int, new: int) -> None:
-        """The host's lengths, which the device has counted by itself."""
+        """Update the host's lengths; the device has already updated its own."""
         self.lengths[first:stop] = [length + new for length in self.lengths[first:stop]]
 
     def cut(self, lengths: Sequence[int], first: int = 0) -> None:
@@ -145,12 +145,12 @@ class Slots:
             self._write(first, stop)
 
     def copy(self, source: int, target: int) -> None:
-        """Row ``target`` becomes what row ``source`` is."""
+        """Copy row ``source`` to row ``target``."""
         self.cache.copy_row(source, target)
         self.lengths[target] = self.lengths[source]
 
     def reorder(self, rows: Sequence[int]) -> None:
-        """Row i becomes what row ``rows[i]`` was, for the first rows of the cache."""
+        """Copy row ``rows[i]`` to row i, for the first rows of the cache."""
         if list(rows) != list(range(len(rows))):
             self.cache.reorder(torch.tensor(rows, device=self.device))
             self.lengths[: len(rows)] = [self.lengths[row] for row in rows]

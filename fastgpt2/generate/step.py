@@ -1,10 +1,9 @@
-"""One decoding step of a plain model: a token of each row in, the next ones out.
+"""One decoding step of a plain model: one token per row in, the next logits out.
 
-``GPT.hidden_states`` serves every model, with hooks, adapters and gradients; this serves the one
-case that decoding spends its time in, as plain functions of tensors: B rows, one new token each,
-on a CPU. Called as they are, they are a handful of PyTorch's operators per layer. Compiled, they
-are programs over buffers that stay where they are. Both compute OpenAI's graph, as ``layers.py``
-does.
+``GPT.hidden_states`` serves every model, with hooks, adapters and gradients. This module serves the
+one case that decoding spends its time in, as plain functions of tensors: B rows, one new token
+each, on a CPU. Uncompiled, they call a handful of PyTorch's operators per layer. Compiled, they are
+programs over buffers with fixed addresses. Both compute OpenAI's graph, as ``layers.py`` does.
 Shapes: B rows, C width, H heads, D head size, S keys of the cache, n of them in use, V vocabulary.
 """
 
@@ -32,8 +31,8 @@ class Matrix(NamedTuple):
 
     Attributes:
         weight: (F, C), floating point or int8.
-        packed: the same for few rows in the compiled step.
-        scales: (F,), of int8.
+        packed: the weight as the compiled step reads it for a few rows.
+        scales: (F,), the scales of int8 weights.
         bias: (F,).
     """
 
@@ -63,7 +62,7 @@ class Layer(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """A model's weights as a step reads them, and the little else that it needs."""
+    """A model's weights as a step reads them, and the few settings that it needs."""
 
     tokens: Matrix
     positions: Tensor
@@ -76,7 +75,7 @@ class Weights(NamedTuple):
 
 
 class Position(NamedTuple):
-    """Where the new tokens stand.
+    """The positions of the new tokens.
 
     Attributes:
         rows: (B,), the numbers 0 to B - 1.
@@ -90,16 +89,16 @@ class Position(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What all blocks compute alike: the dtype of their layers, and the form of the GELU."""
+    """What all blocks have in common: the dtype of their layers, and the form of the GELU."""
 
     dtype: torch.dtype
     approximate: str
 
 
 def weights_of(model: GPT) -> Weights | None:
-    """The weights for ``logits_after``: of a plain model on PyTorch's operators and a CPU, or None.
+    """The model's own tensors, for ``logits_after``, if it is plain and runs on a CPU by PyTorch.
 
-    They are the model's own tensors, not copies.
+    None for any other model.
     """
     positions = model.transformer.wpe.weight
     by_torch = resolve("generate", model.config.impl, positions) is Impl.TORCH
@@ -108,7 +107,7 @@ def weights_of(model: GPT) -> Weights | None:
 
 
 def plain_weights(model: GPT) -> Weights | None:
-    """The weights of a model that is what it was built as, or quantized; None for any other."""
+    """The weights of a model that is unmodified or quantized; None for any other."""
     transformer, config = model.transformer, model.config
     positions = transformer.wpe
     tables = (nn.Embedding, QuantizedEmbedding)
@@ -132,7 +131,7 @@ def plain_weights(model: GPT) -> Weights | None:
         positions=positions.weight.detach(),
         layers=[layer for layer in layers if layer is not None],
         norm=norm,
-        # the rows that only pad the vocabulary give no logits
+        # without the rows that only pad the vocabulary
         head=head._replace(
             weight=head.weight[:V],
             packed=head.packed[:V],
@@ -223,19 +222,19 @@ def logits_after(
     """The logits after one more token of each row, whose keys and values go into the cache.
 
     Args:
-        weights: the model's.
-        tokens: (B,), each row's newest.
+        weights: the model's weights.
+        tokens: (B,), each row's newest token.
         lengths: (B,), how many tokens of the row are in the cache.
-        kv: of each layer (2, B, H, S, D), keys and values, written at ``lengths``.
+        kv: keys and values of each layer, (2, B, H, S, D), written at ``lengths``.
         seen: (n,), the numbers 0 to n - 1: the keys that may be in use, n > every length.
-        block: ``block_after``, or what a compiler made of it.
-        head: ``head_after``, likewise.
+        block: ``block_after``, perhaps compiled.
+        head: ``head_after``, perhaps compiled.
 
     Returns:
         (B, V) in the weights' dtype.
     """
     options = Options(weights.positions.dtype, weights.approximate)
-    # a row that is not in use may be full: what is written then is never read
+    # a row that is not in use may be full: what is written there is never read
     last = weights.positions.shape[0] - 1
     x = lookup(weights.tokens, tokens) + F.embedding(lengths.clamp(max=last), weights.positions)
     x = x.float() if weights.fp32_residual else x.to(options.dtype)
@@ -246,7 +245,7 @@ def logits_after(
 
 
 def lookup(table: Matrix, idx: Tensor) -> Tensor:
-    """Rows ``idx`` (B,) of a table of embeddings, (B, C); of int8 in fp32."""
+    """Rows ``idx`` (B,) of a table of embeddings, (B, C); in fp32 if the table is int8."""
     rows: Tensor = F.embedding(idx, table.weight)
     return rows if table.scales is None else rows.float() * table.scales[idx][:, None]
 
