@@ -169,13 +169,13 @@ def merge_lora(model: nn.Module) -> None:
 
 
 def settings_of(model: nn.Module) -> LoRASettings | None:
-    """The adapters' description of a GPT, or None if it has none."""
+    """The description of a GPT's adapters, or None if it has none."""
     found: LoRASettings | None = getattr(model, "lora", None)
     return found
 
 
 def set_settings(model: Any, settings: LoRASettings | None) -> None:
-    """Store the adapters' description in a GPT."""
+    """Store the description of a GPT's adapters in it."""
     model.lora = settings
 
 
