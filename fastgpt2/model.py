@@ -59,7 +59,7 @@ class GPT(Quantizable, Generative):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """As in any module; a tied head may be given under one of its two names only."""
+        """Any module's ``state_dict``, ``strict``, ``assign``; a tied head needs only one name."""
         # PyTorch does not pass ``strict`` to its hooks
         self._loads_strictly = strict
         try:
