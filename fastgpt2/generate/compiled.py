@@ -237,10 +237,11 @@ def load_library(
     if obstacle is not None:
         (notify or warnings.warn)(f"compile: {obstacle}; generating without it")
         return None
-    if notify is not None:
-        notify("compile: on; the first time takes some seconds")
     try:
-        return _loaded(host_compiler(), _folder())
+        compiler, folder = host_compiler(), _folder()
+        if notify is not None and not build.library_path(_NAME, compiler, folder).exists():
+            notify("compile: this takes some seconds the first time")
+        return _loaded(compiler, folder)
     except OSError as error:
         (notify or warnings.warn)(f"compile: failed ({failure(error)}); generating without it")
         return None
