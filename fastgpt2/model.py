@@ -76,6 +76,8 @@ class GPT(Quantizable, Generative):
         return self
 
     def _init_weights(self) -> None:
+        if self.transformer.wte.weight.is_meta:
+            return
         # GPT-2's: normal of 0.02, residual projections shrunk by the number of additions
         residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
         for name, parameter in self.named_parameters():

@@ -2,9 +2,9 @@
 
 PyTorch gives a CPU's fp32 products to MKL, which keeps its AVX-512 code to Intel's processors.
 oneDNN, which PyTorch carries as well and gives the bf16 ones to, has no such preference. On an AMD
-processor with AVX-512 it is the faster one. With AVX2 alone it is faster from two rows on, but
-slower, by up to a factor of two, where an operand is transposed, as in the gradients. On Intel's
-with AVX-512 it is faster for a few rows, as in decoding.
+processor with AVX-512 it is the faster one. With AVX2 alone it is slower, by up to a factor of two,
+where an operand is transposed, as in the gradients, and otherwise faster: MKL multiplies one row by
+one thread. On Intel's with AVX-512 it is faster for a few rows, as in decoding.
 Everywhere else the library is PyTorch's choice. Shapes: N rows, C wide, F features.
 """
 
@@ -53,8 +53,7 @@ def _share_of_onednn(info: Path = Path("/proc/cpuinfo")) -> Share:
             # the first core's lines name the vendor, and there may be hundreds of cores
             processor += file.read(1000)
     if "AuthenticAMD" in processor:
-        wide = capability == "AVX512"
-        return Share(1 if wide else 2, sys.maxsize, gradients=wide)
+        return Share(1, sys.maxsize, gradients=capability == "AVX512")
     return Share(4, 65) if capability == "AVX512" else Share()
 
 

@@ -191,7 +191,7 @@ def build_parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         default=None,
         help="compile the decoding step on a CPU, kept on disk for the next time; capture it as a "
-        "CUDA graph on a GPU [on a CPU, if that takes less time than it saves for so many tokens]",
+        "CUDA graph on a GPU [on a CPU, if that has been done before or pays for so many tokens]",
     )
     machine.add_argument(
         "--impl", choices=IMPLS, default="auto", help="implementation of the kernels [%(default)s]"

@@ -75,7 +75,7 @@ class Generator:
         draft: a smaller model with the same vocabulary that proposes tokens.
         prompt_lookup: propose what followed the last tokens earlier in the text, up to this many.
         proposals: tokens that the draft model proposes at once.
-        compile: compile the decoding step, on a CPU: half a minute the first time. On a GPU:
+        compile: compile the decoding step, on a CPU: some seconds the first time. On a GPU:
             capture it as a CUDA graph, in which the tokens are chosen some steps ahead.
         notify: shows what came of that, a line each; None says only what failed, as a warning.
 

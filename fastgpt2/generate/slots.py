@@ -1,12 +1,13 @@
 """The rows of a key/value cache, by number: fed, cut, copied, reordered."""
 
+import ctypes
 import warnings
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from fastgpt2.generate.compiled import BLOCK, Run, compiled_step
+from fastgpt2.generate.compiled import MAX_TOKENS, CompiledStep, load_library
 from fastgpt2.generate.gpu_step import gpu_weights_of
 from fastgpt2.generate.graph import Choice, graph_step
 from fastgpt2.generate.step import logits_after, weights_of
@@ -44,24 +45,22 @@ class Slots:
         self.device = execution_device(model.transformer.wpe)
         # read anew with each prompt; None where the step does not know the model
         self._weights = weights_of(model)
-        self.compiled: Run | None = None
+        self._library: ctypes.CDLL | None = None
         on_gpu = gpu_weights_of(model) is not None
-        if compile and self._weights is None and not on_gpu:
+        on_cpu = self._weights is not None and CompiledStep.fits(self._weights)
+        if compile and not (on_cpu or on_gpu):
             (notify or warnings.warn)(
-                "compile: for plain models on a CPU or on the Triton kernels only; "
-                "generating without it"
+                "compile: for plain models in fp32, bf16 or int8 on a CPU or on the Triton kernels "
+                "only; generating without it"
             )
-        elif compile and self._weights is not None:
-            self.compiled = compiled_step(self._weights, count, notify)
-        # the compiled step writes a key for every row, also for one that is full, and takes the
-        # cache to be larger than what is in use
-        room = size if self.compiled is None else (size // BLOCK + 2) * BLOCK
-        if compile and on_gpu:
-            # so does the captured one
-            room = size + 1
+        elif compile and on_cpu:
+            self._library = load_library(self.device, notify)
+        # a captured step writes a key for every row, also for one that is full
+        room = size + 1 if compile and on_gpu else size
         self.cache = model.make_cache(count, room)
         self.lengths = [0] * count
         self._seen = torch.arange(room, device=self.device)
+        self.compiled = self._compile()
         self._graph = graph_step(model, self.cache, notify) if compile and on_gpu else None
         self.graph = self._graph
 
@@ -79,28 +78,53 @@ class Slots:
         """
         counts = [len(ids) for ids in tokens]
         T, stop = max(counts), first + len(tokens)
-        if T > 1 or 0 in self.lengths[first:stop]:
+        is_new = T > 1 or 0 in self.lengths[first:stop]
+        if is_new:
             self._weights = weights_of(self.model)
+            self.compiled = self._compile()
             if self._graph is not None:
                 self.graph = self._graph if self._graph.refresh() else None
-        elif self.graph is not None and not autocasts(self.device):
+        padded = [[*ids, *[0] * (T - len(ids))] for ids in tokens]
+        plain = not autocasts(self.device)
+        if self.compiled is not None and plain and len(tokens) * T <= MAX_TOKENS:
+            return self._compiled_step(first, padded, counts, every)
+        if not is_new and plain and self.graph is not None:
             logits = self.graph.logits_after(first, [ids[0] for ids in tokens])
             self._count(first, stop, 1)
             return logits[:, None] if every else logits
-        elif self._weights is not None and not autocasts(self.device):
+        if not is_new and plain and self._weights is not None:
             logits = self._step(first, [ids[0] for ids in tokens])
             return logits[:, None] if every else logits
-        padded = [[*ids, *[0] * (T - len(ids))] for ids in tokens]
         idx = torch.tensor(padded, dtype=torch.int64, device=self.device)
         rows = self.cache.rows(first, stop, is_empty=not any(self.lengths[first:stop]))
         hidden = self.model.hidden_states(idx, rows)
-        for i, count in enumerate(counts):
-            self.lengths[first + i] += count
-        self._write(first, stop)
+        self._grow(first, counts)
         if not every:
             last = torch.tensor(counts, device=self.device) - 1
             hidden = hidden[torch.arange(len(counts), device=self.device), last]
         return self.model.head(hidden)
+
+    def _compile(self) -> CompiledStep | None:
+        """The compiled step with the model's present weights, where there is one."""
+        weights = self._weights
+        if self._library is None or weights is None or not CompiledStep.fits(weights):
+            return None
+        return CompiledStep(self._library, weights)
+
+    def _compiled_step(
+        self, first: int, tokens: list[list[int]], counts: list[int], every: bool
+    ) -> Tensor:
+        """``feed`` by the compiled step, for lists of one length."""
+        assert self.compiled is not None
+        B, T = len(tokens), len(tokens[0])
+        if max(self.lengths[first : first + B]) + T > self.cache.size:
+            raise IndexError(f"{T} more tokens do not fit into rows of {self.cache.size}")
+        wanted = [*range(B * T)] if every else [i * T + n - 1 for i, n in enumerate(counts)]
+        kv = [layer.kv for layer in self.cache.layers]
+        lengths = self.cache.lengths[first : first + B]
+        logits = self.compiled(tokens, wanted, lengths, kv, first)
+        self._grow(first, counts)
+        return logits.view(B, T, -1) if every else logits
 
     def _step(self, first: int, tokens: list[int]) -> Tensor:
         """One token for each of neighbouring rows: their logits (rows, V)."""
@@ -108,21 +132,18 @@ class Slots:
         stop = first + len(tokens)
         n = max(self.lengths[first:stop]) + 1
         lengths = self.cache.lengths[first:stop]
-        if self.compiled is None:
-            idx = torch.tensor(tokens, device=self.device)
-            kv = [layer.kv[:, first:stop] for layer in self.cache.layers]
-            logits = logits_after(self._weights, idx, lengths, kv, self._seen[:n])
-        else:
-            # all rows take part; what those outside write is overwritten before it is read
-            others = len(self.lengths) - stop
-            idx = torch.tensor([*[0] * first, *tokens, *[0] * others], device=self.device)
-            kv = [layer.kv for layer in self.cache.layers]
-            seen = self._seen[: (n + BLOCK - 1) // BLOCK * BLOCK]
-            every = self.compiled(self._weights, idx, self.cache.lengths, kv, seen)
-            logits = every[first:stop]
+        idx = torch.tensor(tokens, device=self.device)
+        kv = [layer.kv[:, first:stop] for layer in self.cache.layers]
+        logits = logits_after(self._weights, idx, lengths, kv, self._seen[:n])
         lengths += 1
         self._count(first, stop, 1)
         return logits
+
+    def _grow(self, first: int, counts: list[int]) -> None:
+        """Row ``first + i`` holds ``counts[i]`` tokens more."""
+        for i, count in enumerate(counts):
+            self.lengths[first + i] += count
+        self._write(first, first + len(counts))
 
     def ahead(
         self, tokens: list[int], count: int, choose: Choice
