@@ -272,13 +272,19 @@ class Embedded(NamedTuple):
     head: Tensor
 
 
+def _embedding(rows: int, width: int) -> nn.Embedding:
+    # on the meta device PyTorch imports its compiler to draw numbers that do not exist: 3 s
+    given = torch.empty(rows, width)
+    return nn.Embedding(rows, width, _weight=given if given.is_meta else None)
+
+
 class Transformer(nn.Module):
     """Everything before the head: token and position embeddings, blocks, final LayerNorm."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.wte = _embedding(config.padded_vocab_size, config.n_embd)
+        self.wpe = _embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.dropout_p = config.embd_p

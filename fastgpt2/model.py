@@ -76,6 +76,8 @@ class GPT(Quantizable, Generative):
         return self
 
     def _init_weights(self) -> None:
+        if self.transformer.wte.weight.is_meta:
+            return
         # as in GPT-2: a standard deviation of 0.02, smaller for the residual projections
         residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
         for name, parameter in self.named_parameters():

@@ -85,6 +85,11 @@ ARCHITECTURES = {
 }
 
 
+def has_tf32(arch: str) -> bool:
+    """Whether matrix units multiply fp32 in TF32; among AMD's GPUs, those of CDNA 3 alone do."""
+    return arch == "gfx942" or not arch.startswith("gfx")
+
+
 def resident_blocks(arch: str, registers: int, shared_bytes: int, num_warps: int) -> int:
     """Blocks that fit on a multiprocessor at a time, by registers, shared memory and warp slots."""
     chip = ARCHITECTURES[arch]

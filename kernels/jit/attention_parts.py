@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastgpt2.kernels import tuning
 from fastgpt2.kernels.cases import SIZES, CompileCase, Work, case, configs
+from fastgpt2.kernels.gpus import has_tf32
 from fastgpt2.kernels.jit.launch import launch_kernel
 from fastgpt2.kernels.jit.primitives import allows_tf32
 
@@ -102,7 +103,7 @@ def launch(
         scale,
         D=D,
         EVEN=T % max(config["BLOCK_M"], config["BLOCK_N"]) == 0,
-        TF32=allows_tf32(qkv.dtype),
+        TF32=allows_tf32(qkv),
         **config.meta(),
     )
 
@@ -126,14 +127,15 @@ class Variant:
         return " ".join((f"D{self.D}", number, *words))
 
 
-def _variants(limits: Mapping[str, int]) -> list[Variant]:
+def _variants(limits: Mapping[str, int], arch: str) -> list[Variant]:
     """The hardest launches that a rule of the table stands for, and the usual ones."""
 
     def full(dtype: str, D: int, tf32: bool = False) -> Variant:
         return Variant(dtype, D, masked=True, dropout=True, even=False, tf32=tf32)
 
     if "bytes" not in limits:
-        return [Variant("fp32", 64), full("fp32", 128), full("fp32", 128, tf32=True)]
+        exact = [Variant("fp32", 64), full("fp32", 128)]
+        return [*exact, full("fp32", 128, tf32=True)] if has_tf32(arch) else exact
     if "masked" in limits:
         plain = [Variant("bf16", 64), Variant("bf16", 64, even=False)]
         dropout = [Variant("bf16", 64, dropout=True)]
@@ -166,7 +168,7 @@ def attention_cases(
     return [
         _case(kernel, op, config, variant, tensors, products, passes, block)
         for limits, config in configs(op, arch)
-        for variant in _variants(limits)
+        for variant in _variants(limits, arch)
     ]
 
 

@@ -116,7 +116,7 @@ def launch_fwd(
             rows.stride(),
             weight.stride(),
             (N, F, C),
-            TF32=allows_tf32(x.dtype),
+            TF32=allows_tf32(x),
             **config.meta(),
         )
     return y, z
