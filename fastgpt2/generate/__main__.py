@@ -190,8 +190,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--compile",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="compile the decoding step on a CPU and keep it on disk; capture it as a CUDA graph on "
-        "a GPU [on a CPU, if it was compiled before or pays for the number of tokens]",
+        help="compile the decoding step on a CPU and keep it on disk; capture it as a CUDA graph "
+        "on a GPU [on a CPU, if it was compiled before or pays for the number of tokens]",
     )
     machine.add_argument(
         "--impl", choices=IMPLS, default="auto", help="implementation of the kernels [%(default)s]"
