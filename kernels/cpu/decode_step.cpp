@@ -202,6 +202,9 @@ struct Part {
         : first(n * thread / threads), stop(n * (thread + 1) / threads) {}
 };
 
+// bytes from a narrow weight that is read to the one that is asked for
+constexpr int64_t AHEAD = 8192;
+
 // what a product does with what is there
 enum Write { REPLACE, ADD };
 
@@ -216,9 +219,12 @@ void tile(const Matrix& m, int64_t f, int64_t n, const float* x, float* out, Wri
     Vec sums[FEATURES][ROWS][SUMS] = {};
     int64_t c = 0;
     for (; c + STEP <= C; c += STEP) {
-        // the processor sees one stream of weights coming, but not two
+        // a stream of fp32 is all that the processor foresees: of narrow weights it asks for too
+        // few lines ahead, and of two streams for the wrong ones
         if (FEATURES > 1)
             for (int i = 0; i < FEATURES; i++) __builtin_prefetch(weight + (i + FEATURES) * C + c);
+        else if (sizeof(W) < sizeof(float))
+            __builtin_prefetch(reinterpret_cast<const char*>(weight + c) + AHEAD);
 #pragma GCC unroll 4
         for (int k = 0; k < SUMS; k++) {
             const float* columns = x + c + k * LANES;
