@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from fastgpt2.errors import EndedElsewhere, Stopped, UserError
 from fastgpt2.streams import abandon, open_missing_streams, steady_streams
@@ -31,6 +31,18 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print one line and exit with 2, as for every other mistake of a user."""
         self.exit(2, f"{self.prog}: error: {message} (--help shows all flags)\n")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        # what --help prints may find a full disk or no reader, of which argparse would say nothing
+        code = run(self.prog.removeprefix("fastgpt2 "), lambda: _write(message, file))
+        if code:
+            sys.exit(code)
+
+
+def _write(message: str, file: Any) -> None:
+    # a stream that is closed takes nothing
+    if message and file is not None:
+        file.write(message)
 
 
 def check_counts(options: argparse.Namespace, *names: str) -> None:

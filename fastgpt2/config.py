@@ -44,7 +44,8 @@ class GPTConfig:
     stream in fp32 when the model computes in bf16 or fp16 (default: compute dtype), ``fp8`` makes
     the products of the linear layers and the head run in FP8 in training mode. ``pad_vocab`` rounds
     the rows of a vocabulary of 4096 or more up in memory (50257 -> 50304): ``named_parameters``
-    shows the padded rows, the state dict does not. ``gelu`` is the form of the activation, part of
+    shows the padded rows, the state dict does not; llm.c's ``write_model`` and a device map of
+    accelerate need them equal: ``pad_vocab=False``. ``gelu`` is the form of the activation, part of
     the function that the weights were trained for: ``tanh`` is OpenAI's, ``erf`` nanoGPT's;
     ``erf`` runs on PyTorch's operator, since there is no Triton kernel for it.
 

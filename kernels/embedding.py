@@ -98,7 +98,9 @@ class _TiedEmbedding(torch.autograd.Function):
     @staticmethod
     @first_order("tied_embedding")
     def backward(ctx: Any, dx: Tensor, dhead: Tensor) -> tuple[Tensor | None, ...]:
-        return _add_gradients(ctx, dx, dhead.contiguous())
+        # create_graph=True: the graph may need dhead as it is
+        own = dhead.clone() if dhead.requires_grad else dhead
+        return _add_gradients(ctx, dx, own.contiguous())
 
 
 class _TiedRows(torch.autograd.Function):

@@ -140,12 +140,13 @@ def _linear_cross_entropy_fwd(
     dweight_wanted: bool,
     triton: bool,
     fp8: bool,
+    anchor: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, dx * count, dweight * count, count) in fp32; dx, maybe dweight too, in x's dtype.
 
     The gradients are those of the summed loss, divided by the count in backward: in fp16 the
     gradient of a mean over thousands of rows would underflow before a loss scale could reach it.
-    They are empty where they are not wanted.
+    They are empty where they are not wanted. ``anchor`` is for autograd, see ``_anchor``.
     """
     (N, C), V = x.shape, weight.shape[0]
     wide = _wide(x.dtype)
@@ -191,6 +192,7 @@ def _(
     dweight_wanted: bool,
     triton: bool,
     fp8: bool,
+    anchor: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wide = _wide(x.dtype)
     return (
@@ -207,14 +209,14 @@ def _(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, dx, dweight, count = output
     ctx.mark_non_differentiable(dx, dweight, count)
-    ctx.save_for_backward(dx, dweight, count)
+    ctx.save_for_backward(dx, dweight, count, inputs[11])
     ctx.weight_dtype, ctx.wanted = inputs[1].dtype, inputs[7:9]
 
 
 @first_order("linear_cross_entropy")
 def _backward(ctx: Any, dloss: Tensor, *_unused: Tensor) -> tuple[Tensor | None, ...]:
     # computed in the forward pass, so they cannot be differentiated again
-    dx, dweight, count = ctx.saved_tensors
+    dx, dweight, count, _ = ctx.saved_tensors
     scale = gradient_scale(dloss, count)
     dx_wanted, dweight_wanted = ctx.wanted
     return (
@@ -223,7 +225,7 @@ def _backward(ctx: Any, dloss: Tensor, *_unused: Tensor) -> tuple[Tensor | None,
         dweight.to(scale.dtype, copy=True).mul_(scale).to(ctx.weight_dtype)
         if dweight_wanted
         else None,
-        *(None,) * 9,
+        *(None,) * 10,
     )
 
 
@@ -290,7 +292,16 @@ def linear_cross_entropy(
             raise ValueError(f"{op}: fp8 has no reference implementation")
         return reference.linear_cross_entropy(rows, weight.to(x.dtype), flat, *options)
     wanted = [torch.is_grad_enabled() and t.requires_grad for t in (x, weight)]
+    anchor = _anchor(rows, weight) if any(wanted) and not torch.compiler.is_compiling() else None
     loss: Tensor = _linear_cross_entropy_fwd(
-        rows, weight, flat.contiguous(), *options, *wanted, choice is Impl.TRITON, fp8
+        rows, weight, flat.contiguous(), *options, *wanted, choice is Impl.TRITON, fp8, anchor
     )[0]
     return loss
+
+
+def _anchor(rows: Tensor, weight: Tensor) -> Tensor:
+    """No elements, (0, C), and the two's place in the graph: the gradients depend on both.
+
+    Compiled programs have no use for it: there is no graph of their gradients.
+    """
+    return torch.cat([rows[:0], weight[:0].to(rows.dtype)])

@@ -42,18 +42,41 @@ def is_ordinary(*tensors: Tensor | None) -> bool:
     )
 
 
-def first_order(op: str) -> Callable[[Backward], Backward]:
-    """Make a backward pass that autograd cannot differentiate refuse ``create_graph=True``.
+class _Refusal(torch.autograd.Function):
+    """Gradients as they are, and an error for whoever differentiates them by an anchor."""
 
-    A result without a graph would silently give a wrong second derivative.
+    @staticmethod
+    def forward(ctx: Any, said: str, anchors: int, *tensors: Tensor | None) -> Any:
+        ctx.said = said
+        return tuple(None if g is None else g.detach() for g in tensors[anchors:])
+
+    @staticmethod
+    def backward(ctx: Any, *_unused: Tensor) -> Any:
+        raise RuntimeError(ctx.said)
+
+
+def first_order(op: str) -> Callable[[Backward], Backward]:
+    """Decorates a backward pass that autograd cannot see through.
+
+    With ``create_graph=True`` the gradients are right, and whoever differentiates them by what they
+    depend on, the upstream gradients and what was saved of the graph, meets an error: a gradient
+    without a graph would be a wrong second derivative, and nobody would say so.
     """
+    said = f"{op}: double backward is not supported (create_graph=True)"
 
     def decorate(backward: Backward) -> Backward:
         @wraps(backward)
         def run(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-            if torch.is_grad_enabled():
-                raise RuntimeError(f"{op}: double backward is not supported (create_graph=True)")
-            return backward(ctx, *upstream)
+            wants_graph = torch.is_grad_enabled()
+            with torch.no_grad():
+                grads = backward(ctx, *upstream)
+            if not wants_graph:
+                return grads
+            known = (*ctx.saved_tensors, *upstream)
+            anchors = [x for x in known if x is not None and x.requires_grad]
+            refused: tuple[Tensor | None, ...]
+            refused = _Refusal.apply(said, len(anchors), *anchors, *grads)  # type: ignore[no-untyped-call]
+            return refused
 
         return run
 

@@ -20,7 +20,8 @@ from fastgpt2.text.mixture import absolute_item, item_paths
 from fastgpt2.train import summary
 from fastgpt2.train.allocator import keep_freed_memory
 from fastgpt2.train.claim import check_outside, claimed, empty, is_empty, new_folder
-from fastgpt2.train.config import TrainConfig, field_types, named_configs, read_config
+from fastgpt2.train.config import TrainConfig, field_types, merge_layers
+from fastgpt2.train.config_file import named_configs, read_config
 from fastgpt2.train.guard import BadStep
 from fastgpt2.train.origin import noted_source
 from fastgpt2.train.outcome import Outcome
@@ -307,6 +308,7 @@ def _configuration(base: dict[str, Any], arguments: dict[str, Any], *, resume: b
 
 def _share(base: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
     """If --lr is given, min_lr stays the same share of it as in the configuration."""
+    base = merge_layers(base, {n: arguments[n] for n in ("optimizer",) if n in arguments})
     if "lr" not in arguments or base.get("min_lr") is None or not base.get("lr"):
         return {}
     return {"min_lr": arguments["lr"] * (base["min_lr"] / base["lr"])}

@@ -2,15 +2,12 @@
 
 import json
 import math
-import tomllib
 import types
 import typing
 from dataclasses import asdict, dataclass, field, fields
-from importlib.resources import files
-from pathlib import Path
 from typing import Any, Self
 
-from fastgpt2.config import IMPLS, PRESETS, GPTConfig, unknown_key
+from fastgpt2.config import IMPLS, PRESETS, GPTConfig
 from fastgpt2.devices import DTYPES
 from fastgpt2.errors import UserError
 from fastgpt2.lora import TARGETS
@@ -22,14 +19,6 @@ from fastgpt2.train.spikes import ON_SPIKE
 
 # the table of a TOML file with the values for the optimizer Muon
 MUON_TABLE = "muon"
-
-_TYPE_NAMES: dict[type, str] = {
-    bool: "true or false",
-    int: "an integer",
-    float: "a number",
-    str: "a string",
-    tuple: "a string or a list of strings",
-}
 
 
 def _option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -196,6 +185,8 @@ class TrainConfig:
             value, choices = getattr(self, item.name), item.metadata["choices"]
             if choices:
                 _check(self, item.name, value in choices, f"one of {', '.join(choices)}")
+            if isinstance(value, int):
+                _check(self, item.name, value < 2**63, "below 2^63")
             if isinstance(value, float):
                 _check(self, item.name, math.isfinite(value), "finite")
             # a file's name may hold bytes that are not text, which TOML cannot store
@@ -305,22 +296,30 @@ class TrainConfig:
 
     @classmethod
     def from_layers(cls, *layers: dict[str, Any]) -> Self:
-        """Later layers override earlier ones.
+        """The configuration of ``merge_layers``."""
+        return cls(**merge_layers(*layers))
 
-        A layer's table ``muon`` applies if any layer chooses that optimizer. If ``batch_size`` is
-        ``auto``, the layers before it give the sequences of a step.
-        """
-        chosen = [layer["optimizer"] for layer in layers if "optimizer" in layer]
-        merged: dict[str, Any] = {}
-        for layer in layers:
-            auto = layer.get("batch_size") == "auto"
-            if "batch_size" in layer:
-                merged["auto_batch_size"] = auto
-            left_out = (MUON_TABLE, "batch_size") if auto else (MUON_TABLE,)
-            merged |= {name: value for name, value in layer.items() if name not in left_out}
-            if chosen and chosen[-1] == "muon":
-                merged |= layer.get(MUON_TABLE, {})
-        return cls(**merged)
+
+def merge_layers(*layers: dict[str, Any]) -> dict[str, Any]:
+    """The values of several configurations; later layers override earlier ones.
+
+    A layer's table ``muon`` applies if any layer chooses that optimizer. If ``batch_size`` is
+    ``auto``, the layers before it give the sequences of a step.
+
+    Args:
+        layers: what ``read_config`` returns, or flags.
+    """
+    chosen = [layer["optimizer"] for layer in layers if "optimizer" in layer]
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        auto = layer.get("batch_size") == "auto"
+        if "batch_size" in layer:
+            merged["auto_batch_size"] = auto
+        left_out = (MUON_TABLE, "batch_size") if auto else (MUON_TABLE,)
+        merged |= {name: value for name, value in layer.items() if name not in left_out}
+        if chosen and chosen[-1] == "muon":
+            merged |= layer.get(MUON_TABLE, {})
+    return merged
 
 
 def _check(config: TrainConfig, name: str, ok: bool, expected: str) -> None:
@@ -341,60 +340,3 @@ def field_types() -> dict[str, tuple[type, bool]]:
         plain = typing.get_args(hint)[0] if optional else hint
         result[name] = (typing.get_origin(plain) or plain, optional)
     return result
-
-
-def named_configs() -> list[str]:
-    """Names that ``--config`` knows."""
-    folder = files("fastgpt2.configs")
-    return sorted(
-        f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml")
-    )
-
-
-def read_config(name_or_path: str) -> dict[str, Any]:
-    """The values of a shipped config or of a TOML file, checked for unknown keys and types."""
-    path = Path(name_or_path)
-    if name_or_path in named_configs():
-        text = (files("fastgpt2.configs") / f"{name_or_path}.toml").read_text(encoding="utf-8")
-    elif path.is_file():
-        try:
-            # some editors begin a file with a byte-order mark, which TOML does not allow
-            text = path.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError:
-            raise UserError(f"{path}: not UTF-8 text") from None
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror}") from None
-    else:
-        raise UserError(
-            f"config {name_or_path!r}: no such file, and none of {', '.join(named_configs())}"
-        )
-    try:
-        values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{name_or_path}: not valid TOML: {error}") from None
-    table = values.pop(MUON_TABLE, None)
-    typed = {key: _typed(name_or_path, key, value) for key, value in values.items()}
-    if table is not None:
-        where = f"{name_or_path}, [{MUON_TABLE}]"
-        if not isinstance(table, dict):
-            raise UserError(f"{name_or_path}: {MUON_TABLE} must be a table, got {table!r}")
-        typed[MUON_TABLE] = {key: _typed(where, key, value) for key, value in table.items()}
-    return typed
-
-
-def _typed(where: str, key: str, value: Any) -> Any:
-    known = field_types()
-    if key not in known:
-        raise unknown_key(key, list(known), where)
-    expected, _ = known[key]
-    if key == "batch_size" and value == "auto":
-        return value
-    if expected is tuple:
-        value = (value,) if isinstance(value, str) else value
-        if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
-            return tuple(value)
-    elif expected is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    elif type(value) is expected:
-        return value
-    raise UserError(f"{where}: {key} must be {_TYPE_NAMES[expected]}, got {value!r}")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastgpt2.files import write_text
+from fastgpt2.files import parse_json, write_text
 from fastgpt2.picture import draw, printable
 from fastgpt2.train.curves import Curves, paint_run
 
@@ -61,7 +61,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
     for line in text.splitlines():
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError:
             break
         if not isinstance(record, dict) or not isinstance(record.get("step"), int):
