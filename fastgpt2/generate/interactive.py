@@ -32,7 +32,12 @@ def converse(engine: Generator, job: Job, seed: int, meter: Meter) -> None:
         job: its prompt stands before the first line; its options are those of every turn.
         seed: of the first turn; each further turn has the next one.
         meter: counts the tokens.
+
+    Raises:
+        UserError: there is nothing to read from.
     """
+    if sys.stdin is None:
+        raise UserError("--interactive: stdin is closed")
     if isinstance(sys.stdin, io.TextIOWrapper):
         # half a character that was typed must not end the conversation
         sys.stdin.reconfigure(errors="replace")
