@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from fastgpt2.errors import EndedElsewhere, Stopped, UserError
 from fastgpt2.streams import abandon, open_missing_streams, steady_streams
 
-# how PyTorch says that a tensor has no room, or could have none on any machine
+# how PyTorch says that a tensor does not fit into memory, on this or on any machine
 _NO_ROOM = (
     "out of memory",
     "not enough memory",
@@ -62,13 +62,13 @@ def run(name: str, body: Callable[[], int | None], *, steady: bool = False) -> i
 
     A ``UserError``, an ``OSError`` and a lack of memory become one line on stderr and 2. Ctrl-C
     becomes one line and 130, SIGTERM one line and 143, SIGHUP one line and 129, a closed pipe
-    (``... | head``) a quiet 141, as the shell has them; what was half written is removed. Any
-    other exception is a fault of ours and keeps its traceback. A stderr that fails ends nothing.
+    (``... | head``) a quiet 141, the shell's codes; half-written files are removed. Any other
+    exception is our fault and keeps its traceback. A failing stderr does not end the command.
 
     Args:
-        name: the command, as the line on stderr calls it.
+        name: the command's name in the line on stderr.
         body: does the work; returns its exit code, None for 0.
-        steady: the work matters more than its output: a stdout that fails ends nothing either.
+        steady: the work matters more than its output: a failing stdout does not end it either.
     """
     open_missing_streams()
     for stream in (sys.stdout, sys.stderr):
@@ -89,7 +89,7 @@ def _signals_raise() -> Iterator[None]:
             if "RANK" not in os.environ and signal.getsignal(number) is signal.SIG_DFL:
                 previous[number] = signal.signal(number, _stop)
     except ValueError:
-        # not the main thread: signals are somebody else's business
+        # outside the main thread Python allows no signal handlers: the caller handles signals
         pass
     try:
         yield
@@ -107,7 +107,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 def _run(name: str, body: Callable[[], int | None]) -> int:
     try:
         code = body() or 0
-        # what is still in the buffer may find the disk full
+        # the disk may be full for what is still in the buffer
         sys.stdout.flush()
         return code
     except Stopped as stopped:
@@ -117,7 +117,7 @@ def _run(name: str, body: Callable[[], int | None]) -> int:
         _say(f"\nfastgpt2 {name}: interrupted")
         return 130
     except BrokenPipeError:
-        # the interpreter flushes stdout at exit and would complain once more
+        # the interpreter flushes stdout at exit, which would fail again
         abandon(sys.stdout)
         return 141
     except EndedElsewhere as ending:
@@ -131,7 +131,7 @@ def _run(name: str, body: Callable[[], int | None]) -> int:
 
 
 def exit_code(error: Exception) -> int:
-    """What a command ends with after this error: 2, or 1 where the fault is ours.
+    """The exit code of a command after this error: 2, or 1 where the fault is ours.
 
     Args:
         error: what the command's body has raised.

@@ -1,7 +1,7 @@
 """What PyTorch does with a call besides running it: transforms, recordings, modes.
 
-The fast forms of the ops decide in Python what to save and which library to call, and have only the
-first derivative that ``backward`` asks for. Where PyTorch is doing something else they step aside.
+The fast forms of the ops decide in Python what to save and which library to call, and have only a
+first derivative. They are not used while PyTorch does more than run a call.
 """
 
 from collections.abc import Callable
@@ -16,23 +16,23 @@ Backward = Callable[..., tuple[Tensor | None, ...]]
 
 
 def transformed() -> bool:
-    """Within a transform of ``torch.func`` (grad, vmap, jvp ...), or in forward-mode AD."""
+    """Whether a transform of ``torch.func`` (grad, vmap, jvp ...) or forward-mode AD is active."""
     functions: bool = torch._C._are_functorch_transforms_active()
     return functions or forward_ad._current_level >= 0
 
 
 def autocasts(device: torch.device) -> bool:
-    """Whether autocast is on for this device; the meta device has none to ask for."""
+    """Whether autocast is on for this device; the meta device has no autocast."""
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def recorded() -> bool:
-    """While ``torch.export`` or ``torch.jit.trace`` records a program for other machines."""
+    """Whether ``torch.export`` or ``torch.jit.trace`` is recording a program."""
     return torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
 
 
 def is_ordinary(*tensors: Tensor | None) -> bool:
-    """A plain eager call: exact tensors or parameters, and nobody who listens to the operators."""
+    """Whether this is a plain eager call: no tensor subclass, no mode that sees the operators."""
     return (
         all(x is None or type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
         and torch._C._len_torch_dispatch_stack() == 0

@@ -29,9 +29,9 @@ COLUMNS = (
 
 
 class MetricsLog:
-    """``metrics.jsonl`` and ``metrics.csv``: one record a line, on the disk as soon as it is made.
+    """``metrics.jsonl`` and ``metrics.csv``: one record per line, written at once.
 
-    Opened for a run that resumes at ``step``, it drops the records that came after.
+    If the run resumes at ``step``, later records are dropped.
     """
 
     def __init__(self, run: Path, step: int = 0) -> None:
@@ -84,7 +84,7 @@ def plot(run: Path, notify: Callable[[str], None] = print) -> bool:
         notify: shows the line that says why it was not drawn.
 
     Returns:
-        whether it was drawn; a run without records has nothing to draw yet.
+        Whether it was drawn; a run without records has nothing to draw yet.
     """
     path = run / "loss.png"
     try:
