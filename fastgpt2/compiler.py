@@ -1,4 +1,4 @@
-"""The compiler that ``torch.compile`` calls: whether there is one, and one line where it fails."""
+"""The compiler that ``torch.compile`` calls: whether there is one, and one line if it fails."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ def host_compiler() -> str:
 
 
 def compiler_obstacle(device: torch.device) -> str | None:
-    """Why ``torch.compile`` cannot work here, or None: it wants a compiler for its host code."""
+    """Why ``torch.compile`` cannot work here, or None: it needs a compiler for its host code."""
     language = device_kind(device).compiler
     if language is None:
         return f"not offered on {device.type}"
@@ -34,7 +34,7 @@ def compiler_obstacle(device: torch.device) -> str | None:
 
 
 def failure(error: Exception) -> str:
-    """What the compiler said, in one line.
+    """The compiler's error in one line.
 
     A compiler that is found may still fail: no headers, a temporary folder that cannot execute, a
     cache that cannot be written.

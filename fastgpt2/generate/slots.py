@@ -1,4 +1,4 @@
-"""The rows of a key/value cache, by number: fed, cut, copied, reordered."""
+"""The rows of a key/value cache, by number: feed, cut, copy, reorder."""
 
 import ctypes
 import warnings
@@ -20,11 +20,11 @@ class Slots:
     """``count`` rows of ``size`` tokens, each with a length of its own.
 
     Args:
-        model: whose keys and values they hold.
-        count: rows.
-        size: tokens of a row, at most block_size.
-        compile: whether a step is compiled, if it can be.
-        notify: shows what came of that, a line each; None says only what failed, as a warning.
+        model: the model whose keys and values they hold.
+        count: number of rows.
+        size: tokens per row, at most block_size.
+        compile: whether to compile a step, if possible.
+        notify: shows what came of that, in a line; None shows only failures, as a warning.
 
     Attributes:
         lengths: tokens in each row.
@@ -43,7 +43,7 @@ class Slots:
     ) -> None:
         self.model, self.size = model, size
         self.device = execution_device(model.transformer.wpe)
-        # read anew with each prompt; None where the step does not know the model
+        # read again with each prompt; None if the step does not support the model
         self._weights = weights_of(model)
         self._library: ctypes.CDLL | None = None
         on_gpu = gpu_weights_of(model) is not None
@@ -65,7 +65,7 @@ class Slots:
         self.graph = self._graph
 
     def feed(self, first: int, tokens: Sequence[Sequence[int]], *, every: bool = False) -> Tensor:
-        """Append ``tokens[i]`` to row ``first + i``, for neighbouring rows in one pass.
+        """Append ``tokens[i]`` to row ``first + i``, for adjacent rows in one pass.
 
         Args:
             first: the first row.
@@ -74,7 +74,7 @@ class Slots:
             every: return the logits after every token, not only after each row's last one.
 
         Returns:
-            (rows, V), or (rows, T, V); what follows a row's own tokens is garbage.
+            (rows, V), or (rows, T, V); logits after a row's own tokens have no meaning.
         """
         counts = [len(ids) for ids in tokens]
         T, stop = max(counts), first + len(tokens)
@@ -127,7 +127,7 @@ class Slots:
         return logits.view(B, T, -1) if every else logits
 
     def _step(self, first: int, tokens: list[int]) -> Tensor:
-        """One token for each of neighbouring rows: their logits (rows, V)."""
+        """One token for each of some adjacent rows: their logits (rows, V)."""
         assert self._weights is not None
         stop = first + len(tokens)
         n = max(self.lengths[first:stop]) + 1
@@ -148,14 +148,14 @@ class Slots:
     def ahead(
         self, tokens: list[int], count: int, choose: Choice
     ) -> tuple[list[list[int]], list[list[float]]]:
-        """``GraphStep.ahead``; all that was chosen but the last of each row is in the cache."""
+        """``GraphStep.ahead``; the cache then holds all chosen tokens except each row's last."""
         assert self.graph is not None
         found = self.graph.ahead(tokens, count, choose)
         self._count(0, len(tokens), count)
         return found
 
     def _count(self, first: int, stop: int, new: int) -> None:
-        """The host's lengths, which the device has counted by itself."""
+        """Update the host's lengths; the device has already updated its own."""
         self.lengths[first:stop] = [length + new for length in self.lengths[first:stop]]
 
     def cut(self, lengths: Sequence[int], first: int = 0) -> None:
@@ -166,12 +166,12 @@ class Slots:
             self._write(first, stop)
 
     def copy(self, source: int, target: int) -> None:
-        """Row ``target`` becomes what row ``source`` is."""
+        """Copy row ``source`` to row ``target``."""
         self.cache.copy_row(source, target)
         self.lengths[target] = self.lengths[source]
 
     def reorder(self, rows: Sequence[int]) -> None:
-        """Row i becomes what row ``rows[i]`` was, for the first rows of the cache."""
+        """Copy row ``rows[i]`` to row i, for the first rows of the cache."""
         if list(rows) != list(range(len(rows))):
             self.cache.reorder(torch.tensor(rows, device=self.device))
             self.lengths[: len(rows)] = [self.lengths[row] for row in rows]

@@ -1,4 +1,4 @@
-"""One decoding step of a plain model: a token of each row in, the next ones out.
+"""One decoding step of a plain model: one token per row in, the next logits out.
 
 ``GPT.hidden_states`` serves every model, with hooks, adapters and gradients; this serves the one
 case that decoding spends its time in: B rows, one new token each, on a CPU. It is a handful of
@@ -59,7 +59,7 @@ class Layer(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """A model's weights as a step reads them, and the little else that it needs."""
+    """A model's weights as a step reads them, and the few settings that it needs."""
 
     tokens: Matrix
     positions: Tensor
@@ -72,7 +72,7 @@ class Weights(NamedTuple):
 
 
 class Position(NamedTuple):
-    """Where the new tokens stand.
+    """The positions of the new tokens.
 
     Attributes:
         rows: (B,), the numbers 0 to B - 1.
@@ -86,16 +86,16 @@ class Position(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What all blocks compute alike: the dtype of their layers, and the form of the GELU."""
+    """What all blocks have in common: the dtype of their layers, and the form of the GELU."""
 
     dtype: torch.dtype
     approximate: str
 
 
 def weights_of(model: GPT) -> Weights | None:
-    """The weights for ``logits_after``: of a plain model on PyTorch's operators and a CPU, or None.
+    """The model's own tensors, for ``logits_after``, if it is plain and runs on a CPU by PyTorch.
 
-    They are the model's own tensors, not copies.
+    None for any other model.
     """
     positions = model.transformer.wpe.weight
     by_torch = resolve("generate", model.config.impl, positions) is Impl.TORCH
@@ -104,7 +104,7 @@ def weights_of(model: GPT) -> Weights | None:
 
 
 def plain_weights(model: GPT) -> Weights | None:
-    """The weights of a model that is what it was built as, or quantized; None for any other."""
+    """The weights of a model that is unmodified or quantized; None for any other."""
     transformer, config = model.transformer, model.config
     positions = transformer.wpe
     tables = (nn.Embedding, QuantizedEmbedding)
@@ -128,7 +128,7 @@ def plain_weights(model: GPT) -> Weights | None:
         positions=positions.weight.detach(),
         layers=[layer for layer in layers if layer is not None],
         norm=norm,
-        # the rows that only pad the vocabulary give no logits
+        # without the rows that only pad the vocabulary
         head=head._replace(
             weight=head.weight[:V],
             scales=None if head.scales is None else head.scales[:V],
@@ -200,10 +200,10 @@ def logits_after(
     """The logits after one more token of each row, whose keys and values go into the cache.
 
     Args:
-        weights: the model's.
-        tokens: (B,), each row's newest.
+        weights: the model's weights.
+        tokens: (B,), each row's newest token.
         lengths: (B,), how many tokens of the row are in the cache.
-        kv: of each layer (2, B, H, S, D), keys and values, written at ``lengths``.
+        kv: keys and values of each layer, (2, B, H, S, D), written at ``lengths``.
         seen: (n,), the numbers 0 to n - 1: the keys that may be in use, n > every length.
 
     Returns:
@@ -219,7 +219,7 @@ def logits_after(
 
 
 def lookup(table: Matrix, idx: Tensor) -> Tensor:
-    """Rows ``idx`` (B,) of a table of embeddings, (B, C); of int8 in fp32."""
+    """Rows ``idx`` (B,) of a table of embeddings, (B, C); in fp32 if the table is int8."""
     rows: Tensor = F.embedding(idx, table.weight)
     return rows if table.scales is None else rows.float() * table.scales[idx][:, None]
 

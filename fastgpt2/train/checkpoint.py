@@ -30,7 +30,7 @@ from fastgpt2.model import GPT
 from fastgpt2.train.parallel import placed_like, whole, whole_weights
 from fastgpt2.weights.adapter import load_adapter, open_base, read_adapter, save_adapter
 
-# of AdamW, and of Muon
+# AdamW's two, and Muon's
 _MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
 
@@ -39,8 +39,8 @@ def save(
 ) -> Path:
     """Write the checkpoint of ``step``; ``state`` is plain JSON. Returns its folder.
 
-    Where the step has a checkpoint already, only its ``state`` is written anew. Of several
-    processes, which all call this, the first one writes.
+    If the step has a checkpoint already, only its ``state`` is rewritten. All processes call this;
+    the first one writes.
 
     Raises:
         UserError: it cannot be written.
@@ -68,7 +68,7 @@ def _write(
     record = {"format": runs.FORMAT, "step": step, **state}
     try:
         if final.exists():
-            # the other files stay as they are, and so do their digests
+            # the other files do not change, nor do their digests
             record["sha256"] = runs.read_state(final).get("sha256", {})
             write_text(final / runs.STATE, _json(record))
             return final
@@ -88,13 +88,13 @@ def _write(
     except (OSError, SafetensorError) as error:
         raise UserError(f"{final}: cannot be written: {error}") from None
     finally:
-        # half a checkpoint would take the room that the next one needs
+        # half a checkpoint would take the space that the next one needs
         shutil.rmtree(temporary, ignore_errors=True)
     return final
 
 
 def _save_weights(folder: Path, model: GPT, weights: dict[str, Tensor]) -> tuple[str, ...]:
-    """Write the weights, or of a model with adapters these alone; the names of the files."""
+    """Write the weights, or only the adapters if there are any; returns the files' names."""
     if model.lora is not None:
         save_adapter(model, folder)
         return runs.ADAPTER, runs.ADAPTER_CONFIG
@@ -105,15 +105,15 @@ def _save_weights(folder: Path, model: GPT, weights: dict[str, Tensor]) -> tuple
 def newest_intact(run: Path, notify: Callable[[str], None]) -> Path:
     """The newest checkpoint whose files are as they were saved.
 
-    A damaged one that is newer loses its name, so that nothing takes it for a checkpoint, and
-    keeps its files.
+    A newer one that is damaged is renamed, so that nothing takes it for a checkpoint; its files
+    are kept.
 
     Args:
         run: the run folder.
         notify: shows a line for each damaged one.
 
     Raises:
-        UserError: there is none, or all are damaged; of several reasons the newest one's.
+        UserError: there is none, or all are damaged; gives the reason of the newest one.
     """
     newest = runs.latest(run)
     damaged: dict[Path, UserError] = {}
@@ -132,7 +132,7 @@ def newest_intact(run: Path, notify: Callable[[str], None]) -> Path:
 
 
 def _check_intact(folder: Path) -> None:
-    """Raise ``UserError`` unless the files have the digests that were saved, where some were."""
+    """Raise ``UserError`` if a file does not have its saved digest; older runs saved none."""
     for name, digest in runs.read_state(folder).get("sha256", {}).items():
         try:
             found = _digest(folder / name)
@@ -152,13 +152,13 @@ def _json(record: dict[str, Any]) -> str:
 
 
 def prune(run: Path, keep_last: int) -> None:
-    """Delete all checkpoints but the best and the newest ``keep_last``, and what a crash left."""
+    """Delete all checkpoints but the best and the newest ``keep_last``, and a crash's leftovers."""
     keep = {runs.step_folder(run, step) for step in runs.saved_steps(run)[-keep_last:]} | {
         runs.best(run)
     }
     for step in runs.saved_steps(run):
         if runs.step_folder(run, step) not in keep:
-            # out of sight first: half a checkpoint must never have a checkpoint's name
+            # rename first: half a checkpoint must never have a checkpoint's name
             folder = runs.step_folder(run, step)
             shutil.rmtree(_hidden(folder), ignore_errors=True)
             os.rename(folder, _hidden(folder))
@@ -174,7 +174,7 @@ def load_model(folder: Path, **overrides: Any) -> GPT:
     """
     try:
         config = json.loads((folder / runs.MODEL_CONFIG).read_bytes())
-        # no memory and no time for an initialisation that is overwritten at once
+        # skip an initialisation that would be overwritten at once
         with torch.device("meta"):
             model = GPT(GPTConfig(**(config | overrides)))
         if (folder / runs.ADAPTER).is_file():
@@ -182,7 +182,7 @@ def load_model(folder: Path, **overrides: Any) -> GPT:
             model.load_state_dict(base.to(torch.float32).state_dict(), assign=True)
             load_adapter(model, folder)
             return model
-        # copies: the file's own memory map would be trained in, and keep the file from deletion
+        # copies: training would write into the file's memory map, which also blocks its deletion
         weights = {name: tensor.clone() for name, tensor in load_file(folder / runs.MODEL).items()}
         model.load_state_dict(weights, assign=True)
     except UserError:
@@ -199,7 +199,7 @@ def load_weights(folder: Path, model: GPT) -> None:
 
     Args:
         folder: the checkpoint.
-        model: whose parameters are overwritten.
+        model: the model whose parameters are overwritten.
 
     Raises:
         UserError: a file is missing, damaged, or does not fit the model.
@@ -210,7 +210,7 @@ def load_weights(folder: Path, model: GPT) -> None:
 
 
 def load_training_state(folder: Path, model: GPT, optimizer: torch.optim.Optimizer) -> None:
-    """Put AdamW's moments and the random-number states back as they were.
+    """Restore the optimizer's moments and the random-number states.
 
     Raises:
         UserError: the file is missing, damaged, or does not fit the model.
@@ -223,13 +223,13 @@ def load_training_state(folder: Path, model: GPT, optimizer: torch.optim.Optimiz
                 state["step"] = tensors[f"step.{name}"].to(parameter.device)
             for moment in _MOMENTS:
                 if f"{moment}.{name}" in tensors:
-                    # the padded rows have none
+                    # moments of padded rows are not saved
                     full = torch.zeros(
                         parameter.shape, dtype=parameter.dtype, device=parameter.device
                     )
                     full[: _true_rows(model, name, parameter)] = tensors[f"{moment}.{name}"]
                     state[moment] = placed_like(parameter, full)
-            # AdamW's three come together, Muon's buffer alone
+            # AdamW has all three of these or none; Muon has only its buffer
             if (adamw := {"step", "exp_avg", "exp_avg_sq"}) & set(state) and not adamw <= set(
                 state
             ):
@@ -239,20 +239,20 @@ def load_training_state(folder: Path, model: GPT, optimizer: torch.optim.Optimiz
                 optimizer.state[parameter] = state
         _restore_random_numbers(tensors, model.lm_head.weight.device)
     except Exception as error:
-        # as above, and a tensor that is not there
+        # as above, or a tensor is missing
         raise UserError(
             f"{folder / runs.OPTIMIZER}: cannot be loaded: {_beginning(error)}"
         ) from None
 
 
 def _beginning(error: Exception) -> str:
-    """The start of a message: PyTorch's go on to name every tensor that does not fit."""
+    """The start of a message: PyTorch's messages go on to name every tensor that does not fit."""
     text = f"no tensor {error}" if isinstance(error, KeyError) else str(error)
     return shorten(text, 200, placeholder=" ...")
 
 
 def _hidden(folder: Path) -> Path:
-    """The name beside ``folder`` for what is not yet, or no longer, a checkpoint."""
+    """The path next to ``folder`` for what is not yet, or no longer, a checkpoint."""
     return folder.with_name(f".{folder.name}")
 
 
@@ -283,7 +283,7 @@ def _training_tensors(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str,
 
 
 def _restore_random_numbers(tensors: dict[str, Tensor], device: torch.device) -> None:
-    """Put this process's generators back; a process that was not there at the save has its own."""
+    """Restore this process's generators; a process that did not exist at the save has its own."""
     ending = _of_rank(distributed.rank())
     saved = {name: tensors.get(f"rng.{name}{ending}") for name in rng_states(device)}
     states = {name: state for name, state in saved.items() if state is not None}
@@ -292,5 +292,5 @@ def _restore_random_numbers(tensors: dict[str, Tensor], device: torch.device) ->
 
 
 def _of_rank(rank: int) -> str:
-    """The end of a name for a process; the first one's have none."""
+    """The suffix of a process's names; the first process has none."""
     return f".{rank}" if rank else ""

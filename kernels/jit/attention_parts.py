@@ -1,10 +1,10 @@
-"""What attention's forward and backward kernels share: who does what, which key is seen, launching.
+"""What attention's forward and backward kernels share: grid, masks, launches, compile cases.
 
-All three kernels take, after their tensors, the same arguments: the two masks, each None where
-there is none; dropout, (bits, p) or None; the strides (batch, token) of qkv; the shape (H, T); and
-the scale. All run on a grid (H, blocks, B), which the hardware walks through from the left: the
-heads of one sequence together, so that its k and v stay in the L2 cache, and block by block with
-the longest first, so that the short ones fill the gaps at the end.
+All three kernels take, after their tensors, the same arguments: the two masks, each a tensor or
+None; dropout, (bits, p) or None; the strides (batch, token) of qkv; the shape (H, T); and the
+scale. All run on a grid (H, blocks, B), which the hardware walks through from the left: the heads
+of one sequence together, so that its k and v stay in the L2 cache, and the longest blocks first, so
+that the short ones fill the gaps at the end.
 """
 
 from collections.abc import Mapping
@@ -158,12 +158,12 @@ def attention_cases(
 
     Args:
         kernel: the ``@triton.jit`` function.
-        op: its name in the table.
+        op: the kernel's name in the table.
         arch: the architecture.
-        tensors: types of its own arguments, ``{}`` where the dtype of qkv goes.
-        products: matrix products in its walk.
+        tensors: types of its own arguments, with ``{}`` in place of the dtype of qkv.
+        products: matrix products in its loop.
         passes: tensors (B, T, C) that it reads or writes.
-        block: which of its blocks the grid divides the tokens by.
+        block: the block size that the grid divides the tokens by.
     """
     return [
         _case(kernel, op, config, variant, tensors, products, passes, block)

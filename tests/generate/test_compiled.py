@@ -1,5 +1,6 @@
 """The step in C++: the logits and texts of the model itself, in every form; where it cannot be."""
 
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,22 @@ CPU = torch.device("cpu")
 needs_compiler = pytest.mark.skipif(
     compiler_obstacle(CPU) is not None, reason="needs a C++ compiler"
 )
+
+
+def wide_gelu() -> GPT:
+    """A model whose GELUs get numbers of several units, where its polynomial counts."""
+    model = tiny_gpt()
+    for i in range(2):
+        model.get_parameter(f"transformer.h.{i}.mlp.c_fc.weight").data.mul_(4)
+        model.get_parameter(f"transformer.h.{i}.mlp.c_proj.weight").data.mul_(4)
+    return model
+
+
 FORMS: dict[str, Callable[[], GPT]] = {
     "fp32": tiny_gpt,
     "no bias": lambda: tiny_gpt(bias=False),
     "erf": lambda: tiny_gpt(gelu="erf"),
+    "wide GELU": wide_gelu,
     "padded vocabulary": lambda: tiny_gpt(vocab_size=61),
     # no multiple of a processor's vectors
     "odd sizes": lambda: tiny_gpt(n_embd=33, n_head=3, vocab_size=37),
@@ -114,9 +127,14 @@ class TestLogits:
         texts = texts_of(2, 12)
         slots = compiled_slots(model, 2, 16)
         slots.feed(0, [text[:5] for text in texts])
+        # the first layer's keys and values are those of fp32, rounded to the nearest
+        same = compiled_slots(copy.deepcopy(model).float(), 2, 16)
+        same.feed(0, [text[:5] for text in texts])
+        exact = same.cache.layers[0].kv[:, :, :, :5].bfloat16()
         for t in range(5, 12):
             logits = slots.feed(0, [text[t : t + 1] for text in texts])
         assert logits.dtype == slots.cache.layers[0].kv.dtype == torch.bfloat16
+        assert torch.equal(slots.cache.layers[0].kv[:, :, :, :5], exact)
         # one rounding of each key, value and result: as near to fp32 as bf16 itself is
         gold = uncached(model.float(), texts)[:, -1]
         assert (logits.float() - gold).abs().max() < 0.02 * gold.abs().max()
