@@ -38,7 +38,7 @@ from fastgpt2.train.samples import sample
 from fastgpt2.train.schedules import learning_rate, progress
 from fastgpt2.train.spikes import Spikes
 from fastgpt2.train.state import RunState, check_data
-from fastgpt2.train.step import TrainingStep
+from fastgpt2.train.step import Batch, TrainingStep
 from fastgpt2.train.validation import EVAL_TOKENS, validate
 
 
@@ -201,6 +201,7 @@ class Trainer:
         try:
             with (
                 self.interrupt,
+                state.saver,
                 # the micro-batches of the next step, while this one is computed
                 Reader(self.loader, self.device, self.grad_accum) as self.reader,
                 self.console.begin(
@@ -209,17 +210,16 @@ class Trainer:
             ):
                 try:
                     self._loop()
+                    state.settle()
                 except Interrupted as signal:
                     exit_code = signal.exit_code
-                    state.rewind()
-                    state.save(run, config.keep_last)
+                    self._save_finished_step()
                     self.console.write(f"stopped by {signal}: step {state.step} is saved")
                 except (OSError, EndedElsewhere) as error:
-                    if not distributed.is_agreed(error):
+                    if not (distributed.is_agreed(error) and distributed.is_by_system(error)):
                         raise
                     # the log could not be written; the weights may still find room
-                    state.rewind()
-                    state.save(run, config.keep_last)
+                    self._save_finished_step()
                     raise
             ended = exit_code
         except Exception as error:
@@ -242,6 +242,12 @@ class Trainer:
             exit_code=exit_code,
             drawn=self._plot(),
         )
+
+    def _save_finished_step(self) -> None:
+        """Save the last step that was finished, and wait for it."""
+        self.state.rewind()
+        self.state.save(self.run_folder, self.config.keep_last)
+        self.state.settle()
 
     def _plot(self) -> bool:
         return distributed.rank() == 0 and plot(self.run_folder, self.console.notify)
@@ -266,6 +272,7 @@ class Trainer:
                 return
             if self.interrupt.save_is_wanted():
                 state.save(self.run_folder, config.keep_last)
+                state.settle()
                 self.console.write(f"step {state.step} is saved")
             state.mark()
             lr = learning_rate(
@@ -284,7 +291,7 @@ class Trainer:
                 warmup_steps=config.muon_warmup_steps,
             )
             self.profile.step()
-            batches = distributed.together(lambda: self.reader.take(self.grad_accum))
+            batches = distributed.together(self._take)
             state.pending.append(self.training_step(batches, lr))
             state.step += 1
             state.validation = None
@@ -303,8 +310,14 @@ class Trainer:
                     started = now - state.elapsed
                 mark, mark_step = now, state.step
 
+    def _take(self) -> list[Batch]:
+        """The micro-batches of a step; first, what went wrong with the last checkpoint is said."""
+        self.state.saver.look()
+        return self.reader.take(self.grad_accum)
+
     def _go_back(self) -> None:
         """To the last checkpoint, and on with the data that comes now."""
+        self.state.settle()
         if not distributed.on_rank_0(lambda: runs.saved_steps(self.run_folder)):
             self.console.write("there is no checkpoint to go back to")
             return
@@ -356,7 +369,7 @@ class Trainer:
         distributed.on_rank_0(lambda: self.metrics.write(**record))
 
     def _evaluate(self) -> None:
-        """Score the weights, save them, and only then show what came out."""
+        """Score the weights, copy them for the checkpoint, and show what the log has already."""
         state, config = self.state, self.config
         began = time.perf_counter()
         state.validation = validate(
