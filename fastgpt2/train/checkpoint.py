@@ -131,9 +131,7 @@ def _write(
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
         for path in files:
             sync(path)
-        record["sha256"] = {
-            path.relative_to(temporary).as_posix(): _digest(path) for path in files
-        }
+        record["sha256"] = {path.relative_to(temporary).as_posix(): _digest(path) for path in files}
         write_text(temporary / runs.STATE, _json(record))
         os.rename(temporary, final)
         sync(final.parent)

@@ -29,9 +29,9 @@ def staged_shards(tensors: Mapping[str, Tensor], *, on_cuda: bool) -> Callable[[
         on_cuda: the parts are on a GPU.
 
     Returns:
-        What writes the copies into ``FOLDER/shards``. All processes call it, in any thread; it ends when
-        the parts of all are on the disk. It raises the first failure on the process that had it,
-        and ``EndedElsewhere`` on the others.
+        What writes the copies into ``FOLDER/shards``. All processes call it, in any thread; it
+        ends when the parts of all are on the disk. It raises the first failure on the process
+        that had it, and ``EndedElsewhere`` on the others.
     """
     stager = DefaultStager(
         StagingOptions(

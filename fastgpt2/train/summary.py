@@ -52,7 +52,10 @@ def memory_line(memory: Memory) -> str:
     """What a process needs, and of what; the parts are not all there at one time."""
     names = ("weights", "gradients", "moments", "activations", "loss")
     parts = ", ".join(f"{name} {human(getattr(memory, name), 'B')}" for name in names)
-    return f"memory: about {human(memory.peak, 'B')} for training, at its peak ({parts})"
+    return (
+        f"memory: about {human(memory.peak, 'B')} for training, at its peak ({parts}); "
+        f"{human(memory.copy, 'B')} more of the host's while a checkpoint is written"
+    )
 
 
 def model_lines(

@@ -56,8 +56,9 @@ def read_shards(folder: Path, vocab_size: int) -> dict[str, LazyTensor]:
 
 
 def _sharding_info(file: Path) -> dict[str, Any]:
+    header = read_metadata(file)
     try:
-        info = json.loads(read_metadata(file)[_INFO])
+        info = json.loads(header[_INFO])
     except (KeyError, ValueError, RecursionError):
         raise UserError(f"{file}: not a shard: {_INFO} is missing in its header") from None
     if not isinstance(info, dict):

@@ -163,9 +163,7 @@ def test_a_damaged_shard_falls_back_to_the_checkpoint_before(ranks: Ranks, tmp_p
         ("full disk of rank 0", [], "No space left on device"),
     ],
 )
-def test_the_disk_of_one_rank_fails(
-    ranks: Ranks, name: str, saved: list[int], reason: str
-) -> None:
+def test_the_disk_of_one_rank_fails(ranks: Ranks, name: str, saved: list[int], reason: str) -> None:
     """The rank that failed says it, once; a checkpoint is there for all ranks or for none."""
     outcome, run = ranks.outcomes[name], ranks.folder / name / "run"
     assert outcome["codes"] == [2, 2]
