@@ -7,7 +7,8 @@
 # nothing. Leaves a log and a JSON file of every stage in FOLDER (of kernels, step and decode what
 # `python -m benchmarks.report` reads) and prints a short table last. Without a stage: all of them,
 # each within a share of the time; with some, they have more. Exit code 1 if one failed. DRY=1 runs
-# the same tiny and interpreted, on any machine: the times mean nothing.
+# the same tiny and interpreted, on any machine (TESTS: these files' for `correct`): the times mean
+# nothing.
 set -uo pipefail
 
 stages=(warm correct kernels step decode tune)
@@ -35,11 +36,15 @@ cd "$(dirname "$0")/.." || exit 2
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
 scale=() dry=() limit=520
+# which tests prove the kernels, and how many parameter sets of each at most
+which=(-m gpu tests/kernels tests/generate) sets=4
 if [ -n "${DRY:-}" ]; then
     export TRITON_INTERPRET=1
     # the interpreter on a busy machine
     limit=5200
     scale=(--scale dry) dry=(--dry)
+    # tests at a GPU's sizes are rehearsed with small ones
+    which=(-k rehearsal ${TESTS:-tests/kernels}) sets=1
 else
     unset TRITON_INTERPRET
 fi
@@ -77,8 +82,11 @@ run_stage() {
             # most of the time goes into compiling kernels, which other cores can do
             workers=(-n 6)
         fi
+        # a few of each test's parameter sets: nearly every one compiles kernels of its own. What has
+        # ended is in the file at once, so that a run that is stopped leaves what it found
         within "$seconds" "$python" -m pytest -q -p no:cacheprovider "${workers[@]}" \
-            -m gpu tests/kernels tests/generate --junitxml "$out/correct.xml"
+            -p tests.results_so_far --results-so-far "$out/correct.jsonl" \
+            --most-per-test "$sets" "${which[@]}"
         ;;
     kernels)
         bench kernels "$seconds" ${b}_ops.py --seconds 1

@@ -2,7 +2,7 @@
 
 import json
 import sys
-import xml.etree.ElementTree as ET
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,13 @@ STAGES = ("kernels", "step", "decode")
 
 
 def correct_lines(path: Path) -> Iterator[str]:
-    """Counts, then the names of the tests that failed."""
-    suite = ET.parse(path).getroot().find("testsuite")
-    assert suite is not None
-    counts = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
-    yield "correct: " + ", ".join(f"{count} {key}" for key, count in counts.items())
-    for case in suite.iter("testcase"):
-        if case.find("failure") is not None or case.find("error") is not None:
-            yield f"  FAILED {case.get('classname')}::{case.get('name')}"
+    """Counts, then the names of the tests that failed; of a stopped stage, those so far."""
+    # the last line may have been cut off with the process that wrote it
+    whole = [line for line in path.read_text(encoding="utf-8").splitlines(True) if line[-1] == "\n"]
+    results = [json.loads(line) for line in whole]
+    counts = Counter(result["outcome"] for result in results)
+    yield f"correct: {len(results)} tests" + "".join(f", {n} {name}" for name, n in counts.items())
+    yield from (f"  FAILED {r['test']}" for r in results if r["outcome"] == "failed")
 
 
 def tune_lines(report: Any) -> Iterator[str]:
@@ -41,8 +40,8 @@ def tune_lines(report: Any) -> Iterator[str]:
 def summary(folder: Path) -> str:
     """All stages that have left something."""
     lines: list[str] = []
-    if (folder / "correct.xml").exists():
-        lines += correct_lines(folder / "correct.xml")
+    if (folder / "correct.jsonl").exists():
+        lines += correct_lines(folder / "correct.jsonl")
     files = [folder / f"{stage}.json" for stage in STAGES]
     # of a stage that could not time anything there is an empty file
     measured = [path for path in files if path.exists() and path.stat().st_size]

@@ -117,17 +117,33 @@ def measure_ceilings(clock: Clock, device: torch.device, *, seconds: float) -> C
     """
     on_gpu, dry = device.type == "cuda", seconds == 0.0
     copied = 2**16 if dry else 2**30 if on_gpu else 2**28
-    n = 64 if dry else 8192 if on_gpu else 2048
+    largest = 64 if dry else 8192 if on_gpu else 2048
     source = torch.randn(copied // 4, device=device)
     target = torch.empty_like(source)
     work: dict[str, Work] = {"copy": lambda: target.copy_(source)}
+    sizes = {}
     for name, dtype in MATMUL_DTYPES.items():
-        a, b, product = (torch.randn(n, n, device=device).to(dtype) for _ in range(3))
-        work[name] = partial(torch.mm, a, b, out=product)
+        sizes[name], work[name] = _square_product(dtype, device, largest)
     for run in work.values():
         run()
     times = clock.compare(work, seconds=seconds)
     return Ceilings(
         bandwidth=2.0 * copied / times["copy"].median,
-        flops={name: 2.0 * n**3 / times[name].median for name in MATMUL_DTYPES},
+        flops={name: 2.0 * n**3 / times[name].median for name, n in sizes.items()},
     )
+
+
+def _square_product(dtype: torch.dtype, device: torch.device, largest: int) -> tuple[int, Work]:
+    """n, and a product of two random (n, n) matrices.
+
+    The largest that a processor multiplies in a tenth of a second or so: one without bf16
+    instructions is hundreds of times slower in bf16.
+    """
+    n = largest if device.type == "cuda" else 64
+    while True:
+        a, b, product = (torch.randn(n, n, device=device).to(dtype) for _ in range(3))
+        start = time.perf_counter()
+        torch.mm(a, b, out=product)
+        if n == largest or time.perf_counter() - start > 0.02:
+            return n, partial(torch.mm, a, b, out=product)
+        n *= 2

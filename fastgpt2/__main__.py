@@ -4,6 +4,9 @@ import sys
 from importlib import import_module
 from typing import Any
 
+from fastgpt2.cli import run
+from fastgpt2.errors import UserError
+
 COMMANDS = {
     "train": "train a GPT-2 on text",
     "generate": "continue a text with a trained model",
@@ -22,16 +25,19 @@ def _module(command: str) -> Any:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    arguments = sys.argv[1:] if argv is None else argv
-    if arguments and arguments[0] in COMMANDS:
-        return int(_module(arguments[0]).main(arguments[1:]))
+    command, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    # a command's import takes seconds, in which it may be interrupted, too
+    return run(command, lambda: _run(command, arguments))
+
+
+def _run(command: str, arguments: list[str]) -> int:
+    if command in COMMANDS:
+        return int(_module(command).main(arguments))
+    if command not in ("-h", "--help"):
+        raise UserError(f"no such command; there are {', '.join(COMMANDS)}")
     lines = [f"  {name:<10} {text}" for name, text in COMMANDS.items()]
-    usage = "usage: fastgpt2 COMMAND [--help] ...\n\ncommands:\n" + "\n".join(lines)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(usage)
-        return 0
-    print(f"fastgpt2: error: no command {arguments[0]!r}\n{usage}", file=sys.stderr)
-    return 2
+    print("usage: fastgpt2 COMMAND [--help] ...\n\ncommands:", *lines, sep="\n")
+    return 0
 
 
 if __name__ == "__main__":

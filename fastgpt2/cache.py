@@ -56,7 +56,7 @@ class KVCache:
         return self.layers[0].is_empty
 
     def rows(self, first: int, stop: int, *, is_empty: bool) -> "KVCache":
-        """A view of neighbouring rows: what is written to it is written here.
+        """A view of adjacent rows: what is written to it is written here.
 
         Args:
             first: the first row.
@@ -71,14 +71,14 @@ class KVCache:
         return view
 
     def reorder(self, rows: Tensor) -> None:
-        """Row i becomes what row ``rows[i]`` was."""
+        """Copy row ``rows[i]`` to row i."""
         count = len(rows)
         self.lengths[:count] = self.lengths[rows]
         for layer in self.layers:
             layer.kv[:, :count] = layer.kv[:, rows]
 
     def copy_row(self, source: int, target: int) -> None:
-        """Row ``target`` becomes what row ``source`` is."""
+        """Copy row ``source`` to row ``target``."""
         self.lengths[target] = self.lengths[source]
         for layer in self.layers:
             layer.kv[:, target] = layer.kv[:, source]

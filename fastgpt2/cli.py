@@ -8,12 +8,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from fastgpt2.errors import EndedElsewhere, Stopped, UserError
 from fastgpt2.streams import abandon, open_missing_streams, steady_streams
 
-# how PyTorch says that a tensor has no room, or could have none on any machine
+# how PyTorch says that a tensor does not fit into memory, on this or on any machine
 _NO_ROOM = (
     "out of memory",
     "not enough memory",
@@ -31,6 +31,18 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print one line and exit with 2, as for every other mistake of a user."""
         self.exit(2, f"{self.prog}: error: {message} (--help shows all flags)\n")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        # what --help prints may find a full disk or no reader, of which argparse would say nothing
+        code = run(self.prog.removeprefix("fastgpt2 "), lambda: _write(message, file))
+        if code:
+            sys.exit(code)
+
+
+def _write(message: str, file: Any) -> None:
+    # a stream that is closed takes nothing
+    if message and file is not None:
+        file.write(message)
 
 
 def check_counts(options: argparse.Namespace, *names: str) -> None:
@@ -50,13 +62,13 @@ def run(name: str, body: Callable[[], int | None], *, steady: bool = False) -> i
 
     A ``UserError``, an ``OSError`` and a lack of memory become one line on stderr and 2. Ctrl-C
     becomes one line and 130, SIGTERM one line and 143, SIGHUP one line and 129, a closed pipe
-    (``... | head``) a quiet 141, as the shell has them; what was half written is removed. Any
-    other exception is a fault of ours and keeps its traceback. A stderr that fails ends nothing.
+    (``... | head``) a quiet 141, the shell's codes; half-written files are removed. Any other
+    exception is our fault and keeps its traceback. A failing stderr does not end the command.
 
     Args:
-        name: the command, as the line on stderr calls it.
+        name: the command's name in the line on stderr.
         body: does the work; returns its exit code, None for 0.
-        steady: the work matters more than its output: a stdout that fails ends nothing either.
+        steady: the work matters more than its output: a failing stdout does not end it either.
     """
     open_missing_streams()
     for stream in (sys.stdout, sys.stderr):
@@ -77,7 +89,7 @@ def _signals_raise() -> Iterator[None]:
             if "RANK" not in os.environ and signal.getsignal(number) is signal.SIG_DFL:
                 previous[number] = signal.signal(number, _stop)
     except ValueError:
-        # not the main thread: signals are somebody else's business
+        # outside the main thread Python allows no signal handlers: the caller handles signals
         pass
     try:
         yield
@@ -95,7 +107,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 def _run(name: str, body: Callable[[], int | None]) -> int:
     try:
         code = body() or 0
-        # what is still in the buffer may find the disk full
+        # the disk may be full for what is still in the buffer
         sys.stdout.flush()
         return code
     except Stopped as stopped:
@@ -105,7 +117,7 @@ def _run(name: str, body: Callable[[], int | None]) -> int:
         _say(f"\nfastgpt2 {name}: interrupted")
         return 130
     except BrokenPipeError:
-        # the interpreter flushes stdout at exit and would complain once more
+        # the interpreter flushes stdout at exit, which would fail again
         abandon(sys.stdout)
         return 141
     except EndedElsewhere as ending:
@@ -119,7 +131,7 @@ def _run(name: str, body: Callable[[], int | None]) -> int:
 
 
 def exit_code(error: Exception) -> int:
-    """What a command ends with after this error: 2, or 1 where the fault is ours.
+    """The exit code of a command after this error: 2, or 1 where the fault is ours.
 
     Args:
         error: what the command's body has raised.

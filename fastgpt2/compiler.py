@@ -1,4 +1,4 @@
-"""The compiler that ``torch.compile`` calls: whether there is one, and one line where it fails."""
+"""The compiler that ``torch.compile`` calls: whether there is one, and one line if it fails."""
 
 import os
 import shutil
@@ -11,14 +11,18 @@ from fastgpt2.cli import in_one_line
 from fastgpt2.devices import device_kind
 
 
+def host_compiler() -> str:
+    """The C++ compiler's name: the one that TorchInductor tries."""
+    return os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+
+
 def compiler_obstacle(device: torch.device) -> str | None:
-    """Why ``torch.compile`` cannot work here, or None: it wants a compiler for its host code."""
+    """Why ``torch.compile`` cannot work here, or None: it needs a compiler for its host code."""
     language = device_kind(device).compiler
     if language is None:
         return f"not offered on {device.type}"
     if device_kind(device).host:
-        # the one name that TorchInductor tries
-        wanted = [os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")]
+        wanted = [host_compiler()]
     else:
         # those that Triton tries
         wanted = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
@@ -30,7 +34,7 @@ def compiler_obstacle(device: torch.device) -> str | None:
 
 
 def failure(error: Exception) -> str:
-    """What the compiler said, in one line.
+    """The compiler's error in one line.
 
     A compiler that is found may still fail: no headers, a temporary folder that cannot execute, a
     cache that cannot be written.

@@ -6,7 +6,7 @@ from typing import Any, Self
 
 from fastgpt2.errors import UserError
 
-# fastgpt2.kernels.linear_fp8 wants widths that are multiples of it
+# fastgpt2.kernels.linear_fp8 needs widths that are multiples of this
 FP8_MULTIPLE = 16
 IMPLS = ("auto", "triton", "torch", "reference")
 # of fastgpt2.kernels.gelu
@@ -42,11 +42,12 @@ class GPTConfig:
     ``attn_dropout``, ``embd_dropout`` and ``resid_dropout`` override it one by one. ``impl``
     chooses the kernels (see ``fastgpt2.kernels.use_impl``), ``fp32_residual`` keeps the residual
     stream in fp32 when the model computes in bf16 or fp16 (default: compute dtype), ``fp8`` makes
-    the products of the linear layers and the head in FP8 while the model is in training mode.
-    ``pad_vocab`` rounds the rows of a vocabulary of 4096 or more up in memory (50257 -> 50304): who
-    reads ``named_parameters`` sees the padded rows, who reads the state dict does not. ``gelu`` is
-    the form of the activation, part of the function that the weights were trained for: ``tanh`` is
-    OpenAI's, ``erf`` nanoGPT's; ``erf`` runs on PyTorch's operator, for there is no Triton kernel.
+    the products of the linear layers and the head run in FP8 in training mode. ``pad_vocab`` rounds
+    the rows of a vocabulary of 4096 or more up in memory (50257 -> 50304): ``named_parameters``
+    shows the padded rows, the state dict does not; llm.c's ``write_model`` and a device map of
+    accelerate need them equal: ``pad_vocab=False``. ``gelu`` is the form of the activation, part of
+    the function that the weights were trained for: ``tanh`` is OpenAI's, ``erf`` nanoGPT's;
+    ``erf`` runs on PyTorch's operator, since there is no Triton kernel for it.
 
     Raises:
         UserError: a field is out of its range, with its name, its value and what was expected.

@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = Parser(
         prog="fastgpt2 convert",
-        description="Convert a GPT-2 between formats; that of SRC is detected.",
+        description="Convert a GPT-2 between formats; the format of SRC is detected.",
     )
     parser.add_argument(
         "src", metavar="SRC", help=f"a folder, a file, or one of {', '.join(RELEASES)}"
@@ -118,8 +118,8 @@ def _counted(checkpoint: Checkpoint, update: Callable[[int], object]) -> Checkpo
 def _carry_config(source: Path, target: Path) -> None:
     """Between two of Hugging Face's folders, keep every option that the weights do not decide.
 
-    Token ids, task parameters and unknown options stay; what was written for the new weights is
-    their dtype and the class that they belong to.
+    Token ids, task parameters and unknown options stay; only the dtype and the class are those of
+    the new weights.
     """
     written = read_json(target / HF_CONFIG)
     kept = {key: v for key, v in read_json(source / HF_CONFIG).items() if key != "dtype"}

@@ -34,7 +34,7 @@ class DeviceKind(NamedTuple):
     host: bool = False
 
 
-# nothing has been tested on the last two: they get the ways that need least
+# the last two are untested: they get the paths with the fewest requirements
 _KINDS = {
     "cpu": DeviceKind(fused_adamw=True, compiler="C++", host=True),
     "cuda": DeviceKind(fused_adamw=True, compiler="C", cuda=True),
@@ -43,7 +43,7 @@ _KINDS = {
 }
 DEVICE_TYPES = tuple(_KINDS)
 
-# a name with one of these is a slower product, or a part of one, with the name of a table entry
+# a device whose name has one of these contains a table entry's name, but is a slower variant
 _OTHER_PRODUCTS = re.compile(r"\b(Laptop|Max-Q|Mobile|MIG|Ti|SUPER|D)\b")
 
 
@@ -66,10 +66,10 @@ def resolve_device(name: str) -> torch.device:
 
 
 def device_kind(device: torch.device | str) -> DeviceKind:
-    """What is known of the type of a device; the one place that tells them apart.
+    """What the type of a device can do; the one place that tells types apart.
 
     Args:
-        device: a device, or the name of its type; one that nobody knows can do the least.
+        device: a device, or the name of its type; an unknown type can do the least.
     """
     name = device if isinstance(device, str) else device.type
     return _KINDS.get(name, DeviceKind(fused_adamw=False, compiler=None))
@@ -84,7 +84,7 @@ def of_this_process(device: torch.device) -> torch.device:
 
 
 def default_generator(device: torch.device) -> torch.Generator:
-    """The generator that PyTorch draws from on ``device`` where it is given none."""
+    """PyTorch's default generator for ``device``."""
     if device_kind(device).host:
         return torch.default_generator
     if device.type == "mps":
@@ -114,7 +114,7 @@ def dtype_notice(device: torch.device, dtype: torch.dtype) -> str | None:
 
     Args:
         device: where the model computes.
-        dtype: of the computation.
+        dtype: dtype of the computation.
     """
     slow = device_kind(device).host and dtype in (torch.bfloat16, torch.float16)
     if not slow or platform.machine().lower() not in ("x86_64", "amd64"):
@@ -135,7 +135,7 @@ def resolve_kernels(
     """One line: which kernels will run, and why.
 
     Raises:
-        UserError: ``impl`` was asked for by name and cannot run there, or FP8 cannot.
+        UserError: ``impl`` was requested by name and cannot run there, or FP8 cannot.
     """
     try:
         line = explain(device, dtype, impl)
@@ -169,7 +169,7 @@ def rng_states(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_rng_states(states: Mapping[str, Tensor], device: torch.device) -> None:
-    """Put the generators back; one whose state is not there, of another machine, stays as it is."""
+    """Restore the generators; one without a saved state, from another machine, does not change."""
     torch.set_rng_state(states["cpu"])
     if device_kind(device).host or device.type not in states:
         return
@@ -198,13 +198,13 @@ def host_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def spare_gpu_memory(device: torch.device) -> int:
-    """Bytes of a CUDA GPU that this process may still take, what its allocator holds included."""
+    """Bytes of a CUDA GPU that this process may still use, including its allocator's cache."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def release_gpu_memory() -> None:
-    """Give back what PyTorch's allocator holds of CUDA GPUs and does not use."""
+    """Free what PyTorch's allocator has cached of CUDA GPUs and does not use."""
     torch.cuda.empty_cache()
 
 

@@ -23,7 +23,7 @@ _CPU = torch.device("cpu")
 
 
 class _Progress:
-    """How often this process has come to a place where all agree, and when it last did."""
+    """How many times this process has reached a place where all agree, and when it last did."""
 
     count = 0
     moment = time.monotonic()
@@ -35,7 +35,7 @@ def _move_on() -> None:
 
 
 def agreements() -> int:
-    """How often this process has come to a place where all processes agree on something."""
+    """How many times this process has reached a place where all processes agree on something."""
     return _Progress.count
 
 
@@ -51,15 +51,15 @@ def process_group(device: str = "cpu", timeout: float | None = None) -> Iterator
     What processes agree on travels over gloo, on the CPU. Gradients on GPUs travel over NCCL.
 
     Args:
-        device: type of the device that holds what is summed; ``cuda`` adds NCCL.
-        timeout: seconds that a process waits for the others; None is PyTorch's own.
+        device: type of the device whose tensors are summed; ``cuda`` adds NCCL.
+        timeout: seconds that a process waits for the others; None means PyTorch's default.
     """
     if not is_launched() or dist.is_initialized():
         yield
         return
     options: dict[str, Any] = {} if timeout is None else {"timeout": timedelta(0, timeout)}
     if is_elastic():
-        # torchrun keeps one store through restarts: addresses of processes that have gone are in it
+        # torchrun keeps one store through restarts, with addresses of processes that have ended
         ranks = {"rank": launched_rank(), "world_size": launched_world_size()}
         options |= ranks | {"store": PrefixStore(f"fastgpt2/group/{attempt()}", job_store())}
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", **options)
@@ -80,7 +80,7 @@ def is_elastic() -> bool:
 
 
 def attempt() -> int:
-    """How often torchrun has started the processes of this job again."""
+    """How many times torchrun has restarted the processes of this job."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
@@ -102,12 +102,12 @@ def world_size() -> int:
 
 
 def launched_rank() -> int:
-    """``rank()``, before the process group exists too."""
+    """``rank()``, also before the process group exists."""
     return int(os.environ.get("RANK", "0"))
 
 
 def launched_world_size() -> int:
-    """``world_size()``, before the process group exists too."""
+    """``world_size()``, also before the process group exists."""
     return int(os.environ.get("WORLD_SIZE", "1")) if is_launched() else 1
 
 
@@ -173,10 +173,10 @@ def all_max(*values: int) -> list[int]:
 
 
 def longest(seconds: float) -> float:
-    """The longest of a duration that each process has measured, to the microsecond.
+    """The longest of the durations that the processes have measured, to the microsecond.
 
     Args:
-        seconds: of this process.
+        seconds: this process's duration.
     """
     return all_max(int(seconds * 1e6))[0] / 1e6
 
@@ -199,7 +199,7 @@ def on_rank_0(work: Callable[[], Result]) -> Result:
         work: returns something that can be pickled.
 
     Raises:
-        EndedElsewhere: on the other ranks, where ``work`` raises on rank 0; there, its own error.
+        EndedElsewhere: on the other ranks, if ``work`` raises on rank 0; rank 0 raises that error.
     """
     if world_size() == 1:
         return work()
@@ -216,12 +216,12 @@ def on_rank_0(work: Callable[[], Result]) -> Result:
 
 
 def together(work: Callable[[], Result]) -> Result:
-    """Call ``work`` on every process; where it raises on one, none goes on.
+    """Call ``work`` on every process; if it raises on one, none continues.
 
     All processes call this at the same place.
 
     Args:
-        work: calls nothing that waits for other processes.
+        work: a function that does not wait for other processes.
 
     Raises:
         EndedElsewhere: ``work`` has raised on another process and not here.
@@ -241,10 +241,10 @@ def together(work: Callable[[], Result]) -> Result:
 
 
 def agreed(error: Exception, *, by_system: bool = False) -> Exception:
-    """The error, for which ``is_agreed`` holds from now on.
+    """The error, after marking it so that ``is_agreed`` holds.
 
     Args:
-        error: each process has one, at the same place.
+        error: an error that every process has, at the same place.
         by_system: an ``OSError`` of one of them is the cause.
     """
     error.agreed, error.by_system = True, by_system  # type: ignore[attr-defined]
@@ -261,9 +261,9 @@ def is_by_system(error: Exception) -> bool:
 
 
 def is_agreed(error: Exception) -> bool:
-    """Whether every process has come to the same place with an error, and can go on from there.
+    """Whether every process has reached the same place with an error, and can continue there.
 
     Args:
-        error: what was caught.
+        error: the error that was caught.
     """
     return world_size() == 1 or getattr(error, "agreed", False)

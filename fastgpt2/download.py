@@ -23,16 +23,16 @@ from fastgpt2.errors import UserError
 from fastgpt2.files import sync, write_text
 
 CHUNK = 1 << 16
-# a server that sends less than this over one time limit is given up
+# a server that sends less than this within one time limit is abandoned
 MIN_BYTES_PER_SECOND = 1024
 
 
 class DownloadError(UserError):
-    """No mirror gave the file; the message says what each of them did."""
+    """No mirror delivered the file; the message gives the reason of each."""
 
 
 class _AttemptError(Exception):
-    """One attempt failed; ``final`` when trying the same mirror again is of no use."""
+    """One attempt failed; ``final`` if another attempt at the same mirror cannot help."""
 
     def __init__(self, reason: str, *, final: bool = False) -> None:
         super().__init__(reason)
@@ -102,7 +102,7 @@ def download(
                 except _AttemptError as error:
                     reasons.append(f"{url}: {error}")
     except OSError as error:
-        # those of the network have become reasons: this one is of the disk
+        # errors of the network have become reasons: this one comes from the disk
         raise DownloadError(f"cannot write {path}: {error.strerror}") from error
     raise DownloadError(f"cannot download {path.name}: {'; '.join(reasons)}")
 
@@ -168,7 +168,7 @@ class _File:
         except _AttemptError:
             if not resumed:
                 raise
-            # the beginning was another mirror's, or another day's: once more, from zero
+            # the first part came from another mirror, or is older: start again from zero
             self._receive(url)
             self._check()
         sync(self.part)
@@ -188,7 +188,7 @@ class _File:
             raise _AttemptError(problem, final=True)
 
     def _receive(self, url: str) -> None:
-        """Append to the partial file what is missing of it."""
+        """Append the missing part to the partial file."""
         start = self.part_size
         headers = {"User-Agent": "fastgpt2", "Accept-Encoding": "identity"}
         etag = self.etag.read_text(encoding="utf-8") if self.etag.is_file() else ""
@@ -198,11 +198,11 @@ class _File:
                 headers["If-Range"] = etag
         response = _open(url, headers, self.timeout)
         if response is None:
-            # nothing follows what we have: it is whole, or not this file at all
+            # nothing follows the part that we have: it is whole, or a different file
             return
         with response:
             if response.status != 206:
-                # everything comes: from a server that does not resume, or a file that changed
+                # the whole file is sent: the server does not resume, or the file has changed
                 start = 0
                 etag = response.headers.get("ETag", "")
                 # a weak one does not promise the same bytes
@@ -227,8 +227,8 @@ class _File:
 def _open(url: str, headers: dict[str, str], timeout: float) -> Any:
     """The response, or None for status 416.
 
-    In a thread, because no time limit of Python's reaches the resolving of a name, which can take
-    minutes on a machine that is half connected.
+    In a thread, because Python's time limits do not cover the resolution of a name, which can take
+    minutes on a machine with a bad connection.
     """
     answers: Queue[Any] = Queue()
 

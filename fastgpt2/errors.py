@@ -1,4 +1,4 @@
-"""What a user did wrong, said in one line."""
+"""Errors that become one line: a user's mistake, a signal, another process's failure."""
 
 from signal import Signals
 
@@ -15,12 +15,12 @@ class Stopped(KeyboardInterrupt):
     """A signal asks the program to end; it cleans up, as after Ctrl-C.
 
     Args:
-        number: the signal's.
+        number: the signal's number.
     """
 
     def __init__(self, number: int) -> None:
         super().__init__(Signals(number).name)
-        # what a shell reports for a process that a signal ended
+        # the exit code that a shell reports for a process ended by a signal
         self.exit_code = 128 + number
 
 
@@ -28,7 +28,7 @@ class EndedElsewhere(Exception):
     """Another process of the job has failed and says why; this one ends in silence.
 
     Args:
-        exit_code: the other one's.
+        exit_code: the other process's exit code.
     """
 
     def __init__(self, exit_code: int) -> None:

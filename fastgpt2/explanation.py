@@ -36,7 +36,7 @@ def explain_gpt(model: Any) -> str:
 
 
 def _parts(transformer: Any) -> Iterator[tuple[str, nn.Module, type[nn.Module]]]:
-    """Name, module and plain type of everything that a kernel can stand for, in order."""
+    """Name, module and plain type of every module that a kernel can replace, in order."""
     yield "transformer.wte", transformer.wte, nn.Embedding
     yield "transformer.wpe", transformer.wpe, nn.Embedding
     kinds: dict[str, type[nn.Module]] = {

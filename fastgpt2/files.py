@@ -1,11 +1,13 @@
 """Files and folders that are either whole or not there: nothing is ever written in place."""
 
+import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from fastgpt2.errors import UserError
 
@@ -57,6 +59,21 @@ def write_text(path: Path, text: str) -> None:
     """Write ``text`` as UTF-8, atomically."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(text.encode("utf-8"))
+
+
+def parse_json(text: str | bytes) -> Any:
+    """``json.loads``, to which a value that is nested too deeply is a wrong one like any other.
+
+    Args:
+        text: the JSON; bytes are in UTF-8, UTF-16 or UTF-32.
+
+    Raises:
+        ValueError: it is not JSON that can be read.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def sync(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a model's own methods say about generation; ``fastgpt2.generate`` does it."""
+"""A model's own methods for generation, which ``fastgpt2.generate`` implements."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,21 +21,21 @@ class Generative(nn.Module):
     ) -> Any:
         """Append sampled tokens to ``idx``: (B, T) -> (B, T + max_new_tokens), as nanoGPT does.
 
-        Each row becomes what it would be alone, whatever the lengths of the others.
+        Each row gets the text that it would get alone, for any lengths of the others.
 
         Args:
             idx: (B, T) token ids; or a list of lists of ids, which gives a list of lists.
             max_new_tokens: the most that follow each row.
             temperature: below 1 sharper, above 1 flatter; 0 is greedy.
             top_k: draw from the k most likely tokens only.
-            generator: source of randomness; None is PyTorch's default one. The rows of a tensor
+            generator: source of random numbers; None means PyTorch's default. The rows of a tensor
                 share it, as in nanoGPT; those of a list have one each, seeded from it.
             options: by name:
                 ``processors``, callables ``(ids, logits) -> logits`` (see ``fastgpt2.generate``);
                 ``stop``, an id or several that end a row and are not part of it (a tensor's rows
                 are filled up with the first of them);
                 ``seed``, of every row's own random numbers, in place of ``generator``: the same
-                seed gives a prompt the same text in whatever batch;
+                seed gives a prompt the same text in any batch;
                 ``attention_mask`` (B, T), 0 for padding at the left or at the right;
                 ``window``, past block_size: ``crop`` (nanoGPT's way: every token sees the last
                 block_size, recomputed), ``slide`` (go on with the last half) or ``stop``;

@@ -1,10 +1,10 @@
 """The parts of a GPT-2: causal self-attention, the MLP, the block, and all that is before the head.
 
 Linear layers and LayerNorms are PyTorch's own modules, which its tools know. A plain one is not
-called: a fused kernel takes its weights. One that somebody has hooked, wrapped, parametrized or
-replaced is called (``plain.py`` tells them apart). Parameters may be kept in fp32 while activations
-flow in bf16 or fp16: weights are taken in the dtype of the activation. Shapes: B batch, T tokens,
-C width, H heads, D head size.
+called: a fused kernel takes its weights. One that was hooked, wrapped, parametrized or replaced is
+called (``plain.py`` tells them apart). Parameters may be kept in fp32 while activations are in bf16
+or fp16: weights are converted to the dtype of the activation. Shapes: B batch, T tokens, C width,
+H heads, D head size.
 """
 
 from collections.abc import Callable
@@ -40,7 +40,7 @@ Branch = tuple[Tensor, Tensor | None]
 
 
 def project(layer: nn.Module, x: Tensor, *, fp8: bool = False) -> Tensor:
-    """(..., C) -> (..., F): x W^T + b by a linear layer, the product in FP8 if asked for."""
+    """(..., C) -> (..., F): x W^T + b by a linear layer; with ``fp8`` the product is in FP8."""
     if not is_plain(layer, nn.Linear):
         return call(layer, x)
     assert isinstance(layer, nn.Linear)
@@ -171,7 +171,7 @@ class Block(nn.Module):
         super().__init__()
         self.dropout_p = config.resid_p
         self.impl = config.impl
-        # keep nothing of the MLP for the backward pass, and compute it again there
+        # keep nothing of the MLP for the backward pass, which recomputes it
         self.remat_mlp = False
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.attn = CausalSelfAttention(config)
@@ -189,7 +189,7 @@ class Block(nn.Module):
 
         Args:
             x: (B, T, C), the residual stream before it.
-            dtype: what attention and MLP compute in; None is x's.
+            dtype: dtype that attention and MLP compute in; None means x's.
             cache: keys and values of this layer, for generation; with a cache that holds a prompt,
                 T is 1.
             segment_ids: (B, T), the document of each token; they do not see each other.
@@ -272,19 +272,25 @@ class Embedded(NamedTuple):
     head: Tensor
 
 
+def _embedding(rows: int, width: int) -> nn.Embedding:
+    # on the meta device PyTorch imports its compiler to draw numbers that do not exist: 3 s
+    given = torch.empty(rows, width)
+    return nn.Embedding(rows, width, _weight=given if given.is_meta else None)
+
+
 class Transformer(nn.Module):
     """Everything before the head: token and position embeddings, blocks, final LayerNorm."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.wte = _embedding(config.padded_vocab_size, config.n_embd)
+        self.wpe = _embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.dropout_p = config.embd_p
         self.fp32_residual = config.fp32_residual
         self.impl = config.impl
-        # keep the input of each block for the backward pass, and compute the block again there
+        # keep only the input of each block for the backward pass, which recomputes the block
         self.remat_blocks = False
 
     def forward(
@@ -298,7 +304,7 @@ class Transformer(nn.Module):
 
         Args:
             idx: (B, T), token ids.
-            dtype: what the blocks compute in; None is the position embedding's.
+            dtype: dtype that the blocks compute in; None means the position embedding's.
             cache: for generation; its lengths are the positions.
             segment_ids: (B, T), the document of each token; not with a cache.
         """
@@ -307,7 +313,7 @@ class Transformer(nn.Module):
         positions = None if segment_ids is None else positions_in_segments(segment_ids)
         if cache is not None and past:
             new = torch.arange(idx.shape[1], device=idx.device)
-            # padding after a row's own tokens may stand past the last position
+            # padding after a row's own tokens may be beyond the last position
             positions = (cache.lengths[:, None] + new).clamp(max=self.wpe.num_embeddings - 1)
         if self.has_plain_embeddings:
             x: Tensor = self._embed(embedding, idx, dtype, positions)
@@ -318,13 +324,13 @@ class Transformer(nn.Module):
         return self.run_blocks(x.to(self._stream_dtype(dtype)), dtype, cache, segment_ids)
 
     def embed(self, idx: Tensor, dtype: torch.dtype, segment_ids: Tensor | None = None) -> Embedded:
-        """(B, T) token ids -> the sum of their two plain embeddings, after its dropout."""
+        """(B, T) token ids -> the sum of their two plain embeddings, after dropout."""
         positions = None if segment_ids is None else positions_in_segments(segment_ids)
         return Embedded(*self._embed(tied_embedding, idx, dtype, positions))
 
     @property
     def has_plain_embeddings(self) -> bool:
-        """Whether a kernel may look both embeddings up."""
+        """Whether a kernel may read both embeddings' tables."""
         return is_plain(self.wte, nn.Embedding) and is_plain(self.wpe, nn.Embedding)
 
     @property
@@ -355,7 +361,7 @@ class Transformer(nn.Module):
         segment_ids: Tensor | None = None,
     ) -> Tensor:
         """(B, T, C), the residual stream -> (B, T, C) in ``dtype``, after the final LayerNorm."""
-        # what is not there is not handed on: hooks and replaced blocks see the call as ever
+        # pass segment_ids only if given: hooks and replaced blocks need not know the argument
         documents: dict[str, Any] = {} if segment_ids is None else {"segment_ids": segment_ids}
         for i, block in enumerate(self.h):
             if self.remat_blocks and self.training:

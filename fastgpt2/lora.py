@@ -1,8 +1,8 @@
 """Low-rank adapters: fine-tune a small part of a model (Hu et al., "LoRA", 2021).
 
-The weight W (F, C) of a linear layer stays as it is, and the layer computes
+The weight W (F, C) of a linear layer does not change, and the layer computes
 x W^T + b + (alpha / R) x A^T B^T with trained A (R, C) and B (F, R). B begins at zero, so the model
-begins as it was. What PEFT computes for GPT-2, in PEFT's order. Shapes: C in, F out, R rank.
+begins unchanged. PEFT computes the same for GPT-2, in the same order. Shapes: C in, F out, R rank.
 """
 
 import math
@@ -30,8 +30,8 @@ class LoRASettings:
         alpha: the update is scaled by alpha / R.
         targets: names of the adapted layers, or the ends of their names.
         dropout: rate on the input of A while training.
-        base: where the weights below the adapters came from, None if nobody said.
-        base_sha256: of those weights.
+        base: where the weights below the adapters came from, or None if unknown.
+        base_sha256: sha256 of those weights.
     """
 
     rank: int
@@ -103,7 +103,7 @@ def add_lora(
     base: str | None = None,
     base_sha256: str | None = None,
 ) -> None:
-    """Give linear layers of a GPT's blocks adapters, in place; nothing else is trained any more.
+    """Give linear layers of a GPT's blocks adapters, in place; only these are trained then.
 
     A is drawn from PyTorch's generator, uniform in 1 / sqrt(C); B is zero.
 
@@ -114,7 +114,7 @@ def add_lora(
         targets: ``c_attn``, ``c_proj``, ``c_fc``, or longer: ``mlp.c_proj``, ``h.0.attn.c_attn``.
         dropout: rate on the input of A while training.
         base: where the model's weights came from; an adapter's file names it.
-        base_sha256: of these weights; whoever opens the file compares it.
+        base_sha256: sha256 of these weights, which is compared when the file is opened.
 
     Raises:
         UserError: a value is out of its range, a target matches no layer, a layer is not plain, or
@@ -169,13 +169,13 @@ def merge_lora(model: nn.Module) -> None:
 
 
 def settings_of(model: nn.Module) -> LoRASettings | None:
-    """What the adapters of a GPT are, None where it has none."""
+    """The description of a GPT's adapters, or None if it has none."""
     found: LoRASettings | None = getattr(model, "lora", None)
     return found
 
 
 def set_settings(model: Any, settings: LoRASettings | None) -> None:
-    """Note what the adapters of a GPT are."""
+    """Store the description of a GPT's adapters in it."""
     model.lora = settings
 
 

@@ -59,8 +59,8 @@ class GPT(Quantizable, Generative):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """As any module's ``state_dict``, ``strict``, ``assign``; a tied head may come once."""
-        # PyTorch's hooks are not told of it
+        """Any module's ``state_dict``, ``strict``, ``assign``; a tied head needs only one name."""
+        # PyTorch does not pass ``strict`` to its hooks
         self._loads_strictly = strict
         try:
             return super().load_state_dict(state_dict, strict, assign)
@@ -68,7 +68,7 @@ class GPT(Quantizable, Generative):
             self._loads_strictly = True
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        # some conversions, like to_empty, make two parameters of the two names
+        # some conversions, like to_empty, make a parameter for each of the two names
         tied = head_is_tied(self)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if tied:
@@ -76,7 +76,9 @@ class GPT(Quantizable, Generative):
         return self
 
     def _init_weights(self) -> None:
-        # GPT-2's: normal of 0.02, residual projections shrunk by the number of additions
+        if self.transformer.wte.weight.is_meta:
+            return
+        # as in GPT-2: a standard deviation of 0.02, smaller for the residual projections
         residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
         for name, parameter in self.named_parameters():
             if parameter.dim() >= 2:
@@ -100,10 +102,10 @@ class GPT(Quantizable, Generative):
         Args:
             idx: (B, T) token ids, T <= block_size.
             targets: (B, T) token ids; -1 and -100 are ignored.
-            fused_loss: compute the loss without the full logits; None is ``self.training``.
-            segment_ids: (B, T) integers, the document of each token, for several in a row:
-                attention stays within a document, and positions begin at 0 in each. Targets are
-                the caller's: that of a document's last token is not to be in the next.
+            fused_loss: compute the loss without the full logits; None means ``self.training``.
+            segment_ids: (B, T) integers, the document of each token, for rows with several
+                documents: attention stays within a document, and positions begin at 0 in each. The
+                caller must mask the target of a document's last token, which is in the next one.
 
         Returns:
             Without targets: the last position's logits (B, 1, V), and None.
@@ -151,8 +153,8 @@ class GPT(Quantizable, Generative):
     ) -> Tensor:
         """(B, T) token ids -> what the head reads, (B, T, C) in the compute dtype.
 
-        The compute dtype is autocast's where autocast is on, else that of the parameters. With a
-        cache, ``idx`` is a prompt for an empty one, or one new token a row; the caller advances it.
+        The compute dtype is autocast's where autocast is on, else that of the parameters. With an
+        empty cache ``idx`` is a prompt, else one new token per row; the caller advances the cache.
         ``segment_ids`` are those of ``forward``.
         """
         dtype = self._check_tokens(idx)
@@ -172,7 +174,7 @@ class GPT(Quantizable, Generative):
         return compute_dtype(self.transformer.wpe.weight, idx.device)
 
     def head(self, hidden: Tensor) -> Tensor:
-        """What ``hidden_states`` gives, (..., C) -> the logits, (..., V)."""
+        """The result of ``hidden_states``, (..., C) -> the logits, (..., V)."""
         with no_autocast(hidden):
             logits = project(self.lm_head, hidden)
         return logits[..., : self.config.vocab_size]
@@ -210,8 +212,8 @@ class GPT(Quantizable, Generative):
         """Fused AdamW; matrices (embeddings too, the tied one once) decay, vectors do not.
 
         Args:
-            weight_decay: of the matrices, per step and unit of learning rate.
-            learning_rate: of all parameters.
+            weight_decay: decay of the matrices, per step and unit of learning rate.
+            learning_rate: rate of all parameters.
             betas: decay rates of the two moments.
             device_type: ``cpu`` and ``cuda`` have a fused step.
         """
@@ -226,32 +228,32 @@ class GPT(Quantizable, Generative):
     def flops_per_token(self, T: int | None = None) -> int:
         """Training FLOPs per token: 6 N + 12 L C T (Chowdhery et al., "PaLM", 2022, appendix B).
 
-        Of the 6 N, 2 N are the forward pass, 2 N the gradients of activations, and 2 those of each
-        parameter that is trained: frozen ones (``--freeze``, LoRA's base) have none. N leaves the
-        positions out; attention is counted in full, as nanoGPT does, though half of it is masked
-        away.
+        The 6 N are 2 N for the forward pass, 2 N for the gradients of activations, and 2 for the
+        gradient of each trained parameter: frozen ones (``--freeze``, LoRA's base) have none. N
+        excludes the positions. Attention is counted in full, as in nanoGPT, though half of it is
+        masked.
 
         Args:
-            T: tokens in a sequence; None is block_size.
+            T: tokens per sequence; None means block_size.
         """
         T = self.config.block_size if T is None else T
         N, wpe = self.get_num_params(), self.transformer.wpe.weight
         frozen = sum(p.numel() for p in self.parameters() if not p.requires_grad and p is not wpe)
         if not self.transformer.wte.weight.requires_grad:
-            # N does not count its padding
+            # N excludes the head's padding
             frozen -= (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
         return 6 * N - 2 * frozen + 12 * self.config.n_layer * self.config.n_embd * T
 
     def estimate_mfu(self, fwdbwd_per_iter: float, dt: float) -> float:
         """Model FLOPs utilisation of ``fwdbwd_per_iter`` sequences in ``dt`` seconds, 0 to 1.
 
-        Of the data-sheet peak of the device that holds the model; NaN where that is not known.
+        It is relative to the data-sheet peak of the model's device; NaN where that is not known.
         """
         peak = peak_flops(self.lm_head.weight.device) or math.nan
         return self.flops_per_token() * self.config.block_size * fwdbwd_per_iter / dt / peak
 
     def explain(self) -> str:
-        """Which kernels run, and which modules are called instead, and why: a line each."""
+        """Which kernels run, which modules are called instead, and why: one line each."""
         return explain_gpt(self)
 
     def save_pretrained(self, save_directory: str | Path, *, format: str = "fastgpt2") -> None:
@@ -281,7 +283,7 @@ class GPT(Quantizable, Generative):
 
         Args:
             model_type: ``gpt2``, ``gpt2-medium``, ``gpt2-large``, ``gpt2-xl``, or a path.
-            override_args: fields of ``GPTConfig`` that the weights do not fix, as ``gelu``.
+            override_args: fields of ``GPTConfig`` that the weights do not fix, such as ``gelu``.
         """
         from fastgpt2.weights import load_pretrained
 
@@ -290,7 +292,7 @@ class GPT(Quantizable, Generative):
         fixed = shape_fields & set(override_args or {})
         if fixed:
             raise UserError(f"from_pretrained: the weights fix {', '.join(sorted(fixed))}")
-        # no memory and no time for an initialisation that is overwritten at once
+        # skip an initialisation that would be overwritten at once
         with torch.device("meta"):
             model = cls(replace(config, **(override_args or {})))
         model.load_state_dict(dict(tensors), assign=True)

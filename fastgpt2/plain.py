@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as torch_module
 
 _HALVES = (torch.float16, torch.bfloat16)
@@ -36,9 +37,17 @@ def obstacle(module: nn.Module, kind: type[nn.Module]) -> str | None:
         or torch_module._global_backward_pre_hooks
     ):
         return "every module has hooks"
+    weight = own["_parameters"].get("weight")
+    if weight is not None and not _is_ordinary(weight):
+        return f"its weight is a {type(weight).__name__}"
     if (kind is nn.Embedding and _has_options(own)) or (kind is nn.LayerNorm and _is_unusual(own)):
         return "it has options of its own"
     return None
+
+
+def _is_ordinary(weight: Tensor) -> bool:
+    """Not of a subclass, which has operators of its own: quantised, or spread over devices."""
+    return type(weight) in (Tensor, nn.Parameter) or isinstance(weight, FakeTensor)
 
 
 def _has_options(embedding: dict[str, Any]) -> bool:

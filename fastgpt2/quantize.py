@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgpt2.errors import UserError
-from fastgpt2.kernels.few_rows import few_rows_linear, many_rows_linear
+from fastgpt2.kernels.linear_int8 import linear_int8
 from fastgpt2.plain import obstacle
 
 KINDS = ("int8",)
@@ -111,12 +111,7 @@ class QuantizedLinear(_Quantized):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., F), in x's dtype."""
-        rows = x.reshape(-1, x.shape[-1])
-        if torch.compiler.is_compiling() and rows.shape[0] == 1:
-            # fused into one loop that reads each byte once
-            out = few_rows_linear(rows, self.weight, self.scales)
-        else:
-            out = many_rows_linear(rows, self.weight, self.scales)
+        out = linear_int8(x.reshape(-1, x.shape[-1]), self.weight, self.scales)
         if self.bias is not None:
             out = out + self.bias
         return out.to(x.dtype).view(*x.shape[:-1], self.weight.shape[0])

@@ -13,12 +13,12 @@ RUN/config.toml                        the resolved configuration
                                        state.json           step, losses, data position, ...
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from fastgpt2.errors import UserError
+from fastgpt2.files import parse_json
 from fastgpt2.text.bpe import FILE_NAMES, GPT2Tokenizer
 from fastgpt2.text.encoding import Tokenizer
 from fastgpt2.text.tokenizers import FILE_NAME, load_tokenizer
@@ -87,7 +87,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """
     path = checkpoint / STATE
     try:
-        state = json.loads(path.read_bytes())
+        state = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     if not isinstance(state, dict):

@@ -19,7 +19,7 @@ from fastgpt2.kernels.linear_fp8 import linear_fp8
 from fastgpt2.kernels.linear_gelu import linear_gelu
 from fastgpt2.kernels.mlp import mlp
 
-# after the ops, whose FLOPs it tells PyTorch's counter
+# imported last: tells PyTorch's counter the FLOPs of the ops above
 import fastgpt2.kernels.flops  # noqa: F401  # isort: skip
 
 __all__ = [

@@ -9,16 +9,16 @@ from fastgpt2.kernels.backend import INTERPRETED
 def compile_ahead(step: Callable[[], object], workers: int | None = None) -> int:
     """Compile, in parallel, every Triton kernel that ``step`` launches.
 
-    ``step`` is called once and its kernels do not run: it sees memory that nobody has written, so
-    its results, gradients included, are to be thrown away. Library calls do run. It needs the
-    sizes, dtypes and strides of the real computation, which decide what is compiled.
+    ``step`` is called once, but its kernels do not run: it sees uninitialised memory, so discard
+    its results, gradients included. Library calls do run. It needs the sizes, dtypes and strides of
+    the real computation, which decide what is compiled.
 
     Args:
         step: the computation; nothing it does may depend on the numbers.
-        workers: threads; None is one for each core.
+        workers: number of threads; None means one per core.
 
     Returns:
-        How many binaries it needs; 0 where kernels are interpreted, and ``step`` is not called.
+        How many binaries it needs. Where kernels are interpreted it is 0: ``step`` is not called.
     """
     if INTERPRETED:
         return 0

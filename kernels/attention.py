@@ -16,13 +16,13 @@ from fastgpt2.kernels.modes import recorded
 # the widest head that the kernels' tiles are made for, the most rows that a grid holds, and how
 # far apart tokens may lie for offsets within a tile to fit in 32 bits
 _MAX_HEAD_SIZE, _MAX_ROWS, _MAX_STRIDE = 128, 65535, 2**23
-# forward and backward alike: a GPU that cannot run one of them runs none
+# checked together: a GPU that cannot run one of these kernels runs none of them
 _KERNELS = ("attention_fwd", "attention_bwd_dq", "attention_bwd_dkv")
 
 
 @torch.library.custom_op("fastgpt2::attention_dropout_bits", mutates_args=())
 def _dropout_bits(seed: Tensor, B: int, H: int, T: int, dropout_p: float) -> Tensor:
-    """Dropout's mask of the probabilities, a bit each, for forward and backward alike."""
+    """The dropout mask of the probabilities, one bit each, for both forward and backward."""
     from fastgpt2.kernels.jit import attention_dropout as jit
 
     return jit.launch_bits(seed, B, H, T, dropout_p)
@@ -116,7 +116,7 @@ def _refused(index: int, D: int, bytes: int, dropout: bool, masked: bool) -> str
     return next((reason for reason in reasons if reason is not None), None)
 
 
-# constants to torch.compile, which must look neither into a self-check nor at the GPU
+# constants to torch.compile, which must neither trace a self-check nor query the GPU
 _miscompiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _refused._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
@@ -169,8 +169,8 @@ def attention(
         seed: key of the Philox dropout mask, the same on every implementation; None draws one
             (``torch`` then takes PyTorch's own dropout).
         segment_ids: (B, T) integers; tokens of different documents do not see each other.
-        key_range: (B, 2) integers, the keys [start, end) of each row that are no padding.
-        scale: of the scores, positive; None is 1 / sqrt(D).
+        key_range: (B, 2) integers, the keys [start, end) of each row that are not padding.
+        scale: positive factor of the scores; None means 1 / sqrt(D).
         impl: ``auto``, ``triton``, ``torch`` or ``reference``.
 
     Returns:
@@ -239,7 +239,7 @@ def _torch_attention(
     unmasked = segment_ids is None and key_range is None
     blocks = unmasked and dropout_p == 0 and not recorded()
     if blocks and qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16:
-        # in bf16 the library's products are far ahead of its attention; in fp32 they are not
+        # in bf16 the library's products are much faster than its attention; in fp32 they are not
         return blocked_attention(qkv, n_head, scale)
     q, k, v = reference.split_heads(qkv, n_head)
     if unmasked:
@@ -248,7 +248,7 @@ def _torch_attention(
         )
     else:
         visible = reference.visible_keys(T, segment_ids, key_range, qkv.device)
-        # a row of -inf alone is NaN in some of PyTorch's kernels: let it see itself, then zero it
+        # a row of only -inf gives NaN in some of PyTorch's kernels: let it see itself, then zero it
         blind = ~visible.any(dim=-1, keepdim=True)
         mask = visible | (blind & torch.eye(T, dtype=torch.bool, device=qkv.device))
         out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout_p, scale=scale)

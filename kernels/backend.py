@@ -18,7 +18,7 @@ from fastgpt2.kernels.modes import transformed
 
 
 class Impl(StrEnum):
-    """An implementation of an op; plain strings are accepted wherever one is."""
+    """An implementation of an op; a plain string is accepted in its place."""
 
     AUTO = "auto"
     TRITON = "triton"
@@ -26,10 +26,10 @@ class Impl(StrEnum):
     REFERENCE = "reference"
 
 
-# read once: Triton decides on import, too, whether its kernels are interpreted
+# read once: Triton, too, decides at import whether its kernels are interpreted
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _TRITON_INSTALLED = find_spec("triton") is not None
-# bf16 tensor cores and 64 KB of shared memory begin with Ampere
+# Ampere is the first with bf16 tensor cores and 64 KB of shared memory per block
 _OLDEST_CAPABILITY = (8, 0)
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -38,7 +38,7 @@ _default = Impl.AUTO
 
 
 def parse_impl(impl: str, op: str = "use_impl") -> Impl:
-    """The ``Impl`` of that name, or a ValueError that lists the names, in the name of ``op``."""
+    """The ``Impl`` of that name; a ValueError that names ``op`` lists them if there is none."""
     try:
         return Impl(impl)
     except ValueError:
@@ -72,7 +72,7 @@ capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def amd_architecture(index: int | None) -> str:
     """``gfx942`` and the like of an AMD GPU, None the current one; a constant to the compiler."""
     found: str = torch.cuda.get_device_properties(index).gcnArchName
-    # the rest says which features are switched on
+    # the rest of the name lists the features that are switched on
     return found.partition(":")[0]
 
 
@@ -89,11 +89,11 @@ def _gpu_obstacle(index: int | None) -> str | None:
     if name in ARCHITECTURES:
         return None
     known = ", ".join(arch for arch in ARCHITECTURES if arch.startswith("gfx"))
-    return f"of AMD's GPUs the kernels have tiles for {known}, not for {name}"
+    return f"among AMD's GPUs the kernels have tiles for {known}, not for {name}"
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
-    """Whether autograd will ask for a gradient by one of these."""
+    """Whether autograd will need the gradient of any of these."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
@@ -124,7 +124,7 @@ def resolve(
         op: its name, for messages.
         impl: what was asked for.
         x: the tensor that decides.
-        own_obstacle: why this op's kernels cannot run, or None; asked where kernels could.
+        own_obstacle: says why this op's kernels cannot run, or None; called only where Triton can.
 
     Raises:
         ValueError: ``impl`` is not the name of an implementation.

@@ -1,10 +1,10 @@
 """Causal attention on a CPU: matrix products and softmax over blocks of queries.
 
 PyTorch's own CPU kernel multiplies tiles too small for the matrix units: in backward everywhere, in
-forward on processors without AMX. Here a block of queries meets all keys that it sees in one
-batched product over the heads, so half of the scores are never computed and a block of them stays
-in cache. Backward recomputes the probabilities. Shapes: B batch, T tokens, C width, H heads, D
-head size, C = H D.
+forward on processors without AMX. Here one batched product over the heads multiplies a block of
+queries with all keys that it sees, so half of the scores are never computed and a block of them
+stays in cache. Backward recomputes the probabilities. Shapes: B batch, T tokens, C width, H heads,
+D head size, C = H D.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from fastgpt2.kernels import reference
 
 # a processor whose matrix units PyTorch's own forward kernel knows how to fill
 _HAS_AMX = torch.cpu._is_amx_tile_supported()
-# queries of a block: few enough to skip most of what is masked, enough for an efficient product
+# queries per block: few enough to skip most of what is masked, enough for an efficient product
 _BLOCK = 256 if _HAS_AMX else 128
 
 
@@ -111,7 +111,7 @@ _blocked_attention_fwd.register_autograd(_backward, setup_context=_save)
 
 
 def blocked_attention(qkv: Tensor, n_head: int, scale: float) -> Tensor:
-    """Causal attention over packed (B, T, 3C), as ``attention`` has it, to (B, T, C).
+    """Causal attention over packed (B, T, 3C), as in ``attention``, to (B, T, C).
 
     Scores and probabilities are rounded to qkv's dtype, sums are fp32 (fp64 for fp64). On a
     processor with AMX the forward pass is PyTorch's kernel, which does not round the scores.

@@ -13,8 +13,8 @@ class Work:
     """How a launch at GPT-2's shape divides into the units that instructions are counted by.
 
     Attributes:
-        units: all of the launch: elements, or turns of the walk over tiles.
-        turn: units of a block in one turn of its loops; without a loop, all units of a block.
+        units: number in the whole launch: elements, or iterations of the loop over tiles.
+        turn: units of a block per iteration of its loop; without a loop, all units of a block.
         grid: blocks launched; None means as many as are resident at a time.
         unit: ``element`` (instructions per thread) or ``tile`` (instructions per warp).
         crossing: tiles that take every branch, such as those on attention's diagonal.
@@ -33,20 +33,20 @@ class CompileCase:
 
     Attributes:
         kernel: the ``@triton.jit`` function.
-        name: of the kernel in the report, such as ``attention_fwd``.
+        name: the kernel's name in the report, such as ``attention_fwd``.
         config: a label for tiles and types, such as ``128x64 w8 s3 D64 bf16``; unique within name.
         signature: type of every argument by name: ``"*bf16"``, ``"i32"``, ``"fp32"``,
             ``"constexpr"``, or a tuple of those for a tuple argument. A ``"constexpr"`` inside a
             tuple is a stride of 1, which Triton always specialises on.
         constexprs: value of every ``"constexpr"`` argument.
-        num_warps: of a block.
-        num_stages: of the software pipeline.
+        num_warps: warps per block.
+        num_stages: stages of the software pipeline.
         divisible_by_16: pointers and integers that Triton would see as multiples of 16 at GPT-2's
             shapes; a tuple's name means each of its elements, ``"x_strides.0"`` only that one.
         wants_mma: the kernel is meant to use the tensor cores.
         flops: floating-point operations of the launch at the stated GPT-2 shape.
         bytes: bytes it must move through device memory there.
-        work: what the instructions are counted by.
+        work: the units that the instructions are counted by.
         per_sm: blocks that a launch gives each multiprocessor; 0 where it does not count them.
     """
 
@@ -87,15 +87,15 @@ def case(
 
     Args:
         kernel: the ``@triton.jit`` function.
-        name: of the kernel, as in the tuning table.
+        name: the kernel's name in the tuning table.
         config: tiles, warps and stages; its blocks are constants of the kernel.
         variant: what else tells the case apart, such as ``C768 bf16``.
         arguments: by name, a type (``"*bf16"``, ``"i32"``, a tuple of types, where a stride of 1
-            is ``"constexpr"``) or the value of a constant, which is anything but a string: None for
-            a tensor that is not there.
-        bytes: that the launch must move through device memory.
-        flops: of the launch.
-        work: what its instructions are counted by.
+            is ``"constexpr"``) or the value of a constant, which is anything but a string; None
+            stands for an absent tensor.
+        bytes: bytes that the launch must move through device memory.
+        flops: floating-point operations of the launch.
+        work: the units that its instructions are counted by.
         wants_mma: the kernel is meant to use the tensor cores.
         odd: integers that are not multiples of 16, elements of tuples as ``columns.0``.
     """

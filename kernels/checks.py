@@ -23,7 +23,7 @@ def check_rows(op: str, name: str, x: Tensor) -> None:
     """``x`` is floating point, (..., C), and C may be 0."""
     check_floating(op, name, x)
     if x.dim() == 0:
-        raise ValueError(f"{op}: {name} must have a dimension or more, got shape ()")
+        raise ValueError(f"{op}: {name} must have at least one dimension, got shape ()")
 
 
 def check_vectors(op: str, name: str, x: Tensor) -> None:
@@ -59,9 +59,9 @@ def check_shape(op: str, name: str, x: Tensor, shape: tuple[int, ...], match: st
 
 
 def check_operand(op: str, name: str, x: Tensor, shape: tuple[int, ...], beside: Tensor) -> None:
-    """``x`` is floating point, of this shape, on the device of x, ``beside``."""
+    """``x`` is floating point, of this shape, on the device of ``beside``, the op's x."""
     check_floating(op, name, x)
-    # asked four times a layer and token: nothing is put into words in vain
+    # runs four times per layer and token: build the message only on failure
     if x.shape != shape:
         check_shape(op, name, x, shape, f"x {tuple(beside.shape)}")
     check_same_device(op, name, x, beside.device)

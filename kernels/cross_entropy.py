@@ -66,7 +66,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 def _backward(ctx: Any, dloss: Tensor, *_unused: Tensor) -> tuple[Tensor | None, ...]:
     logits, targets, stats, count = ctx.saved_tensors
-    # in fp32 until the gradient is stored: in fp16 that of a mean would underflow
+    # fp32 until the gradient is stored: in fp16 the gradient of a mean would underflow
     scale = gradient_scale(dloss, count)
     return _cross_entropy_bwd(logits, targets, stats, scale, *ctx.options), *(None,) * 5
 
@@ -80,7 +80,7 @@ def kept_count(targets: Tensor, ignore_index: int, dtype: torch.dtype) -> Tensor
 
 
 def gradient_scale(dloss: Tensor, count: Tensor) -> Tensor:
-    """What multiplies the gradient of the summed loss: dloss / count.
+    """The factor of the summed loss's gradient: dloss / count.
 
     It is 0 where no target is kept, even if dloss is infinite or NaN: that loss is a constant.
     """

@@ -41,7 +41,7 @@ def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale: float
 
 
 def _adjacent(x: Tensor) -> Tensor:
-    """``x``, copied only if the elements of its rows are not side by side."""
+    """``x``, copied only if its last dimension is not contiguous."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -85,8 +85,8 @@ def append_kv(
 ) -> None:
     """Write new keys and values into the caches, in place: k_cache[b, :, lengths[b] + t] = k[b, t].
 
-    Nothing is rounded and no gradient flows. ``lengths`` stays as it is: it counts the keys before
-    these, for this call, for ``decode_attention`` and for all layers of a step alike.
+    Nothing is rounded and no gradient flows. ``lengths`` is not changed: it counts the keys before
+    these, in this call, in ``decode_attention`` and in all layers of a step.
 
     Args:
         k_cache: (B, H, S, D), its last dimension contiguous.
@@ -138,10 +138,10 @@ def decode_attention(
 ) -> Tensor:
     """out_bth = softmax(scale q_bth K_bh^T) V_bh over the keys 0 ... lengths[b] + t of the cache.
 
-    The T new tokens of a row stand at ``lengths[b] ... lengths[b] + T - 1``, where ``append_kv``
-    has written their keys and values, and each sees itself and what is before it. Softmax in fp32,
-    out in q's dtype; no gradient. What the cache holds after a row's last new token does not
-    matter (``torch`` wants it finite). The keys of long rows are shared among programs: Dao et
+    The T new tokens of a row are at ``lengths[b] ... lengths[b] + T - 1``, where ``append_kv``
+    has written their keys and values, and each sees itself and all tokens before it. Softmax in
+    fp32, out in q's dtype; no gradient. What the cache holds after a row's last new token does not
+    matter (``torch`` needs it finite). The keys of long rows are divided among programs: Dao et
     al., "Flash-Decoding for long-context inference", 2023.
 
     Args:
@@ -149,7 +149,7 @@ def decode_attention(
         k_cache: (B, H, S, D), the new tokens' keys included.
         v_cache: (B, H, S, D), the new tokens' values included.
         lengths: (B,) integers, tokens of each row BEFORE the new ones: 0 <= lengths[b] <= S - T.
-        scale: of the scores, positive; None is 1 / sqrt(D).
+        scale: positive factor of the scores; None means 1 / sqrt(D).
         impl: ``auto``, ``triton``, ``torch`` or ``reference``.
 
     Returns:

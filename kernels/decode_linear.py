@@ -1,4 +1,4 @@
-"""A linear layer of a few rows with what stands before and after it: one launch in decoding."""
+"""A linear layer for a few rows, with the ops before and after it: one launch in decoding."""
 
 from typing import Any
 
@@ -11,9 +11,9 @@ from fastgpt2.kernels.backend import Impl, resolve
 from fastgpt2.kernels.gelu import APPROXIMATIONS
 from fastgpt2.kernels.reference import Beside
 
-# more rows cost the kernel more instructions than their weights cost time: matrix units then
+# with more rows, the kernel's instructions take longer than reading the weights: matrix units win
 MAX_ROWS = 8
-# what may follow the product: a form of the GELU, or nothing
+# a form of the GELU may follow the product, or this: nothing
 NO_GELU = "none"
 
 
@@ -85,21 +85,21 @@ def decode_linear(
 ) -> Tensor:
     """y_b = residual_b + gelu(scales (W norm(x_b)) + bias), for the few rows of a decoding step.
 
-    Norm, GELU and addition are left out where they are not asked for. The Triton kernel computes
-    all of it in fp32 and rounds once, at the end. The library (``torch``) rounds between its
-    operators, to ``dtype``. No gradient flows through the kernel; autocast does not change it.
+    Norm, GELU and addition are optional. The Triton kernel computes in fp32 and rounds once, at the
+    end. The library (``torch``) rounds to ``dtype`` between its operators. No gradient flows
+    through the kernel; autocast does not change it.
 
     Args:
-        x: (B, C). ``auto`` takes the library for more than ``MAX_ROWS`` rows, ``triton`` refuses.
+        x: (B, C). Above ``MAX_ROWS`` rows, ``auto`` takes the library and ``triton`` refuses.
         weight: (F, C), floating point or int8.
         bias: (F,) or None.
-        scales: (F,), of int8 weights; None is 1.
-        norm_weight: (C,), of the LayerNorm of x before the product; None is no LayerNorm.
-        norm_bias: (C,) or None.
-        eps: of the LayerNorm, positive.
+        scales: (F,), the scales of int8 weights; None means 1.
+        norm_weight: (C,), gamma of the LayerNorm of x before the product; None means no LayerNorm.
+        norm_bias: (C,), beta, or None.
+        eps: epsilon of the LayerNorm, positive.
         form: ``tanh`` or ``erf``, as in ``gelu``, or ``none``.
         residual: (B, F) or None.
-        dtype: of y; None is that of the residual, or of x.
+        dtype: dtype of y; None means that of the residual, or else of x.
         impl: ``auto``, ``triton``, ``torch`` or ``reference``.
 
     Returns:
@@ -107,7 +107,7 @@ def decode_linear(
 
     Raises:
         ValueError: a shape, device, form or eps does not fit.
-        TypeError: a tensor is not floating point (weight: nor int8), or dtype is not.
+        TypeError: a tensor is not floating point (weight may be int8), or dtype is not.
         RuntimeError: ``triton`` was asked for and cannot run.
     """
     op = "decode_linear"
@@ -132,7 +132,7 @@ def decode_linear(
 
 
 def _adjacent(x: Tensor) -> Tensor:
-    """``x``, copied only if the elements of its rows are not side by side."""
+    """``x``, copied only if its last dimension is not contiguous."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 

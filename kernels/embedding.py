@@ -85,7 +85,7 @@ _embedding_fwd.register_autograd(_backward, setup_context=_save)
 
 
 class _TiedEmbedding(torch.autograd.Function):
-    """``_embedding_fwd``, and wte once more, whose gradient that of the embedding is added to."""
+    """``_embedding_fwd``, plus a view of wte: backward adds the embedding's gradient to its own."""
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
@@ -98,11 +98,13 @@ class _TiedEmbedding(torch.autograd.Function):
     @staticmethod
     @first_order("tied_embedding")
     def backward(ctx: Any, dx: Tensor, dhead: Tensor) -> tuple[Tensor | None, ...]:
-        return _add_gradients(ctx, dx, dhead.contiguous())
+        # create_graph=True: the graph may need dhead as it is
+        own = dhead.clone() if dhead.requires_grad else dhead
+        return _add_gradients(ctx, dx, own.contiguous())
 
 
 class _TiedRows(torch.autograd.Function):
-    """The same of PyTorch's operators, without the positions: wte[idx], and wte."""
+    """The same with PyTorch's operators, without the positions: wte[idx], and a view of wte."""
 
     @staticmethod
     def forward(idx: Tensor, wte: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,7 +118,7 @@ class _TiedRows(torch.autograd.Function):
     def backward(ctx: Any, drows: Tensor, dhead: Tensor) -> tuple[None, Tensor]:
         (idx,) = ctx.saved_tensors
         if torch.is_grad_enabled():
-            # create_graph=True: the graph may need dhead as it is
+            # create_graph=True: the graph may need dhead unchanged
             return None, dhead.index_put((idx,), drows, accumulate=True)
         return None, dhead.contiguous().index_put_((idx,), drows, accumulate=True)
 
@@ -147,7 +149,7 @@ def embedding(
         dropout_p: rate of the dropout on the sum.
         seed: key of the Philox dropout mask, the same on every implementation; None draws one
             (``torch`` then takes PyTorch's own dropout).
-        dtype: of the result; None is wte's.
+        dtype: dtype of the result; None means wte's.
         impl: ``auto``, ``triton``, ``torch`` or ``reference``.
 
     Returns:
@@ -171,17 +173,17 @@ def tied_embedding(
     dtype: torch.dtype | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """``embedding``, and wte once more for the head that is tied to it.
+    """``embedding``, plus a view of wte for the head that is tied to it.
 
-    The gradient of the embedding is added, in place, to those rows of the head's that occur; for
-    two uses of wte, autograd would fill a second table, mostly zeros, and add up both. So the head
-    goes to one op, which keeps no hold of the gradient it returns: ``linear_cross_entropy``.
+    Backward adds the embedding's gradient in place to the head's, in the rows that occur; with two
+    uses of wte, autograd would fill a second table, mostly zeros, and add both. So the view must go
+    to one op that keeps no reference to the gradient it returns: ``linear_cross_entropy``.
 
     Args:
-        idx, wte, wpe, positions, dropout_p, seed, dtype, impl: as ``embedding`` has them.
+        idx, wte, wpe, positions, dropout_p, seed, dtype, impl: as in ``embedding``.
 
     Returns:
-        (B, T, C), and wte (V, C).
+        (B, T, C), and a view of wte (V, C).
 
     Raises:
         ValueError, TypeError: as ``embedding`` does.
@@ -206,7 +208,7 @@ def _embed(
     checks.check_vectors(op, "wte", wte)
     checks.check_dim(op, "wte", wte, 2, "(V, C)")
     if wte.shape[0] == 0:
-        raise ValueError(f"{op}: wte must have a row or more, got shape {tuple(wte.shape)}")
+        raise ValueError(f"{op}: wte must have at least one row, got shape {tuple(wte.shape)}")
     checks.check_floating(op, "wpe", wpe)
     checks.check_dim(op, "wpe", wpe, 2, "(T_max, C)")
     checks.check_shape(op, "wpe", wpe, (wpe.shape[0], wte.shape[1]), f"wte {tuple(wte.shape)}")
@@ -241,7 +243,7 @@ def _embed(
                 x = philox.dropout(x, dropout_p, philox.as_seed(seed, wte.device))
             return x.to(dtype), head
     key = philox.as_seed(seed, wte.device) if dropout_p > 0 else None
-    # None, positions that count, needs no sorting in backward
+    # None stands for positions 0, 1, 2, ..., which backward need not sort
     given = None if positions is None else places.expand(idx.shape).contiguous()
     dense = (t if t.stride(1) == 1 else t.contiguous() for t in (wte, wpe))
     inputs = (idx.contiguous(), *dense, given, key, dropout_p, dtype)

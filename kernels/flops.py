@@ -1,7 +1,7 @@
 """How many FLOPs our ops take, for PyTorch's ``torch.utils.flop_counter.FlopCounterMode``.
 
-It counts multiplications and additions of matrix products, 2 M K N for (M, K) @ (K, N), and nothing
-of elementwise ops. Attention counts all T S scores of a head, masked or not, and five products in
+It counts multiplications and additions of matrix products, 2 M K N for (M, K) @ (K, N), and ignores
+elementwise ops. Attention counts all T S scores of a head, masked or not, and five products in
 backward, as for PyTorch's own fused attention. The loss computes its gradients in the forward pass,
 and they are counted there. Shapes: N rows, C wide, F features, V vocabulary.
 """
@@ -49,7 +49,7 @@ def _mlp_fwd(x: Shape, fc: Shape, fc_bias: Shape | None, proj: Shape, **_: Any) 
 
 
 def _linear_cross_entropy_fwd(x: Shape, weight: Shape, *options: Any, **_: Any) -> int:
-    # targets and four numbers come before the two
+    # after the targets and four numbers: whether the gradients of x and weight are wanted
     products: int = 1 + sum(options[5:7])
     return products * 2 * x[0] * prod(weight)
 
@@ -72,7 +72,7 @@ FORMULAS: dict[str, Callable[..., int]] = {
 def _register(counter: ModuleType) -> None:
     for name, formula in FORMULAS.items():
         counter.register_flop_formula(getattr(torch.ops.fastgpt2, name))(formula)
-    # PyTorch has formulas for its fused attention on GPUs, and counts that on CPUs as nothing
+    # PyTorch has formulas for its fused attention on GPUs, and counts 0 for the one on CPUs
     for name, formula in (("", counter.sdpa_flop), ("_backward", counter.sdpa_backward_flop)):
         op = getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention_for_cpu{name}")
         counter.flop_registry.setdefault(op, formula)

@@ -1,4 +1,4 @@
-"""GELU in GPT-2's tanh form or the exact one, alone and with the bias of the projection before."""
+"""GELU, in GPT-2's tanh form or exact, alone and with the bias of the projection before it."""
 
 from collections.abc import Callable
 from typing import Any

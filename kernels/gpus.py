@@ -1,4 +1,4 @@
-"""What GPUs offer: peak rates, and of those the kernels are compiled for, the resources."""
+"""What GPUs offer: peak rates, and the resources of those that the kernels are compiled for."""
 
 from dataclasses import dataclass
 
@@ -45,14 +45,14 @@ class Architecture:
     Attributes:
         like: the architecture whose tiles it runs with where the table has no row of its own.
         block_shared: most shared memory one block may have, in bytes.
-        shared: what a multiprocessor has for all its blocks, in bytes.
-        reserved_shared: taken by the system from that for each block, in bytes.
-        registers: 32-bit registers a thread's lane has for all warps of a scheduler together.
+        shared: shared memory of a multiprocessor for all its blocks, in bytes.
+        reserved_shared: bytes of ``shared`` that the system takes for each block.
+        registers: 32-bit registers per lane, for all warps of a scheduler together.
         register_step: registers of a thread are allocated in multiples of this.
         schedulers: warp schedulers, SIMD units on AMD.
-        scheduler_warps: most warps (wavefronts) of one scheduler.
-        blocks: most blocks.
-        warp: threads of a warp (wavefront).
+        scheduler_warps: most warps (wavefronts) that one scheduler can hold.
+        blocks: most blocks that can be resident.
+        warp: threads per warp (wavefront).
     """
 
     like: str
@@ -70,7 +70,7 @@ class Architecture:
 # CUDA C++ programming guide, "Compute capabilities"; instruction set manuals of CDNA 2 to 4 and
 # RDNA 3. The one list of architectures that the kernels are compiled for.
 # A block of sm_80 may have 163 KB, but its tiles also serve NVIDIA GPUs that are not listed: 99 KB.
-# What PyTorch counts of RDNA 3 as a multiprocessor is a pair of compute units.
+# On RDNA 3, what PyTorch counts as a multiprocessor is a pair of compute units.
 ARCHITECTURES = {
     "sm_80": Architecture("", 99 * 1024, 164 * 1024, 1024, 512, 8, 4, 16, 32),
     "sm_86": Architecture("sm_80", 99 * 1024, 100 * 1024, 1024, 512, 8, 4, 12, 16),
@@ -83,6 +83,11 @@ ARCHITECTURES = {
     "gfx950": Architecture("gfx942", 160 * 1024, 160 * 1024, 0, 512, 8, 4, 8, 16, 64),
     "gfx1100": Architecture("gfx942", 64 * 1024, 128 * 1024, 0, 1536, 24, 4, 16, 32),
 }
+
+
+def has_tf32(arch: str) -> bool:
+    """Whether matrix units multiply fp32 in TF32; among AMD's GPUs, those of CDNA 3 alone do."""
+    return arch == "gfx942" or not arch.startswith("gfx")
 
 
 def resident_blocks(arch: str, registers: int, shared_bytes: int, num_warps: int) -> int:
@@ -103,7 +108,7 @@ def occupancy(arch: str, registers: int, shared_bytes: int, num_warps: int) -> f
     return resident * num_warps / (chip.schedulers * chip.scheduler_warps)
 
 
-# of the data sheet's bandwidth: an H200's copy moves 4.3 of 4.8 TB/s
+# the share of the data sheet's bandwidth that a copy reaches: an H200's moves 4.3 of 4.8 TB/s
 COPY_SHARE = 0.9
 
 
@@ -125,11 +130,11 @@ class GPU:
         return dict(PEAK_TFLOPS)[self.name]
 
     def roofline_us(self, flops: float, moved_bytes: float) -> float:
-        """The least time a kernel can take, in microseconds; 0 FLOPs asks for the memory's only."""
+        """The least time a kernel can take, in microseconds; with 0 FLOPs, the memory's alone."""
         return max(flops / (self.tflops * 1e6), moved_bytes / (self.bandwidth * 1e6))
 
     def issue_us(self, warp_instructions: float) -> float:
-        """Microseconds to issue these: one instruction per clock and scheduler, all at work."""
+        """Microseconds to issue these: one instruction per clock and scheduler, all busy."""
         schedulers = ARCHITECTURES[self.arch].schedulers * self.multiprocessors
         return warp_instructions / (schedulers * self.clock * 1e3)
 

@@ -86,7 +86,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     ctx.fused = branch is not None
     ctx.y_dtype = y.dtype
     ctx.save_for_backward(stream if ctx.fused else x, weight, bias, branch_bias, stats, seed)
-    # the gradient of a stream that nobody reads on is not worth a tensor of zeros
+    # a stream that is not used later has no gradient: do not allocate zeros for it
     ctx.set_materialize_grads(False)
 
 
@@ -123,7 +123,7 @@ _layer_norm_fwd.register_autograd(_backward, setup_context=_save)
 
 
 class _StreamLayerNorm(torch.autograd.Function):
-    """x once more, and its norm; their two gradients meet in the pass that computes the norm's."""
+    """x itself and its norm; one backward pass computes the norm's gradient and adds the other."""
 
     @staticmethod
     def forward(
@@ -218,7 +218,7 @@ def stream_layer_norm(
     eps: float = 1e-5,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """``layer_norm``, and x once more for the residual stream that goes past it.
+    """``layer_norm``, and x itself for the residual stream that bypasses it.
 
     For two uses of x, autograd would add their gradients in a separate pass. Here ``triton`` adds
     the stream's gradient in the backward pass of the norm.
@@ -268,10 +268,10 @@ def add_layer_norm(
 
     Args:
         x: (..., C), the residual stream.
-        branch: (..., C), what attention or MLP made, without its projection's bias.
+        branch: (..., C), what attention or MLP computed, without its projection's bias.
         weight: (C,), gamma.
         bias: (C,), beta, or None.
-        branch_bias: (C,), the bias of the projection that made ``branch``, or None.
+        branch_bias: (C,), the bias of the projection that computed ``branch``, or None.
         dropout_p: rate of the dropout on the branch.
         seed: key of the Philox dropout mask, the same on every implementation; None draws one
             (``torch`` then takes PyTorch's own dropout).

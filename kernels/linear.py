@@ -1,10 +1,10 @@
-"""Linear layers: a library's product, and which library's.
+"""Linear layers: choose oneDNN or PyTorch's own choice of a library.
 
 PyTorch gives a CPU's fp32 products to MKL, which keeps its AVX-512 code to Intel's processors.
 oneDNN, which PyTorch carries as well and gives the bf16 ones to, has no such preference. On an AMD
-processor with AVX-512 it is the faster one. With AVX2 alone it is faster from two rows on, but
-slower, by up to a factor of two, where an operand is transposed, as in the gradients. On Intel's
-with AVX-512 it is faster for a few rows, as in decoding.
+processor with AVX-512 it is the faster one. With AVX2 alone it is slower, by up to a factor of two,
+where an operand is transposed, as in the gradients, and otherwise faster: MKL multiplies one row by
+one thread. On Intel's with AVX-512 it is faster for a few rows, as in decoding.
 Everywhere else the library is PyTorch's choice. Shapes: N rows, C wide, F features.
 """
 
@@ -26,9 +26,9 @@ class Share(NamedTuple):
     """The products that go to oneDNN.
 
     Attributes:
-        first: from how many rows.
-        end: below how many; 0 means none.
-        gradients: whether also those of transposed operands, of which gradients consist.
+        first: the smallest number of rows.
+        end: the number of rows to stop before; 0 means that no product goes there.
+        gradients: whether products with a transposed operand, as in gradients, go there too.
     """
 
     first: int = 0
@@ -53,12 +53,11 @@ def _share_of_onednn(info: Path = Path("/proc/cpuinfo")) -> Share:
             # the first core's lines name the vendor, and there may be hundreds of cores
             processor += file.read(1000)
     if "AuthenticAMD" in processor:
-        wide = capability == "AVX512"
-        return Share(1 if wide else 2, sys.maxsize, gradients=wide)
+        return Share(1, sys.maxsize, gradients=capability == "AVX512")
     return Share(4, 65) if capability == "AVX512" else Share()
 
 
-# read once: the compiler cannot look into it
+# read once: the compiler cannot trace it
 _ONEDNN = _share_of_onednn()
 
 
@@ -74,7 +73,7 @@ def _takes_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool
     if not gradients and (not in_rows or wants_gradient(x, weight, bias)):
         return False
     if torch.compiler.is_compiling():
-        # a number of rows in the condition would compile one program for each side of it
+        # a condition on the number of rows would compile one program for each outcome
         return end == sys.maxsize and not torch.compiler.is_exporting() and not transformed()
     return first <= x.numel() // x.shape[-1] < end and is_ordinary(x, weight, bias)
 
@@ -115,8 +114,8 @@ _onednn_linear.register_autograd(_backward, setup_context=_save)
 def in_autocast_dtype(x: Tensor) -> Tensor:
     """x in the dtype in which autocast computes a product with it; x itself without autocast.
 
-    An op whose body holds several products asks once: what it computes then has one dtype, the one
-    that its fake implementation says. As in PyTorch's own products, fp64 stays fp64.
+    An op with several products calls this once, so that its result has one dtype, the one that its
+    fake implementation states. As in PyTorch's own products, fp64 stays fp64.
     """
     if autocasts(x.device) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(x.device.type))
@@ -154,18 +153,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def unchecked_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``linear`` for an op that has checked these arguments as its own."""
+    """``linear`` for an op that has already checked these arguments."""
     if not _takes_onednn(x, weight, bias):
         return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
-    # a call by way of the dispatcher's autograd costs half as much as one token's product
+    # a call through the dispatcher's autograd costs half as much as one token's product
     product = _onednn_linear if wants_gradient(x, weight, bias) else _onednn
     out: Tensor = product(rows, weight, bias)
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
 def matmul(a: Tensor, b: Tensor, *, into: Tensor | None = None) -> Tensor:
-    """a (M, K) @ b (K, N) by the library that ``linear`` takes, without a gradient.
+    """a (M, K) @ b (K, N) with the library that ``linear`` takes, without a gradient.
 
     ``into``, a tensor of the result's shape, is where the library puts it if it can.
     """

@@ -1,8 +1,8 @@
 """The head and the loss as one op, without the full logits in fp32.
 
-Both ``torch`` and ``triton`` walk over chunks of rows: logits of a chunk, its losses, and at once
-the gradient of the losses, written over the logits, from which two matrix products make those of x
-and weight. Nothing is computed twice, and backward only scales what forward has computed.
+Both ``torch`` and ``triton`` walk over chunks of rows: they compute a chunk's logits and losses and
+overwrite the logits with the gradient of the losses, from which two matrix products compute the
+gradients of x and weight. Nothing is computed twice: backward only scales what forward computed.
 """
 
 from typing import Any
@@ -21,11 +21,11 @@ from fastgpt2.kernels.modes import first_order, recorded
 # matrix products at full speed and leave most of a GPU's memory free; a CPU has less of both
 TRITON_CHUNK_BYTES = 2**31
 TORCH_CHUNK_BYTES = 2**28
-# PyTorch's operators make fp32 copies, so they take a chunk's rows in tiles: on a CPU such that the
-# copies stay in its cache, a pass over which costs a third of one over memory
+# PyTorch's operators make fp32 copies, so they take a chunk's rows in tiles. On a CPU the copies
+# then stay in its cache: a pass over it costs a third of one over memory
 _CPU_TILE_ELEMENTS = 2**20
 _GPU_TILE_ELEMENTS = 2**24
-# a matrix product's tile: what a chunk's rows are rounded up to
+# rows of a matrix product's tile: a chunk is rounded up to a multiple of it
 _TILE_ROWS = 128
 
 # ignore_index, vocab_size, label_smoothing, z_loss
@@ -93,7 +93,7 @@ def _chunk_rows(N: int, V: int, dtype: torch.dtype, triton: bool) -> int:
 
 
 def _dweight_dtype(x: Tensor, V: int, triton: bool) -> torch.dtype:
-    """That in which the weight's gradient is held: a sum over chunks is fp32.
+    """The dtype of the weight's gradient: a sum over chunks is fp32.
 
     A single product on a CPU stays in x's dtype, to which it has been rounded anyway.
     """
@@ -140,12 +140,13 @@ def _linear_cross_entropy_fwd(
     dweight_wanted: bool,
     triton: bool,
     fp8: bool,
+    anchor: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, dx * count, dweight * count, count): fp32, but dx and maybe dweight in x's dtype.
+    """(loss, dx * count, dweight * count, count) in fp32; dx, maybe dweight too, in x's dtype.
 
     The gradients are those of the summed loss, divided by the count in backward: in fp16 the
     gradient of a mean over thousands of rows would underflow before a loss scale could reach it.
-    They are empty where they are not wanted.
+    They are empty where they are not wanted. ``anchor`` is for autograd, see ``_anchor``.
     """
     (N, C), V = x.shape, weight.shape[0]
     wide = _wide(x.dtype)
@@ -156,7 +157,7 @@ def _linear_cross_entropy_fwd(
     dweight: Tensor | None = None
     dweight_dtype = _dweight_dtype(x, V, triton)
     size = _chunk_rows(N, V, x.dtype, triton)
-    # without a z-loss, a row's gradient is a difference of two distributions
+    # without a z-loss, a row's gradient is a difference of two distributions: at most 1
     amax = 1.0 if z_loss == 0 else None
     head = HeadFP8(x, weight, amax) if fp8 else _Head(x, weight, size)
     for start in range(0, N, size):
@@ -191,6 +192,7 @@ def _(
     dweight_wanted: bool,
     triton: bool,
     fp8: bool,
+    anchor: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wide = _wide(x.dtype)
     return (
@@ -207,14 +209,14 @@ def _(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, dx, dweight, count = output
     ctx.mark_non_differentiable(dx, dweight, count)
-    ctx.save_for_backward(dx, dweight, count)
+    ctx.save_for_backward(dx, dweight, count, inputs[11])
     ctx.weight_dtype, ctx.wanted = inputs[1].dtype, inputs[7:9]
 
 
 @first_order("linear_cross_entropy")
 def _backward(ctx: Any, dloss: Tensor, *_unused: Tensor) -> tuple[Tensor | None, ...]:
     # computed in the forward pass, so they cannot be differentiated again
-    dx, dweight, count = ctx.saved_tensors
+    dx, dweight, count, _ = ctx.saved_tensors
     scale = gradient_scale(dloss, count)
     dx_wanted, dweight_wanted = ctx.wanted
     return (
@@ -223,7 +225,7 @@ def _backward(ctx: Any, dloss: Tensor, *_unused: Tensor) -> tuple[Tensor | None,
         dweight.to(scale.dtype, copy=True).mul_(scale).to(ctx.weight_dtype)
         if dweight_wanted
         else None,
-        *(None,) * 9,
+        *(None,) * 10,
     )
 
 
@@ -245,9 +247,9 @@ def linear_cross_entropy(
     """cross_entropy(x @ weight.T, targets), never holding the full logits in fp32.
 
     Logits in x's dtype (under autocast, in autocast's), loss in fp32; the gradient is computed in
-    the forward pass, that of the weight accumulates in fp32. Wijmans et al., "Cut Your Losses in
-    Large-Vocabulary Language Models", 2024, has the idea; here the chunks are large and nothing is
-    recomputed.
+    the forward pass, that of the weight accumulates in fp32. The idea is that of Wijmans et al.,
+    "Cut Your Losses in Large-Vocabulary Language Models", 2024; here the chunks are large and
+    nothing is recomputed.
 
     Args:
         x: (..., C), the final LayerNorm's output.
@@ -257,7 +259,7 @@ def linear_cross_entropy(
         vocab_size: V, number of true rows; None is all of them.
         label_smoothing: s in [0, 1).
         z_loss: weight of lse^2, 0 or more.
-        fp8: the three products in FP8, as those of ``linear_fp8``; C a multiple of 16.
+        fp8: whether the products run in FP8, as in ``linear_fp8``; C must be a multiple of 16.
         impl: ``auto``, ``triton``, ``torch`` or ``reference``.
 
     Returns:
@@ -266,7 +268,7 @@ def linear_cross_entropy(
     Raises:
         ValueError: shapes do not match, an option is out of its range, or FP8 cannot run.
         TypeError: x or weight not floating point, targets not integer.
-        RuntimeError: the gradient of the gradient is asked for.
+        RuntimeError: the gradient of the gradient is requested.
     """
     op = "linear_cross_entropy"
     checks.check_vectors(op, "x", x)
@@ -281,7 +283,7 @@ def linear_cross_entropy(
     options = (ignore_index, vocab_size, label_smoothing, z_loss)
     choice = resolve(op, impl, x)
     if choice is Impl.TORCH and recorded() and not fp8:
-        # other programs do not know our op
+        # an exported program runs where our op is unknown
         choice = Impl.REFERENCE
     if fp8:
         check_fp8(op, x, x.shape[-1])
@@ -290,7 +292,16 @@ def linear_cross_entropy(
             raise ValueError(f"{op}: fp8 has no reference implementation")
         return reference.linear_cross_entropy(rows, weight.to(x.dtype), flat, *options)
     wanted = [torch.is_grad_enabled() and t.requires_grad for t in (x, weight)]
+    anchor = _anchor(rows, weight) if any(wanted) and not torch.compiler.is_compiling() else None
     loss: Tensor = _linear_cross_entropy_fwd(
-        rows, weight, flat.contiguous(), *options, *wanted, choice is Impl.TRITON, fp8
+        rows, weight, flat.contiguous(), *options, *wanted, choice is Impl.TRITON, fp8, anchor
     )[0]
     return loss
+
+
+def _anchor(rows: Tensor, weight: Tensor) -> Tensor:
+    """No elements, (0, C), and the two's place in the graph: the gradients depend on both.
+
+    Compiled programs have no use for it: there is no graph of their gradients.
+    """
+    return torch.cat([rows[:0], weight[:0].to(rows.dtype)])

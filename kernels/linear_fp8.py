@@ -2,13 +2,13 @@
 
 Each operand is scaled such that its largest magnitude becomes the format's, and rounded: e4m3 (four
 significant bits, up to 448) for activations and weights, e5m2 (three bits, up to 57344) for
-gradients, which spread wider. The scale is of the whole tensor and of this very step: there is
-nothing to calibrate and nothing to store. Micikevicius et al., "FP8 Formats for Deep Learning",
+gradients, which spread wider. There is one scale per tensor, computed from its values in each step,
+so nothing has to be calibrated or stored. Micikevicius et al., "FP8 Formats for Deep Learning",
 2022 (https://arxiv.org/abs/2209.05433).
 
 The quantisation is written in PyTorch's operators and differentiated by an ``autograd.Function``,
-so that ``torch.compile`` sees it and fuses it with its neighbours; an opaque op is the product
-alone. Shapes: N rows, C wide, F features, V vocabulary.
+so that ``torch.compile`` sees it and fuses it with its neighbours; only the product is an opaque
+op. Shapes: N rows, C wide, F features, V vocabulary.
 """
 
 from typing import Any, NamedTuple
@@ -21,19 +21,19 @@ from fastgpt2.kernels.backend import capability
 from fastgpt2.kernels.linear import matmul
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-# of which both widths of a weight must be a multiple: tensor cores read 16 bytes at a time
+# both widths of a weight must be multiples of this: tensor cores read 16 bytes at a time
 MULTIPLE = 16
-# tensor cores multiply FP8 from Ada on
+# Ada's tensor cores are the first that multiply FP8
 _OLDEST_CAPABILITY = (8, 9)
-# a tensor of zeros has no largest magnitude to scale by, and 1 / this squared is still finite
+# the magnitude that a tensor of zeros is scaled by; 1 / this squared is still finite
 _SMALLEST_AMAX = 2.0**-60
 _DTYPES = (torch.bfloat16, torch.float32)
-# logits whose gradient is quantised at a time: PyTorch's operators make a copy of them in fp32
+# how many logits are quantised at a time: PyTorch's operators make an fp32 copy of their gradient
 _TILE_ELEMENTS = 2**24
 
 
 class Quantized(NamedTuple):
-    """``values`` (rows, columns) in an FP8 format, row-major; times ``inverse`` is what they mean.
+    """``values * inverse``: ``values`` (rows, columns) in an FP8 format, row-major.
 
     ``inverse`` is a scalar in fp32, the reciprocal of the scale.
     """
@@ -44,10 +44,10 @@ class Quantized(NamedTuple):
     def t(self) -> "Quantized":
         """The transpose, row-major again, its rows padded with zeros to a multiple of 16.
 
-        A product sums over the rows' length, and the tensor cores want both operands row-major.
+        A product sums along the rows, and the tensor cores need both operands row-major.
         """
         rows, columns = self.values.shape
-        # PyTorch fills and copies bytes on every device, and a zero is one in each format
+        # as bytes, which PyTorch fills and copies on every device; 0 is a zero byte in both formats
         turned = self.values.view(torch.uint8).t()
         missing = -rows % MULTIPLE
         if missing:
@@ -58,24 +58,24 @@ class Quantized(NamedTuple):
 def quantize(x: Tensor, dtype: torch.dtype, amax: Tensor | None = None) -> Quantized:
     """round(x * scale) with scale = largest number of ``dtype`` / max |x|, to the nearest even.
 
-    ``amax``, where it is given, is a scalar in fp32 that is known to bound |x|. A NaN or an
-    infinity in x makes all of the result's products NaN: nothing hides it.
+    ``amax``, if given, is an fp32 scalar that bounds |x|. A NaN or an infinity in x makes every
+    product of the result NaN, so that it is not hidden.
     """
     scaled, inverse = _scale(x, dtype, _largest_of(x) if amax is None else amax)
-    # row-major whatever x is: a GPU's product takes nothing else
+    # row-major whatever x is: a GPU's product accepts nothing else
     return Quantized(scaled.to(dtype, memory_format=torch.contiguous_format), inverse)
 
 
 def _scale(x: Tensor, dtype: torch.dtype, amax: Tensor) -> tuple[Tensor, Tensor]:
     """x * scale in fp32, and 1 / scale."""
     largest, amax = torch.finfo(dtype).max, amax.clamp(min=_SMALLEST_AMAX)
-    # a tensor of one dimension makes the product fp32 in the pass that computes it; an infinity
-    # times its scale, zero, is NaN; rounding adds less than a step of the format to the largest
+    # a one-dimensional factor makes the product fp32 without a pass of its own. An infinity times
+    # its scale, zero, is NaN. Rounding adds less than a step of the format to the largest
     return x * (largest / amax)[None], amax / largest
 
 
 def _largest_of(x: Tensor) -> Tensor:
-    """max |x| in fp32, NaN if one is; of no numbers 0."""
+    """max |x| in fp32; NaN if an element is NaN, 0 if x is empty."""
     if x.numel() == 0:
         return x.new_zeros((), dtype=torch.float32)
     amax: Tensor = torch.linalg.vector_norm(x, ord=torch.inf, dtype=torch.float32)
@@ -91,7 +91,7 @@ def _scaled_product(
     out_dtype: torch.dtype,
     fast: bool,
 ) -> Tensor:
-    # which adds a bias to a short output only
+    # _scaled_mm cannot add a bias to an fp32 output
     inside = bias if out_dtype != torch.float32 else None
     out: Tensor = torch._scaled_mm(
         a,
@@ -119,10 +119,10 @@ def _fp8_matmul(
 
     fp32 sums; ``fast`` lets Hopper's tensor cores keep fewer of their bits.
     """
-    # a product without operands is none of tensor cores
+    # the tensor cores' product rejects empty operands
     if a.is_cuda and a.numel() > 0 and b.numel() > 0:
         return _scaled_product(a, b, a_inverse, b_inverse, bias, out_dtype, fast)
-    # an FP8 number is one of fp32, and so is the product of two
+    # FP8 numbers and their products are exact in fp32
     sums = a.new_empty(a.shape[0], b.shape[0], dtype=torch.float32)
     sums = matmul(a.float(), b.float().t(), into=sums).mul_(a_inverse).mul_(b_inverse)
     return (sums if bias is None else sums.add_(bias)).to(out_dtype)
@@ -186,13 +186,13 @@ class HeadFP8:
     Args:
         x: (N, C).
         weight: (V, C).
-        amax: a bound on the magnitude of the logits' gradient, or None: it is then looked up.
+        amax: a bound on the magnitude of the logits' gradient; None means that it is computed.
     """
 
     def __init__(self, x: Tensor, weight: Tensor, amax: float | None) -> None:
         self.dtype, self.V, self.amax = x.dtype, weight.shape[0], amax
         self.x = quantize(x, E4M3)
-        # padded as columns of the transpose are
+        # transposed twice: ``t`` pads V to a multiple of 16, as columns and then as rows
         self.weight_t = quantize(weight, E4M3).t()
         self.weight = self.weight_t.t()
 
@@ -201,7 +201,7 @@ class HeadFP8:
         return fp8_matmul(self._rows(rows), self.weight, self.dtype, fast=True)
 
     def gradient(self, dlogits: Tensor) -> Quantized:
-        """What the two methods below are given: dlogits (rows, V padded) in e5m2."""
+        """dlogits (rows, V padded) in e5m2, for ``dx`` and ``dweight``."""
         if self.amax is None:
             amax = _largest_of(dlogits)
         else:
@@ -229,12 +229,12 @@ def fp8_obstacle(device: torch.device, dtype: torch.dtype, *widths: int) -> str 
     """Why FP8 cannot run, in a line, or None if it can: on a CPU it is emulated, and slow.
 
     Args:
-        device: on which.
-        dtype: of the activations.
+        device: where the products would run.
+        dtype: dtype of the activations.
         widths: C and F of the weights.
     """
     if dtype not in _DTYPES:
-        return f"it wants activations in bf16 or fp32, not {str(dtype).removeprefix('torch.')}"
+        return f"activations must be in bf16 or fp32, not {str(dtype).removeprefix('torch.')}"
     odd = [width for width in widths if width % MULTIPLE]
     if odd:
         return f"widths must be multiples of {MULTIPLE}, got {', '.join(map(str, odd))}"
@@ -246,7 +246,7 @@ def fp8_obstacle(device: torch.device, dtype: torch.dtype, *widths: int) -> str 
         return "AMD's GPUs have other FP8 formats"
     major, minor = capability(device.index)
     if (major, minor) < _OLDEST_CAPABILITY:
-        return f"the GPU has compute capability {major}.{minor}, FP8 begins with 8.9"
+        return f"the GPU has compute capability {major}.{minor}, FP8 needs 8.9"
     return None
 
 
@@ -258,7 +258,7 @@ def check_fp8(op: str, x: Tensor, *widths: int) -> None:
     """
     obstacle = fp8_obstacle(x.device, x.dtype, *widths)
     if obstacle is not None:
-        raise ValueError(f"{op}: no FP8: {obstacle}")
+        raise ValueError(f"{op}: FP8 cannot run: {obstacle}")
 
 
 def linear_fp8(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -267,7 +267,7 @@ def linear_fp8(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     y = q4(x) q4(W)^T + b, dx = q5(dy) q4(W), dW = q5(dy)^T q4(x), db = sum dy, where q4 and q5
     round to e4m3 and e5m2 after scaling by the tensor's largest magnitude. Sums are fp32; each
     result is rounded once, to x's dtype (dW and db to their parameter's). On a CPU the operands are
-    rounded alike and the product is one of fp32: the same numbers, and no speed.
+    rounded alike and the product runs in fp32: the same numbers, but no faster.
 
     Args:
         x: (..., C) in bf16 or fp32; C a multiple of 16.

@@ -2,7 +2,8 @@
 
 The loops of a program are found in its control flow, and the instructions of each innermost loop
 are counted by the unit that executes them. A kernel without a loop is counted as a whole. What a
-branch inside a loop may skip is counted apart: attention's tiles below the diagonal skip the mask.
+branch inside a loop may skip is counted separately: attention's tiles below the diagonal skip the
+mask.
 """
 
 import re
@@ -47,7 +48,7 @@ class Count:
 
     @property
     def instructions(self) -> int:
-        """All of them, on the longest way through."""
+        """All of them, on the longest path."""
         return sum(self.units.values())
 
 
@@ -98,7 +99,7 @@ class _Graph:
             self.follow.append(after)
 
     def reachable(self, start: int, without: int | None = None) -> set[int]:
-        """The blocks that can come after ``start``, it included, if ``without`` is cut out."""
+        """The blocks that ``start`` can reach, itself included, without passing ``without``."""
         seen: set[int] = set()
         todo = [start]
         while todo:
@@ -114,7 +115,7 @@ class _Graph:
         loops: dict[int, set[int]] = {}
         for latch in sorted(alive):
             for head in self.follow[latch]:
-                # a back edge: every way to its source leads through its target
+                # a back edge: every path to its source passes its target
                 if head == latch or (head in alive and latch not in self.reachable(0, head)):
                     body = {b for b in alive if latch in self.reachable(b, head)} | {head, latch}
                     inside = {b for b in body if b == head or b not in self.reachable(0, head)}
@@ -134,12 +135,12 @@ class _Graph:
         )
 
     def skippable(self, loop: set[int]) -> int:
-        """Instructions of a loop that lie on some ways around it and not on others."""
+        """Instructions of a loop that lie on some paths around it and not on others."""
         head = min(loop)
         back = {b for b in loop if head in self.follow[b]}
         needed = set()
         for block in loop:
-            # without it, is there still a way from the head to a branch back?
+            # without it, is there still a path from the head to a branch back?
             if block == head or not any(b in self._within(loop, head, block) for b in back):
                 needed.add(block)
         return sum(self.count(loop - needed).values())

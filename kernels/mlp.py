@@ -1,4 +1,4 @@
-"""The MLP up to its output projection's bias, which saves its pre-activation and not its GELU."""
+"""The MLP without its output projection's bias; it saves the pre-activation, not the GELU."""
 
 from typing import Any
 
@@ -78,7 +78,7 @@ def mlp(
     form: str = "tanh",
     impl: str = "auto",
 ) -> Tensor:
-    """gelu(x @ fc_weight.T + fc_bias) @ proj_weight.T: GPT-2's MLP but its last bias.
+    """gelu(x @ fc_weight.T + fc_bias) @ proj_weight.T: GPT-2's MLP without its last bias.
 
     That bias is added with the branch, by ``add_layer_norm``. Products accumulate in fp32; weights
     and bias are taken in x's dtype (under autocast, in autocast's), which is the result's.

@@ -1,7 +1,7 @@
 """What PyTorch does with a call besides running it: transforms, recordings, modes.
 
-The fast forms of the ops decide in Python what to save and which library to call, and have only the
-first derivative that ``backward`` asks for. Where PyTorch is doing something else they step aside.
+The fast forms of the ops decide in Python what to save and which library to call, and have only a
+first derivative. They are not used while PyTorch does more than run a call.
 """
 
 from collections.abc import Callable
@@ -16,23 +16,23 @@ Backward = Callable[..., tuple[Tensor | None, ...]]
 
 
 def transformed() -> bool:
-    """Within a transform of ``torch.func`` (grad, vmap, jvp ...), or in forward-mode AD."""
+    """Whether a transform of ``torch.func`` (grad, vmap, jvp ...) or forward-mode AD is active."""
     functions: bool = torch._C._are_functorch_transforms_active()
     return functions or forward_ad._current_level >= 0
 
 
 def autocasts(device: torch.device) -> bool:
-    """Whether autocast is on for this device; the meta device has none to ask for."""
+    """Whether autocast is on for this device; the meta device has no autocast."""
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def recorded() -> bool:
-    """While ``torch.export`` or ``torch.jit.trace`` records a program for other machines."""
+    """Whether ``torch.export`` or ``torch.jit.trace`` is recording a program."""
     return torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
 
 
 def is_ordinary(*tensors: Tensor | None) -> bool:
-    """A plain eager call: exact tensors or parameters, and nobody who listens to the operators."""
+    """Whether this is a plain eager call: no tensor subclass, no mode that sees the operators."""
     return (
         all(x is None or type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
         and torch._C._len_torch_dispatch_stack() == 0
@@ -42,18 +42,41 @@ def is_ordinary(*tensors: Tensor | None) -> bool:
     )
 
 
-def first_order(op: str) -> Callable[[Backward], Backward]:
-    """Decorates a backward pass that autograd cannot see through: ``create_graph=True`` is refused.
+class _Refusal(torch.autograd.Function):
+    """Gradients as they are, and an error for whoever differentiates them by an anchor."""
 
-    A result without a graph would be a wrong second derivative, and nobody would say so.
+    @staticmethod
+    def forward(ctx: Any, said: str, anchors: int, *tensors: Tensor | None) -> Any:
+        ctx.said = said
+        return tuple(None if g is None else g.detach() for g in tensors[anchors:])
+
+    @staticmethod
+    def backward(ctx: Any, *_unused: Tensor) -> Any:
+        raise RuntimeError(ctx.said)
+
+
+def first_order(op: str) -> Callable[[Backward], Backward]:
+    """Decorates a backward pass that autograd cannot see through.
+
+    With ``create_graph=True`` the gradients are right, and whoever differentiates them by what they
+    depend on, the upstream gradients and what was saved of the graph, meets an error: a gradient
+    without a graph would be a wrong second derivative, and nobody would say so.
     """
+    said = f"{op}: double backward is not supported (create_graph=True)"
 
     def decorate(backward: Backward) -> Backward:
         @wraps(backward)
         def run(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-            if torch.is_grad_enabled():
-                raise RuntimeError(f"{op}: double backward is not supported (create_graph=True)")
-            return backward(ctx, *upstream)
+            wants_graph = torch.is_grad_enabled()
+            with torch.no_grad():
+                grads = backward(ctx, *upstream)
+            if not wants_graph:
+                return grads
+            known = (*ctx.saved_tensors, *upstream)
+            anchors = [x for x in known if x is not None and x.requires_grad]
+            refused: tuple[Tensor | None, ...]
+            refused = _Refusal.apply(said, len(anchors), *anchors, *grads)  # type: ignore[no-untyped-call]
+            return refused
 
         return run
 

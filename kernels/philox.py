@@ -49,7 +49,7 @@ def words(seed: Tensor, counters: Tensor) -> Tensor:
 
 
 def threshold(p: float) -> int:
-    """Words below this are dropped: p 2^32, of p rounded to fp32 as a kernel gets it."""
+    """Words below this are dropped: p 2^32, with p rounded to fp32 as in a kernel."""
     return min(int(float(torch.tensor(p, dtype=torch.float32)) * 2**32), _MASK32)
 
 

@@ -111,7 +111,7 @@ def visible_keys(
 def masked_softmax(scores: Tensor, visible: Tensor) -> Tensor:
     """Softmax over the visible keys; a row that sees none is all zeros."""
     scores = scores.masked_fill(~visible, -torch.inf)
-    # a row of -inf alone would give NaN, in the gradient too
+    # a row of only -inf would give NaN, in the gradient too
     blind = ~visible.any(dim=-1, keepdim=True)
     return torch.softmax(scores.masked_fill(blind, 0.0), dim=-1).masked_fill(blind, 0.0)
 
@@ -156,7 +156,7 @@ def append_kv(
 
 
 class Beside(NamedTuple):
-    """What goes with x and weight of ``decode_linear``, each or none."""
+    """The optional operands of ``decode_linear``."""
 
     scales: Tensor | None
     bias: Tensor | None
@@ -186,10 +186,10 @@ def visible_in_cache(T: int, S: int, lengths: Tensor) -> Tensor:
 
 
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float) -> Tensor:
-    """T queries a row, (B, T, H, D), over the keys of a (B, H, S, D) cache up to their own."""
+    """T queries per row, (B, T, H, D), over the keys of a (B, H, S, D) cache up to their own."""
     scores = (up(q).transpose(1, 2) @ up(k).transpose(-2, -1)) * scale
     visible = visible_in_cache(q.shape[1], k.shape[2], lengths)
-    # what no query of a row sees is garbage, perhaps NaN: zero times it must stay zero
+    # values that no query of a row sees may be NaN: zero times them must stay zero
     values = up(v).masked_fill(~visible.any(2)[..., None], 0.0)
     out = masked_softmax(scores, visible) @ values
     return out.transpose(1, 2).to(q.dtype)
@@ -221,7 +221,7 @@ def cross_entropy(
 ) -> Tensor:
     """Mean over the targets kept of (1-s)(lse - z_y) + s(lse - mean_v z_v) + z_loss lse^2.
 
-    s is the label smoothing, lse = log sum exp over the true vocabulary; with nothing kept, 0.
+    s is the label smoothing, lse = log sum exp over the true vocabulary; 0 if no target is kept.
     """
     z = up(logits)[:, :vocab_size]
     kept = targets != ignore_index
@@ -229,7 +229,7 @@ def cross_entropy(
     picked = z.gather(1, targets.masked_fill(~kept, 0).long()[:, None])[:, 0]
     rows = lse - (1.0 - label_smoothing) * picked + z_loss * lse.square()
     if label_smoothing > 0:
-        # not zero times the mean: a logit of -inf excludes its token
+        # only then: a logit of -inf excludes its token, and zero times that mean would be NaN
         rows = rows - label_smoothing * z.mean(dim=-1)
     return rows.masked_fill(~kept, 0.0).sum() / kept.sum().clamp(min=1)
 

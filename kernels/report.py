@@ -8,8 +8,12 @@ spill, on shared memory that no block can have, on lost tensor-core instructions
 instructions, and on a launch that gives a multiprocessor more blocks than fit: exit code 1. Another
 compiler makes other binaries, so each Triton has an expectation of its own,
 ``expectation-VERSION.json`` by ``--update``, with ``--arch`` of those architectures alone; without
-one there is nothing to compare with: exit code 2. Results are cached by source, so that a second
-run takes seconds.
+one there is nothing to compare with: exit code 2.
+
+The expectation records a key with each binary: a hash of all that the binary depends on. A kernel
+whose key is the recorded one is taken from there and not compiled. ``--check`` compiles a sample of
+those all the same, other ones each day, and fails if a record is not what comes out; ``--all``
+compiles every one of them.
 """
 
 import argparse
@@ -20,9 +24,10 @@ import multiprocessing
 import os
 import pkgutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from datetime import date
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -34,7 +39,15 @@ from fastgpt2 import cli
 from fastgpt2.errors import UserError
 from fastgpt2.files import write_text
 from fastgpt2.kernels.gpus import ARCHITECTURES, GPUS
-from fastgpt2.kernels.report_rows import Row, expectation, render, violations
+from fastgpt2.kernels.report_rows import (
+    Row,
+    arch_of,
+    expectation,
+    render,
+    resources,
+    row_name,
+    violations,
+)
 
 if TYPE_CHECKING:
     from fastgpt2.kernels.cases import CompileCase
@@ -42,6 +55,10 @@ if TYPE_CHECKING:
 
 _HERE = Path(__file__).resolve().parent
 REPORT = _HERE / "REPORT.md"
+# one of each family: of these, the whole report lists every configuration
+_DETAILED = ("sm_80", "sm_90", "sm_100", "gfx942")
+# of the thousand kernels that are known, a check compiles as many: a quarter of a minute
+_SAMPLE = 12
 
 
 @dataclass(frozen=True)
@@ -52,6 +69,20 @@ class Task:
     kernel: str
     config: str
     arch: str
+    # of all that it depends on
+    binary: str
+    # also if the cache has it
+    anew: bool = False
+
+    @property
+    def name(self) -> str:
+        """Its row's name in the expectation."""
+        return row_name(self.kernel, self.config, self.arch)
+
+    @property
+    def case(self) -> "CompileCase":
+        """What ``module`` offers by this name."""
+        return cases_of(self.module, self.arch)[self.kernel, self.config]
 
 
 def kernel_modules() -> list[str]:
@@ -70,36 +101,17 @@ def cases_of(module: str, arch: str) -> "dict[tuple[str, str], CompileCase]":
     return by_name
 
 
-def _fingerprint(case: "CompileCase", arch: str) -> str:
-    """Changes with the kernel's source and its helpers', the case, Triton and the reader of it."""
-    from fastgpt2.kernels import machine_code
-    from fastgpt2.kernels.jit import compile as offline
-
-    source = Path(offline.__file__).read_bytes() + Path(machine_code.__file__).read_bytes()
-    # what the binary depends on: not the shape that it is judged at
-    fields = set(case.__dataclass_fields__) - {"kernel", "flops", "bytes", "work", "per_sm"}
-    parts = (
-        case.kernel.cache_key,
-        str([getattr(case, name) for name in sorted(fields)]),
-        arch,
-        offline.TRITON_VERSION,
-        hashlib.sha256(source).hexdigest(),
-    )
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
 def _resources(task: Task) -> "dict[str, Any]":
     """Fields of ``Resources``, or ``{"error": ...}``, from the cache or from the compiler."""
     from fastgpt2.kernels.jit.compile import compile_case
 
-    case = cases_of(task.module, task.arch)[task.kernel, task.config]
     root = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-    entry = root / "fastgpt2" / "kernels" / f"{_fingerprint(case, task.arch)}.json"
-    if entry.exists():
+    entry = root / "fastgpt2" / "kernels" / f"{task.binary}.json"
+    if entry.exists() and not task.anew:
         found: dict[str, Any] = json.loads(entry.read_text(encoding="utf-8"))
         return found
     try:
-        resources: Resources = compile_case(case, task.arch)
+        resources: Resources = compile_case(task.case, task.arch)
     except Exception as error:
         # whatever the compiler throws belongs into the table, and fails the check
         return {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"}
@@ -108,24 +120,55 @@ def _resources(task: Task) -> "dict[str, Any]":
     return found
 
 
-def row_of(task: Task) -> Row:
-    """Compile one case, unless its binary has been read before."""
-    case = cases_of(task.module, task.arch)[task.kernel, task.config]
-    return Row.of(case, task.arch, _resources(task))
+def _compiled(task: Task) -> Row:
+    return Row.of(task.case, task.arch, _resources(task), task.binary)
 
 
-def measure(modules: Iterable[str], archs: Iterable[str], jobs: int) -> list[Row]:
-    """Compile every case of these modules for these architectures, in ``jobs`` processes."""
-    tasks = [
-        Task(module, kernel, config, arch)
+def daily_sample(names: Iterable[str], count: int, day: int) -> set[str]:
+    """``count`` of the names, others on the next day, until all have had their turn."""
+    order = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
+    begin = day * count % max(len(order), 1)
+    return set((order + order)[begin : begin + min(count, len(order))])
+
+
+def tasks_of(modules: Iterable[str], archs: Iterable[str]) -> list[Task]:
+    """Every case of these modules of ``kernels/jit`` for these architectures."""
+    from fastgpt2.kernels.jit.binary_key import binary_key
+
+    return [
+        Task(module, kernel, config, arch, binary_key(case, arch))
         for module in modules
         for arch in archs
-        for kernel, config in cases_of(module, arch)
+        for (kernel, config), case in cases_of(module, arch).items()
     ]
-    # a forked child would inherit the threads' locks of whatever has been imported
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        rows = list(tqdm(pool.map(row_of, tasks), total=len(tasks), unit="kernel"))
+
+
+def measure(
+    tasks: Iterable[Task],
+    jobs: int,
+    recorded: Mapping[str, dict[str, Any]] | None = None,
+    sample: int | None = 0,
+) -> list[Row]:
+    """The rows of the tasks, by kernel, config and architecture.
+
+    Args:
+        tasks: as ``tasks_of`` gives them.
+        jobs: how many processes compile.
+        recorded: an expectation; what has the key recorded there is not compiled.
+        sample: how many of those are compiled all the same, today's; None for all of them.
+    """
+    tasks, recorded = list(tasks), recorded or {}
+    known = [t for t in tasks if recorded.get(t.name, {}).get("binary") == t.binary]
+    count = len(known) if sample is None else sample
+    again = daily_sample([t.name for t in known], count, date.today().toordinal())
+    believed = {t for t in known if t.name not in again}
+    rows = [Row.of(t.case, t.arch, resources(recorded[t.name]), t.binary) for t in believed]
+    todo = [replace(t, anew=t.name in again) for t in tasks if t not in believed]
+    if todo:
+        # a forked child would inherit the threads' locks of whatever has been imported
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(min(jobs, len(todo)), mp_context=context) as pool:
+            rows += tqdm(pool.map(_compiled, todo), "compiling", len(todo), unit="kernel")
     return sorted(
         rows, key=lambda row: (row.kernel, row.config, list(ARCHITECTURES).index(row.arch))
     )
@@ -134,6 +177,12 @@ def measure(modules: Iterable[str], archs: Iterable[str], jobs: int) -> list[Row
 def expectation_file(triton: str, folder: Path = _HERE) -> Path:
     """Where the expectation of this Triton is recorded."""
     return folder / f"expectation-{triton}.json"
+
+
+def read_expectation(file: Path) -> dict[str, dict[str, Any]]:
+    """What is recorded there: nothing, if there is no such file."""
+    found: dict[str, dict[str, Any]] = {}
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else found
 
 
 def find_expectation(triton: str, folder: Path = _HERE) -> dict[str, dict[str, Any]]:
@@ -147,8 +196,7 @@ def find_expectation(triton: str, folder: Path = _HERE) -> dict[str, dict[str, A
     near = [expectation_file(triton, folder), *(file for file in files if file.match(minor))]
     for file in near:
         if file.exists():
-            found: dict[str, dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
-            return found
+            return read_expectation(file)
     known = ", ".join(file.stem.removeprefix("expectation-") for file in files) or "none"
     raise UserError(
         f"--check: no expectation of Triton {triton} (recorded: {known}); --update records one"
@@ -178,6 +226,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--check", action="store_true", help="compare with the expectation")
     mode.add_argument("--update", action="store_true", help="record the expectation")
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument(
+        "--sample", type=int, metavar="N", help=f"known kernels to compile anew ({_SAMPLE} a check)"
+    )
+    again.add_argument("--all", action="store_true", help="compile every kernel anew")
     return parser.parse_args(arguments)
 
 
@@ -192,21 +245,23 @@ def _body(options: argparse.Namespace) -> int:
         gpus[gpu.arch] = gpu
         archs = options.arch or [gpu.arch]
     current = metadata.version("triton")
-    # before the minutes that compiling takes
-    expected = find_expectation(current) if options.check else {}
-    rows = measure(kernel_modules(), archs, options.jobs)
+    file = expectation_file(current)
+    # before the minutes that compiling may take
+    expected = find_expectation(current) if options.check else read_expectation(file)
+    sample = options.sample if options.sample is not None else _SAMPLE * options.check
+    tasks = tasks_of(kernel_modules(), archs)
+    rows = measure(tasks, options.jobs, expected, None if options.all else sample)
     whole = set(archs) == set(ARCHITECTURES)
     if options.check:
         found = violations(rows, expected)
         print("\n".join([*found, f"{len(rows)} kernels checked, {len(found)} worse than expected"]))
         return 1 if found else 0
-    print(render(rows, gpus))
+    text = render(rows, gpus, _DETAILED if whole else archs)
+    print(text)
     if whole:
-        write_text(REPORT, render(rows, gpus))
+        write_text(REPORT, text)
     if options.update:
-        file = expectation_file(current)
-        kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() and not whole else {}
-        others = {key: row for key, row in kept.items() if key.rpartition(" | ")[2] not in archs}
+        others = {key: row for key, row in expected.items() if arch_of(key) not in archs}
         write_text(file, _as_lines(dict(sorted((others | expectation(rows)).items(), key=_place))))
     return 1 if any(row.error for row in rows) else 0
 

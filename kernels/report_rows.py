@@ -1,7 +1,7 @@
 """The rows of the kernel report: what follows from a binary, what is a fault, what is shown."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
@@ -12,6 +12,16 @@ from fastgpt2.kernels.machine_code import SPLIT
 
 # a check fails where there are more than 5 % more instructions than expected
 GROWTH = 1.05
+
+
+def row_name(kernel: str, config: str, arch: str) -> str:
+    """What a row is called in the expectation."""
+    return f"{kernel} | {config} | {arch}"
+
+
+def arch_of(name: str) -> str:
+    """The architecture in a ``row_name``."""
+    return name.rpartition(" | ")[2]
 
 
 @dataclass(frozen=True)
@@ -35,18 +45,20 @@ class Row:
     error: str = ""
     work: Work = Work(1.0)  # noqa: RUF009
     per_sm: int = 0
+    # ``binary_key``
+    binary: str = ""
 
     @classmethod
-    def of(cls, case: CompileCase, arch: str, found: dict[str, Any]) -> "Row":
-        """The row of a case, given the fields of its ``Resources`` or an ``error``."""
+    def of(cls, case: CompileCase, arch: str, found: Mapping[str, Any], binary: str = "") -> "Row":
+        """The row of a case, given the fields of its ``Resources`` or an ``error``, and its key."""
         names = ("num_warps", "wants_mma", "flops", "bytes", "work", "per_sm")
         stated = {name: getattr(case, name) for name in names}
-        return cls(case.name, case.config, arch, **stated, **found)
+        return cls(case.name, case.config, arch, **stated, **found, binary=binary)
 
     @property
     def key(self) -> str:
         """The row's name in the expectation."""
-        return f"{self.kernel} | {self.config} | {self.arch}"
+        return row_name(self.kernel, self.config, self.arch)
 
     def per_unit(self, instructions: float) -> float:
         """Instructions of the loops as those per tile and warp, or per element and thread."""
@@ -72,16 +84,34 @@ class Row:
         return resident_blocks(self.arch, self.registers, self.shared_bytes, self.num_warps)
 
 
+# of a binary, as they are recorded; its units follow, in the order of SPLIT
+_RECORDED = ("registers", "spill_bytes", "shared_bytes", "mma", "serialized", "skipped")
+
+
 def expectation(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
-    """What a later check holds these rows against."""
+    """What a later check holds these rows against; those that do not compile are left out."""
     return {
-        row.key: {
-            "mma": row.mma,
-            "spill_bytes": row.spill_bytes,
-            "serialized": row.serialized,
+        row.key: {name: getattr(row, name) for name in _RECORDED}
+        | {
+            "units": [row.units.get(unit, 0) for unit in SPLIT if row.units],
             "instructions": row.instructions,
+            "binary": row.binary,
         }
         for row in rows
+        if not row.error
+    }
+
+
+def resources(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of ``Resources`` that an entry of the expectation records."""
+    found = {name: entry[name] for name in _RECORDED}
+    return found | {"units": dict(zip(SPLIT, entry["units"], strict=False))}
+
+
+def _is_recorded(row: Row, entry: dict[str, Any]) -> bool:
+    """False for a row with the key of this entry and other numbers."""
+    return row.binary != entry.get("binary") or resources(entry) == {
+        name: getattr(row, name) for name in (*_RECORDED, "units")
     }
 
 
@@ -99,6 +129,8 @@ def violations(rows: Sequence[Row], expected: dict[str, dict[str, Any]]) -> list
         if before is None:
             found.append(f"{row.key}: not in the expectation; record it with --update")
             continue
+        if row.binary and not _is_recorded(row, before):
+            found.append(f"{row.key}: compiled anew, it is not what is recorded; --update --all")
         if row.spill_bytes > before["spill_bytes"]:
             found.append(f"{row.key}: spills {row.spill_bytes} bytes, not {before['spill_bytes']}")
         if row.mma != before["mma"]:
@@ -117,7 +149,7 @@ def violations(rows: Sequence[Row], expected: dict[str, dict[str, Any]]) -> list
             found.append(f"{row.key}: ptxas serialises its wgmma instructions")
     archs = {row.arch for row in rows}
     gone = set(expected) - {row.key for row in rows}
-    stale = sorted(key for key in gone if key.rpartition(" | ")[2] in archs)
+    stale = sorted(key for key in gone if arch_of(key) in archs)
     return found + [f"{key}: expected, but no longer compiled; --update" for key in stale]
 
 
@@ -162,10 +194,41 @@ HEAD = (
 )
 
 
-def render(rows: Sequence[Row], gpus: dict[str, GPU]) -> str:
-    """The report as Markdown; ``gpus`` has the product whose rates stand for each architecture."""
+def _most(rows: Sequence[Row]) -> str:
+    """Registers and, if any, spill bytes of the rows that need most."""
+    if not rows:
+        return "-"
+    if any(row.error for row in rows):
+        return "does not compile"
+    spilled = max(row.spill_bytes for row in rows)
+    return f"{max(row.registers for row in rows)}{f' ({spilled})' if spilled else ''}"
+
+
+def overview(rows: Sequence[Row]) -> list[str]:
+    """A table with a line for each kernel and a column for each architecture."""
+    archs = [arch for arch in ARCHITECTURES if any(row.arch == arch for row in rows)]
+    cells: dict[str, dict[str, list[Row]]] = {}
+    for row in rows:
+        of_kernel = cells.setdefault(row.kernel, {arch: [] for arch in archs})
+        of_kernel[row.arch].append(row)
+    return [
+        f"| kernel | {' | '.join(archs)} |",
+        f"| --- |{' ---: |' * len(archs)}",
+        *(f"| {name} | {' | '.join(map(_most, of.values()))} |" for name, of in cells.items()),
+    ]
+
+
+def render(rows: Sequence[Row], gpus: dict[str, GPU], detailed: Collection[str]) -> str:
+    """The report as Markdown.
+
+    Args:
+        rows: of all architectures that the overview shows.
+        gpus: the product whose rates stand for each architecture.
+        detailed: the architectures whose every configuration has a line.
+    """
     compiler = metadata.version("triton")
-    used = [gpus[arch] for arch in ARCHITECTURES if any(row.arch == arch for row in rows)]
+    shown = [row for row in rows if row.arch in detailed]
+    used = [gpus[arch] for arch in ARCHITECTURES if any(row.arch == arch for row in shown)]
     products = "; ".join(
         f"{gpu.arch}: {gpu.name}, {gpu.tflops:g} TFLOP/s, {gpu.bandwidth:g} TB/s, "
         f"{gpu.multiprocessors} multiprocessors at {gpu.clock:g} GHz"
@@ -176,9 +239,20 @@ def render(rows: Sequence[Row], gpus: dict[str, GPU]) -> str:
         "",
         "Written by `python -m fastgpt2.kernels.report`. Nothing here was executed: the numbers",
         f"are read from binaries that Triton {compiler} and its ptxas built without a GPU.",
+        "",
+        "## Every kernel on every architecture",
+        "",
+        "Registers of a thread in the configuration that needs most, and in parentheses the bytes",
+        "that a thread spills where any configuration does. `-`: refused there, PyTorch runs.",
+        "",
+        *overview(rows),
+        "",
+        f"## Every configuration on {', '.join(gpu.arch for gpu in used)}",
+        "",
         "Registers and spill bytes are per thread, shared memory is bytes per block. Occupancy and",
         "the blocks resident on a multiprocessor are estimated from them; waves are the blocks",
-        "launched at the stated shape over those resident on the whole GPU.",
+        "launched at the stated shape over those resident on the whole GPU. `--arch` prints the",
+        "same table for other architectures.",
         "",
         "Instructions are those of the innermost loops: per warp and tile, or per thread and",
         "element; of a kernel without a loop, all. `284 / 362` is a tile that skips the loop's",
@@ -191,7 +265,7 @@ def render(rows: Sequence[Row], gpus: dict[str, GPU]) -> str:
         f"and bandwidth. Microseconds, at the shape stated with each kernel ({products}).",
         "",
         *HEAD,
-        *(format_row(row, gpus[row.arch]) for row in rows),
+        *(format_row(row, gpus[row.arch]) for row in shown),
         "",
     ]
     return "\n".join(lines)

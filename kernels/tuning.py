@@ -18,7 +18,7 @@ import torch
 from fastgpt2.kernels.backend import INTERPRETED, amd_architecture, capability
 from fastgpt2.kernels.gpus import ARCHITECTURES
 
-# stands for NVIDIA GPUs of a generation that is not listed
+# the architecture whose tiles NVIDIA GPUs of a generation that is not listed run with
 FALLBACK = "sm_80"
 # the architecture that the candidates are made for: they are compiled only for this one
 TUNED = "sm_90"
@@ -29,7 +29,7 @@ TABLE_FILE = Path(__file__).with_name("tuning.json")
 
 @dataclass(frozen=True)
 class Config:
-    """Tiles, warps and pipeline stages of one launch; ``meta()`` is what the launch is given.
+    """Tiles, warps and pipeline stages of one launch; ``meta()`` are its keyword arguments.
 
     ``per_sm`` is how many blocks the launch gives each multiprocessor, for kernels whose blocks
     walk over the rows. All of them must be resident at a time: the compile matrix checks that.
@@ -67,7 +67,7 @@ class Rule:
     Attributes:
         limits: largest value of each quantity named, such as ``{"D": 64, "dropout": 0}``.
         configs: architecture (and ``interpret``) -> config, or None where every tile spills and
-            the kernel is refused; one that is not named runs as the one that it is like.
+            the kernel is refused; one that is not named uses the config of the one it is ``like``.
         candidates: further configs that the tuner tries.
     """
 
@@ -86,7 +86,7 @@ class Rule:
         return self.configs[arch]
 
     def compiled(self, arch: str) -> list[Config]:
-        """What the compile matrix covers: the config, and the candidates where they are for."""
+        """What the compile matrix covers: the config, and on ``TUNED`` the candidates."""
         tried = self.candidates if arch == TUNED else ()
         return [c for c in dict.fromkeys([self.on(arch), *tried]) if c is not None]
 
@@ -137,7 +137,7 @@ _overrides: dict[str, Config] = {}
 
 
 def rule_of(op: str, **shape_class: int) -> Rule:
-    """The rule that a launch of this shape class runs by: the first that applies."""
+    """The rule for a launch of this shape class: the first that applies."""
     return next(rule for rule in TABLE[op] if rule.applies(shape_class))
 
 
@@ -161,7 +161,7 @@ def refusal(op: str, arch: str, **shape_class: int) -> str | None:
 
 
 def candidates(op: str, **shape_class: int) -> list[Config]:
-    """What the tuner tries for such a launch: what is in the table, then the rule's candidates."""
+    """What the tuner tries for such a launch: the table's config, then the rule's candidates."""
     rule = rule_of(op, **shape_class)
     chosen = [c for arch, c in rule.configs.items() if arch != INTERPRET and c is not None]
     return list(dict.fromkeys([*chosen, *rule.candidates]))

@@ -1,8 +1,8 @@
 """``python -m fastgpt2.kernels.warm``: compile what training and decoding launch, all at once.
 
-Plays a training step and a few tokens of decoding at the sizes given, on random weights, without
-running their kernels. The binaries stay in Triton's cache on disk (``TRITON_CACHE_DIR``), where
-every later process finds them. ``fastgpt2 train`` does the same for itself before its first step.
+Goes through a training step and a few tokens of decoding at the sizes given, on random weights,
+without running their kernels. The binaries stay in Triton's cache on disk (``TRITON_CACHE_DIR``),
+where every later process finds them. ``fastgpt2 train`` does this itself before its first step.
 """
 
 import argparse
@@ -31,9 +31,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m fastgpt2.kernels.warm",
         description="Compile the kernels of training and decoding in parallel, and keep them.",
     )
-    parser.add_argument("--model", choices=PRESETS, default="gpt2", help="whose widths")
-    parser.add_argument("--batch-size", type=int, default=16, help="sequences of a micro-batch")
-    parser.add_argument("--block-size", type=int, default=1024, help="tokens of a sequence")
+    parser.add_argument("--model", choices=PRESETS, default="gpt2", help="the widths")
+    parser.add_argument("--batch-size", type=int, default=16, help="sequences per micro-batch")
+    parser.add_argument("--block-size", type=int, default=1024, help="tokens per sequence")
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", choices=DTYPES, default="auto")

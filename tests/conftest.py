@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -22,9 +23,32 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
+# minutes and half minutes each: begun first, since one of them at the end would leave cores idle
+LONGEST = (
+    "kernels/test_report.py",
+    "benchmarks/test_suite.py",
+    "kernels/test_launch.py",
+    "kernels/test_end_to_end.py",
+    "train/test_faults.py",
+    "train/test_ranks.py",
+    "kernels/test_attention.py",
+    "tools/test_loss_match.py",
+    "tools/test_step_budget.py",
+    "test_compile.py",
+    "test_packaging.py",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let pytest-xdist keep our order; its own begins with the files that have most tests."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU, with the reason, where there is none or it is not used."""
+    """The longest files first; skip what needs a GPU, with the reason, where none is used."""
+    place = {Path(__file__).parent / name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
     if not torch.cuda.is_available():
         reason = "needs a CUDA GPU"
     elif os.environ.get("TRITON_INTERPRET") == "1":

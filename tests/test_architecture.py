@@ -235,3 +235,48 @@ def test_importing_the_package_is_light() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     assert (result.stdout, result.stderr.strip()) == ("", "")
+
+
+def functions_that_compile(tree: ast.Module) -> set[str]:
+    """Those of a test file that come to ``run_compiling``, also by fixtures and helpers."""
+    uses = {
+        function.name: {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
+        | {argument.arg for argument in function.args.args}
+        # usefixtures("...")
+        | {str(node.value) for node in ast.walk(function) if isinstance(node, ast.Constant)}
+        for function in tree.body
+        if isinstance(function, ast.FunctionDef)
+    }
+    found = {"run_compiling"}
+    while more := {name for name, used in uses.items() if used & found} - found:
+        found |= more
+    return found
+
+
+def test_a_tests_name_says_whether_it_compiles() -> None:
+    """``binary`` or ``binaries`` in its name: compiled for a GPU. All others interpret kernels."""
+    names = set()
+    for path in python_files("tests/kernels", "tests/tools"):
+        compiling = functions_that_compile(parse(path))
+        for function in parse(path).body:
+            if isinstance(function, ast.FunctionDef) and function.name.startswith("test_"):
+                place = f"{path.relative_to(ROOT)}: {function.name}"
+                assert ("binar" in function.name) == (function.name in compiling), place
+                names |= {function.name} & compiling
+    assert len(names) > 5
+
+
+def test_whether_kernels_are_interpreted_is_decided_in_few_places() -> None:
+    """A test that compiles without ``run_compiling`` has to speak of the variable."""
+    speaking = {
+        str(path.relative_to(ROOT / "tests"))
+        for path in python_files("tests")
+        if f'"{"TRITON"}_INTERPRET"' in path.read_text(encoding="utf-8")
+    }
+    assert speaking == {
+        "benchmarks/dry.py",
+        "compiling.py",
+        "conftest.py",
+        "kernels/budget.py",
+        "kernels/test_report.py",
+    }

@@ -1,8 +1,10 @@
+import os
 import subprocess
 import sys
 
 import pytest
 
+from fastgpt2.__main__ import main as console
 from fastgpt2.cli import Parser, run
 from fastgpt2.errors import UserError
 
@@ -55,3 +57,30 @@ def test_closed_pipe_is_quiet() -> None:
         process.stdout.close()
         assert process.wait(30) == 141
         assert process.stderr.read() == b""
+
+
+HELP = "from fastgpt2.cli import Parser; Parser(prog='fastgpt2 x').parse_args(['--help'])"
+
+
+@pytest.mark.parametrize(
+    "code", [HELP, "from fastgpt2.__main__ import main; raise SystemExit(main([]))"]
+)
+def test_help_may_find_a_full_disk_or_no_reader(code: str) -> None:
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 2
+    assert done.stderr.endswith(b": error: No space left on device\n")
+    assert done.stderr.count(b"\n") == 1
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_a_command_may_be_interrupted_while_it_is_imported(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastgpt2.__main__._module", lambda _: fail(KeyboardInterrupt()))
+    assert console(["train"]) == 130
+    assert capsys.readouterr().err == "\nfastgpt2 train: interrupted\n"

@@ -1,5 +1,7 @@
 import copy
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from importlib import import_module
 from typing import Any
@@ -292,3 +294,16 @@ def test_overrides_that_the_weights_fix_are_refused(monkeypatch: pytest.MonkeyPa
     assert torch.equal(model.eval().logits(idx), source.eval().logits(idx))
     with pytest.raises(UserError, match="from_pretrained: the weights fix bias, n_layer"):
         GPT.from_pretrained("anything", {"n_layer": 3, "bias": False})
+
+
+def test_a_model_without_memory_needs_no_compiler() -> None:
+    # drawing numbers on the meta device imports it, which takes longer than loading the weights
+    code = (
+        "import sys, torch\n"
+        "from tests.tiny_gpt import tiny_config\n"
+        "from fastgpt2.model import GPT\n"
+        "with torch.device('meta'):\n"
+        "    GPT(tiny_config())\n"
+        "assert 'torch._dynamo' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

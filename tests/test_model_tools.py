@@ -1,6 +1,5 @@
 """PyTorch's and others' tools on a GPT: what they change counts, and what they record is right."""
 
-import copy
 import io
 from pathlib import Path
 from typing import Any
@@ -8,18 +7,12 @@ from typing import Any
 import pytest
 import torch
 from accelerate import (  # type: ignore[import-untyped]
-    Accelerator,
     cpu_offload,
-    load_checkpoint_in_model,
 )
-from huggingface_hub import PyTorchModelHubMixin
 from peft import LoraConfig, inject_adapter_in_model
-from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
-from fastgpt2.errors import UserError
-from fastgpt2.model import GPT
 from tests.tiny_gpt import gradients, tiny_batch, tiny_gpt
 
 LAYERS = (
@@ -182,70 +175,6 @@ def test_meta_device() -> None:
     assert model.lm_head.weight is model.transformer.wte.weight
 
 
-@pytest.mark.parametrize("V", [61, 4100])
-def test_saved_and_loaded_by_other_libraries(tmp_path: Path, V: int) -> None:
-    model = tiny_gpt(vocab_size=V)
-    idx = tiny_batch()[0]
-    expected = model.logits(idx)
-    save_model(model, str(tmp_path / "model.safetensors"), {"format": "pt"})
-    for load in (load_model, load_checkpoint_in_model):
-        other = tiny_gpt(1, vocab_size=V)
-        load(other, str(tmp_path / "model.safetensors"))
-        assert torch.equal(other.logits(idx), expected)
-    accelerator = Accelerator(cpu=True)
-    prepared: Any = accelerator.prepare(model)
-    accelerator.save_state(str(tmp_path / "state"))
-    with torch.no_grad():
-        model.transformer.wte.weight.zero_()
-    accelerator.load_state(str(tmp_path / "state"))
-    assert torch.equal(prepared.logits(idx), expected)
-
-
-class HubFirst(PyTorchModelHubMixin, GPT):  # type: ignore[misc]
-    """Saved by the mixin."""
-
-
-class HubLast(GPT, PyTorchModelHubMixin):  # type: ignore[misc]
-    """Saved by ourselves."""
-
-
-@pytest.mark.parametrize("kind", [HubFirst, HubLast, GPT])
-def test_save_pretrained_and_back(tmp_path: Path, kind: Any) -> None:
-    model = kind(tiny_gpt(vocab_size=4100).config)
-    model.save_pretrained(tmp_path / "model")
-    other = kind.from_pretrained(tmp_path / "model")
-    idx = tiny_batch()[0]
-    assert torch.equal(other.eval().logits(idx), model.eval().logits(idx))
-    assert other.config == model.config
-
-
-def test_save_pretrained_in_other_formats(tmp_path: Path) -> None:
-    model = tiny_gpt().eval()
-    model.save_pretrained(tmp_path / "hf", format="hf")
-    idx = tiny_batch()[0]
-    assert torch.equal(GPT.from_pretrained(tmp_path / "hf").eval().logits(idx), model.logits(idx))
-    with pytest.raises(UserError, match="format 'onnx': expected one of hf"):
-        model.save_pretrained(tmp_path / "x", format="onnx")
-
-
-def test_an_untied_head_is_its_own() -> None:
-    model = tiny_gpt(vocab_size=4100)
-    model.lm_head.weight = nn.Parameter(torch.randn_like(model.lm_head.weight))
-    twin, state = copy.deepcopy(model), model.state_dict()
-    for assign in (False, True):
-        twin.load_state_dict(state, assign=assign)
-        assert twin.lm_head.weight is not twin.transformer.wte.weight
-        assert torch.equal(twin.state_dict()["lm_head.weight"], state["lm_head.weight"])
-    with pytest.raises(UserError, match="the head is not tied"):
-        model.save_pretrained("never")
-
-
 def test_ids_without_a_batch_are_refused_in_one_line() -> None:
     with pytest.raises(ValueError, match=r"GPT: idx must be \(B, T\), got shape \(2,\)"):
         tiny_gpt()(torch.tensor([1, 2]))
-
-
-def test_unpadded_where_asked() -> None:
-    model = tiny_gpt(vocab_size=4100, pad_vocab=False)
-    assert model.transformer.wte.weight.shape[0] == 4100
-    model.load_state_dict(tiny_gpt(1, vocab_size=4100).state_dict())

@@ -19,7 +19,8 @@ from fastgpt2.cli import Parser, check_counts
 from fastgpt2.cli import run as run_command
 from fastgpt2.devices import resolve_device
 from fastgpt2.files import write_text
-from fastgpt2.train.config import TrainConfig, named_configs, read_config
+from fastgpt2.train.config import TrainConfig
+from fastgpt2.train.config_file import named_configs, read_config
 from fastgpt2.train.metrics import read_metrics
 from fastgpt2.train.trainer import Trainer
 

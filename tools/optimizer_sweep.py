@@ -25,7 +25,8 @@ from fastgpt2.errors import UserError
 from fastgpt2.files import atomic_path, write_text
 from fastgpt2.model import GPT
 from fastgpt2.train.__main__ import main as train
-from fastgpt2.train.config import TrainConfig, read_config
+from fastgpt2.train.config import TrainConfig
+from fastgpt2.train.config_file import read_config
 from fastgpt2.train.metrics import read_metrics
 from fastgpt2.train.optimizers import build_optimizer
 

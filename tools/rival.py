@@ -15,6 +15,7 @@ import ast
 import importlib.util
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -107,12 +108,10 @@ def rival_row(options: argparse.Namespace) -> Row:
 
 def own_rows(text: str) -> list[Row]:
     """Our rows on the same architecture whose kernel and config hold ``text``."""
-    return [
-        report.row_of(report.Task(module, kernel, config, ARCH))
-        for module in report.kernel_modules()
-        for kernel, config in report.cases_of(module, ARCH)
-        if text in f"{kernel} {config}"
-    ]
+    tasks = report.tasks_of(report.kernel_modules(), [ARCH])
+    wanted = [task for task in tasks if text in f"{task.kernel} {task.config}"]
+    recorded = report.expectation_file(metadata.version("triton"))
+    return report.measure(wanted, 1, report.read_expectation(recorded))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -16,7 +16,8 @@ from fastgpt2 import runs
 from fastgpt2.generate.stream import stream_text
 from fastgpt2.text import load_tokenizer
 from fastgpt2.train import checkpoint
-from fastgpt2.train.config import TrainConfig, read_config
+from fastgpt2.train.config import TrainConfig
+from fastgpt2.train.config_file import read_config
 from fastgpt2.train.metrics import read_metrics
 
 HERE = Path(__file__).parent

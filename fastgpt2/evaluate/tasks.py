@@ -1,7 +1,6 @@
 """HellaSwag and LAMBADA (OpenAI's variant), from their published JSON Lines files."""
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,9 +14,11 @@ from fastgpt2 import units
 from fastgpt2.download import DownloadError, cache_dir, download
 from fastgpt2.errors import UserError
 from fastgpt2.evaluate.continuations import Likelihoods, Request, score_continuations
+from fastgpt2.files import parse_json
 from fastgpt2.model import GPT
 from fastgpt2.text.corpora import RemoteText
 from fastgpt2.text.encoding import Tokenizer
+from fastgpt2.text.utf8 import is_utf8
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,19 @@ class Task:
     measure: Callable[[Likelihoods, list[int]], Metrics]
 
 
+def _text(value: Any, name: str) -> str:
+    """``value``, which a tokenizer will take."""
+    if not isinstance(value, str) or not is_utf8(value):
+        raise ValueError(f"{name} must be text, got {value!r:.80}")
+    return value
+
+
 def _hellaswag_example(record: dict[str, Any]) -> Example:
     context, endings, label = record["ctx"], record["endings"], record["label"]
-    if len(endings) != 4 or not 0 <= int(label) < 4:
+    if not isinstance(endings, list) or len(endings) != 4 or not 0 <= int(label) < 4:
         raise ValueError("expected 4 endings and the label of one of them")
-    return Example(context, tuple(f" {ending}" for ending in endings), int(label))
+    continuations = tuple(f" {_text(ending, 'an ending')}" for ending in endings)
+    return Example(_text(context, "ctx"), continuations, int(label))
 
 
 def _hellaswag_metrics(scores: Likelihoods, labels: list[int]) -> Metrics:
@@ -73,7 +82,7 @@ def _hellaswag_metrics(scores: Likelihoods, labels: list[int]) -> Metrics:
 
 
 def _lambada_example(record: dict[str, Any]) -> Example:
-    context, space, word = record["text"].rpartition(" ")
+    context, space, word = _text(record["text"], "text").rpartition(" ")
     if not context.strip() or not word:
         raise ValueError("expected a text that ends in a word after a space")
     return Example(context, (space + word,), 0)
@@ -154,6 +163,9 @@ def fetch(task: Task, *, offline: bool = False) -> Path:
 
 def is_published(task: Task, path: Path) -> bool:
     """Whether the file is the published one, by its sha256."""
+    if not path.is_file():
+        # a pipe can be read only once, and the examples have been
+        return False
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest() == task.remote.sha256
 
@@ -169,7 +181,7 @@ def read_examples(task: Task, path: Path, limit: int | None = None) -> list[Exam
         if len(examples) == limit:
             break
         try:
-            examples.append(task.example(json.loads(line)))
+            examples.append(task.example(parse_json(line)))
         except KeyError as error:
             raise UserError(
                 f"{path}: line {number}: no {error} (a {task.name} file is expected)"

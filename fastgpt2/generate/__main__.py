@@ -27,12 +27,12 @@ from fastgpt2.weights import RELEASES
 
 DEFAULT_WINDOW = "slide"
 DEFAULT_BATCH_SIZE = 8
-# flag, type, metavar, help; what is not given changes nothing
+# flag, type, metavar, help; a flag that is not given changes nothing
 _PROCESSOR_FLAGS: tuple[tuple[str, type, str, str], ...] = (
-    ("--repetition-penalty", float, "X", "divide by X the score of what was written [1: none]"),
-    ("--presence-penalty", float, "X", "subtract X from the score of what was written [0: none]"),
-    ("--frequency-penalty", float, "X", "subtract X for each time it was written [0: none]"),
-    ("--no-repeat-ngram", int, "N", "write no N tokens in a row twice [any]"),
+    ("--repetition-penalty", float, "X", "divide the score of tokens already used by X [1: none]"),
+    ("--presence-penalty", float, "X", "subtract X from the score of tokens already used [0]"),
+    ("--frequency-penalty", float, "X", "subtract X for each time a token was used [0]"),
+    ("--no-repeat-ngram", int, "N", "never repeat N tokens in a row [repeats are allowed]"),
     ("--top-p", float, "P", "draw from the likeliest tokens that together have P [all]"),
     ("--min-p", float, "P", "draw from tokens at least P times as likely as the best [all]"),
     ("--typical", float, "P", "draw from the most typical tokens that together have P [all]"),
@@ -58,19 +58,19 @@ def build_parser() -> argparse.ArgumentParser:
         "--checkpoint",
         choices=("best", "latest"),
         default="best",
-        help="the one of lowest validation loss, or the newest [%(default)s]",
+        help="the one with the lowest validation loss, or the newest [%(default)s]",
     )
     what.add_argument("--prompt", metavar="TEXT", help="text to continue [a line break]")
     what.add_argument(
         "--input",
         metavar="FILE",
-        help="many prompts: one per line, or JSON Lines with 'prompt' or 'ids', perhaps 'id', and "
-        "options by the names of their flags ('max_new_tokens', 'stop', ...); - is stdin",
+        help="many prompts: one per line, or JSON Lines with 'prompt' or 'ids', optionally 'id', "
+        "and options by the names of their flags ('max_new_tokens', 'stop', ...); - is stdin",
     )
     what.add_argument(
         "--interactive",
         action="store_true",
-        help="you and the model write a text in turn; Ctrl-D ends",
+        help="you and the model take turns writing a text; Ctrl-D ends it",
     )
     what.add_argument(
         "--score",
@@ -85,10 +85,10 @@ def build_parser() -> argparse.ArgumentParser:
         "reason; - is stdout [plain text on stdout]",
     )
     out.add_argument(
-        "--resume", action="store_true", help="--output has some results already: add the others"
+        "--resume", action="store_true", help="add the results that --output does not have yet"
     )
     out.add_argument("--overwrite", action="store_true", help="--output may replace a file")
-    out.add_argument("--samples", type=int, metavar="N", help="how many texts of each prompt [1]")
+    out.add_argument("--samples", type=int, metavar="N", help="how many texts per prompt [1]")
     out.add_argument(
         "--best-of",
         type=int,
@@ -112,7 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--seed",
         type=int,
         metavar="N",
-        help="the same seed gives a prompt the same text, whatever runs beside it [a new one]",
+        help="the same seed gives a prompt the same text in any batch [a new seed]",
     )
     beams = parser.add_argument_group("beam search")
     beams.add_argument(
@@ -141,20 +141,20 @@ def build_parser() -> argparse.ArgumentParser:
         "--min-new-tokens",
         type=int,
         metavar="N",
-        help="tokens before which the end-of-text token may not come [0]",
+        help="tokens to write before the end-of-text token is allowed [0]",
     )
     ends.add_argument(
         "--stop",
         action="append",
         default=[],
         metavar="TEXT",
-        help="end before this text; may be given again [the end-of-text token only]",
+        help="end before this text; may be repeated [the end-of-text token only]",
     )
     ends.add_argument(
         "--window",
         choices=WINDOWS,
-        help="past the model's context: slide goes on with the last half of the text, stop ends "
-        f"it, crop recomputes the whole context for each token [{DEFAULT_WINDOW}]",
+        help="when the text outgrows the model's context: slide goes on with its last half, stop "
+        f"ends it, crop recomputes the whole context for each token [{DEFAULT_WINDOW}]",
     )
     ends.add_argument(
         "--draft",
@@ -169,10 +169,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     model = parser.add_argument_group("model")
     model.add_argument(
-        "--quantize", choices=("int8",), help="round the weights to 8 bits, a scale per row"
+        "--quantize", choices=("int8",), help="round the weights to 8 bits, one scale per row"
     )
     model.add_argument(
-        "--tokenizer", choices=("gpt2", "bytes"), help="of a model that has none beside it"
+        "--tokenizer", choices=("gpt2", "bytes"), help="for a model that comes without one"
     )
     model.add_argument("--vocab-dir", metavar="DIR", help="GPT-2's vocabulary files")
     machine = parser.add_argument_group("machine")
@@ -180,18 +180,18 @@ def build_parser() -> argparse.ArgumentParser:
         "--batch-size",
         type=int,
         metavar="N",
-        help=f"texts that are generated, or scored, at once [{DEFAULT_BATCH_SIZE}]",
+        help=f"texts to generate, or score, at once [{DEFAULT_BATCH_SIZE}]",
     )
     machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... [auto]")
     machine.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="of weights and computation [%(default)s]"
+        "--dtype", choices=DTYPES, default="auto", help="weights and computation [%(default)s]"
     )
     machine.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="compile the decoding step on a CPU, kept on disk for the next time; capture it as a "
-        "CUDA graph on a GPU [on a CPU, if that takes less time than it saves for so many tokens]",
+        help="compile the decoding step on a CPU and keep it on disk; capture it as a CUDA graph "
+        "on a GPU [on a CPU, if it was compiled before or pays for the number of tokens]",
     )
     machine.add_argument(
         "--impl", choices=IMPLS, default="auto", help="implementation of the kernels [%(default)s]"
@@ -202,7 +202,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     arguments = build_parser().parse_args(argv)
-    # a file of results matters more than what stands on the terminal
+    # a file of results matters more than the terminal
     steady = arguments.output not in (None, "-")
     return run_command("generate", lambda: _generate(arguments), steady=steady)
 
@@ -244,7 +244,7 @@ def _jobs(arguments: argparse.Namespace) -> list[Job]:
 
 
 def _converse(arguments: argparse.Namespace, job: Job, opened: OpenedModel) -> int:
-    # how long a conversation gets is not known
+    # the length of a conversation is not known
     engine, meter = _engine(arguments, opened, 1, tokens=0), Meter()
     try:
         converse(engine, job, _seed(arguments), meter)
@@ -312,7 +312,7 @@ def _stopped(signal: Interrupted, output: str = "-") -> int:
 def _engine(
     arguments: argparse.Namespace, opened: OpenedModel, rows: int, tokens: int
 ) -> Generator:
-    """The generator; it needs no more than so many rows, for so many tokens in all."""
+    """The generator, for at most this many rows and this many tokens in all."""
     draft = None
     if arguments.draft is not None:
         draft = _open(arguments, arguments.draft).load(*_machine(arguments), arguments.impl)
@@ -354,12 +354,12 @@ def _machine(arguments: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
 
 
 def _seed(arguments: argparse.Namespace) -> int:
-    # room above it, so that adding the number of a sample cannot leave what a generator takes
+    # headroom, so that seed + number of the sample stays valid
     return torch.seed() >> 2 if arguments.seed is None else arguments.seed
 
 
 def _open(arguments: argparse.Namespace, name: str) -> OpenedModel:
-    """The model of that name; one that brings no tokenizer gets that of the flags."""
+    """The model of that name; one that comes without a tokenizer gets the flags'."""
     given = None
     if arguments.tokenizer or arguments.vocab_dir:
         given = get_tokenizer(arguments.tokenizer or "gpt2", vocab_dir=arguments.vocab_dir)

@@ -1,8 +1,8 @@
 """Several tokens of every row, chosen on the device before the host looks at them.
 
-Waiting for each token would leave the GPU idle while the host reads it, decides and launches. What
-the host alone can decide, whether a text ends, is decided afterwards: the tokens after its end are
-dropped, and the row's random numbers go back to where it ended.
+Waiting for each token would leave the GPU idle while the host reads it, decides and launches. The
+host decides afterwards whether a text ends: it drops the tokens after the end and sets the row's
+random numbers back to that place.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from fastgpt2.generate.request import Request
 from fastgpt2.generate.sampling import draw
 from fastgpt2.generate.slots import Slots
 
-# steps per look
+# steps between two reads of the host
 AHEAD = 8
 
 
@@ -39,14 +39,14 @@ class Ahead:
 
     Args:
         slots: the cache, with a captured step.
-        requests: what the rows ask for, for which ``may_run_ahead`` is true.
-        tokens: of each row the newest, which the cache does not hold yet.
+        requests: the rows' requests, for which ``may_run_ahead`` is true.
+        tokens: the newest token of each row, which the cache does not hold yet.
         count: tokens to choose, 1 or more; each row has room for as many.
-        process: the logits (rows, V) that are chosen from, given the model's.
+        process: turns the model's logits (rows, V) into those to choose from.
 
     Attributes:
-        tokens: ``count`` lists, of a token per row.
-        best: ``count`` lists, of a row's largest logit among those that it chose from.
+        tokens: ``count`` lists with a token per row.
+        best: ``count`` lists with the largest logit per row among those that it chose from.
     """
 
     def __init__(
@@ -72,6 +72,6 @@ class Ahead:
         return torch.cat([draw(row, generator)[:, 0] for row, generator in rows]), best
 
     def rewind(self, row: int, used: int) -> None:
-        """The row's random numbers go on as after its first ``used`` tokens."""
+        """Set the row's random numbers back to where they were after its first ``used`` tokens."""
         if used < len(self._states):
             self._requests[row].generator.set_state(self._states[used][row])

@@ -28,7 +28,7 @@ from fastgpt2.generate.sampling import Sampling
 from fastgpt2.generate.slots import Slots
 from fastgpt2.model import GPT
 
-# rows that run at once where each has random numbers of its own
+# rows that run at once if each has random numbers of its own
 _BATCH_SIZE = 64
 Prompts = Tensor | Sequence[Sequence[int]]
 
@@ -139,7 +139,7 @@ def log_probs(model: GPT, ids: Prompts, batch_size: int = 8) -> Tensor | list[li
         if len(row) > 1:
             context = min(block_size + 1, len(row))
             of_row = Windows(len(row), context, max(1, context // 2), block_size)
-            # from places in the row to places in all of them
+            # from indices in the row to indices in all rows
             first = end - len(row)
             windows += [Window(*(first + at for at in of_row[k])) for k in range(len(of_row))]
     values: list[float] = []
@@ -159,14 +159,14 @@ def log_probs(model: GPT, ids: Prompts, batch_size: int = 8) -> Tensor | list[li
 def beam_sampling(
     temperature: float, top_k: int | None, processors: Sequence[Processor]
 ) -> Sampling:
-    """What beams take of these options: the processors that edit.
+    """The options that beams can use: processors that change scores without drawing.
 
     Raises:
         UserError: one of them is for drawing, and beams draw nothing.
     """
     drawing = [p for p in processors if getattr(p, "warps", False)]
     if temperature not in (0, 1) or top_k is not None or drawing:
-        raise UserError("beams draw nothing: they take no temperature, top_k, top_p and the like")
+        raise UserError("beams draw nothing: they take no temperature, top_k, top_p or similar")
     return Sampling(0.0, None, processors)
 
 
@@ -187,10 +187,10 @@ def _rows(prompts: Prompts, mask: Tensor | None) -> list[list[int]]:
     if mask is None:
         return rows
     if not isinstance(prompts, Tensor) or mask.shape != prompts.shape:
-        raise UserError("attention_mask: must have the shape of the prompts, which are a tensor")
+        raise UserError("attention_mask: prompts must be a tensor, and the mask of its shape")
     kept = mask.bool().tolist()
     if any(sum(a != b for a, b in pairwise([False, *flags, False])) != 2 for flags in kept):
-        raise UserError("attention_mask: each row needs tokens side by side, padding at one end")
+        raise UserError("attention_mask: a row's tokens must be adjacent, with padding at the ends")
     return [[t for t, k in zip(*pair, strict=True) if k] for pair in zip(rows, kept, strict=True)]
 
 
@@ -200,7 +200,7 @@ def _row_generators(
     seed: int | None,
     generator: torch.Generator | None,
 ) -> list[torch.Generator]:
-    """A source for each row: the same for a prompt in whatever batch, another for its next copy."""
+    """A source for each row, the same in any batch; copies of a prompt get different ones."""
     if seed is None:
         place = device if generator is None else generator.device
         seed = int(torch.randint(2**62, (), generator=generator, device=place))
@@ -208,7 +208,7 @@ def _row_generators(
 
 
 def seeds_of(prompts: Iterable[Sequence[int] | str], seed: int) -> list[int]:
-    """Seeds of prompts: ``seed``, and one more for each time that the same prompt came before."""
+    """Seeds of prompts: ``seed`` plus how many times the same prompt has come before."""
     seen: Counter[Hashable] = Counter()
     seeds = []
     for prompt in prompts:

@@ -1,7 +1,7 @@
 """Beam search: the likeliest texts found by following several at once.
 
-A finished text scores sum(log p) / length^length_penalty over its new tokens. The rules of what is
-kept and when to end are those of transformers' ``generate``, so that the texts are the same ones.
+A finished text scores sum(log p) / length^length_penalty over its new tokens. What is kept, and
+when the search ends, follows transformers' ``generate``, so the texts are the same.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,9 +22,9 @@ class Beam(NamedTuple):
 
     Attributes:
         ids: what follows the prompt, without the stop id.
-        score: that of the text, length penalty included, once it has ended.
-        finish_reason: as a ``Stream``'s.
-        log_probs: of each id, in nats, under the model itself: before the processors.
+        score: the text's score, length penalty included, once it has ended.
+        finish_reason: as in ``Stream``.
+        log_probs: log-probability of each id in nats under the model itself: before processors.
     """
 
     ids: list[int]
@@ -34,7 +34,7 @@ class Beam(NamedTuple):
 
 
 class _Running(NamedTuple):
-    """A text that goes on: what follows the prompt, sum(log p) after the processors and before."""
+    """A text that goes on: its new ids, and their log p after the processors and before."""
 
     ids: list[int]
     score: float
@@ -47,7 +47,7 @@ class BeamSearch:
     Args:
         slots: at least ``num_beams`` rows.
         num_beams: texts that are followed at once.
-        window: what happens past the context: see ``Generator``.
+        window: what happens when a text outgrows the context: see ``Generator``.
         length_penalty: above 0 favours long texts, below 0 short ones.
         early_stopping: end as soon as ``num_beams`` texts have ended, rather than when no running
             one looks better than they do.
@@ -87,9 +87,9 @@ class BeamSearch:
         Args:
             prompt: token ids.
             max_new_tokens: the most that follow.
-            sampling: only its edits are used; they see the log-probabilities.
+            sampling: only its processors that do not draw are used; they get log-probabilities.
             stop: ids that end a text.
-            ended: whether new ids, without the prompt, are a text that has ended otherwise.
+            ended: tells from new ids, without the prompt, whether their text has ended otherwise.
 
         Raises:
             UserError: logits are not finite, or the prompt cannot be continued.
@@ -99,7 +99,7 @@ class BeamSearch:
             "max_new_tokens", max_new_tokens, is_count(max_new_tokens, 0), "an integer of 0 or more"
         )
         limit = "length"
-        # the last token is not fed any more
+        # the last token is never fed
         room = self.slots.model.config.block_size + 1 - len(prompt)
         if self.window == "stop" and room < max_new_tokens:
             max_new_tokens, limit = room, "window"
@@ -129,7 +129,7 @@ class BeamSearch:
                 elif not (over or last_step) and len(running) < self.num_beams:
                     running.append(candidate)
                     parents.append(parent)
-            # a stable sort: of equal ones the earlier stays
+            # a stable sort: among equal scores the earlier text stays
             finished = sorted(finished, key=lambda beam: -beam.score)[: self.num_beams]
             if not running or self._is_done(finished, running[0].score, length):
                 break
@@ -151,7 +151,7 @@ class BeamSearch:
         sampling: Sampling,
         stops: int,
     ) -> list[tuple[int, _Running]]:
-        """The best continuations, the best first, each with the number of the one it continues."""
+        """The best continuations, best first, each with the number of the text it continues."""
         ids = torch.tensor([[*prompt, *text.ids] for text in running], device=logits.device)
         log_probs = logits.float().log_softmax(dim=-1)
         of_the_model = log_probs.flatten()
@@ -161,7 +161,7 @@ class BeamSearch:
             log_probs = edit(ids, log_probs)
         scores = torch.tensor([text.score for text in running], device=logits.device)
         flat = (log_probs + scores[:, None]).flatten()
-        # enough for num_beams running ones, even if the best of them all stop
+        # enough for num_beams running texts, even if the best candidates all stop
         count = min(max(2, 1 + stops) * self.num_beams, len(flat))
         best, at = flat.topk(count)
         V, found = logits.shape[-1], []

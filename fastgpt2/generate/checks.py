@@ -13,7 +13,7 @@ from fastgpt2.generate.processors import require
 from fastgpt2.model import GPT
 
 Stop = str | int | Iterable[str | int]
-# crop is nanoGPT's way: every token sees the last block_size ones, which are recomputed for it
+# crop is nanoGPT's way: each token sees the last block_size ones, all recomputed for it
 WINDOWS = ("slide", "stop", "crop")
 
 
@@ -34,7 +34,7 @@ def as_ids(prompt: Any) -> list[int]:
     """Token ids as a list; NumPy's integers and a tensor's become Python's.
 
     Raises:
-        UserError: it holds something else than integers.
+        UserError: it holds anything but integers.
     """
     try:
         ids = [index(id_) for id_ in prompt]
@@ -83,7 +83,7 @@ def check_prompt(model: Configured, ids: Sequence[int], window: str) -> None:
 
 @contextmanager
 def evaluating(model: GPT) -> Iterator[None]:
-    """The model in evaluation mode, then in the mode that it was in."""
+    """Within the block, the model is in evaluation mode; afterwards in its previous mode."""
     was_training = model.training
     if was_training:
         model.eval()
@@ -95,13 +95,13 @@ def evaluating(model: GPT) -> Iterator[None]:
 
 
 def kept_tokens(model: GPT, window: str) -> int:
-    """How many tokens go on when a text outgrows the window."""
+    """How many tokens are kept when a text outgrows the window."""
     block_size = model.config.block_size
     return block_size if window == "crop" else max(1, block_size // 2)
 
 
 def row_generator(device: torch.device, seed: int | None) -> torch.Generator:
-    """A source of randomness for one row; None is a new seed."""
+    """A source of random numbers for one row; None means a new seed."""
     if seed is not None:
         require("seed", seed, is_count(seed, 0) and seed < 2**63, "an integer in [0, 2^63)")
     generator = torch.Generator(device)

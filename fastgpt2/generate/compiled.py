@@ -1,127 +1,264 @@
-"""The decoding step compiled: programs over buffers that stay where they are.
+"""The decoding step compiled: one call of ``kernels/cpu/decode_step.cpp`` per step.
 
-TorchInductor makes one C++ function of a block, which all blocks share, and one of the head. They
-are compiled for a number of rows and the model's shapes; the cache's size and how many keys are in
-use are variables of them, so no length compiles anything anew. One program of the whole step would
-save the calls between blocks, a tenth of a step of GPT-2 124M in int8, and take four times as long
-to compile and to load. The programs are kept on disk (by Inductor, in its own cache), and a second
-process loads them.
+The C++ is compiled on the machine where it runs, which takes seconds, and kept in the package's
+cache. It serves every model and number of rows, so nothing is compiled a second time.
 """
 
+import ctypes
+import os
 import warnings
-from collections.abc import Callable, Hashable
-from typing import Any
+from collections.abc import Callable
+from ctypes import POINTER, Structure, c_double, c_int32, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
-from fastgpt2.compiler import compiler_obstacle, failure
+from fastgpt2.compiler import compiler_obstacle, failure, host_compiler
 from fastgpt2.devices import device_kind
-from fastgpt2.generate.step import (
-    Layer,
-    Options,
-    Position,
-    Weights,
-    block_after,
-    head_after,
-    logits_after,
-)
+from fastgpt2.download import cache_dir
+from fastgpt2.generate.step import Matrix, Norm, Weights
+from fastgpt2.kernels.cpu import build
 from fastgpt2.model import GPT
 
-# as ``logits_after``
-Run = Callable[[Weights, Tensor, Tensor, list[Tensor], Tensor], Tensor]
-# keys in use are rounded up to this, so that the loops over them have no rest
-BLOCK = 64
-# the compiler tells dimensions apart by their first sizes: no two of these may be equal, and the
-# cache is always larger than the part of it that is in use
-_TRIAL_SIZE, _TRIAL_KEYS = 3 * BLOCK, 2 * BLOCK
-# programs kept for one function: shapes, rows, dtypes
-_PROGRAMS = 32
-# what a trial run has been made for: rows, dtypes, shapes
-_TRIED: set[Hashable] = set()
-_OPTIONS: dict[str, Any] = {
-    # multiplications and sums become one instruction
-    "cpp.enable_floating_point_contract_flag": "fast",
-    # a vector that all features of a layer read is computed once, not in their loop
-    "realize_reads_threshold": 0,
-    "max_pointwise_cat_inputs": 0,
-}
+# more tokens at once are faster by a library's matrix products
+MAX_TOKENS = 32
+_NAME = "decode_step"
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+# bytes of weights that are worth a thread: starting one takes some 30 us
+_PER_THREAD = 2 << 20
 # seconds, on two cores with AVX2: what compiling costs, and what each token saves by the weight
-_COST = 25.0
+_COST = 6.0
 _SAVED, _SAVED_INT8 = 2.5e-10, 8e-10
+
+
+class _Matrix(Structure):
+    _fields_ = (
+        ("weight", c_void_p),
+        ("scale", c_void_p),
+        ("bias", c_void_p),
+        ("features", c_int64),
+        ("width", c_int64),
+    )
+
+
+class _Norm(Structure):
+    _fields_ = (("weight", c_void_p), ("bias", c_void_p), ("eps", c_double))
+
+
+class _Layer(Structure):
+    _fields_ = (
+        ("norm_1", _Norm),
+        ("qkv", _Matrix),
+        ("proj", _Matrix),
+        ("norm_2", _Norm),
+        ("fc", _Matrix),
+        ("out", _Matrix),
+    )
+
+
+class _Model(Structure):
+    _fields_ = (
+        ("tokens", _Matrix),
+        ("positions", c_void_p),
+        ("layers", POINTER(_Layer)),
+        ("norm", _Norm),
+        ("head", _Matrix),
+        ("n_layer", c_int64),
+        ("n_head", c_int64),
+        ("block_size", c_int64),
+        ("weight_kind", c_int32),
+        ("cache_kind", c_int32),
+        ("erf", c_int32),
+    )
+
+
+class _Step(Structure):
+    _fields_ = (
+        ("tokens", c_void_p),
+        ("lengths", c_void_p),
+        ("wanted", c_void_p),
+        ("kv", POINTER(c_void_p)),
+        ("space", c_void_p),
+        ("logits", c_void_p),
+        ("B", c_int64),
+        ("T", c_int64),
+        ("n_wanted", c_int64),
+        ("S", c_int64),
+        ("plane", c_int64),
+        ("threads", c_int64),
+    )
+
+
+class CompiledStep:
+    """``logits_after`` of one model, by the library.
+
+    It reads the model's own weights, but copies of vectors that are not in fp32. Between the cache
+    and the weights all is computed in fp32.
+
+    Args:
+        library: what ``load_library`` gives.
+        weights: the model's; ``fits`` says whether this step knows them.
+    """
+
+    def __init__(self, library: ctypes.CDLL, weights: Weights) -> None:
+        self._library = library
+        # what pointers point to
+        self._kept: list[Tensor] = []
+        layers = (_Layer * len(weights.layers))()
+        for entry, layer in zip(layers, weights.layers, strict=True):
+            entry.norm_1, entry.norm_2 = self._norm(layer.norm_1), self._norm(layer.norm_2)
+            entry.qkv, entry.proj = self._matrix(layer.qkv), self._matrix(layer.proj)
+            entry.fc, entry.out = self._matrix(layer.fc), self._matrix(layer.out)
+        dtype, positions = weights.positions.dtype, weights.positions.contiguous()
+        self._model = _Model(
+            tokens=self._matrix(weights.tokens),
+            positions=self._pointer(positions),
+            layers=layers,
+            norm=self._norm(weights.norm),
+            head=self._matrix(weights.head),
+            n_layer=len(weights.layers),
+            n_head=weights.n_head,
+            block_size=positions.shape[0],
+            weight_kind=_KINDS[weights.head.weight.dtype],
+            cache_kind=_KINDS[dtype],
+            erf=weights.approximate == "none",
+        )
+        self._dtype, self._vocabulary = dtype, weights.tokens.weight.shape[0]
+        self._features = weights.head.weight.shape[0]
+        size = sum(p.numel() * p.element_size() for p in _matrices(weights))
+        self._threads = max(1, min(torch.get_num_threads(), size // _PER_THREAD))
+        self._space = torch.empty(0)
+
+    @staticmethod
+    def fits(weights: Weights) -> bool:
+        """Whether the library can compute with such weights."""
+        matrices = _matrices(weights)
+        kinds, dtype = {matrix.dtype for matrix in matrices}, weights.positions.dtype
+        known = dtype in (torch.float32, torch.bfloat16) and len(kinds) == 1
+        return known and kinds <= {dtype, torch.int8} and all(m.is_contiguous() for m in matrices)
+
+    def __call__(
+        self,
+        tokens: list[list[int]],
+        wanted: list[int],
+        lengths: Tensor,
+        kv: list[Tensor],
+        first: int,
+    ) -> Tensor:
+        """Logits after T more tokens of each of B rows, whose keys and values go into the cache.
+
+        Args:
+            tokens: B lists of T, at most ``MAX_TOKENS`` together.
+            wanted: whose logits, as numbers below B T.
+            lengths: (B,) int64, how many tokens of each row are in the cache.
+            kv: of each layer (2, rows, H, S, D), keys and values, written from ``lengths`` on.
+            first: the row of the cache that the first list is of.
+
+        Returns:
+            (len(wanted), V) in the model's dtype.
+        """
+        idx, V = torch.tensor(tokens), self._vocabulary
+        if min(map(min, tokens)) < 0 or max(map(max, tokens)) >= V:
+            raise IndexError(f"token ids must be in [0, {V}), got {tokens}")
+        chosen, logits = torch.tensor(wanted), torch.empty(len(wanted), self._features)
+        offset = first * kv[0].stride(1) * kv[0].element_size()
+        step = _Step(
+            tokens=idx.data_ptr(),
+            lengths=lengths.data_ptr(),
+            wanted=chosen.data_ptr(),
+            kv=(c_void_p * len(kv))(*(layer.data_ptr() + offset for layer in kv)),
+            logits=logits.data_ptr(),
+            B=idx.shape[0],
+            T=idx.shape[1],
+            n_wanted=len(wanted),
+            S=kv[0].shape[3],
+            plane=kv[0].stride(0),
+            threads=self._threads,
+        )
+        space = self._library.space_of(self._model, step)
+        if self._space.numel() < space:
+            self._space = torch.empty(space)
+        step.space = self._space.data_ptr()
+        self._library.decode_step(self._model, step)
+        return logits.to(self._dtype)
+
+    def _pointer(self, tensor: Tensor | None) -> int | None:
+        if tensor is None:
+            return None
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+    def _vector(self, vector: Tensor | None) -> int | None:
+        return None if vector is None else self._pointer(vector.float().contiguous())
+
+    def _norm(self, norm: Norm) -> _Norm:
+        return _Norm(self._vector(norm.weight), self._vector(norm.bias), norm.eps)
+
+    def _matrix(self, layer: Matrix) -> _Matrix:
+        vectors = self._vector(layer.scales), self._vector(layer.bias)
+        return _Matrix(self._pointer(layer.weight), *vectors, *layer.weight.shape)
+
+
+def _matrices(weights: Weights) -> list[Tensor]:
+    layers = [m for part in weights.layers for m in (part.qkv, part.proj, part.fc, part.out)]
+    return [m.weight for m in (*layers, weights.tokens, weights.head)]
 
 
 def pays(model: GPT, new_tokens: int) -> bool:
     """Whether compiling takes less time than it saves, for so many steps of this model.
 
-    GPT-2 124M pays from about 800 steps on in fp32, and from 250 in int8. A program that is on
-    disk already would pay earlier; that is not looked up.
+    What has been compiled before costs nothing.
     """
+    device = model.transformer.wpe.weight.device
+    if not device_kind(device).host or _obstacle(device) is not None:
+        return False
+    try:
+        if build.library_path(_NAME, host_compiler(), _folder()).exists():
+            return True
+    except OSError:
+        return False
     quantized = model.lm_head.weight.dtype == torch.int8
     size = sum(p.numel() for p in model.parameters())
-    saved = new_tokens * size * (_SAVED_INT8 if quantized else _SAVED)
-    on_cpu = device_kind(model.transformer.wpe.weight.device).host
-    return on_cpu and saved > _COST
+    return new_tokens * size * (_SAVED_INT8 if quantized else _SAVED) > _COST
 
 
-def compiled_step(
-    weights: Weights, rows: int, notify: Callable[[str], None] | None = None
-) -> Run | None:
-    """The compiled step, or None, with one line that says why.
-
-    The first time for such weights and rows in a process, a trial run compiles it, or fails to.
+def load_library(
+    device: torch.device, notify: Callable[[str], None] | None = None
+) -> ctypes.CDLL | None:
+    """The compiled step's library, or None, with one line that says why.
 
     Args:
-        weights: the model's.
-        rows: B of all steps to come.
+        device: of the model.
         notify: shows what was decided, a line each; None says only what failed, as a warning.
     """
-    obstacle = compiler_obstacle(weights.positions.device)
+    obstacle = _obstacle(device)
     if obstacle is not None:
         (notify or warnings.warn)(f"compile: {obstacle}; generating without it")
         return None
-    if notify is not None:
-        notify("compile: on; the first time takes half a minute or so, later ones seconds")
-
-    def any_length(
-        layer: Layer, x: Tensor, cache: Tensor, position: Position, options: Options
-    ) -> Tensor:
-        torch._dynamo.mark_dynamic(cache, 3)
-        torch._dynamo.mark_dynamic(position.visible, 1)
-        out: Tensor = block(layer, x, cache, position, options)
-        return out
-
-    def step(
-        weights: Weights, tokens: Tensor, lengths: Tensor, kv: list[Tensor], seen: Tensor
-    ) -> Tensor:
-        with torch._dynamo.config.patch(recompile_limit=_PROGRAMS), torch.no_grad():
-            return logits_after(weights, tokens, lengths, kv, seen, block=any_length, head=head)
-
-    H = weights.n_head
-    shape = (2, rows, H, _TRIAL_SIZE, weights.positions.shape[1] // H)
-    kind = (rows, _kind(weights), torch.get_num_threads())
     try:
-        block, head = (
-            torch.compile(part, fullgraph=True, dynamic=False, options=_OPTIONS)
-            for part in (block_after, head_after)
-        )
-        if kind in _TRIED:
-            return step
-        kv = [torch.zeros(shape, dtype=weights.positions.dtype) for _ in weights.layers]
-        tokens, lengths = torch.zeros(2, rows, dtype=torch.int64)
-        step(weights, tokens, lengths, kv, torch.arange(_TRIAL_KEYS))
-    except Exception as error:
+        compiler, folder = host_compiler(), _folder()
+        if notify is not None and not build.library_path(_NAME, compiler, folder).exists():
+            notify("compile: this takes some seconds the first time")
+        return _loaded(compiler, folder)
+    except OSError as error:
         (notify or warnings.warn)(f"compile: failed ({failure(error)}); generating without it")
         return None
-    _TRIED.add(kind)
-    return step
 
 
-def _kind(weights: Weights) -> Hashable:
-    """All that the program is compiled for: shapes, dtypes and settings, but not the values."""
-    leaves = tree_leaves(weights, is_leaf=lambda leaf: leaf is None)
-    return tuple(
-        (leaf.shape, leaf.stride(), leaf.dtype) if isinstance(leaf, Tensor) else leaf
-        for leaf in leaves
-    )
+def _obstacle(device: torch.device) -> str | None:
+    return "not offered on Windows" if os.name == "nt" else compiler_obstacle(device)
+
+
+def _folder() -> Path:
+    return cache_dir() / "compiled"
+
+
+@cache
+def _loaded(compiler: str, folder: Path) -> ctypes.CDLL:
+    library = build.load(_NAME, compiler, folder)
+    for function in (library.decode_step, library.space_of):
+        function.argtypes = (POINTER(_Model), POINTER(_Step))
+    library.decode_step.restype, library.space_of.restype = None, c_int64
+    return library

@@ -1,4 +1,4 @@
-"""Which flags of ``generate`` go together, and what they say about one text."""
+"""Which flags of ``generate`` go together, and the options that they give a text."""
 
 import argparse
 from collections.abc import Iterable
@@ -21,9 +21,9 @@ _NUMBERS = (
     ("seed", 0),
 )
 _OPTIONS = tuple(field.name for field in fields(Options))
-# what draws or follows several texts
+# options that draw or follow several texts
 _SEVERAL = ("samples", "best_of", "num_beams", "length_penalty", "early_stopping")
-# a mode, and the flags that mean nothing in it
+# a mode, and the flags that have no meaning in it
 _WITHOUT = {
     "score": (
         *_OPTIONS,
@@ -37,7 +37,7 @@ _WITHOUT = {
 
 
 def options_of(arguments: argparse.Namespace) -> Options:
-    """The options of a text that the flags give; those of all prompts.
+    """The options that the flags give the texts of all prompts.
 
     Args:
         arguments: the parsed flags.
@@ -55,7 +55,7 @@ def check_flags(arguments: argparse.Namespace) -> None:
     """Refuse flags that exclude each other, or mean nothing together.
 
     Args:
-        arguments: the parsed flags; what was not given is None, False or empty.
+        arguments: the parsed flags; one that was not given is None, False or empty.
 
     Raises:
         UserError: names the two flags, or the flag and its value.
@@ -91,7 +91,7 @@ def _check_text(name: str, texts: Iterable[str]) -> None:
 
 
 def _check_files(arguments: argparse.Namespace) -> None:
-    """The results must not replace the prompts."""
+    """Refuse results that would replace the prompts."""
     if arguments.input in (None, "-") or arguments.output in (None, "-"):
         return
     source, target = Path(arguments.input), Path(arguments.output)
@@ -100,7 +100,7 @@ def _check_files(arguments: argparse.Namespace) -> None:
 
 
 def _is_given(arguments: argparse.Namespace, name: str) -> bool:
-    # a 0 is given, too
+    # a 0 was given, too
     value = getattr(arguments, name, None)
     return value is not None and value is not False and value != []
 

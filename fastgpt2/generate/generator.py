@@ -1,10 +1,10 @@
 """The generator: requests in, streams out; rows of one batch that come and go.
 
-A step is one forward pass of the model. Rows whose context is not in the cache yet, new ones and
-those whose window slid, go first, neighbours together; otherwise every row gets one token, or
-several where a proposal is verified. Active rows are the first ones of the cache: when a row
-leaves, the last one takes its place, and waiting requests enter at the end. Whatever a row holds,
-its tokens are those it would have alone: lengths, random numbers and processors are its own.
+A step is one forward pass of the model. Rows whose context is not in the cache yet (new ones, and
+those whose window slid) go first, adjacent ones together. Otherwise every row gets one token, or
+several if a proposal is verified. Active rows are the first ones of the cache: when a row leaves,
+the last one takes its place, and waiting requests enter at the end. A row's tokens do not depend on
+the other rows: lengths, random numbers and processors are its own.
 """
 
 from collections import deque
@@ -43,9 +43,9 @@ class Row:
     """An active request.
 
     Attributes:
-        stream: what comes out.
-        ids: the prompt and what followed.
-        start: where in ``ids`` the model's context begins.
+        stream: the request's output.
+        ids: the prompt and the tokens after it.
+        start: index in ``ids`` at which the model's context begins.
         follows: the stream whose text it continues.
     """
 
@@ -63,21 +63,21 @@ class Generator:
     >>> for piece in streams[0]:
     ...     print(piece, end="")
 
-    It is for one thread. The model is used in evaluation mode.
+    Use it from one thread only. The model runs in evaluation mode.
 
     Args:
         model: the model.
         tokenizer: for prompts and stop strings that are text.
         batch_size: rows that run at once; further requests wait.
-        size: tokens that a row of the cache holds; None is the model's block_size.
+        size: tokens that a row of the cache holds; None means the model's block_size.
         window: when a text outgrows the context: ``slide`` goes on with the last half of it,
             ``stop`` ends the text, ``crop`` recomputes the last block_size tokens for every token.
         draft: a smaller model with the same vocabulary that proposes tokens.
         prompt_lookup: propose what followed the last tokens earlier in the text, up to this many.
         proposals: tokens that the draft model proposes at once.
-        compile: compile the decoding step, on a CPU: half a minute the first time. On a GPU:
+        compile: compile the decoding step, on a CPU: some seconds the first time. On a GPU:
             capture it as a CUDA graph, in which the tokens are chosen some steps ahead.
-        notify: shows what came of that, a line each; None says only what failed, as a warning.
+        notify: shows what came of that, in a line; None shows only failures, as a warning.
 
     Raises:
         UserError: an option is out of its range, or the draft does not fit.
@@ -114,14 +114,14 @@ class Generator:
         if draft is not None:
             self._proposer = Draft(draft, model, batch_size, proposals)
         elif prompt_lookup:
-            # more than the window holds is never taken
+            # more tokens than the window holds would never be accepted
             self._proposer = PromptLookup(min(prompt_lookup, block_size))
         # a pass writes as many keys into every row as the longest proposal needs
         spare = 0 if self._proposer is None else self._proposer.count
         self.slots = Slots(model, batch_size, size + spare, compile=compile, notify=notify)
         self._rows: list[Row] = []
         self._waiting: deque[Row] = deque()
-        # what the last one of the active rows to leave has left in the cache
+        # the text that is still in the cache's first row after the last active row has left
         self._left: Stream | None = None
 
     def submit(
@@ -149,13 +149,13 @@ class Generator:
             top_k: draw from the k most likely tokens only.
             processors: callables ``(ids, logits) -> logits``.
             stop: token ids and strings that end the text. For a prompt that is text, the
-                vocabulary's end-of-text token does so, too.
-            seed: of the row's own random numbers; None is a new one.
+                vocabulary's end-of-text token ends it, too.
+            seed: seed of the row's own random numbers; None means a new one.
             generator: a source of randomness in place of a seed.
             log_probs: keep the tokens' log-probabilities.
-            as_text: whether the pieces are text; None is as the prompt is.
+            as_text: whether the pieces are text; None means that they are if the prompt is.
             follows: a stream of this generator that has ended. The prompt, which may be empty,
-                is added to its text; what the cache still holds of it is not computed again.
+                is added to its text; what the cache still holds of it is not recomputed.
 
         Raises:
             UserError: an argument is out of its range, or the prompt cannot be continued.
@@ -243,7 +243,7 @@ class Generator:
         return row.ids[row.start + self.slots.lengths[i] :]
 
     def _enter(self, i: int) -> None:
-        """Row i is new: of the cache it keeps what it continues, all but one token at most."""
+        """Row i is new; the cache keeps the text that it continues, except its last token."""
         row, held = self._rows[i], 0
         if i == 0 and row.follows is not None and row.follows is self._left:
             held = min(self.slots.lengths[0], len(row.ids) - 1 - row.start)
@@ -282,7 +282,7 @@ class Generator:
         rows = self._rows
         proposals: list[Proposal] = [Proposal([], None)] * len(rows)
         if self._proposer is not None:
-            # what a row proposes depends on the row alone, and so do its random numbers
+            # a row's proposals and random numbers depend on that row alone
             proposals = self._proposer.propose(rows, [self._spare(row) for row in rows])
         elif self.slots.graph is not None and may_run_ahead([r.stream.request for r in rows]):
             self._run_ahead()
@@ -297,7 +297,7 @@ class Generator:
         self.slots.cut([len(row.ids) - 1 - row.start for row in rows])
 
     def _spare(self, row: Row) -> int:
-        """How many tokens the row may have beside the next one, before it ends or slides."""
+        """How many tokens the row may get after the next one, before it ends or slides."""
         request, context = row.stream.request, self.model.config.block_size
         wanted = request.max_new_tokens - len(row.stream.ids) - 1
         return min(context - (len(row.ids) - row.start), wanted)
@@ -317,7 +317,7 @@ class Generator:
         self.slots.cut([len(row.ids) - 1 - row.start for row in rows])
 
     def _verify(self, row: Row, proposal: Proposal, logits: Tensor) -> None:
-        """Take the proposed tokens that hold, and one more."""
+        """Append the proposed tokens that are accepted, and one more."""
         request = row.stream.request
         processed = [
             self._process(request.sampling, [[*row.ids, *proposal.tokens[:j]]], logits[j : j + 1])
@@ -329,7 +329,7 @@ class Generator:
             self._append(row, id_, None if values is None else values[j])
 
     def _process(self, sampling: Sampling, ids: list[list[int]], logits: Tensor) -> Tensor:
-        """The logits that are drawn from, for rows of one length."""
+        """The logits to draw from, for rows of one length."""
         seen = torch.tensor(ids, device=logits.device) if sampling.reads_ids else logits
         if self.tokenizer is not None:
             logits = InVocabulary(self.tokenizer.vocab_size)(seen, logits)
@@ -373,7 +373,7 @@ class Generator:
 
 
 def _pick(processed: Tensor, requests: list[Request]) -> list[int | None]:
-    """A token for each row of processed logits, None where every token is forbidden."""
+    """A token for each row of processed logits; None where every token is forbidden."""
     allowed = allows_some(processed)
     if requests[0].sampling.is_greedy:
         tokens = processed.argmax(dim=-1).tolist()

@@ -25,9 +25,9 @@ _FORMS = {approximate: form for form, approximate in APPROXIMATIONS.items()}
 
 
 def gpu_weights_of(model: GPT) -> Weights | None:
-    """The weights of a plain model, quantized or not, that runs on the Triton kernels, or None.
+    """The model's own tensors if it is plain and runs on the Triton kernels, quantized or not.
 
-    They are the model's own tensors, not copies.
+    None for any other model.
     """
     positions = model.transformer.wpe.weight
     on_kernels = resolve("generate", model.config.impl, positions) is Impl.TRITON
@@ -41,12 +41,12 @@ def gpu_logits_after(
     """The logits after one more token of each row, whose keys and values go into the cache.
 
     Args:
-        weights: the model's.
-        tokens: (B,), each row's newest.
-        lengths: (B,), how many tokens of the row are in the cache. Of a row that is full nothing
-            is written, and its logits mean nothing.
-        kv: of each layer (2, B, H, S, D), keys and values, written at ``lengths``.
-        impl: of the ops. More than ``MAX_ROWS`` rows go through the library's products.
+        weights: the model's weights.
+        tokens: (B,), each row's newest token.
+        lengths: (B,), how many tokens of the row are in the cache. For a row that is full nothing
+            is written, and its logits have no meaning.
+        kv: keys and values of each layer, (2, B, H, S, D), written at ``lengths``.
+        impl: implementation of the ops. More than ``MAX_ROWS`` rows take the library's products.
 
     Returns:
         (B, V) in the weights' dtype.
@@ -78,7 +78,7 @@ def gpu_logits_after(
 def _embed(weights: Weights, tokens: Tensor, lengths: Tensor, impl: str) -> Tensor:
     """(B, C), the residual stream before the first block."""
     stream = torch.float32 if weights.fp32_residual else weights.positions.dtype
-    # a row that is full has no position left
+    # a full row has no position left
     positions = lengths.clamp(max=weights.positions.shape[0] - 1)
     table = weights.tokens
     if table.scales is not None:

@@ -1,9 +1,9 @@
-"""The decoding step as one CUDA graph over buffers that stay where they are.
+"""The decoding step as one CUDA graph over buffers with fixed addresses.
 
 A launch costs the host several microseconds, and a step of GPT-2 124M has some 75 of them: more
 time than the GPU needs for their work at batch 1. Captured once, they are one launch. Token ids,
-lengths, keys, values and logits keep their addresses, so a replay does the next token's work, and
-the host reads the tokens after several steps only.
+lengths, keys, values and logits keep their addresses, so each replay computes the next token, and
+the host reads the tokens only after several steps.
 """
 
 import warnings
@@ -20,12 +20,12 @@ from fastgpt2.generate.gpu_step import gpu_logits_after, gpu_weights_of
 from fastgpt2.generate.step import Weights
 from fastgpt2.model import GPT
 
-# (rows, V) logits -> the tokens (rows,), and of each row the largest logit that it chose from
+# (rows, V) logits -> the tokens (rows,), and the largest logit of each row that it chose from
 Choice = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def capture(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """What repeats ``step``: a replay of its CUDA graph, or ``step`` itself without a GPU.
+    """A function that repeats ``step``: the replay of its CUDA graph; without a GPU ``step``.
 
     On a GPU ``step`` runs once before, since nothing can be compiled or loaded during a capture.
     """
@@ -48,18 +48,18 @@ class GraphStep:
     """The step of a model for all rows of a cache; those that are not fed keep their lengths.
 
     Args:
-        model: a plain one, on the Triton kernels.
-        cache: where keys and values are; its lengths advance with the step.
+        model: a plain model on the Triton kernels.
+        cache: keys and values; its lengths advance with the step.
 
     Raises:
-        ValueError: the step does not know the model.
+        ValueError: the step does not support the model.
     """
 
     def __init__(self, model: GPT, cache: KVCache) -> None:
         self._model, self._cache = model, cache
         lengths = cache.lengths
         self._tokens, self._active = torch.zeros_like(lengths), torch.zeros_like(lengths)
-        # what the two hold, as far as the host knows
+        # first row and tokens that the buffers hold, as far as the host knows
         self._held: tuple[int, list[int]] = 0, []
         self._fed = (0, 0)
         self._captured: tuple[tuple[int, torch.dtype], ...] = ()
@@ -67,7 +67,7 @@ class GraphStep:
             raise ValueError("the model is not plain, or not on the Triton kernels")
 
     def refresh(self) -> bool:
-        """Capture the step anew if the model's tensors are others; False if it cannot be."""
+        """Capture the step again if the model has other tensors; False if that is not possible."""
         weights = gpu_weights_of(self._model)
         if weights is None:
             return False
@@ -105,11 +105,11 @@ class GraphStep:
 
     @torch.no_grad()
     def logits_after(self, first: int, tokens: list[int]) -> Tensor:
-        """The logits after one more token of each of neighbouring rows.
+        """The logits after one more token of each of some adjacent rows.
 
         Args:
             first: the first row.
-            tokens: of each row the newest, which the cache does not hold yet.
+            tokens: the newest token of each row, which the cache does not hold yet.
 
         Returns:
             (rows, V).
@@ -125,12 +125,12 @@ class GraphStep:
         """Several more tokens of the first rows; the host waits once, for all of them.
 
         Args:
-            tokens: of each row the newest, which the cache does not hold yet.
+            tokens: the newest token of each row, which the cache does not hold yet.
             count: how many to choose, 1 or more.
             choose: called with the logits (rows, V), which the next step overwrites.
 
         Returns:
-            ``count`` lists of what was chosen, and of the largest logits.
+            ``count`` lists of the chosen tokens, and of the largest logits.
         """
         buffer, steps = self._load(0, tokens), []
         for _ in range(count):
@@ -151,9 +151,9 @@ def graph_step(
     """The captured step, or None, with one line that says why.
 
     Args:
-        model: a plain one, on the Triton kernels.
-        cache: of all rows to come.
-        notify: shows what was decided, a line each; None says only what failed, as a warning.
+        model: a plain model on the Triton kernels.
+        cache: the cache of all steps to come.
+        notify: shows each decision in a line; None shows only failures, as a warning.
     """
     try:
         step = GraphStep(model, cache)

@@ -1,4 +1,4 @@
-"""What is asked for: a prompt of the command line, or a file of prompts, one per line."""
+"""The prompts: one on the command line, or a file of them, one per line."""
 
 import json
 import sys
@@ -24,7 +24,7 @@ class Job:
         prompt: text, or token ids.
         options: how its texts are generated.
         index: its line in the input, from 0.
-        id: what the user calls it, if anything.
+        id: the user's name for it, if any.
         place: where it was read, for error messages; empty for the command line.
     """
 
@@ -35,11 +35,11 @@ class Job:
     place: str = ""
 
     def check(self, model: OpenedModel, window: str) -> None:
-        """Refuse what the model cannot continue, before its weights are read.
+        """Refuse a prompt that the model cannot continue, before its weights are read.
 
         Args:
             model: the opened model.
-            window: what happens past its context.
+            window: what happens when a text outgrows its context.
 
         Raises:
             UserError: the prompt, a stop, or an id of the bias does not fit; names the line.
@@ -65,17 +65,17 @@ class Job:
 def read_jobs(source: str, options: Options, *, only_text: bool = False) -> list[Job]:
     """The prompts of a file, one per line; blank lines are left out.
 
-    Where the first line begins with ``{``, or the name ends with ``.jsonl``, the file is JSON
-    Lines: each line an object with ``prompt`` or ``ids``, perhaps an ``id``, and any of the
-    options. Otherwise each line is a prompt.
+    If the first line begins with ``{``, or the name ends with ``.jsonl``, the file is JSON Lines:
+    each line is an object with ``prompt`` or ``ids``, optionally an ``id``, and any of the options.
+    Otherwise each line is a prompt.
 
     Args:
         source: the file; ``-`` is stdin.
-        options: those of every line that does not say otherwise.
+        options: the options of every line, unless it overrides them.
         only_text: a line of JSON may hold no options.
 
     Raises:
-        UserError: the file is not UTF-8 text, has no prompts, or a line is not as it should be.
+        UserError: the file is not UTF-8 text, has no prompts, or a line is not valid.
         OSError: the file cannot be read.
     """
     lines = _read(source).split("\n")
@@ -152,7 +152,7 @@ def _once(pairs: list[tuple[str, Any]]) -> Mapping[str, Any]:
 
 
 def samples(jobs: list[Job]) -> Iterator[tuple[Job, int]]:
-    """Each text that is wanted: a job, and the number of the sample."""
+    """One item per text to generate: its job, and the number of the sample."""
     for job in jobs:
         for sample in range(job.options.samples):
             yield job, sample

@@ -22,19 +22,19 @@ HINT = "An empty line goes on with the text, Ctrl-C stops it, Ctrl-D ends."
 
 
 def converse(engine: Generator, job: Job, seed: int, meter: Meter) -> None:
-    """Read a line, continue the text, and again, until the input ends.
+    """Read a line and continue the text, until the input ends.
 
-    The text is what stands on the screen: the lines that were typed and what the model wrote, each
-    further line after a line break. The cache goes on from turn to turn.
+    The text is what the screen shows: the lines that were typed and what the model wrote, each
+    further line after a line break. The cache is kept from turn to turn.
 
     Args:
         engine: a generator with one row.
-        job: its prompt stands before the first line; its options are those of every turn.
-        seed: of the first turn; each further turn has the next one.
+        job: its prompt comes before the first line; its options hold for every turn.
+        seed: seed of the first turn; each further turn has the next one.
         meter: counts the tokens.
     """
     if isinstance(sys.stdin, io.TextIOWrapper):
-        # half a character that was typed must not end the conversation
+        # typing half a character must not end the conversation
         sys.stdin.reconfigure(errors="replace")
     print(HINT, file=sys.stderr, flush=True)
     opening, last = job.prompt, None

@@ -1,4 +1,4 @@
-"""Many prompts through one generator: rows share its passes, and results come as they are ready."""
+"""Many prompts through one generator: rows share its passes, results come when they are ready."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,12 +20,12 @@ from fastgpt2.text.encoding import Tokenizer
 
 @dataclass(eq=False)
 class Task:
-    """One text that is wanted.
+    """One text to generate.
 
     Attributes:
         job: the prompt and its options.
-        sample: which of the prompt's texts it is.
-        seed: of its random numbers; of its candidates, where there are several, the first one's.
+        sample: the number of the text among the prompt's.
+        seed: seed of its random numbers; with several candidates, the first one's.
         streams: the candidates, once they are submitted.
     """
 
@@ -43,8 +43,8 @@ class Result(NamedTuple):
         task: whose text it is.
         text: what follows the prompt; it ends before a stop string.
         ids: its tokens, those that completed a stop string included.
-        log_probs: of each id, in nats, under the model itself.
-        finish_reason: as a ``Stream``'s.
+        log_probs: log-probability of each id in nats, under the model itself.
+        finish_reason: as in ``Stream``.
     """
 
     task: Task
@@ -69,13 +69,13 @@ class Result(NamedTuple):
 
 
 class Event(NamedTuple):
-    """What one pass has brought for a task.
+    """The result of one pass for a task.
 
     Attributes:
         task: the task.
-        text: the next piece, perhaps empty; of several candidates or beams nothing until the end.
-        tokens: how many new ones there are, those of every candidate.
-        result: when it has ended.
+        text: the next piece, perhaps empty; with several candidates or beams, empty until the end.
+        tokens: how many new tokens there are, over all candidates.
+        result: the result if the task has ended.
     """
 
     task: Task
@@ -85,14 +85,14 @@ class Event(NamedTuple):
 
 
 def plan(jobs: Iterable[Job], seed: int) -> Iterator[Task]:
-    """The texts that the jobs ask for, with their seeds.
+    """The texts of the jobs, with their seeds.
 
-    A text's seed depends on the job alone, not on the jobs beside it: it is the job's own or
-    ``seed``, plus the number of the sample. A prompt that comes again goes on counting.
+    A text's seed does not depend on the other jobs: it is the job's own or ``seed``, plus the
+    number of the sample. If a prompt is repeated, the count continues.
 
     Args:
-        jobs: in the order of the input.
-        seed: of jobs that have none.
+        jobs: the jobs in the order of the input.
+        seed: seed of jobs that have none.
     """
     seen: Counter[str | tuple[int, ...]] = Counter()
     for job in jobs:
@@ -111,9 +111,9 @@ def run(
     """Generate the texts, as many at once as the generator has rows.
 
     Args:
-        engine: it has a tokenizer.
+        engine: a generator with a tokenizer.
         tasks: they begin in this order.
-        poll: called before each pass, when every event of the last one has been taken; may raise.
+        poll: called before each pass, after every event of the last one was taken; may raise.
     """
     waiting = iter(tasks)
     active: list[Task] = []
@@ -143,16 +143,16 @@ def submit(engine: Generator, job: Job, seed: int, follows: Stream | None = None
     """A job's text as a stream of the generator, with text as its pieces.
 
     Args:
-        engine: it has a tokenizer.
+        engine: a generator with a tokenizer.
         job: the prompt and its options.
-        seed: of the random numbers.
-        follows: the ended stream whose text the prompt is added to; then it may be empty.
+        seed: seed of the random numbers.
+        follows: the ended stream to whose text the prompt, which may then be empty, is added.
 
     Raises:
         UserError: the prompt cannot be continued.
     """
     options, tokenizer = job.options, _tokenizer(engine)
-    # what is added to a text may be empty
+    # a prompt that is added to a text may be empty
     ids = _ids(job, tokenizer) if job.prompt or follows is None else []
     before = 0 if follows is None else len(follows.request.prompt) + len(follows.ids)
     return engine.submit(
@@ -205,7 +205,7 @@ def scores(
                     **_name(job),
                     "prompt": job.prompt,
                     "ids": ids,
-                    # nothing comes before the first one
+                    # nothing comes before the first token
                     "log_probs": [None, *values],
                     "total": sum(values),
                 },
@@ -248,7 +248,7 @@ class _Beams:
         if task.job is not self._job:
             self._found, self._job = self._search(task.job), task.job
             tokens = len(self._found[0].ids)
-        # there may be fewer texts than beams
+        # there may be fewer texts than samples
         none = Beam([], 0.0, "no token left", [])
         beam = self._found[task.sample] if task.sample < len(self._found) else none
         tokenizer = _tokenizer(self._engine)
@@ -284,7 +284,7 @@ class _Beams:
 
 
 def _stop_ids(job: Job, tokenizer: Tokenizer) -> frozenset[int]:
-    """The ids that end a text, that of the vocabulary included."""
+    """The ids that end a text, including the vocabulary's own."""
     own = () if tokenizer.eot is None else (tokenizer.eot,)
     return frozenset([*own, *(stop for stop in job.options.stop if isinstance(stop, int))])
 

@@ -1,4 +1,4 @@
-"""How a text is generated, by flags or in a line of JSON, and the processors that this means."""
+"""How a text is generated, by flags or in a line of JSON, and the processors for that."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -24,7 +24,7 @@ from fastgpt2.generate.processors import (
 from fastgpt2.generate.sampling import Sampling
 
 DEFAULT_TEMPERATURE = 0.8
-# each with the option that gives its value; penalties come first, then what keeps likely tokens
+# by the option that gives its value; penalties come first, then those that keep likely tokens
 _PROCESSORS: dict[str, Any] = {
     "repetition_penalty": RepetitionPenalty,
     "presence_penalty": PresencePenalty,
@@ -35,7 +35,7 @@ _PROCESSORS: dict[str, Any] = {
     "min_p": MinP,
     "typical": Typical,
 }
-# what means nothing where no token is drawn
+# options without a meaning where no token is drawn
 _DRAWING = ("top_k", "top_p", "min_p", "typical")
 
 
@@ -45,19 +45,19 @@ class Options:
 
     Attributes:
         max_new_tokens: the most tokens that follow.
-        min_new_tokens: tokens before which no stop id may come.
-        temperature: below 1 sharper, above 1 flatter; 0 is greedy; None is 0.8.
+        min_new_tokens: tokens to write before a stop id is allowed.
+        temperature: below 1 sharper, above 1 flatter; 0 is greedy; None means 0.8.
         top_k, top_p, min_p, typical: the part of the distribution that tokens are drawn from.
         repetition_penalty, presence_penalty, frequency_penalty: against tokens of the text so far.
-        no_repeat_ngram: n-grams of this length come once only.
+        no_repeat_ngram: an n-gram of this length occurs only once.
         logit_bias: token id -> what is added to its logit.
         stop: strings and token ids that end the text.
-        seed: of the text's random numbers; None is the command's.
-        samples: texts of one prompt.
-        best_of: of so many texts the one with the highest log-probability per token is kept.
-        num_beams: texts that beam search follows at once; 1 is no beam search.
-        length_penalty: of beams: above 0 favours long texts, below 0 short ones.
-        early_stopping: of beams: end as soon as ``num_beams`` texts have ended.
+        seed: seed of the text's random numbers; None means the command's.
+        samples: texts per prompt.
+        best_of: write so many texts and keep the one with the highest log-probability per token.
+        num_beams: texts that beam search follows at once; 1 means no beam search.
+        length_penalty: for beams: above 0 favours long texts, below 0 short ones.
+        early_stopping: for beams: end as soon as ``num_beams`` texts have ended.
     """
 
     max_new_tokens: int = 200
@@ -81,10 +81,10 @@ class Options:
     early_stopping: bool = False
 
     def replaced(self, values: Mapping[str, Any]) -> Self:
-        """These options with some others, as a line of JSON or the flags give them; checked.
+        """These options with some replaced, as in a line of JSON or by flags; all are checked.
 
         Args:
-            values: by name; None is the default.
+            values: new values by name; None means the default.
 
         Raises:
             UserError: a name is unknown, a value is not in its range, or two exclude each other.
@@ -106,7 +106,7 @@ class Options:
 
     @property
     def sampling(self) -> Sampling:
-        """How each token is chosen, up to the minimum length."""
+        """How each token is chosen, without the minimum length."""
         return Sampling(self.drawn_temperature, self.top_k, self.processors())
 
     @property
@@ -119,11 +119,11 @@ class Options:
     def processors(
         self, prompt_length: int = 0, stop_ids: frozenset[int] = frozenset()
     ) -> tuple[Processor, ...]:
-        """The processors that these options mean.
+        """The processors for these options.
 
         Args:
-            prompt_length: tokens of the prompt.
-            stop_ids: ids that end the text, the vocabulary's own included.
+            prompt_length: number of tokens in the prompt.
+            stop_ids: ids that end the text, including the vocabulary's own.
         """
         made: list[Processor] = [
             make(value)
@@ -143,7 +143,7 @@ class Options:
                 value = getattr(self, name)
                 require(name, value, is_count(value, least), f"an integer of {least} or more")
         if self.seed is not None:
-            # room above it, so that adding the number of a sample cannot leave what PyTorch takes
+            # headroom, so that seed + number of the sample stays valid for PyTorch
             fine = is_count(self.seed, 0) and self.seed < 2**62
             require("seed", self.seed, fine, "an integer in [0, 2^62)")
         if self.length_penalty is not None:

@@ -1,4 +1,4 @@
-"""Where results go: text as it comes, JSON Lines that are never lost, a bar, and the speed."""
+"""Where results go: text as it is written, JSON Lines that are never lost, a bar, the speed."""
 
 import json
 import os
@@ -22,22 +22,22 @@ from fastgpt2.streams import SteadyStream
 class ResultFile:
     """JSON Lines, each of them whole and in the file before the next is computed.
 
-    A line is handed to the operating system as soon as it is ready, so that a process that is
-    killed loses nothing. Where a line cannot be written, the half of it is taken back. What the
-    file held before stays until the first line is written. Not a regular file (a pipe,
-    ``/dev/null``): it is only written to.
+    A line is handed to the operating system as soon as it is ready, so a killed process loses
+    nothing. If a line cannot be written, the part of it that was written is removed. The previous
+    content of the file stays until the first line is written. A file that is not a regular one (a
+    pipe, ``/dev/null``) is only written to.
 
     Args:
         path: the file; ``-`` is stdout.
         overwrite: whether it may exist already.
-        resume: go on with a file that was begun: see ``done``.
+        resume: continue a file that was begun: see ``done``.
 
     Attributes:
-        name: the file, as the user calls it.
+        name: the user's name for the file.
         done: the index and sample of each result that the file holds already, and its prompt.
 
     Raises:
-        UserError: it exists and is not empty, or what it holds is something else than results.
+        UserError: it exists and is not empty, or it holds anything but results.
         OSError: it cannot be written.
     """
 
@@ -49,7 +49,7 @@ class ResultFile:
             return
         self._path = Path(path)
         self._made = not self._path.exists()
-        # not truncated: what it holds stays until there is something better
+        # not truncated: its content stays until there is a result
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115
         self._regular = self._path.is_file()
         if self._regular:
@@ -65,7 +65,7 @@ class ResultFile:
             self._stale = size > self._end
 
     def _read_done(self) -> int:
-        """Note what is there; returns how many bytes of it are whole lines."""
+        """Note the results in the file; returns how many of its bytes are whole lines."""
         data = self._path.read_bytes()
         # a line that was cut off does not count
         end = data.rfind(b"\n") + 1
@@ -84,10 +84,10 @@ class ResultFile:
         """Whether the file holds every result already.
 
         Args:
-            jobs: what is asked for.
+            jobs: the jobs of this command.
 
         Raises:
-            UserError: it holds results of something else.
+            UserError: it holds results of other jobs.
         """
         asked = {job.index: job for job in jobs}
         for (index, sample), prompt in self.done.items():
@@ -105,7 +105,7 @@ class ResultFile:
             OSError: it cannot be written; the lines before it are in the file.
         """
         if self._file is None:
-            # another encoding may lack a character, which JSON can write as an escape
+            # JSON can escape a character that the terminal's encoding lacks
             ascii_only = "utf" not in (sys.stdout.encoding or "").lower()
             print(_line(record, ascii_only).decode(), end="", flush=True)
             return
@@ -137,13 +137,13 @@ class ResultFile:
         finally:
             self._file.close()
             if self._made:
-                # it was made for results that never came
+                # the file was made for results, and none came
                 with suppress(OSError):
                     self._path.unlink()
 
 
 def _line(record: dict[str, Any], ascii_only: bool = False) -> bytes:
-    # a lone surrogate has no UTF-8, but an escape in JSON
+    # a lone surrogate has no UTF-8 form, but JSON can escape it
     return (json.dumps(record, ensure_ascii=ascii_only) + "\n").encode(errors="backslashreplace")
 
 
@@ -161,12 +161,12 @@ def _lock(file: BinaryIO, path: str) -> None:
 
 
 class Display:
-    """Texts one after another on stdout, each after its prompt; the first one as it comes.
+    """Texts one after another on stdout, each after its prompt; the first one as it is written.
 
-    What comes for a later text is held back until those before it have ended.
+    Pieces of a later text are held back until those before it have ended.
 
     Args:
-        tasks: all of them, in the order in which they are shown, with the text of their prompts.
+        tasks: all tasks in the order in which they are shown, with the text of their prompts.
     """
 
     def __init__(self, tasks: Iterator[tuple[Task, str]]) -> None:
@@ -199,13 +199,13 @@ class Display:
 
 
 class Meter:
-    """Counts tokens: a bar while they come, the speed at the end, both on stderr.
+    """Counts tokens: a bar while they are written, the speed at the end, both on stderr.
 
     Only the time within its ``with`` blocks counts.
 
     Args:
-        jobs: what is generated.
-        bar: whether there is one; only on a terminal.
+        jobs: the jobs that are generated.
+        bar: whether to show a bar; only on a terminal.
     """
 
     def __init__(self, jobs: Sequence[Job] = (), *, bar: bool = False) -> None:
@@ -234,7 +234,7 @@ class Meter:
     def count(self, event: Event) -> None:
         """Note what has come."""
         if event.result is not None:
-            # the tokens that do not come any more are not expected any more
+            # the text has ended early: its remaining tokens are no longer expected
             expected = _expected(event.task.job.options)
             self._bar.total += event.task.counted - expected
             self._ended += 1
@@ -242,7 +242,7 @@ class Meter:
         self.add(event.tokens)
 
     def add(self, tokens: int) -> None:
-        """Note so many tokens more."""
+        """Count this many more tokens."""
         if tokens and self._first is None:
             self._first = time.perf_counter() - self._begin
         self._tokens += tokens
@@ -260,5 +260,5 @@ class Meter:
 
 
 def _expected(options: Options) -> int:
-    """Tokens of one text, those of its other candidates included."""
+    """Tokens of one text, including those of its other candidates."""
     return options.max_new_tokens * options.best_of

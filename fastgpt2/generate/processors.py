@@ -1,10 +1,10 @@
 """Logit processors: small callables ``(ids, logits) -> logits`` that shape what is drawn.
 
 Each takes the token ids so far, (B, T) int64, and the next token's logits, (B, V) fp32, and returns
-new logits; a token that must not be drawn gets -inf. Any function with this signature serves as
-one. Those that have ``warps = True`` cut the tail of the distribution: they come after the
-temperature, and greedy decoding leaves them out. All others come before it. Where one has
-``reads_ids = False``, rows of unequal length can share a call.
+new logits; a token that must not be drawn gets -inf. Any function with this signature is a
+processor. Those with ``warps = True`` cut the tail of the distribution: they run after the
+temperature, and greedy decoding skips them. All others run before it. With ``reads_ids = False``,
+rows of unequal length can share a call.
 """
 
 import math
@@ -48,12 +48,12 @@ class Temperature:
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
         """Scores ``logits`` (B, V) of the token after ``ids`` (B, T), changed as said above."""
-        # where every token is forbidden, it stays so
+        # if every token is forbidden, it stays so
         best = logits.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).min)
         if self.temperature == 0:
             return logits.masked_fill(logits < best, -torch.inf)
-        # with the largest at 0, a temperature near 0 makes the others -inf and nothing NaN, as
-        # long as fp32 does not take it for 0
+        # with the largest at 0, a temperature near 0 makes the others -inf and none NaN, unless it
+        # rounds to 0 in fp32
         return (logits - best) / max(float(self.temperature), 1e-30)
 
 
@@ -150,7 +150,7 @@ class Typical:
         entropy = -(log_probs * log_probs.exp()).nansum(dim=-1, keepdim=True)
         distance, order = (-log_probs - entropy).abs().sort(dim=-1)
         mass = log_probs.gather(1, order).exp().cumsum(dim=-1)
-        # the token that reaches the mass is kept, and those as far from the entropy as it is
+        # keep the token that reaches the mass, and those as far from the entropy as it is
         last = (mass < self.p).sum(dim=-1, keepdim=True).clamp(max=logits.shape[-1] - 1)
         drop = distance > distance.gather(1, last)
         drop[:, 0] = False
@@ -175,13 +175,13 @@ class RepetitionPenalty:
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
         """Scores ``logits`` (B, V) of the token after ``ids`` (B, T), changed as said above."""
-        # an integer may be too long for a tensor's
+        # a Python integer may not fit into a tensor's dtype
         seen, penalty = logits.gather(1, ids), float(self.penalty)
         return logits.scatter(1, ids, torch.where(seen < 0, seen * penalty, seen / penalty))
 
 
 def _counts(ids: Tensor, logits: Tensor) -> Tensor:
-    """(B, V): how often each token stands in ``ids``."""
+    """(B, V): how often each token occurs in ``ids``."""
     return torch.zeros_like(logits).scatter_add_(1, ids, torch.ones_like(ids, dtype=logits.dtype))
 
 
@@ -205,7 +205,7 @@ class PresencePenalty:
 
 @dataclass(frozen=True)
 class FrequencyPenalty:
-    """Subtract the penalty once for each time the token stands in ``ids``, the prompt included.
+    """Subtract the penalty once for each time the token occurs in ``ids``, the prompt included.
 
     Raises:
         UserError: the penalty is not finite.
@@ -223,7 +223,7 @@ class FrequencyPenalty:
 
 @dataclass(frozen=True)
 class NoRepeatNgram:
-    """Forbid every token that would complete an n-gram which stands in ``ids`` already.
+    """Forbid every token that would complete an n-gram that already occurs in ``ids``.
 
     Raises:
         UserError: n is not an integer of 1 or more.

@@ -1,4 +1,4 @@
-"""One request: what was asked for, what has come of it so far, and its pieces as they come."""
+"""One request: what the caller wants, its result so far, and the pieces as they are written."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +12,7 @@ from fastgpt2.generate.text import TextPieces
 
 @dataclass(frozen=True)
 class Request:
-    """What a caller asked for.
+    """What a caller wants.
 
     Attributes:
         prompt: token ids, at least one.
@@ -32,21 +32,22 @@ class Request:
 
 
 class Stream:
-    """What follows one prompt; iterate over it to get the pieces as they come.
+    """The continuation of one prompt; iterate over it to get the pieces as they are written.
 
-    A piece is text for a prompt that was text, and a token id for one that was ids. Iterating makes
-    every other request of the generator go on, too.
+    A piece is text if the prompt was text, and a token id if it was ids. Iterating also advances
+    every other request of the generator.
 
     Attributes:
-        request: what was asked for.
-        ids: the token ids that followed so far.
-        text: the text that followed so far, for a prompt that was text; it ends before a stop
-            string, though ``ids`` holds the tokens that completed it.
-        log_probs: of each id, in nats, under the model itself: before temperature and processors.
+        request: the request.
+        ids: the token ids written so far.
+        text: the text written so far, if the prompt was text; it ends before a stop string, though
+            ``ids`` holds the tokens that completed it.
+        log_probs: log-probability of each id in nats, under the model itself: before temperature
+            and processors.
         finish_reason: ``length`` (max_new_tokens), ``stop`` (a stop id or string), ``window`` (the
             window is full and does not slide), ``no token left`` (every one is forbidden),
             ``cancelled``, or None while it goes on.
-        start: where in the prompt and ``ids`` the model's context begins, once it has ended.
+        start: index in prompt and ``ids`` at which the model's context begins, once it has ended.
     """
 
     def __init__(
@@ -87,13 +88,13 @@ class Stream:
         return self
 
     def poll(self) -> list[str | int]:
-        """The pieces that have come since the last look, without waiting for more."""
+        """The pieces since the last call, without waiting for more."""
         pieces = list(self._queue)
         self._queue.clear()
         return pieces
 
     def cancel(self) -> None:
-        """Ask for no more; the row becomes free."""
+        """End the request; its row becomes free."""
         self._finish("cancelled")
 
     def _finish(self, reason: str) -> None:
@@ -128,10 +129,10 @@ class Stream:
 
 
 def likeliest(streams: Sequence[Stream]) -> Stream:
-    """Of ended streams the one with the highest log-probability per token; the first of equals.
+    """The ended stream with the highest log-probability per token; the first of equal ones.
 
     Args:
-        streams: at least one; where there are several, with their log-probabilities.
+        streams: at least one; if there are several, with their log-probabilities.
     """
     if len(streams) == 1:
         return streams[0]

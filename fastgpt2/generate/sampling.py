@@ -18,9 +18,9 @@ class Sampling:
 
     Args:
         temperature: below 1 sharper, above 1 flatter; 0 is greedy.
-        top_k: only the k most likely tokens can be drawn; None is all.
-        processors: callables ``(ids, logits) -> logits``; those with ``warps`` come after
-            temperature and top_k, and only where something is drawn.
+        top_k: only the k most likely tokens can be drawn; None means all.
+        processors: callables ``(ids, logits) -> logits``; those with ``warps`` run after
+            temperature and top_k, and only if a token is drawn.
 
     Raises:
         UserError: the temperature is negative or not finite, top_k is below 1, or a processor
@@ -53,12 +53,12 @@ class Sampling:
 
     @property
     def reads_ids(self) -> bool:
-        """Whether a processor may look at the tokens so far."""
+        """Whether a processor may read the tokens so far."""
         return any(getattr(p, "reads_ids", True) for p in (*self.edits, *self.warps))
 
     @cached_property
     def key(self) -> tuple[Hashable, ...]:
-        """The same for all that choose alike, as far as can be known: rows may share a call."""
+        """Equal keys mean the same choice, so that rows with equal keys can share a call."""
         processors = (p if _is_hashable(p) else id(p) for p in self.processors)
         return self.temperature, self.top_k, *processors
 
@@ -79,7 +79,7 @@ class Sampling:
 
 
 def _is_hashable(processor: Processor) -> bool:
-    # a dataclass says that it is, whatever its fields are
+    # a dataclass has a ``__hash__`` even if its fields are not hashable
     try:
         hash(processor)
     except TypeError:

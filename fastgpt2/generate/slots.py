@@ -1,12 +1,13 @@
-"""The rows of a key/value cache, by number: fed, cut, copied, reordered."""
+"""The rows of a key/value cache, by number: feed, cut, copy, reorder."""
 
+import ctypes
 import warnings
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from fastgpt2.generate.compiled import BLOCK, Run, compiled_step
+from fastgpt2.generate.compiled import MAX_TOKENS, CompiledStep, load_library
 from fastgpt2.generate.gpu_step import gpu_weights_of
 from fastgpt2.generate.graph import Choice, graph_step
 from fastgpt2.generate.step import logits_after, weights_of
@@ -19,11 +20,11 @@ class Slots:
     """``count`` rows of ``size`` tokens, each with a length of its own.
 
     Args:
-        model: whose keys and values they hold.
-        count: rows.
-        size: tokens of a row, at most block_size.
-        compile: whether a step is compiled, if it can be.
-        notify: shows what came of that, a line each; None says only what failed, as a warning.
+        model: the model whose keys and values they hold.
+        count: number of rows.
+        size: tokens per row, at most block_size.
+        compile: whether to compile a step, if possible.
+        notify: shows what came of that, in a line; None shows only failures, as a warning.
 
     Attributes:
         lengths: tokens in each row.
@@ -42,31 +43,29 @@ class Slots:
     ) -> None:
         self.model, self.size = model, size
         self.device = execution_device(model.transformer.wpe)
-        # read anew with each prompt; None where the step does not know the model
+        # read again with each prompt; None if the step does not support the model
         self._weights = weights_of(model)
-        self.compiled: Run | None = None
+        self._library: ctypes.CDLL | None = None
         on_gpu = gpu_weights_of(model) is not None
-        if compile and self._weights is None and not on_gpu:
+        on_cpu = self._weights is not None and CompiledStep.fits(self._weights)
+        if compile and not (on_cpu or on_gpu):
             (notify or warnings.warn)(
-                "compile: for plain models on a CPU or on the Triton kernels only; "
-                "generating without it"
+                "compile: for plain models in fp32, bf16 or int8 on a CPU or on the Triton kernels "
+                "only; generating without it"
             )
-        elif compile and self._weights is not None:
-            self.compiled = compiled_step(self._weights, count, notify)
-        # the compiled step writes a key for every row, also for one that is full, and takes the
-        # cache to be larger than what is in use
-        room = size if self.compiled is None else (size // BLOCK + 2) * BLOCK
-        if compile and on_gpu:
-            # so does the captured one
-            room = size + 1
+        elif compile and on_cpu:
+            self._library = load_library(self.device, notify)
+        # a captured step writes a key for every row, also for one that is full
+        room = size + 1 if compile and on_gpu else size
         self.cache = model.make_cache(count, room)
         self.lengths = [0] * count
         self._seen = torch.arange(room, device=self.device)
+        self.compiled = self._compile()
         self._graph = graph_step(model, self.cache, notify) if compile and on_gpu else None
         self.graph = self._graph
 
     def feed(self, first: int, tokens: Sequence[Sequence[int]], *, every: bool = False) -> Tensor:
-        """Append ``tokens[i]`` to row ``first + i``, for neighbouring rows in one pass.
+        """Append ``tokens[i]`` to row ``first + i``, for adjacent rows in one pass.
 
         Args:
             first: the first row.
@@ -75,66 +74,88 @@ class Slots:
             every: return the logits after every token, not only after each row's last one.
 
         Returns:
-            (rows, V), or (rows, T, V); what follows a row's own tokens is garbage.
+            (rows, V), or (rows, T, V); logits after a row's own tokens have no meaning.
         """
         counts = [len(ids) for ids in tokens]
         T, stop = max(counts), first + len(tokens)
-        if T > 1 or 0 in self.lengths[first:stop]:
+        is_new = T > 1 or 0 in self.lengths[first:stop]
+        if is_new:
             self._weights = weights_of(self.model)
+            self.compiled = self._compile()
             if self._graph is not None:
                 self.graph = self._graph if self._graph.refresh() else None
-        elif self.graph is not None and not autocasts(self.device):
+        padded = [[*ids, *[0] * (T - len(ids))] for ids in tokens]
+        plain = not autocasts(self.device)
+        if self.compiled is not None and plain and len(tokens) * T <= MAX_TOKENS:
+            return self._compiled_step(first, padded, counts, every)
+        if not is_new and plain and self.graph is not None:
             logits = self.graph.logits_after(first, [ids[0] for ids in tokens])
             self._count(first, stop, 1)
             return logits[:, None] if every else logits
-        elif self._weights is not None and not autocasts(self.device):
+        if not is_new and plain and self._weights is not None:
             logits = self._step(first, [ids[0] for ids in tokens])
             return logits[:, None] if every else logits
-        padded = [[*ids, *[0] * (T - len(ids))] for ids in tokens]
         idx = torch.tensor(padded, dtype=torch.int64, device=self.device)
         rows = self.cache.rows(first, stop, is_empty=not any(self.lengths[first:stop]))
         hidden = self.model.hidden_states(idx, rows)
-        for i, count in enumerate(counts):
-            self.lengths[first + i] += count
-        self._write(first, stop)
+        self._grow(first, counts)
         if not every:
             last = torch.tensor(counts, device=self.device) - 1
             hidden = hidden[torch.arange(len(counts), device=self.device), last]
         return self.model.head(hidden)
 
+    def _compile(self) -> CompiledStep | None:
+        """The compiled step with the model's present weights, where there is one."""
+        weights = self._weights
+        if self._library is None or weights is None or not CompiledStep.fits(weights):
+            return None
+        return CompiledStep(self._library, weights)
+
+    def _compiled_step(
+        self, first: int, tokens: list[list[int]], counts: list[int], every: bool
+    ) -> Tensor:
+        """``feed`` by the compiled step, for lists of one length."""
+        assert self.compiled is not None
+        B, T = len(tokens), len(tokens[0])
+        if max(self.lengths[first : first + B]) + T > self.cache.size:
+            raise IndexError(f"{T} more tokens do not fit into rows of {self.cache.size}")
+        wanted = [*range(B * T)] if every else [i * T + n - 1 for i, n in enumerate(counts)]
+        kv = [layer.kv for layer in self.cache.layers]
+        lengths = self.cache.lengths[first : first + B]
+        logits = self.compiled(tokens, wanted, lengths, kv, first)
+        self._grow(first, counts)
+        return logits.view(B, T, -1) if every else logits
+
     def _step(self, first: int, tokens: list[int]) -> Tensor:
-        """One token for each of neighbouring rows: their logits (rows, V)."""
+        """One token for each of some adjacent rows: their logits (rows, V)."""
         assert self._weights is not None
         stop = first + len(tokens)
         n = max(self.lengths[first:stop]) + 1
         lengths = self.cache.lengths[first:stop]
-        if self.compiled is None:
-            idx = torch.tensor(tokens, device=self.device)
-            kv = [layer.kv[:, first:stop] for layer in self.cache.layers]
-            logits = logits_after(self._weights, idx, lengths, kv, self._seen[:n])
-        else:
-            # all rows take part; what those outside write is overwritten before it is read
-            others = len(self.lengths) - stop
-            idx = torch.tensor([*[0] * first, *tokens, *[0] * others], device=self.device)
-            kv = [layer.kv for layer in self.cache.layers]
-            seen = self._seen[: (n + BLOCK - 1) // BLOCK * BLOCK]
-            every = self.compiled(self._weights, idx, self.cache.lengths, kv, seen)
-            logits = every[first:stop]
+        idx = torch.tensor(tokens, device=self.device)
+        kv = [layer.kv[:, first:stop] for layer in self.cache.layers]
+        logits = logits_after(self._weights, idx, lengths, kv, self._seen[:n])
         lengths += 1
         self._count(first, stop, 1)
         return logits
 
+    def _grow(self, first: int, counts: list[int]) -> None:
+        """Row ``first + i`` holds ``counts[i]`` tokens more."""
+        for i, count in enumerate(counts):
+            self.lengths[first + i] += count
+        self._write(first, first + len(counts))
+
     def ahead(
         self, tokens: list[int], count: int, choose: Choice
     ) -> tuple[list[list[int]], list[list[float]]]:
-        """``GraphStep.ahead``; all that was chosen but the last of each row is in the cache."""
+        """``GraphStep.ahead``; the cache then holds all chosen tokens except each row's last."""
         assert self.graph is not None
         found = self.graph.ahead(tokens, count, choose)
         self._count(0, len(tokens), count)
         return found
 
     def _count(self, first: int, stop: int, new: int) -> None:
-        """The host's lengths, which the device has counted by itself."""
+        """Update the host's lengths; the device has already updated its own."""
         self.lengths[first:stop] = [length + new for length in self.lengths[first:stop]]
 
     def cut(self, lengths: Sequence[int], first: int = 0) -> None:
@@ -145,12 +166,12 @@ class Slots:
             self._write(first, stop)
 
     def copy(self, source: int, target: int) -> None:
-        """Row ``target`` becomes what row ``source`` is."""
+        """Copy row ``source`` to row ``target``."""
         self.cache.copy_row(source, target)
         self.lengths[target] = self.lengths[source]
 
     def reorder(self, rows: Sequence[int]) -> None:
-        """Row i becomes what row ``rows[i]`` was, for the first rows of the cache."""
+        """Copy row ``rows[i]`` to row i, for the first rows of the cache."""
         if list(rows) != list(range(len(rows))):
             self.cache.reorder(torch.tensor(rows, device=self.device))
             self.lengths[: len(rows)] = [self.lengths[row] for row in rows]

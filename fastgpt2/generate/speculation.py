@@ -1,9 +1,9 @@
 """Speculative decoding: tokens are proposed cheaply and verified in one pass of the model.
 
 Leviathan et al., "Fast inference from transformers via speculative decoding", 2023: a proposed
-token x with the proposer's probability q(x) is taken with probability min(1, p(x) / q(x)), p being
-the model's; the first one that is not taken is drawn anew from max(0, p - q), normalised. So every
-token has the distribution p. Greedy decoding takes a proposal where it is the best token.
+token x with the proposer's probability q(x) is accepted with probability min(1, p(x) / q(x)), where
+p is the model's. The first one that is rejected is redrawn from max(0, p - q), normalised. So every
+token has the distribution p. Greedy decoding accepts a proposal if it is the best token.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from fastgpt2.model import GPT
 if TYPE_CHECKING:
     from fastgpt2.generate.generator import Row
 
-# the last tokens that a lookup searches for: the longest first
+# how many of the last tokens a lookup searches for: the longest first
 _NGRAMS = (3, 2, 1)
 
 
@@ -29,8 +29,8 @@ class Proposal(NamedTuple):
     """Tokens proposed for one row.
 
     Attributes:
-        tokens: in their order.
-        probs: (tokens, V), what each was drawn from; None where the proposer is certain.
+        tokens: the tokens in order.
+        probs: (tokens, V), the distribution of each; None if the proposer is certain.
     """
 
     tokens: list[int]
@@ -38,10 +38,10 @@ class Proposal(NamedTuple):
 
 
 def verify(request: Request, proposal: Proposal, logits: Tensor) -> list[int | None]:
-    """The tokens to append: the proposed ones that hold, and one more, None if none is allowed.
+    """The tokens to append: the accepted ones and one more, which is None if none is allowed.
 
     Args:
-        request: whose tokens they are.
+        request: the request that the tokens are for.
         proposal: K tokens.
         logits: (K + 1, V), processed: before each proposed token, and after the last.
 
@@ -65,7 +65,7 @@ def verify(request: Request, proposal: Proposal, logits: Tensor) -> list[int | N
 
 
 def _other(token: int, q: Tensor | None, p: Tensor, generator: torch.Generator) -> int | None:
-    """What to take in place of a token drawn from q, or None to take it."""
+    """The replacement of a token drawn from q, or None if it is accepted."""
     if q is None:
         q = torch.zeros_like(p)
         q[token] = 1.0
@@ -73,18 +73,18 @@ def _other(token: int, q: Tensor | None, p: Tensor, generator: torch.Generator) 
     if u * q[token] < p[token]:
         return None
     rest = (p - q).clamp(min=0.0)
-    # p and q may agree up to rounding: then there is nothing to make up for
+    # p and q may agree up to rounding: then no mass is left to draw from
     rest = rest if rest.sum() > 0 else p
     return int(torch.multinomial(rest, 1, generator=generator))
 
 
 class PromptLookup:
-    """Propose what followed the last tokens of the text where they stood before.
+    """Propose what followed the last tokens where they occurred earlier in the text.
 
     Saxena, "Prompt lookup decoding", 2023.
 
     Args:
-        count: tokens that are proposed at most.
+        count: the most tokens to propose.
     """
 
     def __init__(self, count: int) -> None:
@@ -103,7 +103,7 @@ class PromptLookup:
             return []
         for n in _NGRAMS:
             last = ids[-n:]
-            # the latest place first: it is the likeliest to go on in the same way
+            # the latest occurrence first: its continuation is the likeliest
             for at in range(len(ids) - n - 1, -1, -1):
                 if ids[at : at + n] == last:
                     return ids[at + n : at + n + count]
@@ -114,10 +114,10 @@ class Draft:
     """Propose what a smaller model would write; it has a cache of its own.
 
     Args:
-        model: the smaller one.
-        target: the one whose text it is.
-        batch_size: rows.
-        count: tokens that are proposed at most.
+        model: the smaller model.
+        target: the model that verifies.
+        batch_size: number of rows.
+        count: the most tokens to propose.
 
     Raises:
         UserError: the vocabularies differ.
@@ -137,11 +137,11 @@ class Draft:
         self._fed: list[list[int]] = [[] for _ in range(batch_size)]
 
     def reset(self, i: int) -> None:
-        """Row i is another request's from now on."""
+        """Give row i to another request."""
         self._starts[i], self._fed[i] = 0, []
 
     def copy(self, source: int, target: int) -> None:
-        """Row ``target`` is from now on what row ``source`` is."""
+        """Copy row ``source`` to row ``target``."""
         self._starts[target], self._fed[target] = self._starts[source], self._fed[source]
         self.slots.copy(source, target)
 
@@ -179,18 +179,18 @@ class Draft:
             probs.append(processed.softmax(dim=-1)[0])
 
     def _catch_up(self, rows: "Sequence[Row]", counts: list[int]) -> list[list[int]]:
-        """The last token of each row; those before it that the draft has not seen are fed here."""
+        """The last token of each row; feeds the earlier tokens that the draft has not seen."""
         pending = []
         for i, row in enumerate(rows):
             if not counts[i]:
-                # it only takes part in the passes: what the draft knows of it is given up
+                # the row only takes part in the passes: drop what the draft has cached for it
                 self.slots.cut([0], i)
                 pending.append(row.ids[-1:])
                 continue
             if len(row.ids) - self._starts[i] + self.count > self.slots.size:
                 self._starts[i], self._fed[i] = len(row.ids) - self.slots.size // 2, []
             ids, fed = row.ids[self._starts[i] :], self._fed[i]
-            # of what it drafted last, the tokens that were taken stay
+            # keep the accepted tokens of the last draft
             held = max(0, min(len(fed) - self.count, len(ids) - 1))
             while held < min(len(fed), len(ids) - 1) and fed[held] == ids[held]:
                 held += 1

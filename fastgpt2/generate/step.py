@@ -1,14 +1,12 @@
-"""One decoding step of a plain model: a token of each row in, the next ones out.
+"""One decoding step of a plain model: one token per row in, the next logits out.
 
 ``GPT.hidden_states`` serves every model, with hooks, adapters and gradients; this serves the one
-case that decoding spends its time in, as plain functions of tensors: B rows, one new token each,
-on a CPU. Called as they are, they are a handful of PyTorch's operators per layer. Compiled, they
-are programs over buffers that stay where they are. Both compute OpenAI's graph, as ``layers.py``
-does.
+case that decoding spends its time in: B rows, one new token each, on a CPU. It is a handful of
+PyTorch's operators per layer, and the meaning of the compiled step (``compiled.py``), which reads
+the same weights. Both compute OpenAI's graph, as ``layers.py`` does.
 Shapes: B rows, C width, H heads, D head size, S keys of the cache, n of them in use, V vocabulary.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -17,9 +15,9 @@ from torch import Tensor, nn
 
 from fastgpt2.devices import device_kind
 from fastgpt2.kernels.backend import Impl, resolve
-from fastgpt2.kernels.few_rows import MAX_ROWS, few_rows_linear, many_rows_linear, words
 from fastgpt2.kernels.gelu import APPROXIMATIONS
 from fastgpt2.kernels.linear import unchecked_linear
+from fastgpt2.kernels.linear_int8 import linear_int8
 from fastgpt2.kernels.modes import autocasts
 from fastgpt2.layers import MLP, Block, CausalSelfAttention, Transformer
 from fastgpt2.model import GPT
@@ -32,13 +30,11 @@ class Matrix(NamedTuple):
 
     Attributes:
         weight: (F, C), floating point or int8.
-        packed: the same for few rows in the compiled step.
         scales: (F,), of int8.
         bias: (F,).
     """
 
     weight: Tensor
-    packed: Tensor
     scales: Tensor | None
     bias: Tensor | None
 
@@ -63,7 +59,7 @@ class Layer(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """A model's weights as a step reads them, and the little else that it needs."""
+    """A model's weights as a step reads them, and the few settings that it needs."""
 
     tokens: Matrix
     positions: Tensor
@@ -76,7 +72,7 @@ class Weights(NamedTuple):
 
 
 class Position(NamedTuple):
-    """Where the new tokens stand.
+    """The positions of the new tokens.
 
     Attributes:
         rows: (B,), the numbers 0 to B - 1.
@@ -90,16 +86,16 @@ class Position(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What all blocks compute alike: the dtype of their layers, and the form of the GELU."""
+    """What all blocks have in common: the dtype of their layers, and the form of the GELU."""
 
     dtype: torch.dtype
     approximate: str
 
 
 def weights_of(model: GPT) -> Weights | None:
-    """The weights for ``logits_after``: of a plain model on PyTorch's operators and a CPU, or None.
+    """The model's own tensors, for ``logits_after``, if it is plain and runs on a CPU by PyTorch.
 
-    They are the model's own tensors, not copies.
+    None for any other model.
     """
     positions = model.transformer.wpe.weight
     by_torch = resolve("generate", model.config.impl, positions) is Impl.TORCH
@@ -108,7 +104,7 @@ def weights_of(model: GPT) -> Weights | None:
 
 
 def plain_weights(model: GPT) -> Weights | None:
-    """The weights of a model that is what it was built as, or quantized; None for any other."""
+    """The weights of a model that is unmodified or quantized; None for any other."""
     transformer, config = model.transformer, model.config
     positions = transformer.wpe
     tables = (nn.Embedding, QuantizedEmbedding)
@@ -128,14 +124,13 @@ def plain_weights(model: GPT) -> Weights | None:
         return None
     scales = table.scales if isinstance(table, QuantizedEmbedding) else None
     weights = Weights(
-        tokens=Matrix(transformer.wte.weight.detach(), transformer.wte.weight, scales, None),
+        tokens=Matrix(transformer.wte.weight.detach(), scales, None),
         positions=positions.weight.detach(),
         layers=[layer for layer in layers if layer is not None],
         norm=norm,
-        # the rows that only pad the vocabulary give no logits
+        # without the rows that only pad the vocabulary
         head=head._replace(
             weight=head.weight[:V],
-            packed=head.packed[:V],
             scales=None if head.scales is None else head.scales[:V],
             bias=None if head.bias is None else head.bias[:V],
         ),
@@ -173,20 +168,18 @@ def _norm(norm: nn.Module) -> Norm | None:
 
 
 def _matrix(layer: nn.Module) -> Matrix | None:
+    scales: Tensor | None
     if isinstance(layer, nn.Linear) and is_plain(layer, nn.Linear):
-        weight, packed, scales = layer.weight.detach(), layer.weight.detach(), None
+        scales = None
     elif isinstance(layer, QuantizedLinear) and is_plain(layer, QuantizedLinear):
-        weight, scales = layer.weight.detach(), layer.scales
-        packed = words(weight)
+        scales = layer.scales
     else:
         return None
     bias: Tensor | None = layer.bias
-    return Matrix(weight, packed, scales, None if bias is None else bias.detach())
+    return Matrix(layer.weight.detach(), scales, None if bias is None else bias.detach())
 
 
-def block_after(
-    layer: Layer, x: Tensor, cache: Tensor, position: Position, options: Options
-) -> Tensor:
+def _block(layer: Layer, x: Tensor, cache: Tensor, position: Position, options: Options) -> Tensor:
     """A block: x (B, C) -> (B, C); cache (2, B, H, S, D) takes the new keys and values."""
     B, n = position.visible.shape
     H, D = cache.shape[2], cache.shape[4]
@@ -201,52 +194,32 @@ def block_after(
     return x + _linear(layer.out, F.gelu(hidden, approximate=options.approximate))
 
 
-def head_after(head: Matrix, norm: Norm, x: Tensor, options: Options) -> Tensor:
-    """x (B, C) -> logits (B, V)."""
-    return _linear(head, _normalize(norm, x, options.dtype))
-
-
-BlockAfter = Callable[[Layer, Tensor, Tensor, Position, Options], Tensor]
-HeadAfter = Callable[[Matrix, Norm, Tensor, Options], Tensor]
-
-
 def logits_after(
-    weights: Weights,
-    tokens: Tensor,
-    lengths: Tensor,
-    kv: list[Tensor],
-    seen: Tensor,
-    *,
-    block: BlockAfter = block_after,
-    head: HeadAfter = head_after,
+    weights: Weights, tokens: Tensor, lengths: Tensor, kv: list[Tensor], seen: Tensor
 ) -> Tensor:
     """The logits after one more token of each row, whose keys and values go into the cache.
 
     Args:
-        weights: the model's.
-        tokens: (B,), each row's newest.
+        weights: the model's weights.
+        tokens: (B,), each row's newest token.
         lengths: (B,), how many tokens of the row are in the cache.
-        kv: of each layer (2, B, H, S, D), keys and values, written at ``lengths``.
+        kv: keys and values of each layer, (2, B, H, S, D), written at ``lengths``.
         seen: (n,), the numbers 0 to n - 1: the keys that may be in use, n > every length.
-        block: ``block_after``, or what a compiler made of it.
-        head: ``head_after``, likewise.
 
     Returns:
         (B, V) in the weights' dtype.
     """
     options = Options(weights.positions.dtype, weights.approximate)
-    # a row that is not in use may be full: what is written then is never read
-    last = weights.positions.shape[0] - 1
-    x = lookup(weights.tokens, tokens) + F.embedding(lengths.clamp(max=last), weights.positions)
+    x = lookup(weights.tokens, tokens) + F.embedding(lengths, weights.positions)
     x = x.float() if weights.fp32_residual else x.to(options.dtype)
     position = Position(torch.arange(tokens.shape[0]), lengths, seen <= lengths[:, None])
     for layer, cache in zip(weights.layers, kv, strict=True):
-        x = block(layer, x, cache, position, options)
-    return head(weights.head, weights.norm, x, options)
+        x = _block(layer, x, cache, position, options)
+    return _linear(weights.head, _normalize(weights.norm, x, options.dtype))
 
 
 def lookup(table: Matrix, idx: Tensor) -> Tensor:
-    """Rows ``idx`` (B,) of a table of embeddings, (B, C); of int8 in fp32."""
+    """Rows ``idx`` (B,) of a table of embeddings, (B, C); in fp32 if the table is int8."""
     rows: Tensor = F.embedding(idx, table.weight)
     return rows if table.scales is None else rows.float() * table.scales[idx][:, None]
 
@@ -258,20 +231,12 @@ def _normalize(norm: Norm, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _linear(layer: Matrix, x: Tensor) -> Tensor:
     """(B, C) -> (B, F) in x's dtype."""
-    if torch.compiler.is_compiling() and x.shape[0] <= MAX_ROWS:
-        out = few_rows_linear(x, layer.packed, layer.scales)
-        return (out if layer.bias is None else out + layer.bias).to(x.dtype)
     if layer.scales is None:
         return unchecked_linear(x, layer.weight, layer.bias)
-    out = many_rows_linear(x, layer.weight, layer.scales)
+    out = linear_int8(x, layer.weight, layer.scales)
     return out if layer.bias is None else out + layer.bias
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(D)) v: q (B, H, D), k and v (B, H, n, D) -> (B, H, D) in q's dtype."""
-    if not torch.compiler.is_compiling():
-        return F.scaled_dot_product_attention(q[:, :, None], k, v, mask)[:, :, 0]
-    scores = (q.float()[:, :, None] * k.float()).sum(dim=-1) * q.shape[-1] ** -0.5
-    probs = scores.masked_fill(~mask[:, :, 0], -torch.inf).softmax(dim=-1)
-    out: Tensor = (probs[..., None] * v.float()).sum(dim=2).to(q.dtype)
-    return out
+    return F.scaled_dot_product_attention(q[:, :, None], k, v, mask)[:, :, 0]

@@ -24,14 +24,14 @@ def stream_text(
     """The text that follows, in pieces that never split a character.
 
     Args:
-        model: used in evaluation mode.
-        tokenizer: the model's; its end-of-text token ends the text.
+        model: the model; it runs in evaluation mode.
+        tokenizer: the model's tokenizer; its end-of-text token ends the text.
         prompt: the text to continue.
         max_new_tokens: the most tokens that follow.
         temperature: below 1 sharper, above 1 flatter; 0 is greedy.
         top_k: draw from the k most likely tokens only.
-        seed: the same one gives the same text on the same machine; None is a new one.
-        window: what happens past the context: see ``Generator``.
+        seed: equal seeds give the same text on the same machine; None means a new one.
+        window: what happens when the text outgrows the context: see ``Generator``.
 
     Raises:
         UserError: an argument is out of its range, or the prompt cannot be encoded.

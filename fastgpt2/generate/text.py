@@ -13,7 +13,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str, name: str = "prompt") -> li
     Args:
         tokenizer: the model's.
         prompt: the text.
-        name: what the prompt is called in an error message.
+        name: the prompt's name in an error message.
 
     Raises:
         UserError: the prompt holds what the tokenizer cannot encode, or it is empty and the
@@ -44,19 +44,19 @@ class TextPieces:
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
         self._tokenizer, self._stop = tokenizer, stop
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        # decoded, but perhaps the beginning of a stop string
+        # decoded text that may be the beginning of a stop string
         self._held = ""
         self.stopped = False
 
     def push(self, id_: int) -> str:
-        """What can be shown after one more id; perhaps nothing yet."""
+        """The text that can be shown after one more id; perhaps none yet."""
         return self._show(self._decoder.decode(self._tokenizer.decode_bytes([id_])))
 
     def finish(self) -> str:
-        """What was held back, when no more ids come."""
+        """The text that was held back, when no more ids follow."""
         if self.stopped:
             return ""
-        # a stop string that comes with the last bytes leaves nothing held
+        # if the last bytes complete a stop string, nothing is held back
         shown = self._show(self._decoder.decode(b"", final=True))
         shown, self._held = shown + self._held, ""
         return shown
@@ -74,6 +74,6 @@ class TextPieces:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of ``text`` with which ``stop`` begins."""
+    """Length of the longest suffix of ``text`` that is a prefix of ``stop``."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

@@ -6,7 +6,8 @@ not, run on ``kernels.attention``; every other request is transformers' ``sdpa``
 Shapes: B batch, T query tokens, S key tokens, H heads, D head size, C = H D.
 """
 
-from typing import Any
+from functools import wraps
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,34 +26,47 @@ _FOREIGN_OPTIONS = ("position_bias", "softcap", "cache", "s_aux")
 
 
 class _Config:
-    """A model's config as its attention modules read it: they find ours where it names ``sdpa``."""
+    """A model's config, but for the name of our attention in it."""
+
+    _attn_implementation = NAME
 
     def __init__(self, config: Any) -> None:
         self._config = config
-
-    @property
-    def _attn_implementation(self) -> Any:
-        name = self._config._attn_implementation
-        return NAME if name == "sdpa" else name
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._config, name)
 
 
+class _Asking:
+    """An attention module as its own forward sees it: its config names our attention."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+        self.config = _Config(module.config)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
 class GPT2Attention(modeling_gpt2.GPT2Attention):
     """transformers' attention module, with our attention in the place of ``sdpa``.
 
-    The config itself stays as it is: programs compare the name in it with those they know.
+    The config itself, the module's as the model's, stays as it is: programs compare the name in it
+    with those they know, copy it, and assign to it.
     """
 
-    @property
-    def config(self) -> Any:
-        """What chooses the attention implementation."""
-        return _Config(self.__dict__["config"])
+    @wraps(modeling_gpt2.GPT2Attention.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        asking = _Asking(self) if self.config._attn_implementation == "sdpa" else self
+        return modeling_gpt2.GPT2Attention.forward(asking, *args, **kwargs)
 
-    @config.setter
-    def config(self, value: Any) -> None:
-        self.__dict__["config"] = value
+
+class _Known(NamedTuple):
+    """What was found out about a mask: of which version of it, and which layer asked last."""
+
+    key_range: Tensor | None
+    version: int
+    layer: int
 
 
 def _key_range(mask: Tensor) -> Tensor | None:
@@ -78,16 +92,17 @@ def _key_range(mask: Tensor) -> Tensor | None:
 def _remembered_key_range(mask: Tensor, layer: int | None) -> Tensor | None:
     """``_key_range``, looked for once in a forward pass, which hands every layer the same mask.
 
-    The first layer always looks: a change through numpy or ``.data`` leaves no trace.
+    A layer that does not come after the one that asked last begins another pass, and looks again:
+    a change through numpy or ``.data`` leaves no trace.
     """
-    if mask.is_inference():
+    if layer is None or mask.is_inference():
         # nothing would tell that it was changed in place
         return _key_range(mask)
-    known = vars(mask).get("_fastgpt2_key_range")
-    if not layer or known is None or known[0] != mask._version:
-        known = vars(mask)["_fastgpt2_key_range"] = (mask._version, _key_range(mask))
-    key_range: Tensor | None = known[1]
-    return key_range
+    known: _Known | None = vars(mask).get("_fastgpt2_key_range")
+    if known is None or layer <= known.layer or known.version != mask._version:
+        known = _Known(_key_range(mask), mask._version, layer)
+    vars(mask)["_fastgpt2_key_range"] = known._replace(layer=layer)
+    return known.key_range
 
 
 def _padding(mask: Tensor, shape: tuple[int, ...], layer: int | None) -> Tensor | None:

@@ -14,7 +14,7 @@ import tiktoken
 
 from fastgpt2.download import DownloadError, cache_dir, download
 from fastgpt2.errors import UserError
-from fastgpt2.files import write_text
+from fastgpt2.files import parse_json, write_text
 from fastgpt2.text.encoding import END_OF_TEXT, fingerprint, well_formed
 
 # GPT-2's split into words (openai/gpt-2, src/encoder.py), with the quantifiers made possessive
@@ -202,8 +202,8 @@ def _split_tokenizer_json(text: str, origin: Path) -> tuple[str, str]:
 
 def _parse_json(text: str, origin: str) -> dict[str, Any]:
     try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
+        content = parse_json(text)
+    except ValueError as error:
         raise UserError(f"{origin}: not JSON: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{origin}: expected a JSON object, got {type(content).__name__}")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from fastgpt2.errors import UserError
-from fastgpt2.files import write_text
+from fastgpt2.files import parse_json, write_text
 
 TEXT_COLUMN = "text"
 # what a suffix says about the bytes of a file; everything else is taken as it is
@@ -55,7 +55,7 @@ class KnownSizes:
             path: of ``save``.
         """
         try:
-            saved = json.loads(path.read_bytes())
+            saved = parse_json(path.read_bytes())
             self._sizes |= {str(key): int(size) for key, size in saved.items()}
         except (OSError, ValueError, TypeError, AttributeError):
             return

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastgpt2.errors import UserError
-from fastgpt2.files import atomic_folder, sync, write_text
+from fastgpt2.files import atomic_folder, parse_json, sync, write_text
 from fastgpt2.text.corpora import PYTHON_DOCS, Corpus, Document, absolute, load_corpus, split_pieces
 from fastgpt2.text.documents import KNOWN_SIZES
 from fastgpt2.text.encoding import Tokenizer
@@ -187,7 +187,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     """
     path = folder / INDEX
     try:
-        index: dict[str, Any] = json.loads(path.read_bytes())
+        index: dict[str, Any] = parse_json(path.read_bytes())
         expected = {"source", "text_column", "tokenizer", "val_fraction", "corpus"}
         expected |= {"part", "parts", "span", "size", "splits", "sha256"}
         if index["format"] != FORMAT or not expected <= index.keys():

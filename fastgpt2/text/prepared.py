@@ -10,7 +10,7 @@ from typing import Any, Self
 from numpy.typing import NDArray
 
 from fastgpt2.errors import UserError
-from fastgpt2.files import write_text
+from fastgpt2.files import parse_json, write_text
 from fastgpt2.text.encoding import Tokenizer, token_bytes
 from fastgpt2.text.shards import SUFFIX, IdWriter, TokenShards
 from fastgpt2.text.stored import StoredTokens
@@ -175,7 +175,7 @@ def open_prepared(folder: str | Path) -> Prepared:
     """
     path = Path(folder) / FILE_NAME
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = parse_json(path.read_bytes())
         if manifest["format"] != FORMAT:
             raise UserError(f"{path}: expected format {FORMAT!r}, got {manifest['format']!r}")
         splits = {

@@ -20,13 +20,14 @@ from fastgpt2.text.mixture import absolute_item, item_paths
 from fastgpt2.train import summary
 from fastgpt2.train.allocator import keep_freed_memory
 from fastgpt2.train.claim import check_outside, claimed, empty, is_empty, new_folder
-from fastgpt2.train.config import TrainConfig, field_types, named_configs, read_config
+from fastgpt2.train.config import TrainConfig, field_types, merge_layers
+from fastgpt2.train.config_file import named_configs, read_config
 from fastgpt2.train.guard import BadStep
 from fastgpt2.train.origin import noted_source
 from fastgpt2.train.outcome import Outcome
 from fastgpt2.train.trainer import Trainer
 
-# the flags of the help text, in groups: the first field of each
+# groups of flags in the help text: the first field of each group
 _GROUPS = {
     "data": "data",
     "model": "model",
@@ -55,7 +56,7 @@ def _number_or_auto(text: str) -> int | str:
 
 _OWN_TYPES: dict[str, Any] = {"batch_size": _number_or_auto}
 
-# a run keeps these to its end: they decide what its weights and its data stream mean
+# fixed for a whole run: they decide what its weights and its data stream mean
 _FIXED = (
     "tokenizer",
     "vocab_size",
@@ -77,7 +78,7 @@ _FIXED = (
     "lora_dropout",
     "seed",
 )
-# with --init-from, these are the weights' where the command line says nothing
+# with --init-from, these come from the weights unless the command line gives them
 _OF_THE_WEIGHTS = ("tokenizer", "model", "block_size", "n_layer", "n_head", "n_embd", "bias")
 # what a run notes of itself
 _NOTED = ("init_sha256", "ranks", "auto_batch_size")
@@ -85,7 +86,7 @@ _NOTED = ("init_sha256", "ranks", "auto_batch_size")
 
 @dataclass(frozen=True)
 class Plan:
-    """What a command line asks for: the run, its folder, and what becomes of what is in it."""
+    """What a command line means: the run, its folder, and what happens to the folder's content."""
 
     config: TrainConfig
     folder: Path
@@ -96,13 +97,13 @@ class Plan:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """One flag for each field of ``TrainConfig``, and the few that are about the run folder."""
+    """One flag for each field of ``TrainConfig``, and a few for the run folder."""
     parser = Parser(
         prog="fastgpt2 train",
         usage="%(prog)s [--config NAME|FILE] [--out DIR] [--resume | --overwrite] [flags]",
         description="Train a GPT-2. Without arguments: GPT-2 124M on a GPU, a small model on a "
-        "CPU, on the prose of Python's own documentation. Flags override the configuration; in "
-        "brackets, what holds where neither says anything.",
+        "CPU, on the prose of Python's own documentation. Flags override the configuration; the "
+        "defaults are in brackets.",
         argument_default=argparse.SUPPRESS,
     )
     run = parser.add_argument_group("run")
@@ -113,7 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--out", metavar="DIR", help="run folder [a new one under runs/]")
     run.add_argument("--resume", action="store_true", help="continue the run in --out")
-    run.add_argument("--overwrite", action="store_true", help="delete all that is in --out first")
+    run.add_argument("--overwrite", action="store_true", help="first delete everything in --out")
     run.add_argument(
         "--replay",
         metavar="FILE",
@@ -137,7 +138,7 @@ def build_parser() -> argparse.ArgumentParser:
             metavar = _OWN_METAVARS.get(name, _METAVARS[plain])
             extra["metavar"] = None if extra["choices"] else metavar
         if plain is tuple:
-            # given twice, a flag names more
+            # a repeated flag adds more values
             extra |= {"nargs": "+", "action": "extend"}
         group.add_argument("--" + name.replace("_", "-"), **extra)
     return parser
@@ -156,7 +157,7 @@ def _help(text: str, default: Any) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit code. Of several processes, the first one speaks."""
+    """Entry point; returns the exit code. Only the first of several processes prints."""
     with silent(distributed.launched_rank() > 0):
         arguments = vars(build_parser().parse_args(argv))
     return run_command("train", lambda: _train(arguments), steady=True)
@@ -201,7 +202,7 @@ def _replay(
 def _plan(arguments: dict[str, Any]) -> Plan:
     begun = recall("run")
     if begun is not None:
-        # torchrun has started this job again: it goes on where it was
+        # torchrun has restarted this job: continue the run that it began
         if runs.saved_steps(Path(begun)):
             arguments = {"out": begun, "resume": True}
         else:
@@ -246,10 +247,10 @@ def _train_in(plan: Plan, watch: Watch) -> int:
     if device_kind(trainer.device).host:
         keep_freed_memory()
     if plan.overwrite:
-        # everything has been checked: only now is the old run given up
+        # delete the old run only now, after everything has been checked
         distributed.on_rank_0(lambda: empty(plan.folder))
     distributed.on_rank_0(lambda: remember("run", str(plan.folder.absolute())))
-    # not before: a large text takes its time to become tokens
+    # not earlier: a large text takes long to become tokens
     watch.timeout = plan.config.timeout
     outcome = trainer.run()
     _report(outcome, plan.folder, plan.config.sample_prompt)
@@ -268,21 +269,21 @@ def _base(name: str | None, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _for_the_weights(base: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
-    """The configuration without a shape that is not that of the weights of --init-from.
+    """The configuration without a shape that belongs to other weights than those of --init-from.
 
     Raises:
-        UserError: a preset is asked for beside weights.
+        UserError: a preset is given together with weights.
     """
     source = base.get("init_from")
     if arguments.get("init_from", source) is None:
         return base
-    # the configuration of a run that began with weights notes their shape beside their sha256
+    # a run that began with weights has noted their shape, and their sha256, in its configuration
     asked = source is not None and "init_sha256" not in base
     if "model" in arguments or (asked and "model" in base):
-        raise UserError("--model and --init-from exclude each other: the shape is the weights'")
+        raise UserError("--model and --init-from exclude each other: the weights fix the shape")
     if asked or arguments.get("init_from", source) == source:
         return base
-    # the shape of a configuration from scratch, or of other weights, is not one for these
+    # the shape of a run from scratch, or of other weights, does not fit these
     return {name: value for name, value in base.items() if name not in _OF_THE_WEIGHTS}
 
 
@@ -292,10 +293,10 @@ def _configuration(base: dict[str, Any], arguments: dict[str, Any], *, resume: b
     config = TrainConfig.from_layers(base, _length(arguments), _share(base, arguments), arguments)
     if config.init_from is None and config.bias is None:
         config = replace(config, bias=True)
-    # what is said now is meant for the processes of now
+    # sizes given now are meant for the current number of processes
     said = "batch_size" in arguments or "grad_accum" in arguments
     ranks = distributed.world_size()
-    # a resume may be given from another folder
+    # the run may be resumed from another working directory
     return replace(
         config,
         ranks=ranks if said or config.ranks is None else config.ranks,
@@ -306,14 +307,15 @@ def _configuration(base: dict[str, Any], arguments: dict[str, Any], *, resume: b
 
 
 def _share(base: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
-    """With a learning rate of its own, a run ends at the same share of it as its configuration."""
+    """If --lr is given, min_lr stays the same share of it as in the configuration."""
+    base = merge_layers(base, {n: arguments[n] for n in ("optimizer",) if n in arguments})
     if "lr" not in arguments or base.get("min_lr") is None or not base.get("lr"):
         return {}
     return {"min_lr": arguments["lr"] * (base["min_lr"] / base["lr"])}
 
 
 def _length(arguments: dict[str, Any]) -> dict[str, Any]:
-    """A length on the command line takes the place of the configuration's, it does not add one."""
+    """A length on the command line replaces the configuration's lengths."""
     names = ("steps", "epochs", "minutes")
     return dict.fromkeys(names) if any(name in arguments for name in names) else {}
 
@@ -346,13 +348,13 @@ def _check_unused(folder: Path, overwrite: bool) -> None:
 
 
 def _check_keeps_sources(folder: Path, config: TrainConfig, name: str | None) -> None:
-    """What the new run is made from must outlive the old run."""
+    """Refuse to delete an old run that holds what the new run needs."""
     check_outside(folder, (path for item in config.data for path in item_paths(item)), "data")
     if config.vocab_dir is not None:
         check_outside(folder, [Path(config.vocab_dir)], "vocabulary")
     if config.init_from is not None and Path(config.init_from).exists():
         check_outside(folder, [Path(config.init_from)], "weights")
-    # the old run's own configuration is written anew
+    # the old run's own configuration is rewritten
     if name is not None and Path(name).is_file() and Path(name).name != runs.RUN_CONFIG:
         check_outside(folder, [Path(name)], "configuration")
 
@@ -384,7 +386,7 @@ def _report(outcome: Outcome, folder: Path, prompt: str) -> None:
 
 
 def _quoted(text: str) -> str:
-    """The text as a shell takes it."""
+    """The text quoted for a shell."""
     return shlex.quote(text) if os.name == "posix" else f'"{text}"'
 
 

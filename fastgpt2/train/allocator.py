@@ -1,23 +1,23 @@
-"""The host's memory allocator, set for steps that take the same large buffers again and again."""
+"""The host's memory allocator, tuned for steps that allocate the same large buffers repeatedly."""
 
 import ctypes
 import sys
 
-# of mallopt(3)
+# options of mallopt(3)
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def keep_freed_memory() -> bool:
-    """Let the process keep what it frees for its next allocation; False where it cannot.
+    """Let the process keep freed memory for its next allocation; False where that is not possible.
 
-    glibc hands large buffers back to the system, which clears every page of them when it gives them
-    out again: in each step of a training on a CPU, all gradients, logits and activations. Kept,
-    they are there at once; the process then holds on to its peak of memory.
+    glibc returns large buffers to the system, which clears every page before it hands them out
+    again: in each training step on a CPU, all gradients, logits and activations. Buffers that are
+    kept are available at once, but the process then keeps its peak of memory.
     """
     if sys.platform != "linux":
         return False
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):
         return False
-    # no buffer of its own mapping, and no giving back of the heap's end
+    # never map a buffer separately, never return the end of the heap
     return bool(libc.mallopt(_M_MMAP_MAX, 0) and libc.mallopt(_M_TRIM_THRESHOLD, -1))

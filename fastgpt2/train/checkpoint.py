@@ -42,7 +42,7 @@ from fastgpt2.weights.adapter import (
 )
 from fastgpt2.weights.shards import WEIGHTS, read_shards
 
-# of AdamW, and of Muon
+# AdamW's two, and Muon's
 _MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
 
@@ -51,8 +51,8 @@ def save(
 ) -> Path:
     """Write the checkpoint of ``step``; ``state`` is plain JSON. Returns its folder.
 
-    Where the step has a checkpoint already, only its ``state`` is written anew. Of several
-    processes, which all call this, the first one writes, or of a sharded model each its part.
+    If the step has a checkpoint already, only its ``state`` is rewritten. All processes call this;
+    the first one writes, or of a sharded model each its part.
 
     Raises:
         UserError: it cannot be written.
@@ -154,15 +154,15 @@ def _write_state_anew(final: Path, record: dict[str, Any]) -> None:
 def newest_intact(run: Path, notify: Callable[[str], None]) -> Path:
     """The newest checkpoint whose files are as they were saved.
 
-    A damaged one that is newer loses its name, so that nothing takes it for a checkpoint, and
-    keeps its files.
+    A newer one that is damaged is renamed, so that nothing takes it for a checkpoint; its files
+    are kept.
 
     Args:
         run: the run folder.
         notify: shows a line for each damaged one.
 
     Raises:
-        UserError: there is none, or all are damaged; of several reasons the newest one's.
+        UserError: there is none, or all are damaged; gives the reason of the newest one.
     """
     newest = runs.latest(run)
     damaged: dict[Path, UserError] = {}
@@ -181,7 +181,7 @@ def newest_intact(run: Path, notify: Callable[[str], None]) -> Path:
 
 
 def _check_intact(folder: Path) -> None:
-    """Raise ``UserError`` unless the files have the digests that were saved, where some were."""
+    """Raise ``UserError`` if a file does not have its saved digest; older runs saved none."""
     for name, digest in runs.read_state(folder).get("sha256", {}).items():
         try:
             found = _digest(folder / name)
@@ -201,13 +201,13 @@ def _json(record: dict[str, Any]) -> str:
 
 
 def prune(run: Path, keep_last: int) -> None:
-    """Delete all checkpoints but the best and the newest ``keep_last``, and what a crash left."""
+    """Delete all checkpoints but the best and the newest ``keep_last``, and a crash's leftovers."""
     keep = {runs.step_folder(run, step) for step in runs.saved_steps(run)[-keep_last:]} | {
         runs.best(run)
     }
     for step in runs.saved_steps(run):
         if runs.step_folder(run, step) not in keep:
-            # out of sight first: half a checkpoint must never have a checkpoint's name
+            # rename first: half a checkpoint must never have a checkpoint's name
             folder = runs.step_folder(run, step)
             shutil.rmtree(_hidden(folder), ignore_errors=True)
             os.rename(folder, _hidden(folder))
@@ -223,7 +223,7 @@ def load_model(folder: Path, **overrides: Any) -> GPT:
     """
     try:
         config = json.loads((folder / runs.MODEL_CONFIG).read_bytes())
-        # no memory and no time for an initialisation that is overwritten at once
+        # skip an initialisation that would be overwritten at once
         with torch.device("meta"):
             model = GPT(GPTConfig(**(config | overrides)))
         if (folder / runs.ADAPTER).is_file():
@@ -261,7 +261,7 @@ def load_weights(folder: Path, model: GPT) -> None:
 
     Args:
         folder: the checkpoint.
-        model: whose parameters are overwritten.
+        model: the model whose parameters are overwritten.
 
     Raises:
         UserError: a file is missing, damaged, or does not fit the model.
@@ -272,7 +272,7 @@ def load_weights(folder: Path, model: GPT) -> None:
 
 
 def load_training_state(folder: Path, model: GPT, optimizer: torch.optim.Optimizer) -> None:
-    """Put AdamW's moments and the random-number states back as they were.
+    """Restore the optimizer's moments and the random-number states.
 
     Raises:
         UserError: the file is missing, damaged, or does not fit the model.
@@ -285,13 +285,13 @@ def load_training_state(folder: Path, model: GPT, optimizer: torch.optim.Optimiz
                 state["step"] = tensors[f"step.{name}"].to(parameter.device)
             for moment in _MOMENTS:
                 if f"{moment}.{name}" in tensors:
-                    # the padded rows have none
+                    # moments of padded rows are not saved
                     full = torch.zeros(
                         parameter.shape, dtype=parameter.dtype, device=parameter.device
                     )
                     full[: _true_rows(model, name, parameter)] = tensors[f"{moment}.{name}"]
                     state[moment] = placed_like(parameter, full)
-            # AdamW's three come together, Muon's buffer alone
+            # AdamW has all three of these or none; Muon has only its buffer
             if (adamw := {"step", "exp_avg", "exp_avg_sq"}) & set(state) and not adamw <= set(
                 state
             ):
@@ -303,20 +303,20 @@ def load_training_state(folder: Path, model: GPT, optimizer: torch.optim.Optimiz
     except UserError:
         raise
     except Exception as error:
-        # as above, and a tensor that is not there
+        # as above, or a tensor is missing
         raise UserError(
             f"{folder / runs.OPTIMIZER}: cannot be loaded: {_beginning(error)}"
         ) from None
 
 
 def _beginning(error: Exception) -> str:
-    """The start of a message: PyTorch's go on to name every tensor that does not fit."""
+    """The start of a message: PyTorch's messages go on to name every tensor that does not fit."""
     text = f"no tensor {error}" if isinstance(error, KeyError) else str(error)
     return shorten(text, 200, placeholder=" ...")
 
 
 def _hidden(folder: Path) -> Path:
-    """The name beside ``folder`` for what is not yet, or no longer, a checkpoint."""
+    """The path next to ``folder`` for what is not yet, or no longer, a checkpoint."""
     return folder.with_name(f".{folder.name}")
 
 
@@ -351,7 +351,7 @@ def _training_tensors(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str,
 
 
 def _restore_random_numbers(tensors: dict[str, Tensor], device: torch.device) -> None:
-    """Put this process's generators back; a process that was not there at the save has its own."""
+    """Restore this process's generators; a process that did not exist at the save has its own."""
     ending = _of_rank(distributed.rank())
     saved = {name: tensors.get(f"rng.{name}{ending}") for name in rng_states(device)}
     states = {name: state for name, state in saved.items() if state is not None}
@@ -360,5 +360,5 @@ def _restore_random_numbers(tensors: dict[str, Tensor], device: torch.device) ->
 
 
 def _of_rank(rank: int) -> str:
-    """The end of a name for a process; the first one's have none."""
+    """The suffix of a process's names; the first process has none."""
     return f".{rank}" if rank else ""

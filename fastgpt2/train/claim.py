@@ -22,8 +22,8 @@ def claimed(folder: Path, *, made: bool = False) -> Iterator[None]:
     A folder that did not exist, and is empty after the block, is removed.
 
     Args:
-        folder: made if it is not there.
-        made: the caller has made it for this block.
+        folder: the run folder; created if it does not exist.
+        made: whether the caller has created it for this block.
 
     Raises:
         UserError: another process has it.
@@ -38,13 +38,13 @@ def claimed(folder: Path, *, made: bool = False) -> Iterator[None]:
             (folder / LOCK).unlink()
         os.close(handle)
         if made:
-            # only what is empty goes
+            # only an empty folder is removed
             with suppress(OSError):
                 folder.rmdir()
 
 
 def new_folder(name: str) -> Path:
-    """A folder under ``runs/`` that nobody had before, named by the time and ``name``; made."""
+    """Create a new folder under ``runs/``, named by the time and ``name``."""
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     first = Path("runs") / f"{stamp}_{name}"
     first.parent.mkdir(exist_ok=True)
@@ -58,14 +58,14 @@ def new_folder(name: str) -> Path:
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether nothing but a claim is in it."""
+    """Whether the folder holds nothing but a claim."""
     return not any(entry.name != LOCK for entry in folder.iterdir())
 
 
 def empty(folder: Path) -> None:
-    """Delete what is in the folder, not the folder: it may be a mount point, a link, or ``.``."""
+    """Delete the folder's content, not the folder: it may be a mount point, a link, or ``.``."""
     entries = [entry for entry in folder.iterdir() if entry.name != LOCK]
-    # what makes it a run folder goes last, so that a deletion that fails can be repeated
+    # the file that makes it a run folder goes last, so that a failed deletion can be repeated
     for entry in sorted(entries, key=lambda entry: entry.name == runs.RUN_CONFIG):
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
@@ -79,7 +79,7 @@ def check_outside(folder: Path, paths: Iterable[Path], what: str) -> None:
     Args:
         folder: the run folder; links are followed, as in ``paths``.
         paths: files or folders.
-        what: what the error calls them.
+        what: their name in the error.
 
     Raises:
         UserError: one of them lies in the folder, or is the folder.

@@ -21,16 +21,16 @@ def compiled(
     *,
     eot: int | None = None,
 ) -> Callable[..., Any]:
-    """The compiled model, after a forward and backward pass that prove it; else the model itself.
+    """The compiled model, if a forward and a backward pass of it succeed; else the model itself.
 
-    Weights, gradients and random numbers are left as they were.
+    Weights, gradients and random numbers do not change.
 
     Args:
         model: in training mode, on its device.
         batch_size: B of the micro-batches to come.
-        dtype: what it computes in.
-        notify: shows what was decided, a line each.
-        eot: the id that ends a document, where the blocks to come are of packed documents.
+        dtype: dtype of the computation.
+        notify: shows each decision in a line.
+        eot: the id that ends a document, if documents will be packed into blocks.
     """
     device = model.lm_head.weight.device
     obstacle = compiler_obstacle(device)
@@ -57,17 +57,17 @@ def compile_kernels(
 ) -> int:
     """Compile the Triton kernels of a training step in parallel, before the first one needs them.
 
-    Weights, gradients and random numbers are left as they were.
+    Weights, gradients and random numbers do not change.
 
     Args:
         model: in training mode, on its device.
         batch_size: B of the micro-batches to come.
-        dtype: what it computes in.
-        eot: the id that ends a document, where the blocks to come are of packed documents.
-        jobs: threads; None is one for each core.
+        dtype: dtype of the computation.
+        eot: the id that ends a document, if documents will be packed into blocks.
+        jobs: number of threads; None means one per core.
 
     Returns:
-        How many binaries the step needs; 0 where it takes PyTorch's operators.
+        How many binaries the step needs; 0 if it uses PyTorch's operators.
     """
     if resolve("train", model.config.impl, model.lm_head.weight) is not Impl.TRITON:
         return 0
@@ -81,14 +81,14 @@ def try_out(
     dtype: torch.dtype,
     eot: int | None = None,
 ) -> None:
-    """A forward and backward pass that leaves neither gradients nor a trace in the random numbers.
+    """A forward and backward pass that leaves no gradients and does not change random numbers.
 
     Args:
         model: in training mode, on its device, without gradients.
-        forward: the model, or what a compiler made of it.
+        forward: the model, perhaps compiled.
         batch_size: B of the micro-batch, of block_size tokens each.
-        dtype: what it computes in.
-        eot: the id that ends a document, where the blocks are of packed documents.
+        dtype: dtype of the computation.
+        eot: the id that ends a document, if documents are packed into blocks.
     """
     device = model.lm_head.weight.device
     random_numbers = rng_states(device)

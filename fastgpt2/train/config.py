@@ -2,15 +2,12 @@
 
 import json
 import math
-import tomllib
 import types
 import typing
 from dataclasses import asdict, dataclass, field, fields
-from importlib.resources import files
-from pathlib import Path
 from typing import Any, Self
 
-from fastgpt2.config import IMPLS, PRESETS, GPTConfig, unknown_key
+from fastgpt2.config import IMPLS, PRESETS, GPTConfig
 from fastgpt2.devices import DTYPES
 from fastgpt2.errors import UserError
 from fastgpt2.lora import TARGETS
@@ -20,16 +17,8 @@ from fastgpt2.train.remat import REMATS
 from fastgpt2.train.schedules import SCHEDULES
 from fastgpt2.train.spikes import ON_SPIKE
 
-# the table of a TOML file with the values that hold where the optimizer is Muon
+# the table of a TOML file with the values for the optimizer Muon
 MUON_TABLE = "muon"
-
-_TYPE_NAMES: dict[type, str] = {
-    bool: "true or false",
-    int: "an integer",
-    float: "a number",
-    str: "a string",
-    tuple: "a string or a list of strings",
-}
 
 
 def _option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -51,7 +40,7 @@ class TrainConfig:
         "shards, token files (.bin of llm.c, nanoGPT), or a name: python-docs, the-verdict, "
         "tinyshakespeare; NAME:WEIGHT for each makes a mixture",
     )
-    text_column: str = _option("text", "where a line of JSON or a Parquet table has its text")
+    text_column: str = _option("text", "field of the text in a line of JSON or a Parquet table")
     tokenizer: str = _option(
         "auto", "how text becomes tokens", choices=("auto", "gpt2", "bytes", "char", "ids")
     )
@@ -61,21 +50,21 @@ class TrainConfig:
     vocab_dir: str | None = _option(None, "folder with GPT-2's encoder.json and vocab.bpe")
     val_fraction: float = _option(0.1, "share of the text, at its end, kept for validation")
     stride: int | None = _option(
-        None, "tokens from one block to the next [T, with borders that move from epoch to epoch]"
+        None, "tokens from the start of a block to the next [T, shifted in each epoch]"
     )
     pack: bool = _option(
         False,
-        "documents packed into blocks: attention stays within each, positions begin anew",
+        "pack documents into blocks: attention stays within each, positions restart at 0",
     )
     init_from: str | None = _option(
         None,
-        "begin with these weights: a run, a folder or file in any format that convert reads, or "
-        "gpt2, gpt2-medium, gpt2-large, gpt2-xl; shape and tokenizer are theirs",
+        "start from these weights: a run, a folder or file in any format that convert reads, or "
+        "gpt2, gpt2-medium, gpt2-large, gpt2-xl; they fix shape and tokenizer",
     )
-    init_sha256: str | None = _option(None, "of the weights of --init-from, noted by the run")
+    init_sha256: str | None = _option(None, "sha256 of --init-from's weights, noted by the run")
     freeze: tuple[str, ...] = _option(
         (),
-        "parameters or modules that are not trained, by name, with the shell's * ? [..]: "
+        "parameters or modules not to train, by name, with the shell's * ? [..]: "
         "transformer.wte, 'transformer.h.[0-5].*', '*.ln_?.*'",
     )
     lora_rank: int | None = _option(
@@ -98,11 +87,11 @@ class TrainConfig:
     attn_dropout: float | None = _option(None, "rate on attention probabilities [--dropout]")
     embd_dropout: float | None = _option(None, "rate on the embeddings [--dropout]")
     resid_dropout: float | None = _option(
-        None, "rate on what joins the residual stream [--dropout]"
+        None, "rate on what is added to the residual stream [--dropout]"
     )
     batch_size: int = _option(12, "sequences in a micro-batch; auto: as many as fit")
     auto_batch_size: bool = _option(False, "batch_size is still to be found")
-    grad_accum: int = _option(1, "micro-batches in an optimizer step, of each process")
+    grad_accum: int = _option(1, "micro-batches per optimizer step and process")
     ranks: int | None = _option(None, "processes that batch_size and grad_accum are meant for")
     steps: int | None = _option(None, "optimizer steps to train")
     epochs: float | None = _option(None, "passes over the training tokens")
@@ -111,7 +100,7 @@ class TrainConfig:
     min_lr: float | None = _option(None, "learning rate at the end of the schedule [--lr / 10]")
     warmup_steps: int = _option(100, "steps of linear warm-up")
     schedule: str = _option("cosine", "shape of the decay", choices=tuple(SCHEDULES))
-    wsd_decay: float = _option(0.2, "last share of the run, in which the schedule wsd decays")
+    wsd_decay: float = _option(0.2, "last share of the run, over which the schedule wsd decays")
     optimizer: str = _option(
         "adamw",
         "adamw, or muon: Muon on the matrices of the blocks, AdamW on the rest",
@@ -119,13 +108,13 @@ class TrainConfig:
     )
     muon_lr: float = _option(0.02, "Muon's peak learning rate; it follows the schedule of --lr")
     muon_momentum: float = _option(0.95, "Muon's momentum")
-    muon_warmup_steps: int = _option(300, "steps in which Muon's momentum grows from 0.85")
-    muon_weight_decay: float = _option(0.0, "Muon's, on the matrices of the blocks")
-    weight_decay: float = _option(0.1, "AdamW's, on matrices only")
-    beta1: float = _option(0.9, "AdamW's first moment")
-    beta2: float = _option(0.95, "AdamW's second moment")
+    muon_warmup_steps: int = _option(300, "steps over which Muon's momentum grows from 0.85")
+    muon_weight_decay: float = _option(0.0, "Muon's weight decay, on the blocks' matrices")
+    weight_decay: float = _option(0.1, "AdamW's weight decay, on matrices only")
+    beta1: float = _option(0.9, "decay of AdamW's first moment")
+    beta2: float = _option(0.95, "decay of AdamW's second moment")
     grad_clip: float = _option(1.0, "largest gradient norm; 0 does not clip")
-    dtype: str = _option("auto", "of the computation; weights are kept in fp32", choices=DTYPES)
+    dtype: str = _option("auto", "for the computation; weights are kept in fp32", choices=DTYPES)
     device: str = _option("auto", "auto, cpu, cuda, cuda:1, ...; mps and xpu are untested")
     impl: str = _option("auto", "implementation of the kernels", choices=IMPLS)
     fp32_residual: bool = _option(False, "keep the residual stream in fp32")
@@ -137,34 +126,34 @@ class TrainConfig:
     compile: bool = _option(False, "torch.compile the forward and backward pass")
     remat: str = _option(
         "none",
-        "activations that are computed again in the backward pass, not kept: those of the MLPs, or "
-        "of whole blocks",
+        "activations to recompute in the backward pass instead of keeping them: those of the MLPs, "
+        "or of whole blocks",
         choices=REMATS,
     )
     on_spike: str = _option(
         "warn",
-        "about a loss far above those before it: say so, or also go back to the last checkpoint "
-        "and skip the data since then",
+        "when a loss is far above those before it: print a line, or also go back to the last "
+        "checkpoint and skip the data since then",
         choices=ON_SPIKE,
     )
     shard: bool = _option(
         False,
-        "of several processes, each keeps a part of weights, gradients and moments (FSDP2), not "
+        "each of several processes keeps a part of weights, gradients and moments (FSDP2), not "
         "all of them (DDP)",
     )
     timeout: float = _option(
         1800.0,
-        "seconds in which a process has to move on; then its stack is shown and the job ends with "
-        "exit code 75; 0 waits for ever",
+        "seconds that a process may be stuck; then its stack is shown and the job ends with exit "
+        "code 75; 0 waits for ever",
     )
-    seed: int = _option(1337, "of initialisation, data order and dropout")
+    seed: int = _option(1337, "seed of initialisation, data order and dropout")
     log_every: int = _option(10, "steps between records in metrics.jsonl")
     log: tuple[str, ...] = _option(
-        (), "also show the run in tensorboard, wandb (offline unless WANDB_MODE says else)"
+        (), "also show the run in tensorboard, wandb (offline unless WANDB_MODE is set)"
     )
     profile: int = _option(0, "record this many steps: trace.json and a table of their time")
     eval_every: int = _option(250, "steps between evaluations, each with a sample and a checkpoint")
-    keep_last: int = _option(2, "checkpoints kept beside the best one")
+    keep_last: int = _option(2, "newest checkpoints to keep, besides the best one")
     sample_tokens: int = _option(100, "length of the sample shown at each evaluation")
     sample_prompt: str = _option("\n", "what the sample continues")
 
@@ -196,9 +185,11 @@ class TrainConfig:
             value, choices = getattr(self, item.name), item.metadata["choices"]
             if choices:
                 _check(self, item.name, value in choices, f"one of {', '.join(choices)}")
+            if isinstance(value, int):
+                _check(self, item.name, value < 2**63, "below 2^63")
             if isinstance(value, float):
                 _check(self, item.name, math.isfinite(value), "finite")
-            # a file's name may hold bytes that are no text, which TOML cannot store
+            # a file's name may hold bytes that are not text, which TOML cannot store
             for text in value if isinstance(value, tuple) else (value,):
                 _check(self, item.name, not isinstance(text, str) or is_utf8(text), "UTF-8 text")
         if self.steps is None and self.epochs is None and self.minutes is None:
@@ -219,12 +210,12 @@ class TrainConfig:
 
     @property
     def lora_targets(self) -> tuple[str, ...]:
-        """Names of the layers with adapters; a text may hold several, between commas."""
+        """Names of the layers with adapters; one string may hold several, with commas."""
         return _split(self.lora_target)
 
     @property
     def loggers(self) -> tuple[str, ...]:
-        """Names of the programs that show the run; a text may hold several, between commas."""
+        """Names of the programs that show the run; one string may hold several, with commas."""
         return _split(self.log)
 
     def gpt_config(self, vocab_size: int) -> GPTConfig:
@@ -247,13 +238,13 @@ class TrainConfig:
         )
 
     def split(self, ranks: int) -> tuple[int, int]:
-        """Micro-batch size, and micro-batches in a step of each of ``ranks`` processes.
+        """Micro-batch size, and micro-batches per step of each of ``ranks`` processes.
 
-        A step has the same sequences whatever their number is, if they can be dealt out evenly; a
+        A step has the same sequences for any number of processes that divides them evenly; a
         micro-batch is never larger than ``batch_size``.
 
         Args:
-            ranks: processes that there are.
+            ranks: number of processes.
 
         Raises:
             UserError: the sequences of a step are not a multiple of ``ranks``.
@@ -278,13 +269,13 @@ class TrainConfig:
     def total_steps(
         self, blocks_per_epoch: int, *, step: int = 0, blocks: int = 0, ranks: int = 1
     ) -> int | None:
-        """Optimizer steps by ``steps`` or ``epochs``, whichever is fewer; None is by time alone.
+        """Optimizer steps by ``steps`` or ``epochs``, whichever is fewer; None: by time alone.
 
         Args:
-            blocks_per_epoch: blocks of the training tokens.
-            step: steps taken; they may have had another batch size than this configuration.
-            blocks: blocks used in them.
-            ranks: processes that share a step's blocks.
+            blocks_per_epoch: number of blocks in the training tokens.
+            step: steps taken so far, perhaps with another batch size.
+            blocks: blocks used in those steps.
+            ranks: number of processes that share a step's blocks.
         """
         batch_size, grad_accum = self.split(ranks)
         limits = [] if self.steps is None else [self.steps]
@@ -294,33 +285,41 @@ class TrainConfig:
         return min(limits, default=None)
 
     def to_toml(self) -> str:
-        """The configuration as TOML; what is None is left out."""
+        """The configuration as TOML, without the fields that are None."""
         lines = []
         for name, value in asdict(self).items():
             if value is not None:
-                # JSON's strings, numbers, booleans and lists are TOML's, but for one character
+                # JSON's strings, numbers, booleans and lists are TOML's, except for one character
                 text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
                 lines.append(f"{name} = {text}")
         return "\n".join(lines) + "\n"
 
     @classmethod
     def from_layers(cls, *layers: dict[str, Any]) -> Self:
-        """Later layers override earlier ones.
+        """The configuration of ``merge_layers``."""
+        return cls(**merge_layers(*layers))
 
-        A layer's table ``muon`` holds where the run, by whichever layer, takes that optimizer.
-        Under a ``batch_size`` of ``auto`` the layers before it say how many a step has.
-        """
-        chosen = [layer["optimizer"] for layer in layers if "optimizer" in layer]
-        merged: dict[str, Any] = {}
-        for layer in layers:
-            auto = layer.get("batch_size") == "auto"
-            if "batch_size" in layer:
-                merged["auto_batch_size"] = auto
-            left_out = (MUON_TABLE, "batch_size") if auto else (MUON_TABLE,)
-            merged |= {name: value for name, value in layer.items() if name not in left_out}
-            if chosen and chosen[-1] == "muon":
-                merged |= layer.get(MUON_TABLE, {})
-        return cls(**merged)
+
+def merge_layers(*layers: dict[str, Any]) -> dict[str, Any]:
+    """The values of several configurations; later layers override earlier ones.
+
+    A layer's table ``muon`` applies if any layer chooses that optimizer. If ``batch_size`` is
+    ``auto``, the layers before it give the sequences of a step.
+
+    Args:
+        layers: what ``read_config`` returns, or flags.
+    """
+    chosen = [layer["optimizer"] for layer in layers if "optimizer" in layer]
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        auto = layer.get("batch_size") == "auto"
+        if "batch_size" in layer:
+            merged["auto_batch_size"] = auto
+        left_out = (MUON_TABLE, "batch_size") if auto else (MUON_TABLE,)
+        merged |= {name: value for name, value in layer.items() if name not in left_out}
+        if chosen and chosen[-1] == "muon":
+            merged |= layer.get(MUON_TABLE, {})
+    return merged
 
 
 def _check(config: TrainConfig, name: str, ok: bool, expected: str) -> None:
@@ -329,7 +328,7 @@ def _check(config: TrainConfig, name: str, ok: bool, expected: str) -> None:
 
 
 def _split(texts: tuple[str, ...]) -> tuple[str, ...]:
-    """Every name once, in order."""
+    """Each name once, in order."""
     return tuple(dict.fromkeys(name for text in texts for name in text.replace(",", " ").split()))
 
 
@@ -341,60 +340,3 @@ def field_types() -> dict[str, tuple[type, bool]]:
         plain = typing.get_args(hint)[0] if optional else hint
         result[name] = (typing.get_origin(plain) or plain, optional)
     return result
-
-
-def named_configs() -> list[str]:
-    """Names that ``--config`` knows."""
-    folder = files("fastgpt2.configs")
-    return sorted(
-        f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml")
-    )
-
-
-def read_config(name_or_path: str) -> dict[str, Any]:
-    """The values of a shipped config or of a TOML file, checked for unknown keys and types."""
-    path = Path(name_or_path)
-    if name_or_path in named_configs():
-        text = (files("fastgpt2.configs") / f"{name_or_path}.toml").read_text(encoding="utf-8")
-    elif path.is_file():
-        try:
-            # some editors begin a file with a byte-order mark, which TOML does not allow
-            text = path.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError:
-            raise UserError(f"{path}: not UTF-8 text") from None
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror}") from None
-    else:
-        raise UserError(
-            f"config {name_or_path!r}: no such file, and none of {', '.join(named_configs())}"
-        )
-    try:
-        values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{name_or_path}: not valid TOML: {error}") from None
-    table = values.pop(MUON_TABLE, None)
-    typed = {key: _typed(name_or_path, key, value) for key, value in values.items()}
-    if table is not None:
-        where = f"{name_or_path}, [{MUON_TABLE}]"
-        if not isinstance(table, dict):
-            raise UserError(f"{name_or_path}: {MUON_TABLE} must be a table, got {table!r}")
-        typed[MUON_TABLE] = {key: _typed(where, key, value) for key, value in table.items()}
-    return typed
-
-
-def _typed(where: str, key: str, value: Any) -> Any:
-    known = field_types()
-    if key not in known:
-        raise unknown_key(key, list(known), where)
-    expected, _ = known[key]
-    if key == "batch_size" and value == "auto":
-        return value
-    if expected is tuple:
-        value = (value,) if isinstance(value, str) else value
-        if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
-            return tuple(value)
-    elif expected is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    elif type(value) is expected:
-        return value
-    raise UserError(f"{where}: {key} must be {_TYPE_NAMES[expected]}, got {value!r}")

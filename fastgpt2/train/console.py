@@ -15,8 +15,8 @@ from fastgpt2.train.validation import Validation
 
 
 class Console:
-    """Shows a run; as a context, with the progress bar of its steps. Of several processes, the
-    first one speaks.
+    """Shows a run; as a context, with the progress bar of its steps. Only the first of several
+    processes prints.
 
     Args:
         notify: shows a line before the training begins.
@@ -52,7 +52,7 @@ class Console:
     def begin(
         self, step: int, total_steps: int | None, minutes: float | None, tokens_per_step: int
     ) -> Self:
-        """The length of the run, and the bar; ``step`` steps are done already."""
+        """Show the length of the run, and the bar, at step ``step``."""
         length = "by time" if total_steps is None else f"{total_steps:,} steps"
         limit = "" if minutes is None else f", at most {minutes:g} minutes"
         done = f" ({step:,} done)" if step else ""
@@ -64,7 +64,7 @@ class Console:
             file=sys.stderr,
             dynamic_ncols=True,
             disable=not self._speaks,
-            # a log file gets a line now and then, not ten per second
+            # a log file gets a line every few seconds, not ten per second
             mininterval=0.1 if sys.stderr.isatty() else 10.0,
         )
         return self
@@ -82,18 +82,18 @@ class Console:
         self._bar.update(1)
 
     def go_back(self, step: int) -> None:
-        """A loss spike is undone: the run is at ``step`` again."""
+        """Show that a loss spike was undone: the run is back at ``step``."""
         assert self._bar is not None
         self._bar.n = step
         self._bar.refresh()
         self.write(f"gone back to step {step}; the data since then is skipped")
 
     def say(self, text: str) -> None:
-        """Lines above the bar, or before there is one."""
+        """Print lines above the bar, or before there is one."""
         (self.notify if self._bar is None else self._bar.write)(text)
 
     def write(self, text: str) -> None:
-        """Lines above the bar."""
+        """Print lines above the bar."""
         assert self._bar is not None
         if self._speaks:
             self._bar.write(text)
@@ -123,4 +123,4 @@ class Console:
 
 
 def _silent(line: str) -> None:
-    """What the other processes say."""
+    """The output of the other processes: none."""

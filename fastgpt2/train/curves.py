@@ -21,7 +21,7 @@ class Curves:
 
     Attributes:
         name: for the legend, printable.
-        records: in the order of their steps.
+        records: the records in the order of their steps.
     """
 
     name: str
@@ -70,7 +70,7 @@ def paint_runs(runs: Sequence[Curves]) -> Any:
             _line(axes, run.records, x, "val_loss", "o-", **_MARKERS, **thin)
         for axes, y in zip(panels[1], ("lr", "grad_norm", "tokens_per_second"), strict=True):
             _line(axes, run.records, "step", y, "-", color=colour, linewidth=1.2)
-        # a name in the legend for whatever the run has measured
+        # an empty line that only puts the run's name into the legend
         panels[0][0].plot([], [], "o-", color=colour, label=run.name, **_MARKERS)
     for axes, (_, label) in zip(panels[0], across, strict=True):
         _finish(axes, _LOSS)

@@ -19,16 +19,16 @@ def fitted(
     dtype: torch.dtype,
     notify: Callable[[str], None],
 ) -> TrainConfig:
-    """The configuration with the largest micro-batch that fits, and steps of as many tokens.
+    """The configuration with the largest micro-batch that fits, and as many tokens per step.
 
-    All processes call it, and get the same.
+    All processes call it, and get the same result.
 
     Args:
-        config: its ``batch_size`` and ``grad_accum`` say how many sequences a step has. One that
-            does not ask for it comes back as it is.
-        model: in training mode, on its device; sharded where it will be.
-        optimizer: of its parameters, before the first step.
-        dtype: of the computation.
+        config: its ``batch_size`` and ``grad_accum`` give the sequences of a step. One without
+            ``auto_batch_size`` is returned unchanged.
+        model: in training mode, on its device; already sharded if it will be.
+        optimizer: the optimizer of its parameters, before the first step.
+        dtype: dtype of the computation.
         notify: shows a line.
 
     Raises:

@@ -18,10 +18,10 @@ def begin_folder(
     """Write what every run folder holds, and open its log.
 
     Args:
-        run: the folder; is made where it does not exist.
-        config: the run.
-        tokenizer: the run's.
-        step: steps that are done already.
+        run: the folder; created if it does not exist.
+        config: the run's configuration.
+        tokenizer: the run's tokenizer.
+        step: steps taken so far.
         notify: shows a line.
 
     Raises:

@@ -13,15 +13,15 @@ _EMBEDDING, _HEAD = "transformer.wte.weight", "lm_head.weight"
 def freeze(model: GPT, patterns: tuple[str, ...]) -> list[str]:
     """Stop training the parameters that a pattern names: no gradient, no moments, no decay.
 
-    A pattern is one of the shell's (``*``, ``?``, ``[0-3]``, in the case as it is) for the whole
-    name of a parameter or of a module that holds it: ``transformer.h.0``, ``*.ln_?.*``.
+    A pattern is one of the shell's (``*``, ``?``, ``[0-3]``, case-sensitive) for the whole name of
+    a parameter or of a module that holds it: ``transformer.h.0``, ``*.ln_?.*``.
 
     Args:
         model: the whole model; a tied head is frozen with the token embedding, by either name.
-        patterns: of ``--freeze``; none freezes nothing.
+        patterns: the patterns of ``--freeze``; without any, nothing is frozen.
 
     Returns:
-        what was frozen and what is left, a line each; nothing where nothing was asked for.
+        Lines that say what was frozen and what is left; none without patterns.
 
     Raises:
         UserError: a pattern matches no parameter, or nothing is left to train.
@@ -51,6 +51,6 @@ def freeze(model: GPT, patterns: tuple[str, ...]) -> list[str]:
 
 
 def _matches(name: str, pattern: str) -> bool:
-    """Whether the pattern names the parameter, or a module on the way to it."""
+    """Whether the pattern names the parameter, or a module that contains it."""
     parts = name.split(".")
     return any(fnmatchcase(".".join(parts[: i + 1]), pattern) for i in range(len(parts)))

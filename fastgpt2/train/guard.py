@@ -1,7 +1,7 @@
-"""What went wrong in a step whose loss or gradient is not finite: the module, and the batch kept.
+"""A step whose loss or gradient is not finite: find the module that went wrong, save the batch.
 
-The step is computed a second time, its modules called one by one. The weights are those of the bad
-step, since such a step changes nothing.
+The step is recomputed module by module. The weights are still those of the bad step, since such a
+step changes nothing.
 """
 
 import json
@@ -28,20 +28,20 @@ from fastgpt2.train.step import TrainingStep
 
 Batch = tuple[Tensor, Tensor]
 
-# in the run folder
+# the file in the run folder
 BAD_STEP = "bad_step.safetensors"
 
 
 @dataclass(frozen=True)
 class BadStep:
-    """A step to be computed again.
+    """A step to recompute.
 
     Attributes:
-        model: with the weights that the step began with, in training mode.
-        batches: its micro-batches.
+        model: in training mode, with the weights that the step began with.
+        batches: the step's micro-batches.
         random_numbers: states of the generators when it began.
         step: its number.
-        eot: the id that ends a document, where its blocks are of packed documents.
+        eot: the id that ends a document, if documents are packed into its blocks.
     """
 
     model: GPT
@@ -69,14 +69,14 @@ class BadStep:
 
     @classmethod
     def load(cls, path: Path, **overrides: Any) -> "BadStep":
-        """Read what ``save`` has written.
+        """Read a file that ``save`` has written.
 
         Args:
             path: the file.
             overrides: fields of the model's configuration, such as ``impl``.
 
         Raises:
-            UserError: not such a file.
+            UserError: the file is not one of these.
         """
         try:
             with safe_open(path, "pt") as file:
@@ -94,10 +94,10 @@ class BadStep:
             raise UserError(f"--replay {path}: not a step that was kept: {reason}") from None
 
     def first_bad(self, dtype: torch.dtype) -> str | None:
-        """Compute it again; the first output or gradient that is not finite, or None if all are.
+        """Recompute it; returns the first output or gradient that is not finite, None if all are.
 
         Args:
-            dtype: of the computation.
+            dtype: dtype of the computation.
         """
         model = self.model
         device = model.lm_head.weight.device
@@ -127,14 +127,14 @@ def check(
     result: tuple[float, float, int],
     eot: int | None = None,
 ) -> None:
-    """Stop a run that has diverged, and say and keep what there is to find; all processes call it.
+    """Stop a run that has diverged, after saving and naming the cause; all processes call it.
 
     Args:
         training_step: has counted the bad steps, and has the batches of the last one.
-        state: of the run.
-        run: its folder.
+        state: state of the run.
+        run: the run folder.
         result: loss, norm of the gradient and number of a step.
-        eot: the id that ends a document, where blocks are of packed documents.
+        eot: the id that ends a document, if documents are packed into blocks.
 
     Raises:
         UserError: the last steps were not finite.
@@ -152,13 +152,13 @@ def check(
 def explain(bad: BadStep, dtype: torch.dtype, path: Path) -> str:
     """The end of the message of a run that diverged; all processes call it.
 
-    Of several processes the first one that finds something keeps its part of the step. A sharded
-    model is not looked at: its modules only work together with those of the other processes.
+    The first process that finds something saves its part of the step. A sharded model is not
+    examined: its modules only work together with those of the other processes.
 
     Args:
         bad: the step.
-        dtype: of the computation.
-        path: where the step is kept.
+        dtype: dtype of the computation.
+        path: where the step is saved.
     """
     if isinstance(bad.model, FSDPModule):
         return ""
@@ -180,7 +180,7 @@ def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 @contextmanager
 def _watched(model: nn.Module) -> Iterator[list[str]]:
-    """What is not finite while the modules are called, in the order in which it appears."""
+    """Within the block, collects what is not finite as modules are called, in this order."""
     findings: list[str] = []
 
     def gradient_of(name: str) -> Callable[[Tensor], None]:

@@ -1,4 +1,4 @@
-"""Ctrl-C and the signals that end a job, turned into a checkpoint instead of a loss."""
+"""Ctrl-C and the signals that end a job lead to a checkpoint, so that nothing is lost."""
 
 import signal
 from types import FrameType
@@ -16,16 +16,16 @@ class Interrupted(Exception):
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
-        # what a shell reports for a process that a signal ended
+        # the exit code that a shell reports for a process ended by a signal
         self.exit_code = 128 + number
 
 
 class Interrupt:
     """Within the block, the first SIGINT, SIGTERM or SIGHUP is remembered; a second acts at once.
 
-    SIGUSR1 asks for a checkpoint and ends nothing. Of several processes all obey a signal that one
-    of them got: ``poll`` and ``save_is_wanted`` are called at the same places in each. A signal
-    that was ignored when the block began, as nohup does with SIGHUP, stays ignored.
+    SIGUSR1 asks for a checkpoint without ending the run. All processes obey a signal that one of
+    them got: ``poll`` and ``save_is_wanted`` are called at the same places in each. A signal that
+    was ignored when the block began, as nohup does with SIGHUP, stays ignored.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class Interrupt:
                     if signal.getsignal(number) is not signal.SIG_IGN:
                         self._previous[number] = signal.signal(number, handler)
         except ValueError:
-            # not the main thread: signals are somebody else's business
+            # outside the main thread Python allows no signal handlers: the caller handles signals
             return self
         return self
 

@@ -1,7 +1,7 @@
-"""Other programs that show a run: TensorBoard and Weights & Biases, each behind an extra.
+"""Other programs that show a run: TensorBoard and Weights & Biases, each in an extra.
 
-They get what ``metrics.jsonl`` gets. A logger is a guest: whatever it raises is one line, and the
-run goes on without it.
+They get the records of ``metrics.jsonl``. An error of a logger becomes one line, and the run goes
+on without it.
 """
 
 import os
@@ -28,8 +28,8 @@ class Logger(Protocol):
 class TensorBoard:
     """Event files in ``RUN/tensorboard``, written by TensorBoard's own records.
 
-    Its own ``SummaryWriter`` would import TensorFlow where that is installed, and TensorFlow before
-    Triton ends the process.
+    Its own ``SummaryWriter`` would import TensorFlow if that is installed, and TensorFlow imported
+    before Triton crashes the process.
     """
 
     def __init__(self, run: Path, step: int, config: dict[str, Any]) -> None:
@@ -43,11 +43,11 @@ class TensorBoard:
         self._file = (folder / name).open("ab")
         self._records = RecordWriter(self._file)
         self._put(Event(file_version="brain.Event:2"))
-        # what another file has from this step on was undone by the resume
+        # the resume has undone what another file holds from this step on
         self._put(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """One scalar for each value, on the disk at once."""
+        """Write one scalar for each value to the disk at once."""
         event = self._event(step=step)
         for name, value in values.items():
             event.summary.value.add(tag=name, simple_value=value)
@@ -64,7 +64,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of W&B in ``RUN/wandb``: offline, for ``wandb sync``, unless WANDB_MODE says else."""
+    """A run of W&B in ``RUN/wandb``: offline, for ``wandb sync``, unless WANDB_MODE is set."""
 
     def __init__(self, run: Path, step: int, config: dict[str, Any]) -> None:
         import wandb
@@ -89,11 +89,11 @@ class WeightsAndBiases:
         self._run.log(values, step=step)
 
     def close(self, exit_code: int) -> None:
-        """Finish; online, that sends what is left."""
+        """Finish; online, this sends the rest of the data."""
         self._run.finish(exit_code=exit_code)
 
 
-# by the name that --log knows, which is that of the extra, too
+# by the name for --log, which is also that of the extra
 LOGGERS: dict[str, Callable[[Path, int, dict[str, Any]], Logger]] = {
     "tensorboard": TensorBoard,
     "wandb": WeightsAndBiases,
@@ -105,9 +105,9 @@ class Log:
 
     Args:
         run: the run folder.
-        step: steps that are done already; what was recorded after them is dropped.
-        names: of ``LOGGERS``.
-        config: the run's, for a logger that shows it.
+        step: steps taken so far; records after them are dropped.
+        names: some of ``LOGGERS``.
+        config: the run's configuration, for a logger that shows it.
         notify: shows a line.
     """
 
@@ -148,7 +148,7 @@ class Log:
                 self._give_up(name, error)
 
     def _give_up(self, name: str, error: Exception) -> None:
-        # whatever it is: the training is worth more than its picture elsewhere
+        # any error: the training is worth more than its display elsewhere
         self._loggers.pop(name, None)
         reason = shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...")
         self._notify(f"log: {name} has failed ({reason}); training goes on without it")

@@ -1,9 +1,9 @@
-"""The memory of a training step: what it is made of, its peak, and the micro-batch that fits.
+"""The memory of a training step: its parts, its peak, and the micro-batch that fits.
 
-The peak is that of the stages a step goes through: the loss, the backward pass of the last block,
-of the first block, and the update. What a stage holds is counted in tensors of the model's shapes,
-as the kernels keep them. Letters: N tokens of a micro-batch, C width, T context, H heads, L layers,
-V padded vocabulary; e bytes of an element in the dtype of the computation.
+The peak is the largest over the stages of a step: the loss, the backward pass of the last block, of
+the first block, and the update. The memory of a stage is counted in tensors of the model's shapes,
+as the kernels keep them. Letters: N tokens per micro-batch, C width, T context, H heads, L layers,
+V padded vocabulary; e bytes per element in the dtype of the computation.
 """
 
 import os
@@ -25,7 +25,7 @@ from fastgpt2.train.parallel import own
 
 # queries of a block of the CPU's attention in bf16, and logits of a tile of its loss, at most
 _QUERIES, _TILE = 256, 2**20
-# of the memory that is free, what a step may take by estimate
+# the share of the free memory that the estimate of a step may reach
 SHARE = 0.85
 
 
@@ -36,10 +36,10 @@ class Memory:
     Attributes:
         weights: in fp32.
         gradients: in fp32, when all are there.
-        moments: of the optimizer, in fp32.
+        moments: the optimizer's, in fp32.
         activations: kept from the forward pass for the backward pass.
         loss: one chunk of logits and what is computed from it.
-        peak: the most that is there at one time.
+        peak: the largest sum at one time.
         copy: of the weights and moments, in the host's memory while a checkpoint is written.
     """
 
@@ -54,7 +54,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class _Layer:
-    """Bytes of one block: ``full`` is what its backward pass needs, ``kept`` what waits for it."""
+    """Bytes of one block: its backward pass needs ``full``, of which ``kept`` is saved for it."""
 
     full: float
     kept: float
@@ -69,7 +69,7 @@ def _layer(model: GPT, rows: int, dtype: torch.dtype, gradients: float) -> _Laye
     width = float(rows * T * C * e)
     scores = float(rows * H * T * T)
     triton = device_kind(model.lm_head.weight.device).cuda
-    # weights in the dtype of the computation, where that is not theirs: those of attention and MLP
+    # copies of attention's and the MLP's weights in the dtype of the computation, if it is not fp32
     copy = C * C * e * (e != 4)
     # norm 1, qkv 3, attention 1, stream 2, norm 1; in the MLP its pre-activation, and its GELU
     own, inner = 8 * width + 4 * copy, (4 if triton else 8) * width + 8 * copy
@@ -98,10 +98,10 @@ def estimate(
 
     Args:
         model: on its device; sharded where it will be.
-        moments: bytes of the optimizer's, of all processes together where they are sharded.
-        batch_size: B, sequences in a micro-batch.
-        dtype: of the computation.
-        grad_accum: micro-batches of a step.
+        moments: bytes of the optimizer's moments, in all processes together if they are sharded.
+        batch_size: B, sequences per micro-batch.
+        dtype: dtype of the computation.
+        grad_accum: micro-batches per step.
     """
     config, e = model.config, dtype.itemsize
     C, L, V = config.n_embd, config.n_layer, config.padded_vocab_size
@@ -137,7 +137,7 @@ def estimate(
         whole = V * C + config.block_size * C + 3 * blocks / L / 4
         peak += e * whole + (gradients if grad_accum > 1 else 0)
     elif ranks > 1:
-        # the buckets of DDP are there all the time
+        # DDP keeps its buckets all the time
         peak = max(stages) - head + trained
     gradients /= shared
     peak += (weights + moments) / shared
@@ -160,20 +160,20 @@ def available(device: torch.device) -> int:
         device: a GPU, or the processor, whose memory the processes of a machine share.
 
     Raises:
-        UserError: the system does not say.
+        UserError: the system does not tell.
     """
     if device_kind(device).cuda:
         return spare_gpu_memory(device)
     meminfo = Path("/proc/meminfo")
     if not device_kind(device).host or not meminfo.is_file():
-        raise UserError("--batch-size auto: the memory that is free cannot be asked for here")
+        raise UserError("--batch-size auto: this system does not say how much memory is free")
     lines = meminfo.read_text(encoding="utf-8").splitlines()
     free = 1024 * next(int(x.split()[1]) for x in lines if x.startswith("MemAvailable"))
     for limit, used in (
         ("memory.max", "memory.current"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
     ):
-        # a container's
+        # the limit and use of a container
         files = Path("/sys/fs/cgroup", limit), Path("/sys/fs/cgroup", used)
         texts = [f.read_text(encoding="utf-8").strip() if f.is_file() else "" for f in files]
         if all(text.isdigit() for text in texts):
@@ -184,16 +184,16 @@ def available(device: torch.device) -> int:
 def largest_batch(
     model: GPT, moments: int, sequences: int, dtype: torch.dtype, notify: Callable[[str], None]
 ) -> int:
-    """The largest micro-batch that fits, of those that ``sequences`` can be dealt out in.
+    """The largest micro-batch that fits, of those that divide ``sequences``.
 
-    The estimate chooses; on a GPU a forward and a backward pass try it, and where memory does not
-    suffice the next smaller one is tried. All processes call it, and get the same number.
+    The estimate chooses it. On a GPU a forward and a backward pass try it; if memory does not
+    suffice, the next smaller one is tried. All processes call it, and get the same number.
 
     Args:
         model: in training mode, on its device.
-        moments: bytes of the optimizer's, which are not there yet.
-        sequences: of a step and process.
-        dtype: of the computation.
+        moments: bytes of the optimizer's moments, which do not exist yet.
+        sequences: sequences per step and process.
+        dtype: dtype of the computation.
         notify: shows a line.
 
     Raises:
@@ -209,7 +209,7 @@ def largest_batch(
     peaks = {size: need.peak + (need.copy if host else 0) for size, need in needs.items()}
     mine = next((i for i, size in enumerate(sizes) if peaks[size] <= free), len(sizes))
     (chosen,) = distributed.all_max(mine)
-    # the ranks of a sharded model would wait for one that has found no room
+    # the ranks of a sharded model would wait for one that has run out of memory
     tries = device_kind(device).cuda and not isinstance(model, FSDPModule)
     while tries and chosen < len(sizes):
         (failed,) = distributed.all_max(int(not _fits(model, moments, sizes[chosen], dtype)))
@@ -227,7 +227,7 @@ def largest_batch(
 
 
 def _fits(model: GPT, moments: int, batch_size: int, dtype: torch.dtype) -> bool:
-    """Whether a step's forward and backward pass find room beside the optimizer's moments."""
+    """Whether a step's forward and backward pass fit into memory with the optimizer's moments."""
     try:
         filler = torch.empty(moments, dtype=torch.uint8, device=model.lm_head.weight.device)
         try_out(model, model, batch_size, dtype)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastgpt2.files import write_text
+from fastgpt2.files import parse_json, write_text
 from fastgpt2.picture import draw, printable
 from fastgpt2.train.curves import Curves, paint_run
 
@@ -29,9 +29,9 @@ COLUMNS = (
 
 
 class MetricsLog:
-    """``metrics.jsonl`` and ``metrics.csv``: one record a line, on the disk as soon as it is made.
+    """``metrics.jsonl`` and ``metrics.csv``: one record per line, written at once.
 
-    Opened for a run that resumes at ``step``, it drops the records that came after.
+    If the run resumes at ``step``, later records are dropped.
     """
 
     def __init__(self, run: Path, step: int = 0) -> None:
@@ -61,7 +61,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
     for line in text.splitlines():
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError:
             break
         if not isinstance(record, dict) or not isinstance(record.get("step"), int):
@@ -84,7 +84,7 @@ def plot(run: Path, notify: Callable[[str], None] = print) -> bool:
         notify: shows the line that says why it was not drawn.
 
     Returns:
-        whether it was drawn; a run without records has nothing to draw yet.
+        Whether it was drawn; a run without records has nothing to draw yet.
     """
     path = run / "loss.png"
     try:

@@ -80,8 +80,8 @@ class Muon(torch.optim.Muon):
     M <- mu M + (1 - mu) G, U = orthogonal((1 - mu) G + mu M), W <- (1 - lr decay) W - lr s U, with
     s = sqrt(max(1, rows / columns)). Matrices of one shape, or of its transpose, are orthogonalised
     in one batch. The iteration is in bf16 on a GPU and in fp32 on a CPU. ``grad_scale`` divides the
-    gradients, and where ``found_inf`` is 1 nothing changes; the device decides. Where parameters
-    are sharded, so are the moments; each process orthogonalises all matrices and keeps its part.
+    gradients, and if ``found_inf`` is 1 nothing changes; the device decides. If parameters are
+    sharded, so are the moments; each process orthogonalises all matrices and keeps its part.
     """
 
     grad_scale: Tensor | None = None
@@ -128,7 +128,7 @@ class Muon(torch.optim.Muon):
         grad = own(parameter.grad)
         if self.grad_scale is not None:
             grad = grad / self.grad_scale
-        # zero times a NaN is a NaN
+        # no multiplication by zero: zero times a NaN is a NaN
         return grad if self.found_inf is None else torch.where(self.found_inf > 0, 0.0, grad)
 
     def _moment(self, parameter: Tensor) -> Tensor:
@@ -173,7 +173,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
 
     def __init__(self, muon: Muon, adamw: torch.optim.AdamW) -> None:
         self._parts: tuple[Any, ...] = (muon, adamw)
-        # the very dicts of the parts: who sets a learning rate here sets theirs
+        # the same dicts as in the parts: a learning rate that is set here is set there
         super().__init__([group for part in self._parts for group in part.param_groups], {})
         for part in self._parts:
             part.state = self.state

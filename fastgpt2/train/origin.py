@@ -16,10 +16,10 @@ from fastgpt2.weights.digest import weights_sha256
 
 @dataclass(frozen=True)
 class Origin:
-    """Weights that have been looked at and not read yet.
+    """Weights whose description has been read, but not yet their tensors.
 
     Attributes:
-        config: the run, with the weights' shape, their absolute path and their sha256.
+        config: the run's, with the weights' shape, their absolute path and their sha256.
         opened: the weights.
     """
 
@@ -28,7 +28,7 @@ class Origin:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The one that the weights were trained with."""
+        """The tokenizer that the weights were trained with."""
         return self.opened.tokenizer
 
     def load(self) -> GPT:
@@ -44,7 +44,7 @@ class Origin:
             fp32_residual=self.config.fp32_residual,
             fp8=self.config.fp8,
         )
-        # no memory and no time for an initialisation that is overwritten at once
+        # skip an initialisation that would be overwritten at once
         with torch.device("meta"):
             model = GPT(shape)
         model.load_state_dict(self.opened.checkpoint.state_dict(), assign=True)
@@ -65,19 +65,19 @@ class Origin:
         return model
 
     def _base(self) -> str:
-        """What adapters note: a release by its name, else these very weights, whatever comes."""
+        """What adapters note as their base: a release by its name, else the path of the weights."""
         source, path = str(self.config.init_from), self.opened.path
         return str(path.resolve()) if Path(source).exists() else source
 
 
 def open_origin(config: TrainConfig) -> Origin:
-    """Look at the weights that ``config.init_from`` names, and take their shape into the run.
+    """Open the weights that ``config.init_from`` names, and copy their shape to the run.
 
     Args:
-        config: the run; its tokenizer serves weights that bring none.
+        config: the run's; its tokenizer serves weights that come without one.
 
     Raises:
-        UserError: no such model, or the run asks for another shape or tokenizer than it has.
+        UserError: no such model, or the run wants another shape or tokenizer than it has.
     """
     assert config.init_from is not None
     given: Tokenizer | None = None
@@ -107,7 +107,7 @@ def open_origin(config: TrainConfig) -> Origin:
     resolved = replace(
         config,
         tokenizer=opened.tokenizer.name,
-        # of a preset, no size is left but the ones that follow
+        # the sizes below replace all of the preset's
         model="gpt2",
         n_layer=shape.n_layer,
         n_head=shape.n_head,
@@ -124,6 +124,6 @@ def noted_source(weights: str) -> str:
     """How a run notes where its weights came from: a path in full, a release by its name.
 
     Args:
-        weights: what ``--init-from`` was given.
+        weights: the value of ``--init-from``.
     """
     return str(Path(weights).resolve()) if Path(weights).exists() else weights

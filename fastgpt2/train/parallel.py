@@ -17,17 +17,17 @@ from fastgpt2.devices import device_kind
 from fastgpt2.errors import UserError
 from fastgpt2.model import GPT
 
-# a bucket for each parameter: what is added to what then does not depend on the order in which
-# gradients come, which DDP learns in the first step after a start, and a resumed run has its bits
+# one bucket per parameter: sums then do not depend on the order in which gradients arrive, which
+# DDP learns in the first step after a start, so a resumed run gets the same bits
 _CPU_BUCKET_MB = 1e-6
 
 Forward = Callable[..., Any]
-# the context of a micro-batch; told whether it is the last one of its step
+# makes the context of a micro-batch, given whether it is the last one of its step
 Accumulate = Callable[[bool], AbstractContextManager[None]]
 
 
 def alone(last: bool) -> AbstractContextManager[None]:
-    """The context of a micro-batch where there is one process.
+    """The context of a micro-batch with one process.
 
     Args:
         last: whether it is the last one of its step.
@@ -36,14 +36,14 @@ def alone(last: bool) -> AbstractContextManager[None]:
 
 
 def shard(model: GPT, dtype: torch.dtype) -> None:
-    """Give each process its part of every parameter: of the blocks one by one, and of the rest.
+    """Give each process its part of every parameter: block by block, and then of the rest.
 
-    Parameters become DTensors in fp32. They are gathered in ``dtype`` for the time that they are
-    computed with; gradients are summed in fp32.
+    Parameters become DTensors in fp32. They are gathered in ``dtype`` while they are computed with;
+    gradients are summed in fp32.
 
     Args:
         model: the same on all processes, on its device.
-        dtype: what the model computes in.
+        dtype: dtype that the model computes in.
 
     Raises:
         UserError: ``dtype`` is fp16, whose loss scale would need an agreement in each step; or the
@@ -73,8 +73,8 @@ def joined(model: GPT, forward: Forward) -> tuple[Forward, Accumulate]:
         forward: the model, or the model compiled.
 
     Returns:
-        The forward pass, and the context for each micro-batch: all but the last of a step leave
-        their gradients where they are.
+        The forward pass, and the context for each micro-batch: only the last one of a step
+        exchanges gradients.
     """
     if distributed.world_size() == 1:
         return forward, alone
@@ -104,10 +104,10 @@ def joined(model: GPT, forward: Forward) -> tuple[Forward, Accumulate]:
 
 
 def seed_for_rank(seed: int, step: int) -> None:
-    """Random numbers of its own for each process but the first, from ``step`` on.
+    """Give each process but the first random numbers of its own, from ``step`` on.
 
     Args:
-        seed: of the run; the first process goes on with it.
+        seed: the run's seed; the first process goes on with it.
         step: optimizer steps taken.
     """
     if distributed.rank():
@@ -116,7 +116,7 @@ def seed_for_rank(seed: int, step: int) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor of which each process may have a part; all processes call it.
+    """The whole of a tensor that may be sharded; all processes call it.
 
     Args:
         tensor: plain, or a DTensor.
@@ -134,7 +134,7 @@ def own(tensor: Tensor) -> Tensor:
 
 
 def whole_like(parameter: Tensor, part: Tensor) -> Tensor:
-    """All of a tensor that is sharded as ``parameter`` is; all processes call it.
+    """The whole of a tensor that is sharded as ``parameter`` is; all processes call it.
 
     Args:
         parameter: plain, or a DTensor.
@@ -156,7 +156,7 @@ def placed_like(parameter: Tensor, tensor: Tensor) -> Tensor:
 
     Args:
         parameter: plain, or a DTensor.
-        tensor: of its shape.
+        tensor: a tensor of its shape.
     """
     if not isinstance(parameter, DTensor):
         return tensor
@@ -167,7 +167,7 @@ def placed_like(parameter: Tensor, tensor: Tensor) -> Tensor:
 
 
 def reshard(model: nn.Module) -> None:
-    """Let go of parameters that a forward pass has gathered: the model's are the shards again.
+    """Free the parameters that a forward pass has gathered: the model's are shards again.
 
     Args:
         model: sharded, or plain.
@@ -178,7 +178,7 @@ def reshard(model: nn.Module) -> None:
 
 
 def whole_weights(model: GPT) -> dict[str, Tensor]:
-    """The state dict of a model, sharded or plain, by whole tensors; all processes call it.
+    """The state dict of a model, sharded or plain, with whole tensors; all processes call it.
 
     Args:
         model: its vocabulary comes without padding, and its tied head once.
@@ -188,7 +188,7 @@ def whole_weights(model: GPT) -> dict[str, Tensor]:
 
 
 def whole_model(model: GPT) -> GPT:
-    """The model itself, or where it is sharded a plain copy; all processes call it.
+    """The model itself, or a plain copy if it is sharded; all processes call it.
 
     Args:
         model: sharded, or plain.

@@ -16,7 +16,7 @@ from fastgpt2.devices import device_kind
 from fastgpt2.files import atomic_path, write_text
 
 TRACE, TABLE = "trace.json", "profile.txt"
-# steps before the first one that counts: memory is allocated, kernels are compiled
+# steps before the first one that counts: they allocate memory and compile kernels
 WARMUP = 3
 # the named parts of a step, in order
 PHASES = ("data", "forward", "backward", "update")
@@ -24,10 +24,10 @@ _ROWS = 12
 
 
 class StepProfile:
-    """Records some steps of a run, once; whatever fails is one line, and the run goes on.
+    """Records some steps of a run, once; an error becomes one line, and the run goes on.
 
     Args:
-        steps: how many to record; 0 is none.
+        steps: how many to record; 0 means none.
         run: the run folder.
         device: where the model is.
         notify: shows the table.
@@ -36,14 +36,14 @@ class StepProfile:
     def __init__(
         self, steps: int, run: Path, device: torch.device, notify: Callable[[str], None]
     ) -> None:
-        # of several processes the first one
+        # only the first of several processes records
         self._steps = steps if distributed.rank() == 0 else 0
         self._run, self._device, self._notify = run, device, notify
         self._seen = 0
         self._profiler: Any = None
 
     def step(self) -> None:
-        """One step of training begins."""
+        """Tell that a step of training begins."""
         if not self._steps:
             return
         if self._seen == WARMUP:
@@ -53,7 +53,7 @@ class StepProfile:
         self._seen += 1
 
     def close(self) -> None:
-        """Write trace and table of what was recorded, if that has not happened yet."""
+        """Write trace and table of the recorded steps, if that has not happened yet."""
         if self._profiler is not None:
             self._guarded(self._finish)
         elif self._steps and self._seen:
@@ -90,8 +90,8 @@ def step_table(averages: Any, steps: int) -> str:
     """Milliseconds per step by phase, then of the operators that take the most time themselves.
 
     Args:
-        averages: what ``torch.profiler``'s ``key_averages()`` gives.
-        steps: steps that were recorded.
+        averages: the result of ``torch.profiler``'s ``key_averages()``.
+        steps: number of steps recorded.
     """
     host = {event.key: event for event in averages if event.device_type.name == "CPU"}
     on_device = any(event.self_device_time_total for event in averages)

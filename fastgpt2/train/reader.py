@@ -16,14 +16,14 @@ from fastgpt2.train.step import Batch
 class Reader:
     """Gives the batches of a stream in order; as a context, reads the next ones in a thread.
 
-    The stream's position counts the batches that were taken, not those that were read ahead: a
-    batch is a function of its place. Where somebody moves the position, what was read ahead for
-    other places is dropped. Batches for a GPU are in pinned memory.
+    The stream's position counts the batches taken, not those read ahead: a batch is a function of
+    its position. If the position is changed, batches read ahead for other positions are dropped.
+    Batches for a GPU are in pinned memory.
 
     Args:
         stream: its position moves as batches are taken.
-        device: where they are computed with.
-        ahead: batches that are read before they are asked for, at most.
+        device: where the batches are used.
+        ahead: the most batches to read ahead.
     """
 
     def __init__(self, stream: BlockStream, device: torch.device, ahead: int) -> None:
@@ -31,10 +31,10 @@ class Reader:
         self._pins = device_kind(device).cuda
         self._changed = threading.Condition()
         self._ready: deque[tuple[int, Batch | Exception]] = deque()
-        # the place that is read next; None while the thread has nothing to do
+        # the position to read next; None while the thread has nothing to do
         self._place: int | None = None
         self._stopped = False
-        # a daemon: a disk that hangs must not hold up the end of the program
+        # a daemon: a hanging disk must not delay the end of the program
         self._thread = threading.Thread(target=self._read, name=READER, daemon=True)
 
     def __enter__(self) -> Self:
@@ -51,10 +51,10 @@ class Reader:
         """The next ``count`` batches.
 
         Args:
-            count: micro-batches of a step.
+            count: number of micro-batches in a step.
 
         Raises:
-            Exception: what the stream has raised for one of them.
+            Exception: raised by the stream for one of them.
         """
         with record_function("data"):
             return [self._next() for _ in range(count)]
@@ -75,7 +75,7 @@ class Reader:
         return batch
 
     def _next_place(self) -> int | None:
-        """The place of the batch that comes next."""
+        """The position of the next batch."""
         return self._ready[0][0] if self._ready else self._place
 
     def _read(self) -> None:
@@ -94,7 +94,7 @@ class Reader:
             except Exception as error:
                 batch = error
             with self._changed:
-                # else somebody has moved the position
+                # otherwise the position was changed meanwhile
                 if self._place == place:
                     self._ready.append((place, batch))
                     failed = isinstance(batch, Exception)

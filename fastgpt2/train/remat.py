@@ -1,4 +1,4 @@
-"""Activations that are computed again in the backward pass, not kept from the forward pass."""
+"""Activations that are recomputed in the backward pass instead of kept from the forward pass."""
 
 from fastgpt2.layers import Block
 from fastgpt2.model import GPT
@@ -8,7 +8,7 @@ REMATS = ("none", "mlp", "block")
 
 
 def set_remat(model: GPT, kind: str) -> None:
-    """From now on, training computes the MLPs, or the whole blocks, of the model again.
+    """From now on, training recomputes the model's MLPs, or whole blocks, in the backward pass.
 
     Args:
         model: in any mode; only training is changed.

@@ -10,13 +10,13 @@ from fastgpt2.train.config import TrainConfig
 
 
 def sample(model: GPT, tokenizer: Tokenizer, config: TrainConfig, dtype: torch.dtype) -> str:
-    """The run's prompt and what the model makes of it; the model is in training mode afterwards.
+    """The run's prompt and the model's continuation; the model is in training mode afterwards.
 
     Args:
-        model: whole.
-        tokenizer: of the run.
+        model: the model, not sharded.
+        tokenizer: the run's tokenizer.
         config: has the prompt and the length.
-        dtype: of the computation.
+        dtype: dtype of the computation.
     """
     with autocast(model.lm_head.weight.device, dtype):
         # a seed of its own: showing a sample must not change the training that follows

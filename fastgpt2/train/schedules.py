@@ -1,4 +1,4 @@
-"""Learning-rate schedules: pure functions of how far training has come."""
+"""Learning-rate schedules: pure functions of the progress of training."""
 
 import math
 from collections.abc import Callable
@@ -27,7 +27,7 @@ def wsd(progress: float, decay: float = WSD_DECAY) -> float:
     return min(1.0, (1.0 - progress) / decay)
 
 
-# name -> factor of (lr - min_lr) at progress 0 .. 1 behind the warm-up
+# name -> factor of (lr - min_lr) at progress 0 .. 1 after the warm-up
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine": cosine,
     "linear": linear,
@@ -46,7 +46,7 @@ def learning_rate(
     warmup_steps: int,
     wsd_decay: float = WSD_DECAY,
 ) -> float:
-    """The learning rate of optimizer step ``step`` (from 0), ``progress`` in [0, 1] behind warm-up.
+    """The learning rate of optimizer step ``step`` (from 0), ``progress`` in [0, 1] after warm-up.
 
     Warm-up: lr (step + 1) / (warmup_steps + 1). Then min_lr + (lr - min_lr) * schedule(progress).
     """
@@ -65,7 +65,7 @@ def progress(
     warmup_steps: int,
     minutes: float | None,
 ) -> float:
-    """How much of a run lies behind, 0 to 1: by steps or by time, whichever is further.
+    """How much of a run is done, 0 to 1: by steps or by time, whichever is further.
 
     Steps count from the end of the warm-up, as the schedules do; ``elapsed`` is in seconds.
     """

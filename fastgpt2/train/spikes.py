@@ -1,12 +1,12 @@
-"""A loss that jumps: found by how far it is from the losses before it."""
+"""Loss spikes: a loss that is far above the losses before it."""
 
 import math
 from collections import deque
 from statistics import fmean, stdev
 
-# what a run does about one
+# what a run can do about a spike
 ON_SPIKE = ("warn", "rollback")
-# losses that one is compared with, how many there must be, and too many standard deviations
+# the most and the fewest losses to compare with, and the standard deviations that make a spike
 WINDOW, _LEAST, LIMIT = 100, 20, 6.0
 
 
@@ -19,15 +19,15 @@ class Spikes:
     def score(self, loss: float) -> float | None:
         """(loss - mean) / standard deviation of the losses before, if that is a spike, else None.
 
-        A spike, or a loss that is not finite, is not compared with later ones.
+        Later losses are not compared with a spike, or with a loss that is not finite.
 
         Args:
-            loss: of a step, in nats per token.
+            loss: loss of a step, in nats per token.
         """
         if not math.isfinite(loss):
             return None
         if len(self._losses) >= _LEAST:
-            # losses that are all the same have no deviation of their own
+            # equal losses have a deviation of zero
             deviation = max(stdev(self._losses), 1e-6)
             score = (loss - fmean(self._losses)) / deviation
             if score > LIMIT:

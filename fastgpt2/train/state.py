@@ -58,7 +58,7 @@ class RunState:
         return self.loader.blocks_used * self.loader.block_size
 
     def mark(self) -> None:
-        """Remember what a step changes besides weights and moments, before it begins."""
+        """Remember, before a step, what it changes besides weights and moments."""
         self._marked = self.step, self.loader.state_dict(), rng_states(self._device)
 
     @property
@@ -74,7 +74,7 @@ class RunState:
             set_rng_states(rng, self._device)
 
     def go_back(self, folder: Path) -> None:
-        """Be as the checkpoint in ``folder``, but for the data: it goes on where it is now.
+        """Restore the checkpoint in ``folder``, except for the data, which goes on where it is.
 
         All processes call it.
 
@@ -148,7 +148,7 @@ class RunState:
         distributed.together(self.saver.wait)
 
     def restore(self, folder: Path) -> None:
-        """Take everything but the weights from the checkpoint in ``folder``.
+        """Restore everything but the weights from the checkpoint in ``folder``.
 
         Raises:
             UserError: a file is missing, damaged, or does not fit the run.
@@ -163,7 +163,7 @@ class RunState:
                 loss, norm = torch.tensor([_or_nan(x) for x in result], device=self._device)
                 self.pending.append(StepResult(loss, norm))
             self.loader.load_state_dict(state["loader"])
-            # empty where the dtype needed none
+            # empty if the dtype needed no loss scale
             if state["scaler"]:
                 self.scaler.load_state_dict(state["scaler"])
         except (KeyError, TypeError, AttributeError) as error:
@@ -173,7 +173,7 @@ class RunState:
 
 
 def check_data(folder: Path, tokenizer: str, data: str) -> None:
-    """A run goes on with the tokens it began with.
+    """Refuse to continue a run with other tokens than it began with.
 
     Args:
         folder: the checkpoint to go on from.
@@ -196,7 +196,7 @@ def check_data(folder: Path, tokenizer: str, data: str) -> None:
 
 
 def _finite_or_none(x: float) -> float | None:
-    """What JSON can hold."""
+    """The value as JSON can store it."""
     return x if math.isfinite(x) else None
 
 

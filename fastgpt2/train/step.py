@@ -33,10 +33,10 @@ class TrainingStep:
     """Runs optimizer steps on a model whose parameters are fp32.
 
     A step whose gradient is not finite leaves the weights and the optimizer untouched; the device
-    decides it, where its AdamW is fused. Gradients of micro-batches are weighted by their number of
-    valid targets, so 4x1 equals 1x4, on one process or on several, which count the targets of all
-    of them. In fp16 a ``GradScaler`` scales the loss. ``poll`` is called before each micro-batch.
-    ``accumulate`` gives the context of a micro-batch, told whether it is the last of its step.
+    decides that if its AdamW is fused. Gradients of micro-batches are weighted by their number of
+    valid targets, counted over all processes, so 4x1 equals 1x4 on any number of processes. In fp16
+    a ``GradScaler`` scales the loss. ``poll`` is called before each micro-batch. ``accumulate``
+    makes the context of a micro-batch, given whether it is the last of its step.
     """
 
     accumulate: Accumulate = staticmethod(alone)
@@ -58,7 +58,7 @@ class TrainingStep:
         self.dtype = dtype
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         self.skipped = 0
-        # of the last step, for a second look at it
+        # the batches of the last step, in case it has to be recomputed
         self.batches: Sequence[Batch] = ()
 
     def __call__(self, batches: Sequence[Batch], lr: float) -> StepResult:
@@ -71,13 +71,13 @@ class TrainingStep:
 
         Returns:
             The mean loss in nats per counted target, and the norm of the gradient before clipping,
-            fp32 scalars on the device; of all processes together.
+            over all processes: fp32 scalars on the device.
         """
-        # gradients live until here, so that a diverged run can name the tensor that went bad
+        # freed only now, so that a diverged run can name the gradient that went bad
         self.optimizer.zero_grad(set_to_none=True)
         self.batches = batches
         set_learning_rate(self.optimizer, lr)
-        # counted on the host, where a reader leaves them: the device is not waited for
+        # counted on the host, where the reader leaves the batches: no wait for the device
         counts = [int(np.count_nonzero(targets.numpy(force=True) >= 0)) for _, targets in batches]
         ranks = distributed.world_size()
         total = max(int(distributed.all_sum(np.array([float(sum(counts))]))[0]), 1)
@@ -113,14 +113,14 @@ class TrainingStep:
             self.scaler.update()
             return grad_norm
         if not device_kind(self.device).fused_adamw:
-            # any other AdamW knows neither scale nor guard, so the host waits and decides
+            # any other AdamW has neither scale nor guard, so the host waits and decides
             if clip is not None:
                 torch._foreach_div_(grads, clip)
             if torch.isfinite(grad_norm):
                 self.optimizer.step()
             return grad_norm
-        # fused AdamW divides by grad_scale as it reads the gradient, so that clipping costs no
-        # pass of its own, and leaves everything as it is where found_inf is 1
+        # fused AdamW divides by grad_scale as it reads the gradient, so clipping needs no separate
+        # pass; it changes nothing if found_inf is 1
         self.optimizer.grad_scale = clip  # type: ignore[attr-defined]
         self.optimizer.found_inf = (~torch.isfinite(grad_norm)).float()  # type: ignore[attr-defined]
         self.optimizer.step()
@@ -130,13 +130,13 @@ class TrainingStep:
         """Stop after too many bad steps in a row; fp16's scaler may skip a few while it settles.
 
         Args:
-            loss: of the step, in nats per token.
-            grad_norm: of the step, before clipping.
+            loss: loss of the step, in nats per token.
+            grad_norm: norm of its gradient before clipping.
             step: its number, for the message.
 
         Raises:
-            UserError: the loss or gradient was not finite ``MAX_SKIPPED`` times running; names the
-                first bad tensor.
+            UserError: the loss or gradient was not finite ``MAX_SKIPPED`` times in a row; names
+                the first bad tensor.
         """
         finite = abs(loss) < float("inf") and abs(grad_norm) < float("inf")
         self.skipped = 0 if finite else self.skipped + 1

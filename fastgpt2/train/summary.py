@@ -16,7 +16,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def trained_parameters(model: GPT) -> int:
-    """Parameters that are trained, without the padding of the vocabulary."""
+    """Number of parameters that are trained, without the padding of the vocabulary."""
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     wte, config = model.transformer.wte.weight, model.config
     padding = (config.padded_vocab_size - config.vocab_size) * config.n_embd
@@ -49,7 +49,7 @@ def duration(seconds: float) -> str:
 
 
 def memory_line(memory: Memory) -> str:
-    """What a process needs, and of what; the parts are not all there at one time."""
+    """What a process needs, in total and in parts; the parts do not all exist at one time."""
     names = ("weights", "gradients", "moments", "activations", "loss")
     parts = ", ".join(f"{name} {human(getattr(memory, name), 'B')}" for name in names)
     return (
@@ -65,10 +65,10 @@ def model_lines(
     dtype: torch.dtype,
     grad_accum: int = 1,
 ) -> list[str]:
-    """The model, what of it is trained, its memory and where it runs, a line each."""
+    """The model, its trained part, its memory and where it runs, one line each."""
     config = model.config
     parameters = model.get_num_params(non_embedding=False)
-    # a checkpoint has the adapters alone, and names the weights that they belong to
+    # a checkpoint holds only the adapters, and names the weights that they belong to
     layers = adapters(model).values()
     stored = sum(x.lora_A.numel() + x.lora_B.numel() for x in layers) or parameters
     trained, moments = trained_parameters(model), optimizer_bytes(optimizer)

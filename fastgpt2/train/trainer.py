@@ -1,4 +1,4 @@
-"""The training loop: what happens in which order, and nothing else."""
+"""The training loop: only the order of events."""
 
 import time
 from collections.abc import Callable
@@ -47,10 +47,10 @@ class Trainer:
     Several processes with a process group train one model: each makes a Trainer of the same run.
 
     Args:
-        config: the run.
-        run: its folder; with ``resume``, one that holds a checkpoint to go on from.
+        config: the run's configuration.
+        run: its folder; with ``resume``, one with a checkpoint to continue from.
         resume: continue; the run then equals one that was never stopped, bit for bit on a CPU
-            (where its length is given in steps or epochs).
+            (if its length is given in steps or epochs).
         notify: shows a line to a person.
     """
 
@@ -93,7 +93,7 @@ class Trainer:
                 f"--pack: the tokenizer {self.tokenizer.name} has no end-of-text id, so nothing "
                 "says where a document ends"
             )
-        # what would fail at the first evaluation fails now
+        # validate the prompt now, not at the first evaluation
         if config.sample_tokens:
             encode_prompt(self.tokenizer, config.sample_prompt, name="sample_prompt")
         if folder is not None:
@@ -102,7 +102,7 @@ class Trainer:
         ranks = distributed.world_size()
         shape = config.gpt_config(self.tokenizer.vocab_size)
         if folder is not None:
-            # the weights' own: a run's configuration does not have it
+            # from the weights: a run's configuration does not have it
             own = {name: value for name, value in asdict(shape).items() if name != "gelu"}
             self.model = checkpoint.load_model(folder, **own)
         elif origin is not None:
@@ -163,8 +163,8 @@ class Trainer:
         )
 
     def run(self) -> Outcome:
-        """Train to the end, or to a signal; either way the run folder is left complete."""
-        # a caller's terminal may go away, too
+        """Train to the end, or to a signal; in both cases the run folder is complete."""
+        # a caller's terminal may disappear, too
         with steady_streams():
             return self._run()
 
@@ -194,7 +194,7 @@ class Trainer:
             with (
                 self.interrupt,
                 state.saver,
-                # the micro-batches of the next step, while this one is computed
+                # reads the micro-batches of the next step while this one is computed
                 Reader(self.loader, self.device, self.grad_accum) as self.reader,
                 self.console.begin(
                     state.step, self.total_steps, config.minutes, self.tokens_per_step
@@ -208,13 +208,13 @@ class Trainer:
                     self._save_finished_step()
                     self.console.write(f"stopped by {signal}: step {state.step} is saved")
                 except (OSError, EndedElsewhere) as error:
-                    # the log could not be written; the weights may still find room
+                    # the log could not be written; the disk may still have room for the weights
                     if distributed.is_agreed(error) and distributed.is_by_system(error):
                         self._save_finished_step()
                     raise
             ended = exit_code
         except Exception as error:
-            # of a run that went wrong, too: the curves say how; but others may wait for the end
+            # plot failed runs too, unless other processes are waiting for this one to end
             if distributed.is_agreed(error):
                 self._plot()
             raise
@@ -244,7 +244,7 @@ class Trainer:
         return distributed.rank() == 0 and plot(self.run_folder, self.console.notify)
 
     def _begin_folder(self) -> None:
-        """What the run folder holds before the first step, and the log in it."""
+        """Write the run folder's first files, and open the log."""
         self.metrics = begin_folder(
             self.run_folder, self.config, self.tokenizer, self.state.step, self.console.say
         )
@@ -257,7 +257,7 @@ class Trainer:
             if self._evaluation_is_due():
                 began = time.perf_counter()
                 self._evaluate()
-                # the speed is that of training alone
+                # the speed counts training only
                 mark += time.perf_counter() - began
             if self._progress() >= 1.0:
                 return
@@ -287,7 +287,7 @@ class Trainer:
             state.validation = None
             state.elapsed = time.perf_counter() - started
             if config.minutes is not None:
-                # they decide when the run ends
+                # minutes decide when the run ends, and must be the same on all processes
                 state.elapsed = distributed.longest(state.elapsed)
             self.console.advance()
             if state.step % config.log_every == 0 or state.step == 1 or self._progress() >= 1.0:
@@ -306,7 +306,7 @@ class Trainer:
         return self.reader.take(self.grad_accum)
 
     def _go_back(self) -> None:
-        """To the last checkpoint, and on with the data that comes now."""
+        """Go back to the last checkpoint, and on with the data that comes now."""
         self.state.settle()
         if not distributed.on_rank_0(lambda: runs.saved_steps(self.run_folder)):
             self.console.write("there is no checkpoint to go back to")

@@ -17,13 +17,13 @@ from fastgpt2.text.loaders import iter_eval_batches
 from fastgpt2.text.packing import inside_documents, packed
 from fastgpt2.units import perplexity
 
-# tokens of an evaluation's batch, at least: without gradients they fit wherever training does
+# the fewest tokens per batch: without gradients they fit wherever training does
 EVAL_TOKENS = 4096
 
 
 @dataclass(frozen=True)
 class Validation:
-    """Mean cross-entropy in nats per token, and the same as people like to read it."""
+    """Mean cross-entropy in nats per token, and the same in other units."""
 
     loss: float
     targets: int
@@ -31,14 +31,14 @@ class Validation:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss); infinite where that overflows."""
+        """exp(loss); infinite if that overflows."""
         return perplexity(self.loss)
 
     @property
     def nats_per_byte(self) -> float:
         """Loss per UTF-8 byte of the text, comparable between tokenizers.
 
-        NaN where the ids have no text.
+        NaN if the ids have no text.
         """
         if not self.text_bytes:
             return math.nan
@@ -65,15 +65,15 @@ def validate(
     Several processes share the batches, and each gets the result of all.
 
     Args:
-        model: scored in evaluation mode, and put back into the mode it was in.
-        dataset: whose validation split is scored.
+        model: scored in evaluation mode, then set back to its previous mode.
+        dataset: the dataset whose validation split is scored.
         batch_size: rows of block_size tokens per batch.
-        dtype: autocast's, of the computation; losses are summed in fp64.
-        poll: called before each batch, by all processes; what it raises ends the scoring.
-        eot: the id that ends a document, where each document of a block is scored alone.
+        dtype: autocast's dtype for the computation; losses are summed in fp64.
+        poll: called before each batch, by all processes; an exception of it ends the scoring.
+        eot: the id that ends a document, if each document of a block is scored alone.
 
     Returns:
-        The loss in nats per token; None where the data keeps no validation split.
+        The loss in nats per token; None if the data has no validation split.
     """
     if dataset.val is None:
         return None
@@ -86,7 +86,7 @@ def validate(
     rank, ranks = distributed.rank(), distributed.world_size()
     batches = iter_eval_batches(dataset.val, block_size, batch_size, rank=rank, world_size=ranks)
     total = math.ceil((len(dataset.val) - 1) / (ranks * batch_size * block_size))
-    # seen only on a terminal, and only where it takes long
+    # shown only on a terminal, and only if it takes long
     disable = True if rank else None
     with tqdm(
         batches, "evaluating", total, unit="batch", leave=False, delay=2.0, disable=disable
@@ -104,7 +104,7 @@ def validate(
             model.train(was_training)
     # weighted by count, in fp64, with one transfer at the end
     weights = torch.tensor(counts, dtype=torch.float64)
-    # the mean over no target is not a number
+    # a batch without a target has a mean of NaN
     sums = torch.where(weights > 0, torch.stack(losses).cpu().double() * weights, 0.0).sum()
     nats, scored = distributed.all_sum(np.array([sums.item(), weights.sum().item()]))
     text_bytes = dataset.val_bytes - (0 if eot is None else dataset.first_bytes)

@@ -1,6 +1,5 @@
 """The small files beside the weights: JSON read with care, shapes checked with the file's name."""
 
-import json
 import stat
 from pathlib import Path
 from reprlib import Repr
@@ -8,6 +7,7 @@ from typing import Any
 
 from fastgpt2.config import GPTConfig
 from fastgpt2.errors import UserError
+from fastgpt2.files import parse_json
 
 # the index of a sharded checkpoint lists every tensor by name; nothing here comes near this
 MAX_JSON_BYTES = 16 << 20
@@ -48,11 +48,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if file_size(path) > MAX_JSON_BYTES:
             raise UserError(f"{path}: more than {MAX_JSON_BYTES} bytes of JSON")
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes())
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    except RecursionError:
-        raise UserError(f"{path}: JSON nested too deeply") from None
     except UserError:
         raise
     except ValueError as error:

@@ -1,12 +1,12 @@
 """The residual addition that ends a block, forward and backward: x + dropout(branch + bias).
 
-Forward: one tile [BLOCK_N, BLOCK_C] per program, in the order of memory. Nothing is saved but the
-seed of the dropout. Bytes per element in bf16: 6, of x, branch and sum.
+Forward: one tile [BLOCK_N, BLOCK_C] per program, in the order of memory. Only the seed of the
+dropout is saved. Bytes per element in bf16: 6, for x, branch and sum.
 
-Backward: the gradient of x is that of the sum, and so is the branch's, without dropout and in one
-dtype; then the kernel only sums it over the rows for the bias. P x cdiv(C, BLOCK_C) programs; each
-walks down its columns and keeps their sum in registers; ``rows`` has the second stage. Bytes per
-element in bf16: 2, and 4 where the branch has a gradient of its own.
+Backward: the gradient of x is that of the sum; without dropout and in one dtype, so is the
+branch's. Then the kernel only sums it over the rows for the bias. P x cdiv(C, BLOCK_C) programs;
+each walks down its columns and keeps their sum in registers; ``rows`` has the second stage. Bytes
+per element in bf16: 2, or 4 if the branch has a gradient of its own.
 """
 
 import torch

@@ -1,11 +1,11 @@
 """Causal attention forward over packed queries, keys and values.
 
 A program owns BLOCK_M queries of one head and walks over their keys, BLOCK_N at a time, with the
-online softmax: m is the largest score so far, total the sum of exp2(score - m), acc the values so
-weighted; total and acc are rescaled when m grows. Only a tile that the diagonal crosses is masked:
-that is one branch inside one software pipeline, where two loops would drain it in between.
+online softmax: m is the largest score so far, total the sum of exp2(score - m), acc the values with
+these weights; total and acc are rescaled when m grows. Only a tile that the diagonal crosses is
+masked, by a branch inside one software pipeline: two loops would drain it in between.
 
-Grid (H, cdiv(T, BLOCK_M), B). Saved for backward: out, and of each row the log2 of its sum of
+Grid (H, cdiv(T, BLOCK_M), B). Saved for backward: out, and for each row the log2 of its sum of
 exp2(score), lse (B, H, T) in fp32. Bytes: q, k, v read in place from (B, T, 3C), out (B, T, C)
 written, 8 B T C in bf16, as k and v stay in the L2 cache; FLOPs 2 B T^2 C, half of 4 B T^2 C
 because the tiles beyond the diagonal are skipped.

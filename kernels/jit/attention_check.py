@@ -3,9 +3,9 @@
 Up to CUDA 12.9, ptxas may overwrite the registers of an asynchronous wgmma whose left operand lies
 in registers (triton-lang/triton#11781); in flash-linear-attention#1262, 13.0 still failed and 13.1
 passed. The products P V, P^T dO, dS^T Q and dS K are of that kind, and Triton 3.6 and 3.7 ship
-ptxas 12.8. So on an sm_90 with a ptxas older than 13.1, what attention computes there is held
-against the reference before anyone gets to see it: once per process and ``Kind``, which is all that
-Triton builds another binary for.
+ptxas 12.8. So on an sm_90 with a ptxas older than 13.1, attention's results are compared with the
+reference before the first one is returned: once per process and ``Kind``, since Triton builds
+another binary only for another kind.
 """
 
 import math
@@ -29,12 +29,13 @@ HOPPER = (9, 0)
 # makes a stride a multiple of 16, and an odd one; one token. Triton builds a binary for each, and
 # all are checked at once, because a length is not known when compiling.
 LENGTHS = (512, 528, 504, 501, 1)
-# of the norm of the gradients: 16-bit rounding errs by half a percent, lost registers by far more
+# tolerance, relative to the gradients' norm: 16-bit rounding errs by half a percent, lost registers
+# by far more
 GRADIENT_TOLERANCE = 0.02
 
 
 class Kind(NamedTuple):
-    """What decides, beside the length, which of attention's binaries run.
+    """What decides, besides the length, which of attention's binaries run.
 
     Attributes:
         dtype: of queries, keys and values.
@@ -60,13 +61,13 @@ def is_suspect(dtype: torch.dtype, capability: tuple[int, int], ptxas: str) -> b
 
 
 def _integers(shape: tuple[int, ...], largest: int, device: torch.device) -> Tensor:
-    # from the CPU's generator of its own: nobody's random numbers change because of a check
+    # a separate generator: a check must not change anybody's random numbers
     generator = torch.Generator().manual_seed(0)
     return torch.randint(-largest, largest + 1, shape, generator=generator).to(device)
 
 
 def passes(device: torch.device, kind: Kind) -> bool:
-    """Whether attention's kernels of this kind are right, held against fp64 on small integers.
+    """Whether attention's kernels of this kind are right, compared with fp64 on small integers.
 
     At a scale of ln 2 integer scores give powers of two as probabilities: every sum of the forward
     kernel is exact and only its last division rounds. Masks that hide nothing and dropout that
@@ -91,7 +92,7 @@ def passes(device: torch.device, kind: Kind) -> bool:
         if range_dtype is not None:
             key_range = torch.tensor([[0, T]] * B, dtype=range_dtype, device=device)
         options = (bits, segments, key_range, H, 1e-12, math.log(2.0))
-        # where kernels are only compiled, these run nevertheless
+        # run these kernels even while launches are only noted for compilation
         with noting(None):
             out, lse = launch_fwd(qkv, *options)
             dqkv = launch_bwd(dout, qkv, out, lse, *options)

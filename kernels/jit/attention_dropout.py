@@ -1,10 +1,10 @@
-"""Attention's dropout mask as packed bits, made once for the forward and both backward kernels.
+"""Attention's dropout mask as packed bits, computed once for the forward and both backward kernels.
 
-Bit j of word w of a row says whether the probability of key 32 w + j is kept. A program makes
-BLOCK_W words of BLOCK_N rows: eight Philox counters a word, and all four of their words are used.
+Bit j of word w of a row says whether the probability of key 32 w + j is kept. A program computes
+BLOCK_W words of BLOCK_N rows: eight Philox counters per word, each with four words, all used.
 Words after the diagonal hold keys that no query sees: they are not written, and never used.
 
-Grid (cdiv(rows, BLOCK_N), cdiv(words, BLOCK_W)). Bytes: B H T^2 / 16 written, 12.6 MB a layer of
+Grid (cdiv(rows, BLOCK_N), cdiv(words, BLOCK_W)). Bytes: B H T^2 / 16 written, 12.6 MB per layer of
 GPT-2 at B = 16; about 17 instructions per bit.
 """
 
@@ -70,7 +70,7 @@ def load_keep(ptrs, first_k, offs_k, KEYS: tl.constexpr):
 
 
 def launch_bits(seed: Tensor, B: int, H: int, T: int, dropout_p: float) -> Tensor:
-    """The words (B, H, T, cdiv(T, 32)) in int32 as one row, and what a tile reads past the last."""
+    """The words (B, H, T, cdiv(T, 32)) in int32 as one row, plus padding for the last tile."""
     words = triton.cdiv(T, 32)
     bits = torch.empty(bits_size(B, H, T), dtype=torch.int32, device=seed.device)
     if B * H * T > 0:

@@ -1,10 +1,10 @@
-"""What attention's forward and backward kernels share: who does what, which key is seen, launching.
+"""What attention's forward and backward kernels share: grid, masks, launches, compile cases.
 
-All three kernels take, after their tensors, the same arguments: the two masks, each None where
-there is none; dropout, (bits, p) or None; the strides (batch, token) of qkv; the shape (H, T); and
-the scale. All run on a grid (H, blocks, B), which the hardware walks through from the left: the
-heads of one sequence together, so that its k and v stay in the L2 cache, and block by block with
-the longest first, so that the short ones fill the gaps at the end.
+All three kernels take, after their tensors, the same arguments: the two masks, each a tensor or
+None; dropout, (bits, p) or None; the strides (batch, token) of qkv; the shape (H, T); and the
+scale. All run on a grid (H, blocks, B), which the hardware walks through from the left: the heads
+of one sequence together, so that its k and v stay in the L2 cache, and the longest blocks first, so
+that the short ones fill the gaps at the end.
 """
 
 from collections.abc import Mapping
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastgpt2.kernels import tuning
 from fastgpt2.kernels.cases import SIZES, CompileCase, Work, case, configs
+from fastgpt2.kernels.gpus import has_tf32
 from fastgpt2.kernels.jit.launch import launch_kernel
 from fastgpt2.kernels.jit.primitives import allows_tf32
 
@@ -102,7 +103,7 @@ def launch(
         scale,
         D=D,
         EVEN=T % max(config["BLOCK_M"], config["BLOCK_N"]) == 0,
-        TF32=allows_tf32(qkv.dtype),
+        TF32=allows_tf32(qkv),
         **config.meta(),
     )
 
@@ -126,14 +127,15 @@ class Variant:
         return " ".join((f"D{self.D}", number, *words))
 
 
-def _variants(limits: Mapping[str, int]) -> list[Variant]:
+def _variants(limits: Mapping[str, int], arch: str) -> list[Variant]:
     """The hardest launches that a rule of the table stands for, and the usual ones."""
 
     def full(dtype: str, D: int, tf32: bool = False) -> Variant:
         return Variant(dtype, D, masked=True, dropout=True, even=False, tf32=tf32)
 
     if "bytes" not in limits:
-        return [Variant("fp32", 64), full("fp32", 128), full("fp32", 128, tf32=True)]
+        exact = [Variant("fp32", 64), full("fp32", 128)]
+        return [*exact, full("fp32", 128, tf32=True)] if has_tf32(arch) else exact
     if "masked" in limits:
         plain = [Variant("bf16", 64), Variant("bf16", 64, even=False)]
         dropout = [Variant("bf16", 64, dropout=True)]
@@ -156,17 +158,17 @@ def attention_cases(
 
     Args:
         kernel: the ``@triton.jit`` function.
-        op: its name in the table.
+        op: the kernel's name in the table.
         arch: the architecture.
-        tensors: types of its own arguments, ``{}`` where the dtype of qkv goes.
-        products: matrix products in its walk.
+        tensors: types of its own arguments, with ``{}`` in place of the dtype of qkv.
+        products: matrix products in its loop.
         passes: tensors (B, T, C) that it reads or writes.
-        block: which of its blocks the grid divides the tokens by.
+        block: the block size that the grid divides the tokens by.
     """
     return [
         _case(kernel, op, config, variant, tensors, products, passes, block)
         for limits, config in configs(op, arch)
-        for variant in _variants(limits)
+        for variant in _variants(limits, arch)
     ]
 
 

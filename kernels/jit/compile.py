@@ -1,7 +1,7 @@
-"""Compile a kernel for a GPU that is not there, and read what the binary needs.
+"""Compile a kernel for a GPU that the machine does not have, and read what the binary needs.
 
 Triton's compiler, ptxas, nvdisasm and cuobjdump all ship in the wheel and need no device, so
-registers, spills, shared memory and tensor-core instructions are facts on any machine. Not under
+registers, spills, shared memory and tensor-core instructions are known on any machine. Not under
 ``TRITON_INTERPRET=1``: there the kernels are plain Python functions.
 """
 
@@ -54,7 +54,7 @@ class Resources:
         shared_bytes: per block.
         mma: ``tcgen05``, ``wgmma`` (``wgmma-rs`` if any takes its first operand from registers),
             ``mma.sync``, ``mfma`` or ``wmma`` on AMD, or empty without tensor cores.
-        serialized: ptxas waits after every wgmma instead of overlapping them.
+        serialized: whether ptxas waits after every wgmma instead of overlapping them.
         units: instructions of the loops by the unit that executes them, per warp; NVIDIA only.
         skipped: how many of those a branch may skip.
     """

@@ -1,9 +1,9 @@
-"""Cross-entropy of logits, forward and backward: one program a row, grid (N,).
+"""Cross-entropy of logits, forward and backward: one program per row, grid (N,).
 
 A row of GPT-2's logits, 100 KB in bf16, does not fit in registers, so a program walks over it in
 tiles of BLOCK_V. A lane takes VECTOR adjacent logits of each tile, 16 bytes, and keeps a running
 maximum and a running sum of exponentials of its own, so that no thread waits for another: the lanes
-meet once, after the loop. Whole tiles have no mask; the last, peeled off, has.
+are merged once, after the loop. Only the last tile, peeled off, has a mask.
 
 With m = max z, l = log sum exp(z - m), lse = m + l, s the label smoothing, p = exp(z - m - l),
 
@@ -33,7 +33,7 @@ from fastgpt2.kernels.jit.primitives import LN2, LOG2E
 # ignore_index, vocab_size, label_smoothing, z_loss
 Options = tuple[int, int, float, float]
 
-# of lanes that have seen nothing yet: finite, so that no difference is -inf minus -inf
+# maximum of lanes that have seen nothing yet: finite, so that no difference is -inf minus -inf
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 

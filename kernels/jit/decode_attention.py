@@ -3,16 +3,16 @@
 A program owns one head of one new token and one share of its keys (all of them where there is one
 share) and walks over them BLOCK_N at a time. Each of the BLOCK_N lanes keeps an online softmax of
 its own (largest score m, sum total, weighted values acc), so that nothing is exchanged between
-lanes until the walk is over; then the lanes are merged. Matrix units would have one row of work:
-the product with the single query is a multiplication and a sum. The kernel waits for memory, so
-the loads of the next tiles are issued ahead.
+lanes until the loop ends; then the lanes are merged. Matrix units would have one row of work: the
+product with the single query is a multiplication and a sum. The kernel is bound by memory, so the
+loads of the next tiles are issued ahead.
 
-With several shares each writes its part, its m and its total in fp32, and a second kernel weighs
-the parts. The keys of a row, not of the cache, are divided among the shares, so their number is the
-same whatever the lengths: no host synchronisation, and a CUDA graph stays valid.
+With several shares, each writes its part, its m and its total in fp32, and a second kernel combines
+the parts. The keys of a row, not of the cache, are divided among the shares, so their number does
+not depend on the lengths: no host synchronisation, and a CUDA graph stays valid.
 
-Before it, ``_append_kv_kernel`` writes the new tokens' keys and values, a program per token. Both
-read the same lengths, those before the new tokens, so a step computes no other ones.
+Before it, ``_append_kv_kernel`` writes the new tokens' keys and values, one program per token. Both
+read the same lengths, those before the new tokens, so a step needs no others.
 
 Grids (H, shares, B T), (B T H,) and (B T, blocks of heads). Bytes: the keys and values up to each
 token once, 4 H D per key in bf16, where the tokens of a row share them in cache; FLOPs 4 H D per
@@ -36,7 +36,7 @@ SHARE_KEYS = 64
 PROGRAMS_PER_MULTIPROCESSOR = 4
 # parts that the merging program holds in registers
 MAX_SHARES = 64
-# tiles of keys and values on their way at a time
+# tiles of keys and values that are loaded ahead
 PREFETCH = tl.constexpr(3)
 
 

@@ -1,14 +1,14 @@
 """A linear layer of a few rows, with LayerNorm before it and bias, GELU and addition after it.
 
 A program computes BLOCK_F features of BLOCK_B rows. With a LayerNorm it first walks twice over the
-rows, which are in cache, for their means and for the squares of what is left; every program does
-so itself, since a launch costs more. Then it walks over the weights BLOCK_C columns at a time, the
-next tiles' loads on their way. A matrix unit would have few rows of work: the product is a
-multiplication and a sum, and each lane adds up products of its own, so that lanes are added once,
-at the end. All of it is fp32, rounded once at the store.
+rows, which are in cache, for their means and variances; every program repeats this, since another
+launch would cost more. Then it walks over the weights BLOCK_C columns at a time, loading the next
+tiles ahead. A matrix unit would have few rows of work: the product is a multiplication and a sum.
+Each lane sums its own products, and the lanes are added once, at the end. All of it is fp32,
+rounded once at the store.
 
-Grid (cdiv(F, BLOCK_F), cdiv(B, BLOCK_B)). Bytes: the weights once for each block of rows, F C in
-int8 and 2 F C in bf16, beside which rows and outputs are small; FLOPs 2 B F C. Nothing is saved.
+Grid (cdiv(F, BLOCK_F), cdiv(B, BLOCK_B)). Bytes: the weights once per block of rows, F C in int8
+and 2 F C in bf16; rows and outputs are small. FLOPs 2 B F C. Nothing is saved.
 """
 
 import torch
@@ -22,9 +22,9 @@ from fastgpt2.kernels.jit.gelu import gelu_tile
 from fastgpt2.kernels.jit.launch import launch_kernel
 from fastgpt2.kernels.reference import Beside
 
-# tiles of weights on their way at a time
+# tiles of weights that are loaded ahead
 PREFETCH = tl.constexpr(3)
-# what FORM says
+# values of FORM
 _FORMS = {"none": 0, "tanh": 1, "erf": 2}
 _ROOT_HALF = tl.constexpr(0.7071067811865476)
 

@@ -1,14 +1,14 @@
 """Token plus position embedding, forward and backward.
 
-Forward: a program gathers BLOCK_N rows of both tables whole, adds them in fp32, drops out. Grid
+Forward: a program gathers BLOCK_N whole rows of both tables, adds them in fp32, drops out. Grid
 (cdiv(N, BLOCK_N),) for N = B T tokens. An id outside its table gives NaN instead of a stray read.
-Bytes a token of C numbers in bf16: 6C, of which 2C and more come from cache.
+Bytes per token of C numbers in bf16: 6C, of which 2C and more come from cache.
 
 Backward is a segment sum, without atomics: the tokens are sorted by id (stably, so that equal ids
 keep their order), and one program adds the rows of one id in one block of columns, in fp32, to what
 the table's gradient holds there: zeros, or the gradient of a tied head. Programs of ids that do not
-occur end at once. Grid (rows of the table * cdiv(C, BLOCK_C),). Where positions just count, no sort
-is needed: position t has the rows t, T + t, 2T + t, ... Bytes: 2 N C, and 4 C an id that occurs.
+occur end at once. Grid (rows of the table * cdiv(C, BLOCK_C),). Positions 0, 1, 2, ... need no
+sort: position t has the rows t, T + t, 2T + t, ... Bytes: 2 N C, and 4 C per id that occurs.
 """
 
 import torch

@@ -6,13 +6,13 @@ With z = x + bias and v = 2 sqrt(2/pi) (z + 0.044715 z^3), (1 + tanh(v/2)) / 2 =
 
 Backward takes all of it from e = exp(-|v|), which cannot overflow: sigmoid(|v|) = 1 / (1 + e) and
 sigmoid(-|v|) = e / (1 + e). Nothing is subtracted from 1, so the tails keep their relative
-precision. At the speed of memory a GPU has some 25 instructions an element: constants are folded.
+precision. At the speed of memory a GPU has some 25 instructions per element: constants are folded.
 
 Saved for backward are x and bias: x exists anyway, as the projection's output, and adding the bias
-again costs nothing beside reading x, while storing z would cost a pass. Bytes an element in bf16:
-4 forward, 6 backward, 8 where backward makes y again for an op that did not save it (``mlp``).
+again is free next to reading x, while storing z would cost a pass. Bytes per element in bf16: 4
+forward, 6 backward, 8 if backward recomputes y for an op that did not save it (``mlp``).
 
-Forward: one tile [BLOCK_N, BLOCK_F] a program, in the order of memory. Backward: P x cdiv(F,
+Forward: one tile [BLOCK_N, BLOCK_F] per program, in the order of memory. Backward: P x cdiv(F,
 BLOCK_F) programs; each walks down its columns and keeps their sum of dz, its share of the bias
 gradient, in registers; ``rows`` has the second stage.
 """

@@ -1,9 +1,9 @@
-"""The one place where a kernel is launched: on its tensors' GPU, with every option said.
+"""The one place where a kernel is launched: on its tensors' GPU, with every option explicit.
 
 Triton launches on the *current* device and stream, whatever device the tensors are on: without a
 guard, a model on ``cuda:1`` would run on GPU 0 and read another GPU's memory.
 
-Triton compiles a kernel when it is first launched, one after another. ``noting`` notes launches
+Triton compiles each kernel at its first launch, one after another. ``noting`` notes launches
 instead of running them, and ``compile_noted`` then compiles all of them at once.
 """
 
@@ -17,15 +17,15 @@ import torch
 import triton
 from torch import Tensor
 
-# said explicitly, since Triton's default changes: multiplications and additions become FMAs
+# explicit, since Triton's default changes: multiplications and additions become FMAs
 COMPILER_OPTIONS = {"enable_fp_fusion": True}
-# bytes that the compiler may assume an address to be a multiple of
+# the compiler may assume that an address is a multiple of this many bytes
 _ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
 class _StandIn:
-    """What the compiler asks a tensor for; it keeps no memory alive."""
+    """What the compiler reads of a tensor, without keeping its memory alive."""
 
     dtype: torch.dtype
     misalignment: int
@@ -51,7 +51,7 @@ class Launch:
     device: torch.device
 
 
-# where launches are noted instead of run; of all threads, because autograd has some of its own
+# the list that launches are noted in instead of run; for all threads, since autograd has its own
 _noted: list[Launch] | None = None
 
 
@@ -94,7 +94,7 @@ def launch_kernel(kernel: Any, grid: tuple[int, ...], *arguments: Any, **meta: A
 def noting(launches: list[Launch] | None) -> Iterator[None]:
     """Within the block kernels do not run: each launch is appended to ``launches``.
 
-    What they would have written stays as it was. ``None`` runs them, within such a block, too.
+    Memory that they would have written does not change. ``None`` runs them even in such a block.
     """
     global _noted
     previous, _noted = _noted, launches
@@ -110,11 +110,11 @@ def compile_noted(launches: list[Launch], workers: int) -> int:
     Most of a compilation runs outside Python's lock: LLVM, and ptxas as a program of its own.
 
     Args:
-        launches: as ``noting`` has left them.
-        workers: how many threads.
+        launches: the list of ``noting``.
+        workers: number of threads.
 
     Returns:
-        How many different binaries the launches need, those included that were there already.
+        How many different binaries the launches need, including those that existed already.
     """
     compiled = set()
     with ThreadPoolExecutor(workers) as pool, triton.AsyncCompileMode(pool):

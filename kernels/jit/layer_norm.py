@@ -3,15 +3,15 @@
 Forward: a program owns BLOCK_N rows and holds them whole in registers (BLOCK_C >= C), so a row is
 read once. Grid (cdiv(N, BLOCK_N),). With a branch it adds branch and bias, drops out, writes the
 new stream and normalises what it has written. Saved for backward: the stream, and its mean and
-rstd in fp32, (2, N). Bytes a row of C elements: x, branch, stream and norm, 8C in bf16.
+rstd in fp32, (2, N). Bytes per row of C elements: x, branch, stream and norm, 8C in bf16.
 
 Backward: P programs walk over the blocks of rows, P apart. With n = (s - mean) rstd and g = w dy,
 
     ds = dstream + rstd (g - mean(g) - n mean(g n)),    dw = sum dy n,    db = sum dy
 
-over the rows, and the bias of the projection that made the branch gets the sum of the branch's
+over the rows, and the bias of the projection that computed the branch gets the sum of the branch's
 gradient. Each program keeps its share of those sums in registers; ``rows`` has the second stage.
-Without dropout, and in one dtype, the gradients of x and branch are one tensor. Bytes a row:
+Without dropout, and in one dtype, the gradients of x and branch are one tensor. Bytes per row:
 dstream, dy, stream and ds, 8C in bf16.
 """
 

@@ -1,8 +1,8 @@
 """The MLP's first half as one kernel: projection, bias and GELU.
 
-A program makes one tile [BLOCK_M, BLOCK_N] of y (N, F) = gelu(x (N, C) @ weight (F, C)^T + bias)
-over all of C, in fp32, and stores the product without the bias, z, beside it: just what the
-unfused route (a library's product, then ``bias_gelu``) would have saved, so backward is the same.
+A program computes one tile [BLOCK_M, BLOCK_N] of y (N, F) = gelu(x (N, C) @ weight (F, C)^T + bias)
+over all of C, in fp32, and also stores the product without the bias, z: the same as the unfused
+route (a library's product, then ``bias_gelu``) saves, so backward is the same.
 Grid (cdiv(N, BLOCK_M) cdiv(F, BLOCK_N),), in groups of GROUP_M tiles down the rows, so that the
 tiles under way share their operands in L2. FLOPs 2 N F C; bytes x, weight, y and z once, at best:
 the unfused route reads z once more.
@@ -116,7 +116,7 @@ def launch_fwd(
             rows.stride(),
             weight.stride(),
             (N, F, C),
-            TF32=allows_tf32(x.dtype),
+            TF32=allows_tf32(x),
             **config.meta(),
         )
     return y, z

@@ -3,6 +3,10 @@
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from fastgpt2.kernels import tuning
+from fastgpt2.kernels.gpus import has_tf32
 
 # softmax in base 2: exp2 is one instruction, and log2(e) goes into a factor that is there anyway
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -13,10 +17,14 @@ HIDDEN = tl.constexpr(-3.0e38)
 LOWEST = tl.constexpr(-1.0e30)
 
 
-def allows_tf32(dtype: torch.dtype) -> bool:
-    """Whether products of fp32 may take TF32: as ``torch.set_float32_matmul_precision`` says."""
+def allows_tf32(x: Tensor) -> bool:
+    """Whether products of fp32 take TF32: ``torch.set_float32_matmul_precision`` and the GPU allow.
+
+    Triton does not compile a product in TF32 for a GPU that has none.
+    """
     # one answer for the dtypes that it does not concern, so that they compile once
-    return dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    asked = x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    return asked and has_tf32(tuning.arch_of(x.device))
 
 
 @triton.jit

@@ -40,7 +40,7 @@ def row_width(C: int) -> int:
 
 
 def dropout_argument(seed: Tensor | None, p: float) -> tuple[Tensor, float] | None:
-    """What ``dropout_tile`` takes; without a seed, a kernel of its own has no random numbers."""
+    """The argument of ``dropout_tile``; None without a seed: a kernel without random numbers."""
     return None if seed is None else (seed, p)
 
 

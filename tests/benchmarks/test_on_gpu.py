@@ -1,12 +1,19 @@
 """A stage of ``on_gpu.sh`` that runs out of time is told so, and can write what it has."""
 
+import json
+import os
 import re
 import signal
 import subprocess
+import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from tests.benchmarks.dry import ROOT
+from benchmarks.summary import summary
+from tests.benchmarks.dry import ENVIRONMENT, ROOT
+from tests.results_so_far import breadth_first
 
 
 def _ignore_ctrl_c() -> None:
@@ -37,3 +44,64 @@ def test_every_stage_ends_this_way() -> None:
     calls = re.findall(r'^ *(\S+) "\$seconds" "\$python"', script, re.MULTILINE)
     assert len(calls) == 4
     assert set(calls) == {"within"}
+
+
+SLOW = """
+import time
+import pytest
+
+@pytest.mark.parametrize("n", range(9), ids=lambda n: f"{n}-rehearsal")
+def test_wide(n):
+    pass
+
+@pytest.mark.parametrize("full", [False], ids=["rehearsal"])
+def test_wrong(full):
+    assert 1 == 2, "what went wrong"
+
+@pytest.mark.parametrize("full", [False], ids=["rehearsal"])
+def test_endless(full):
+    time.sleep(600)
+"""
+
+
+def test_a_killed_run_leaves_the_results_so_far(tmp_path: Path) -> None:
+    """Killed without notice, in the middle of a test."""
+    file, out = tmp_path / "test_slow.py", tmp_path / "out"
+    file.write_text(SLOW, encoding="utf-8")
+    process = subprocess.Popen(
+        ["bash", str(ROOT / "benchmarks" / "on_gpu.sh"), str(out), "correct"],
+        env=ENVIRONMENT | {"TESTS": str(file)},
+        start_new_session=True,
+    )
+    results = out / "correct.jsonl"
+    try:
+        deadline = time.monotonic() + 120
+        while not results.exists() or results.read_text("utf-8").count("\n") < 2:
+            assert process.poll() is None, (out / "correct.log").read_text("utf-8")
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    lines = [json.loads(line) for line in results.read_text("utf-8").splitlines()]
+    found = {line["test"].rpartition("::")[2]: line for line in lines}
+    # one parameter set of the nine
+    assert {name: line["outcome"] for name, line in found.items()} == {
+        "test_wide[0-rehearsal]": "passed",
+        "test_wrong[rehearsal]": "failed",
+    }
+    assert "what went wrong" in found["test_wrong[rehearsal]"]["why"]
+    assert "correct: 2 tests, 1 passed, 1 failed" in summary(out)
+
+
+def test_the_first_of_every_test_come_first() -> None:
+    names = [*(f"a[{i}]" for i in range(6)), "b", "c[0]", "c[1]"]
+    items = [SimpleNamespace(nodeid=name) for name in names]
+    chosen = [item.nodeid for item in breadth_first(items, 3)]  # type: ignore[arg-type]
+    assert chosen == ["a[0]", "b", "c[0]", "a[2]", "c[1]", "a[4]"]
+
+
+def test_correct_comes_after_warm_and_is_capped() -> None:
+    script = (ROOT / "benchmarks" / "on_gpu.sh").read_text(encoding="utf-8")
+    assert re.search(r"^stages=\(warm correct ", script, re.MULTILINE)
+    assert "--most-per-test" in script and "--results-so-far" in script

@@ -91,14 +91,13 @@ def test_every_kernel_is_tuned_and_right(folder: Path) -> None:
 
 
 def test_summary_names_every_stage(folder: Path) -> None:
-    (folder / "correct.xml").write_text(
-        '<testsuites><testsuite tests="2" failures="1"><testcase classname="a" name="b">'
-        "<failure/></testcase></testsuite></testsuites>",
+    (folder / "correct.jsonl").write_text(
+        '{"test": "a::b", "outcome": "failed"}\n{"test": "a::c", "outcome": "passed"}\n{"test": "a',
         encoding="utf-8",
     )
     text = summary.summary(folder)
     for line in (
-        "correct: 2 tests, 1 failures",
+        "correct: 2 tests, 1 failed, 1 passed",
         "FAILED a::b",
         "attention dry",
         "train step",

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fastgpt2.train.__main__ import main as train
-from fastgpt2.train.config import read_config
+from fastgpt2.train.config_file import read_config
 from tests.commands.tiny_command import TEXT, TINY, complaint
 
 

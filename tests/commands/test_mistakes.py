@@ -61,7 +61,7 @@ def test_a_run_is_untouched_when_the_next_one_fails_its_checks(
         (["--fp8"], "fp8 wants n_embd to be a multiple of 16, got 8"),
         (
             ["--fp8", "--n-embd=16", "--dtype=fp16"],
-            "--fp8: it wants activations in bf16 or fp32, not float16",
+            "--fp8: activations must be in bf16 or fp32, not float16",
         ),
     ],
 )

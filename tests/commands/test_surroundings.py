@@ -15,7 +15,8 @@ from torch._inductor import config as inductor
 from fastgpt2 import cli, runs
 from fastgpt2.text import build_dataset
 from fastgpt2.train.__main__ import main as train
-from fastgpt2.train.config import TrainConfig, read_config
+from fastgpt2.train.config import TrainConfig
+from fastgpt2.train.config_file import read_config
 from fastgpt2.train.metrics import read_metrics
 from tests.commands.tiny_command import TEXT, TINY, complaint
 
@@ -179,7 +180,8 @@ def learning_rates(run: Path) -> list[float]:
 def test_a_small_learning_rate_falls_too(data: str, tmp_path: Path, schedule: str) -> None:
     """The configuration's min_lr is a share of its lr."""
     argv = ["--data", data, "--out", str(tmp_path / "run"), *TINY, "--schedule", schedule]
-    assert train([*argv, "--config", "cpu", "--lr", "1e-5", "--log-every=1"]) == 0
+    argv += ["--config", "cpu", "--optimizer", "adamw"]
+    assert train([*argv, "--lr", "1e-5", "--log-every=1"]) == 0
     config = TrainConfig.from_layers(read_config(str(tmp_path / "run" / "config.toml")))
     assert config.final_lr == pytest.approx(1e-5 / 20)
     assert max(learning_rates(tmp_path / "run")) <= 1e-5

@@ -106,7 +106,11 @@ def test_continuation_too_long() -> None:
         ("hellaswag", HELLASWAG[0] | {"label": "x"}, "line 2: invalid literal"),
         ("lambada", {"txt": "a b"}, "line 2: no 'text' .a lambada file is expected"),
         ("lambada", {"text": "word"}, "line 2: expected a text that ends in a word"),
-        ("lambada", {"text": 3}, "line 2: 'int' object has no"),
+        ("lambada", {"text": 3}, "line 2: text must be text, got 3"),
+        ("lambada", {"text": "a \ud800"}, r"line 2: text must be text, got 'a \\ud800'"),
+        ("hellaswag", HELLASWAG[0] | {"ctx": 5}, "line 2: ctx must be text, got 5"),
+        ("hellaswag", HELLASWAG[0] | {"endings": "abcd"}, "line 2: expected 4 endings"),
+        ("hellaswag", HELLASWAG[0] | {"endings": ["b"] * 3 + [None]}, "an ending must be text"),
     ],
 )
 def test_damaged_files(tmp_path: Path, name: str, record: dict[str, Any], message: str) -> None:
@@ -124,6 +128,7 @@ def test_damaged_files(tmp_path: Path, name: str, record: dict[str, Any], messag
         (b"not json\n", "line 1: Expecting value"),
         (b'{"text": "a b"}\n[1]\n', "line 2: list indices"),
         (b'{"text": "\xff b"}\n', "not UTF-8"),
+        (b"[" * 100_000, "line 1: nested too deeply"),
     ],
 )
 def test_not_json_lines(tmp_path: Path, data: bytes, message: str) -> None:

@@ -228,7 +228,7 @@ def test_the_best_of_several_counts_the_stop() -> None:
             lambda m: m.generate(
                 torch.ones(1, 3).long(), 1, attention_mask=torch.tensor([[1, 0, 1]])
             ),
-            "attention_mask: each row needs tokens side by side",
+            "attention_mask: a row's tokens must be adjacent",
         ),
         (lambda m: Generator(m).submit("text"), "prompt: text needs a tokenizer"),
         (lambda m: m.log_probs([[]]), "prompt: must hold at least one token"),

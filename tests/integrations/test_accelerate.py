@@ -4,6 +4,7 @@ import copy
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -189,3 +190,28 @@ except ImportError as error:
     assert run.stdout.count("\n") == 1 and "pip install 'fastgpt2[hf]'" in run.stdout
     assert ("not installed" if found is None else found) in run.stdout
     assert _obstacle() is None
+
+
+def test_the_config_of_an_attention_module_is_the_models(tmp_path: Path) -> None:
+    model: Any = fastgpt2.accelerate(randomised(transformers.GPT2LMHeadModel(config())))
+    expected = model(tokens()).logits
+    copied, pickled = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    for twin in (model, copied, pickled):
+        attn = twin.transformer.h[0].attn
+        assert attn.config is twin.config and type(attn.config) is transformers.GPT2Config
+        assert attn.config._attn_implementation == "sdpa" and "ours in place" in twin.explain()
+        assert torch.equal(twin(tokens()).logits, expected)
+    assert copied.config is not model.config
+    model.save_pretrained(tmp_path)
+    saved: Any = transformers.GPT2LMHeadModel.from_pretrained(tmp_path)
+    assert_close(saved.eval()(tokens()).logits, expected)
+    attn = model.transformer.h[0].attn
+    # what is assigned to it, or in its place, counts
+    attn.config.use_cache = False
+    assert model(tokens()).past_key_values is None
+    attn.config = attn.config
+    attn.config._attn_implementation = "eager"
+    assert model(tokens(), output_attentions=True).attentions[0] is not None
+    model.config._attn_implementation = "sdpa"
+    assert vars(fastgpt2.restore(model).transformer.h[0].attn)["config"] is model.config
+    assert_close(model(tokens()).logits, expected)

@@ -13,7 +13,7 @@ from torch import nn
 
 import fastgpt2
 from fastgpt2.integrations.huggingface import LayerNorm
-from tests.integrations.tiny_hf import config, randomised
+from tests.integrations.tiny_hf import assert_close, config, pair, randomised, tokens
 
 
 def tiny_hf() -> Any:
@@ -61,6 +61,26 @@ def test_a_mask_changed_behind_its_version_is_looked_at_again() -> None:
         found = model(idx, attention_mask=mask).logits
         expected = fastgpt2.restore(model)(idx, attention_mask=mask).logits
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_mask_changed_behind_its_version_and_a_model_without_its_first_layer() -> None:
+    """Layers that were left out, or one that is called alone: none of them is the first."""
+    theirs, ours = pair(n_layer=3)
+    for model in (theirs, ours):
+        model.transformer.h = model.transformer.h[1:]
+    mask = torch.ones(9, 9, dtype=torch.bool).tril().repeat(3, 1, 1, 1)
+    hidden = torch.randn(3, 9, 24)
+
+    def outputs(model: Any) -> list[torch.Tensor]:
+        whole = model(tokens(), attention_mask=mask, use_cache=False).logits
+        alone = model.transformer.h[1](hidden, attention_mask=mask)
+        return [whole, alone[0] if isinstance(alone, tuple) else alone]
+
+    for kept in (9, 7, 4):
+        # through numpy, which nobody counts
+        mask.numpy()[1, :, :, kept:] = False
+        for got, expected in zip(outputs(ours), outputs(theirs), strict=True):
+            assert_close(got, expected)
 
 
 def test_a_batch_without_labels_leaves_finite_weights() -> None:

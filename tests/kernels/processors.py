@@ -14,7 +14,7 @@ _linear = importlib.import_module("fastgpt2.kernels.linear")
 _blocked_attention = importlib.import_module("fastgpt2.kernels.blocked_attention")
 
 ALWAYS, FEW, NEVER = _linear.Share(1, sys.maxsize), _linear.Share(4, 65), _linear.Share()
-FORWARD = _linear.Share(2, sys.maxsize, gradients=False)
+FORWARD = _linear.Share(1, sys.maxsize, gradients=False)
 
 
 @dataclass(frozen=True)

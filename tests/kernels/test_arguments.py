@@ -196,8 +196,11 @@ def test_linear_wants_one_dtype_but_under_autocast() -> None:
         assert kernels.linear(x, weight).dtype == torch.bfloat16
 
 
-def _second_order(op: str, impl: str) -> list[Tensor]:
-    """Gradients of the sum of squares of every gradient of ``op``, by the tensors it has."""
+DIFFERENTIABLE = sorted(set(CONTRACTS) - {"append_kv", "decode_attention", "decode_linear"})
+
+
+def _gradients(op: str, impl: str, create_graph: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """The tensors that ``op`` has, and by each the gradient of a sum of weighed squares."""
     torch.manual_seed(1)
     contract = CONTRACTS[op]
     arguments = contract.arguments()
@@ -207,16 +210,28 @@ def _second_order(op: str, impl: str) -> list[Tensor]:
     outputs = getattr(kernels, op)(**arguments)
     tensors = outputs if isinstance(outputs, tuple) else (outputs,)
     weighed = [(x.square() * torch.randn_like(x)).sum() for x in tensors if x.requires_grad]
-    first = torch.autograd.grad(sum(weighed), leaves, create_graph=True)
+    return leaves, list(torch.autograd.grad(sum(weighed), leaves, create_graph=create_graph))
+
+
+def _second_order(op: str, impl: str) -> list[Tensor]:
+    """Gradients of the sum of squares of every gradient of ``op``, by the tensors it has."""
+    leaves, first = _gradients(op, impl, create_graph=True)
     squares = sum(dx.square().sum() for dx in first)
     assert isinstance(squares, Tensor)
     return list(torch.autograd.grad(squares, leaves, allow_unused=True, materialize_grads=True))
 
 
+@pytest.mark.parametrize("impl", ["torch", "triton", "reference"])
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_a_graph_changes_no_gradient(op: str, impl: str) -> None:
+    for plain, found in zip(
+        *(_gradients(op, impl, create_graph=wanted)[1] for wanted in (False, True)), strict=True
+    ):
+        torch.testing.assert_close(found, plain, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("impl", ["torch", "triton"])
-@pytest.mark.parametrize(
-    "op", sorted(set(CONTRACTS) - {"append_kv", "decode_attention", "decode_linear"})
-)
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
 def test_a_gradient_of_the_gradient_is_right_or_refused(op: str, impl: str) -> None:
     try:
         found = _second_order(op, impl)

@@ -219,7 +219,7 @@ def _specialisation(argument: Any) -> Any:
     ],
     ids=str,
 )
-def test_it_checks_the_binaries_that_run(
+def test_it_checks_the_specialisations_that_run(
     T: int,
     n_head: int,
     D: int,

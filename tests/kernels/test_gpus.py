@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastgpt2.kernels import backend, tuning
 from fastgpt2.kernels.gpus import ARCHITECTURES, GPUS
+from fastgpt2.kernels.jit.primitives import allows_tf32
 from tests.played_gpus import play_architecture
 
 # the package's attribute of that name is the op
@@ -58,6 +59,28 @@ def test_whose_tiles_a_gpu_gets(
     play_architecture(monkeypatch, gpu)
     assert tuning.arch_of(torch.device("cuda", 0)) == arch
     assert _resolve("auto") is _resolve("triton") is backend.Impl.TRITON
+
+
+@pytest.mark.parametrize(
+    ("gpu", "has_it"),
+    [((8, 0), True), ((9, 0), True), ("gfx942:xnack-", True)]
+    # Triton refuses to compile such a product there
+    + [(gpu, False) for gpu in ("gfx90a:xnack-", "gfx950:xnack-", "gfx1100")],
+)
+def test_tf32_is_for_gpus_that_have_it(
+    gpu: tuple[int, int] | str, has_it: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    play_architecture(monkeypatch, gpu)
+    with FakeTensorMode():
+        x = torch.empty(4, device="cuda:0")
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert allows_tf32(x) is has_it
+        assert not allows_tf32(x.bfloat16())
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert not allows_tf32(x)
 
 
 @pytest.mark.parametrize(

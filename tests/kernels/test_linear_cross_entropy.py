@@ -274,7 +274,8 @@ def test_opcheck(impl: str) -> None:
     x, weight = (inputs[n].requires_grad_() for n in ("x", "weight"))
     flags = (True, True, impl == "triton", False)
     arguments = (x, weight, inputs["targets"], IGNORE, 33, 0.1, 1e-2, *flags)
-    torch.library.opcheck(op_module._linear_cross_entropy_fwd, arguments)
+    for anchor in (None, op_module._anchor(x, weight)):
+        torch.library.opcheck(op_module._linear_cross_entropy_fwd, (*arguments, anchor))
 
 
 @pytest.mark.parametrize("impl", FAST)
@@ -304,10 +305,11 @@ def test_a_gradient_of_the_gradient_is_refused(impl: str) -> None:
     inputs = _inputs(9, 24, 40, 40, torch.float32)
     leaves = {n: t.clone().requires_grad_(n != "targets") for n, t in inputs.items()}
     loss = _op()(impl, **leaves)
+    (dx,) = torch.autograd.grad(loss, leaves["x"], create_graph=True)
     with pytest.raises(
         RuntimeError, match=r"double backward is not supported \(create_graph=True\)"
     ):
-        torch.autograd.grad(loss, leaves["x"], create_graph=True)
+        torch.autograd.grad(dx.square().sum(), leaves["weight"])
 
 
 @pytest.mark.parametrize(

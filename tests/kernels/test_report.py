@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -16,7 +14,8 @@ from fastgpt2.kernels import report
 from fastgpt2.kernels.cases import Work
 from fastgpt2.kernels.gpus import ARCHITECTURES, GPUS, occupancy
 from fastgpt2.kernels.machine_code import SPLIT
-from fastgpt2.kernels.report_rows import Row, expectation, render, violations
+from fastgpt2.kernels.report_rows import Row, expectation, overview, render, violations
+from tests.compiling import run_compiling
 
 # compiling is not possible where triton has been imported for interpreting
 PLANTED = """
@@ -24,16 +23,11 @@ import dataclasses, json
 from fastgpt2.errors import UserError
 from fastgpt2.kernels import report
 if __name__ == "__main__":
-    rows = report.measure(["tests.kernels.planted_kernels"], ["sm_80", "sm_90", "gfx942"], 1)
+    rows = report.measure(
+        report.tasks_of(["tests.kernels.planted_kernels"], ["sm_80", "sm_90", "gfx942"]), 1
+    )
     print(json.dumps([dataclasses.asdict(row) for row in rows]))
 """
-
-
-def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
-    return subprocess.run(
-        [sys.executable, *arguments], env=variables, capture_output=True, text=True
-    )
 
 
 @pytest.fixture
@@ -50,7 +44,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], R
     folder = tmp_path_factory.mktemp("planted")
     script = folder / "planted.py"
     script.write_text(PLANTED, encoding="utf-8")
-    done = _run(str(script), XDG_CACHE_HOME=str(folder), PYTHONPATH=os.getcwd())
+    done = run_compiling(str(script), XDG_CACHE_HOME=str(folder), PYTHONPATH=os.getcwd())
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     rows = [Row(**fields | {"work": Work(**fields["work"])}) for fields in found]
@@ -66,7 +60,7 @@ def _good(row: Row) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
-def test_a_good_kernel_passes(planted: dict[tuple[str, str], Row], arch: str) -> None:
+def test_a_good_binary_passes(planted: dict[tuple[str, str], Row], arch: str) -> None:
     row = planted["good", arch]
     assert violations([row], _good(row)) == []
     assert row.registers > 16
@@ -84,14 +78,14 @@ def test_a_good_kernel_passes(planted: dict[tuple[str, str], Row], arch: str) ->
         ("narrow", "sm_90", "uses mma.sync, not wgmma"),
     ],
 )
-def test_planted_faults_are_found(
+def test_faults_planted_in_binaries_are_found(
     planted: dict[tuple[str, str], Row], config: str, arch: str, complaint: str
 ) -> None:
     row = planted[config, arch]
     assert any(complaint in line for line in violations([row], _good(row)))
 
 
-def test_a_loop_that_grows_is_found(planted: dict[tuple[str, str], Row]) -> None:
+def test_a_binarys_loop_that_grows_is_found(planted: dict[tuple[str, str], Row]) -> None:
     """A planted product has 5 % more instructions than the expectation allows, or just not."""
     row = planted["good", "sm_90"]
     assert row.instructions > 50
@@ -102,7 +96,7 @@ def test_a_loop_that_grows_is_found(planted: dict[tuple[str, str], Row]) -> None
         assert any("instructions per tile" in line for line in found) == complains
 
 
-def test_the_loop_of_a_product_is_found_and_split(planted: dict[tuple[str, str], Row]) -> None:
+def test_a_binarys_loop_is_found_and_split(planted: dict[tuple[str, str], Row]) -> None:
     row = planted["good", "sm_90"]
     # one 64 x 64 x 64 product of a warp group: four wgmma of 16 in K
     assert row.units["tensor"] == 4
@@ -151,16 +145,39 @@ def test_roofline_and_table() -> None:
     assert row.instructions == 3.0
     # 4 warps of 24 instructions, 1320 times, by 528 schedulers at 1.7 GHz
     assert h200.issue_us(row.warp_instructions) == pytest.approx(4 * 24 * 1320 / 528 / 1700)
-    text = render([row], {"sm_90": h200})
+    text = render([row], {"sm_90": h200}, ["sm_90"])
     assert (
         "| 1024 | - | 100% | 16 | 0.62 | 3 per element | 0 2 0 0 1 0 0 | 0.1 | 2.2 | 2.0 |" in text
     )
 
 
-def test_interpreting_is_refused() -> None:
-    done = _run("-m", "fastgpt2.kernels.report", "--check", TRITON_INTERPRET="1")
-    assert done.returncode == 2
-    assert "TRITON_INTERPRET=1" in done.stderr
+def test_the_overview_has_all_architectures() -> None:
+    plain = Row("k", "64 w4", "sm_90", 4, False, 1.0, 1.0, registers=32)
+    rows = [
+        plain,
+        replace(plain, config="128 w4", registers=64),
+        # another configuration spills than needs most registers
+        replace(plain, arch="sm_86", registers=128, spill_bytes=8),
+        replace(plain, arch="sm_86", config="128 w4", registers=255),
+        replace(plain, kernel="l", arch="gfx942", registers=100),
+        replace(plain, kernel="l", arch="sm_86", error="CompilationError: no"),
+    ]
+    table = overview(rows)
+    assert table[0] == "| kernel | sm_86 | sm_90 | gfx942 |"
+    assert table[2:] == ["| k | 255 (8) | 64 | - |", "| l | does not compile | - | 100 |"]
+    text = render(rows, {gpu.arch: gpu for gpu in GPUS.values()}, ["sm_90"])
+    assert "\n".join(table) in text
+    # and every configuration of those asked for
+    assert text.count("| k | 64 w4 | sm_90 |") == text.count("| k | 128 w4 | sm_90 |") == 1
+    assert "| sm_86 | 128" not in text
+
+
+def test_interpreting_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert report.main(["--check"]) == 2
+    assert "TRITON_INTERPRET=1" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("compiling")
@@ -245,11 +262,12 @@ def test_update_records_what_check_then_finds(
     assert list(json.loads(text)) == [row.key for row in sorted(kept + again, key=_by_place)]
 
 
-def test_committed_kernels_are_as_expected() -> None:
+def test_committed_binaries_are_as_expected() -> None:
     """Every kernel and configuration on the tuned-for architecture; CI runs the whole matrix."""
     try:
         report.find_expectation(metadata.version("triton"))
     except UserError as error:
         pytest.skip(str(error))
-    done = _run("-m", "fastgpt2.kernels.report", "--check", "--arch", "sm_90")
+    command = ("-m", "fastgpt2.kernels.report", "--check", "--arch", "sm_90", "--sample", "1")
+    done = run_compiling(*command)
     assert done.returncode == 0, done.stdout + done.stderr

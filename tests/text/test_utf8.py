@@ -12,7 +12,7 @@ from fastgpt2.evaluate.tasks import TASKS, read_examples
 from fastgpt2.prepare import prepare
 from fastgpt2.text import CharTokenizer, GPT2Tokenizer, build_dataset
 from fastgpt2.text.corpora import PIECE_BYTES, load_corpus, split_pieces
-from fastgpt2.train.config import read_config
+from fastgpt2.train.config_file import read_config
 from tests.text.tiny import tiny_files
 
 IDS = np.arange(64, dtype=np.uint16)

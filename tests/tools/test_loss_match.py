@@ -7,11 +7,26 @@ import pytest
 
 from tools import loss_match
 
+# as the configuration that the tool has by default, but small
+CONFIG = """
+tokenizer = "char"
+model = "gpt2-nano"
+block_size = 32
+n_layer = 1
+n_head = 2
+n_embd = 32
+batch_size = 4
+lr = 1e-3
+warmup_steps = 2
+"""
+
 
 def test_a_short_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, out = tmp_path / "text.txt", tmp_path / "match.json"
     data.write_text("".join(f"{i} cats and {i * i} dogs\n" for i in range(300)), encoding="utf-8")
-    options = ["--steps", "11", "--seeds", "1", "--device", "cpu"]
+    config = tmp_path / "small.toml"
+    config.write_text(CONFIG, encoding="utf-8")
+    options = ["--config", str(config), "--steps", "11", "--seeds", "1", "--device", "cpu"]
     assert loss_match.main(["--out", str(out), "--data", str(data), *options]) == 0
     report = json.loads(out.read_text(encoding="utf-8"))
     # whose file it was is nobody's business

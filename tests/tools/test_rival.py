@@ -1,12 +1,11 @@
 """A rival's kernel file, given by path, gets its row of the kernel report."""
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.compiling import run_compiling
 from tools import rival
 
 RIVAL = """
@@ -30,13 +29,10 @@ def rival_file(tmp_path: Path) -> Path:
 
 
 def _run(file: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    # kernels cannot be compiled in a process that interprets them
-    variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tools.rival", str(file), *options]
-    return subprocess.run(command, env=variables, capture_output=True, text=True)
+    return run_compiling("-m", "tools.rival", str(file), *options)
 
 
-def test_a_rival_s_kernel_has_the_same_row(rival_file: Path) -> None:
+def test_a_rival_s_binary_has_the_same_row(rival_file: Path) -> None:
     given = [part for text in ARGUMENTS for part in ("--argument", text)]
     done = _run(rival_file, "--kernel", "_scale_kernel", *given, "--turn", "1024")
     assert done.returncode == 0, done.stderr
@@ -58,7 +54,9 @@ def test_a_rival_s_kernel_has_the_same_row(rival_file: Path) -> None:
         (("--kernel", "_scale_kernel", "--argument", "BLOCK=:1 +"), "is not a Python value"),
     ],
 )
-def test_mistakes_are_one_line(rival_file: Path, options: tuple[str, ...], message: str) -> None:
+def test_mistakes_before_a_binary_is_made_are_one_line(
+    rival_file: Path, options: tuple[str, ...], message: str
+) -> None:
     done = _run(rival_file, *options)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()

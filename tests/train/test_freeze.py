@@ -10,7 +10,8 @@ import torch
 from fastgpt2 import runs
 from fastgpt2.errors import UserError
 from fastgpt2.train.__main__ import main
-from fastgpt2.train.config import TrainConfig, read_config
+from fastgpt2.train.config import TrainConfig
+from fastgpt2.train.config_file import read_config
 from fastgpt2.train.freeze import freeze
 from fastgpt2.train.optimizers import build_optimizer
 from fastgpt2.train.step import TrainingStep

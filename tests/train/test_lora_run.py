@@ -18,7 +18,8 @@ from fastgpt2.generate.__main__ import main as generate
 from fastgpt2.lora import merge_lora
 from fastgpt2.train import checkpoint
 from fastgpt2.train.__main__ import main
-from fastgpt2.train.config import TrainConfig, read_config
+from fastgpt2.train.config import TrainConfig
+from fastgpt2.train.config_file import read_config
 from fastgpt2.weights import load
 from tests.train.tiny_run import make_trainer, measured, saved_state, tiny_train_config, train
 

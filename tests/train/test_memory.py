@@ -14,7 +14,8 @@ from fastgpt2.errors import UserError
 from fastgpt2.model import GPT
 from fastgpt2.train import memory
 from fastgpt2.train.__main__ import build_parser
-from fastgpt2.train.config import TrainConfig, read_config
+from fastgpt2.train.config import TrainConfig
+from fastgpt2.train.config_file import read_config
 from fastgpt2.train.memory import estimate
 from fastgpt2.train.remat import set_remat
 from fastgpt2.train.step import TrainingStep

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fastgpt2.errors import UserError
 from fastgpt2.model import GPT
-from fastgpt2.train.config import TrainConfig, read_config
+from fastgpt2.train.config import TrainConfig
+from fastgpt2.train.config_file import read_config
 from fastgpt2.train.optimizers import (
     MOMENTUM_START,
     Muon,

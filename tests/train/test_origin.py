@@ -13,7 +13,8 @@ from fastgpt2.errors import UserError
 from fastgpt2.opener import open_model
 from fastgpt2.text import BytesTokenizer
 from fastgpt2.train.__main__ import main
-from fastgpt2.train.config import TrainConfig, read_config
+from fastgpt2.train.config import TrainConfig
+from fastgpt2.train.config_file import read_config
 from fastgpt2.train.metrics import read_metrics
 from fastgpt2.train.validation import validate
 from fastgpt2.weights import load, save

@@ -1,4 +1,4 @@
-"""Activations computed again: the same bits, less kept."""
+"""Recomputed activations: the same bits, less memory."""
 
 from pathlib import Path
 

@@ -1,3 +1,5 @@
+import os
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -6,8 +8,9 @@ import pytest
 
 from fastgpt2.config import GPTConfig
 from fastgpt2.errors import UserError
-from fastgpt2.train.__main__ import _base, build_parser
-from fastgpt2.train.config import TrainConfig, named_configs, read_config
+from fastgpt2.train.__main__ import _base, _configuration, build_parser
+from fastgpt2.train.config import TrainConfig
+from fastgpt2.train.config_file import named_configs, read_config
 
 
 def write(folder: Path, text: str | bytes) -> str:
@@ -80,6 +83,8 @@ def test_later_layers_win(tmp_path: Path) -> None:
         ("data = [1]", "data must be a string or a list of strings, got [1]"),
         ("steps = ", "not valid TOML"),
         (b"\xff\xfe", "not UTF-8 text"),
+        (f"data = {'[' * 5000}", "not valid TOML"),
+        (f"steps = {'9' * 5000}", "not valid TOML: Exceeds the limit"),
     ],
 )
 def test_a_bad_file_is_one_clear_line(tmp_path: Path, text: str | bytes, message: str) -> None:
@@ -92,6 +97,19 @@ def test_a_bad_file_is_one_clear_line(tmp_path: Path, text: str | bytes, message
 def test_a_missing_file_lists_the_names() -> None:
     with pytest.raises(UserError, match=r"config 'cpuu': no such file, and none of cpu, cuda"):
         read_config("cpuu")
+
+
+def test_a_pipe_is_read_and_a_folder_refused(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(
+        target=pipe.write_bytes, args=(b"\xef\xbb\xbfsteps = 7\r\nlr = 1\r\n",)
+    )
+    writer.start()
+    assert read_config(str(pipe)) == {"steps": 7, "lr": 1.0}
+    writer.join()
+    with pytest.raises(UserError, match=r"config '.*': not a file"):
+        read_config(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -107,6 +125,7 @@ def test_a_missing_file_lists_the_names() -> None:
         ({"beta2": 1.0}, "beta2 must be in [0, 1), got 1.0"),
         ({"val_fraction": 1.0}, "val_fraction must be in (0, 1), got 1.0"),
         ({"data": ()}, "data must be at least one file or name, got ()"),
+        ({"warmup_steps": 10**400}, f"warmup_steps must be below 2^63, got {10**400}"),
         ({"seed": -1}, "seed must be in [0, 2^63), got -1"),
         ({"schedule": "step"}, "schedule must be one of cosine, linear, constant, wsd, got 'step'"),
         ({"data": ("a\udcff.txt",)}, "data must be UTF-8 text, got ('a\\udcff.txt',)"),
@@ -152,3 +171,11 @@ def test_only_a_run_from_scratch_takes_muon_by_default(
     # whoever names a configuration has what it says
     named = write(tmp_path, 'optimizer = "muon"')
     assert _base(named, {"init_from": "gpt2"})["optimizer"] == "muon"
+
+
+def test_a_learning_rate_of_its_own_ends_at_the_configurations_share() -> None:
+    """That of the optimizer that runs: under Muon the small configuration ends at 0."""
+    base = read_config("cpu")
+    for flags, share in (({}, 0.0), ({"optimizer": "adamw"}, 0.05)):
+        config = _configuration(base, {"lr": 1e-5, **flags}, resume=False)
+        assert config.final_lr == pytest.approx(share * 1e-5)

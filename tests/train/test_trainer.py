@@ -14,7 +14,8 @@ from fastgpt2.errors import UserError
 from fastgpt2.text import BytesTokenizer, load_tokenizer
 from fastgpt2.text.prepared import PreparedWriter
 from fastgpt2.train import checkpoint
-from fastgpt2.train.config import TrainConfig, read_config
+from fastgpt2.train.config import TrainConfig
+from fastgpt2.train.config_file import read_config
 from fastgpt2.train.metrics import COLUMNS, read_metrics
 from fastgpt2.train.step import MAX_SKIPPED, TrainingStep
 from fastgpt2.train.trainer import Trainer

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 import tests.kernels.mutants as package
 from tests.kernels.mutants import Mutant, StaleMutant, mutate
+from tests.spread import spread
 
 ROOT = Path(__file__).resolve().parents[3]
 _COPIED = ("fastgpt2", "kernels", "tests", "pyproject.toml")
@@ -116,13 +117,6 @@ def judge_unmutated(tree: Path, op: str, mutants: Sequence[Mutant]) -> Verdict:
     return Verdict(op, "(unmutated)", "ERROR", f"pytest exit code {code} without any edit")
 
 
-def sample(mutants: Sequence[Mutant], count: int) -> list[Mutant]:
-    """``count`` mutants spread evenly over the list; all of them if there are fewer."""
-    if count >= len(mutants):
-        return list(mutants)
-    return [mutants[i * len(mutants) // count] for i in range(count)]
-
-
 def judge_all(mutants: dict[str, list[Mutant]], jobs: int, root: Path = ROOT) -> list[Verdict]:
     """One verdict a mutant and one an op for its unmutated run, in ``jobs`` copies of the tree."""
     tasks: list[tuple[str, Mutant | None]] = [(op, None) for op in mutants]
@@ -161,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if options.sample is not None:
-        mutants = {op: sample(listed, options.sample) for op, listed in mutants.items()}
+        mutants = {op: spread(listed, options.sample) for op, listed in mutants.items()}
     verdicts = judge_all(mutants, options.jobs)
     for verdict in sorted(verdicts, key=lambda v: v.op):
         print(f"{verdict.op:24} {verdict.name:40} {verdict.outcome:9} {verdict.detail}")

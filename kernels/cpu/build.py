@@ -1,0 +1,84 @@
+"""Compile a C++ file of this folder for the processor that it runs on, once, and load it."""
+
+import ctypes
+import hashlib
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+
+# an expression's product and sum may become one instruction; nothing else is left to the compiler:
+# the code says in which order it adds
+_FLAGS = (
+    *("-std=c++17", "-O2", "-march=native", "-ffp-contract=fast"),
+    *("-shared", "-fPIC", "-pthread"),
+)
+
+
+def source(name: str) -> Path:
+    """The C++ file of this name in this folder."""
+    return Path(__file__).with_name(f"{name}.cpp")
+
+
+def library_path(name: str, compiler: str, folder: Path) -> Path:
+    """Where the library of a C++ file is, or will be: another processor has another one.
+
+    Args:
+        name: of the C++ file.
+        compiler: as g++ or clang++.
+        folder: of all libraries.
+
+    Raises:
+        OSError: the compiler cannot be started, or fails.
+    """
+    # the compiler's version and the processor's instructions
+    macros = _run([compiler, *_FLAGS, "-dM", "-E", "-x", "c++", os.devnull])
+    digest = hashlib.sha256()
+    for part in (source(name).read_bytes(), " ".join(_FLAGS).encode(), macros):
+        digest.update(hashlib.sha256(part).digest())
+    return folder / f"{name}-{digest.hexdigest()[:16]}.so"
+
+
+def load(name: str, compiler: str, folder: Path) -> ctypes.CDLL:
+    """The library of a C++ file, compiled if it has not been.
+
+    Args:
+        name: of the C++ file.
+        compiler: as g++ or clang++.
+        folder: where libraries are kept; one that cannot be written is replaced by a temporary one.
+
+    Raises:
+        OSError: it cannot be compiled or loaded.
+    """
+    path = library_path(name, compiler, folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            # whole, or not there: several processes may compile at once
+            with tempfile.TemporaryDirectory(dir=folder, prefix=f".{name}-") as beside:
+                os.replace(_compile(name, compiler, Path(beside)), path)
+        return ctypes.CDLL(str(path))
+    except (PermissionError, NotADirectoryError, FileExistsError):
+        with tempfile.TemporaryDirectory(prefix=f"{name}-") as elsewhere:
+            # the loaded library outlives its file
+            return ctypes.CDLL(str(_compile(name, compiler, Path(elsewhere))))
+
+
+def _compile(name: str, compiler: str, folder: Path) -> Path:
+    path = folder / f"{name}.so"
+    _run([compiler, *_FLAGS, str(source(name)), "-o", str(path)])
+    return path
+
+
+def _run(command: list[str]) -> bytes:
+    """What a program writes.
+
+    Raises:
+        OSError: it cannot be started, or fails.
+    """
+    done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, check=False)
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip().splitlines()
+        errors = [line for line in said if "error" in line] or said
+        raise OSError(f"{command[0]}: {errors[0] if errors else f'status {done.returncode}'}")
+    return done.stdout

@@ -1,0 +1,274 @@
+"""The step in C++: the logits and texts of the model itself, in every form; where it cannot be."""
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastgpt2.compiler import compiler_obstacle, host_compiler
+from fastgpt2.generate import Generator
+from fastgpt2.generate import compiled as compiled_module
+from fastgpt2.generate.compiled import MAX_TOKENS, pays
+from fastgpt2.generate.slots import Slots
+from fastgpt2.kernels.cpu import build
+from fastgpt2.model import GPT
+from tests.tiny_gpt import tiny_gpt
+
+CPU = torch.device("cpu")
+needs_compiler = pytest.mark.skipif(
+    compiler_obstacle(CPU) is not None, reason="needs a C++ compiler"
+)
+
+
+def wide_gelu() -> GPT:
+    """A model whose GELUs get numbers of several units, where its polynomial counts."""
+    model = tiny_gpt()
+    for i in range(2):
+        model.get_parameter(f"transformer.h.{i}.mlp.c_fc.weight").data.mul_(4)
+        model.get_parameter(f"transformer.h.{i}.mlp.c_proj.weight").data.mul_(4)
+    return model
+
+
+FORMS: dict[str, Callable[[], GPT]] = {
+    "fp32": tiny_gpt,
+    "no bias": lambda: tiny_gpt(bias=False),
+    "erf": lambda: tiny_gpt(gelu="erf"),
+    "wide GELU": wide_gelu,
+    "padded vocabulary": lambda: tiny_gpt(vocab_size=61),
+    # no multiple of a processor's vectors
+    "odd sizes": lambda: tiny_gpt(n_embd=33, n_head=3, vocab_size=37),
+    "int8": lambda: tiny_gpt().quantize("int8"),
+    "int8, odd sizes": lambda: tiny_gpt(n_embd=33, n_head=3).quantize("int8"),
+}
+WEIGHT = "transformer.h.0.mlp.c_fc.weight"
+PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10]]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where all tests keep the library: it is compiled once."""
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(autouse=True)
+def libraries(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing is read from the user's cache, or written there."""
+    monkeypatch.setattr(compiled_module, "_folder", lambda: folder)
+    yield
+    compiled_module._loaded.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT:
+    """One layer, and positions enough for texts of different lengths."""
+    return tiny_gpt(n_layer=1, n_head=2, n_embd=16, block_size=200).eval()
+
+
+def texts_of(rows: int, length: int) -> list[list[int]]:
+    return torch.randint(37, (rows, length), generator=torch.Generator().manual_seed(2)).tolist()
+
+
+def uncached(model: GPT, texts: list[list[int]]) -> Tensor:
+    """The logits after every token (B, T, V)."""
+    with torch.no_grad():
+        return model.logits(torch.tensor(texts))
+
+
+def compiled_slots(model: GPT, rows: int, size: int) -> Slots:
+    slots = Slots(model, rows, size, compile=True)
+    assert slots.compiled is not None
+    return slots
+
+
+@needs_compiler
+class TestLogits:
+    """Cached equals uncached."""
+
+    @pytest.mark.parametrize("threads", [1, 3])
+    @pytest.mark.parametrize("form", FORMS)
+    def test_every_form(self, form: str, threads: int) -> None:
+        # 7 rows are 4, 2 and 1; then tokens one by one, two and three at once
+        model, texts = FORMS[form]().eval(), texts_of(7, 16)
+        gold, slots = uncached(model, texts), compiled_slots(model, 7, 16)
+        assert slots.compiled is not None
+        start = 0
+        for count in (1, 1, 3, 2, 4, 4, 1):
+            # a prompt is new weights, so a new step
+            slots.compiled._threads = threads
+            new = [text[start : start + count] for text in texts]
+            logits = slots.feed(0, new, every=True)
+            expected = gold[:, start : start + count]
+            torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-5)
+            start += count
+
+    def test_rows_of_unequal_length(self) -> None:
+        model, texts = tiny_gpt().eval(), texts_of(3, 12)
+        slots, gold = compiled_slots(model, 3, 16), uncached(model, texts)
+        # prompts of 2, 4 and 1 tokens, and of each row the logits after its own last one
+        logits = slots.feed(0, [texts[0][:2], texts[1][:4], texts[2][:1]])
+        expected = torch.stack([gold[0, 1], gold[1, 3], gold[2, 0]])
+        torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-5)
+        assert slots.lengths == [2, 4, 1]
+        # only the last two rows go on; then all
+        logits = slots.feed(1, [[texts[1][4]], [texts[2][1]]])
+        torch.testing.assert_close(logits, gold[[1, 2], [4, 1]], atol=2e-5, rtol=1e-5)
+        logits = slots.feed(0, [[texts[0][2]], [texts[1][5]], [texts[2][2]]])
+        torch.testing.assert_close(logits, gold[[0, 1, 2], [2, 5, 2]], atol=2e-5, rtol=1e-5)
+
+    @pytest.mark.parametrize("form", ["plain", "fp32_residual", "int8"])
+    def test_bf16(self, form: str) -> None:
+        model = tiny_gpt(fp32_residual=form == "fp32_residual").eval().bfloat16()
+        if form == "int8":
+            model.quantize("int8")
+        texts = texts_of(2, 12)
+        slots = compiled_slots(model, 2, 16)
+        slots.feed(0, [text[:5] for text in texts])
+        # the first layer's keys and values are those of fp32, rounded to the nearest
+        same = compiled_slots(copy.deepcopy(model).float(), 2, 16)
+        same.feed(0, [text[:5] for text in texts])
+        exact = same.cache.layers[0].kv[:, :, :, :5].bfloat16()
+        for t in range(5, 12):
+            logits = slots.feed(0, [text[t : t + 1] for text in texts])
+        assert logits.dtype == slots.cache.layers[0].kv.dtype == torch.bfloat16
+        assert torch.equal(slots.cache.layers[0].kv[:, :, :, :5], exact)
+        # one rounding of each key, value and result: as near to fp32 as bf16 itself is
+        gold = uncached(model.float(), texts)[:, -1]
+        assert (logits.float() - gold).abs().max() < 0.02 * gold.abs().max()
+
+    def test_more_tokens_than_it_takes_go_to_the_library(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model = tiny_gpt(block_size=200).eval()
+        texts, slots = texts_of(3, MAX_TOKENS), compiled_slots(model, 3, 200)
+        monkeypatch.setattr(Slots, "_compiled_step", None)
+        logits = slots.feed(0, texts)
+        torch.testing.assert_close(logits, uncached(model, texts)[:, -1], atol=2e-5, rtol=1e-5)
+
+    def test_it_follows_the_weights(self) -> None:
+        model, texts = tiny_gpt().eval(), texts_of(1, 6)
+        slots = compiled_slots(model, 1, 16)
+        slots.feed(0, texts)
+        with torch.no_grad():
+            # another tensor, not another value in the same one
+            layer = model.get_submodule("transformer.h.0.mlp.c_fc")
+            layer.weight = torch.nn.Parameter(2 * model.get_parameter(WEIGHT))
+        slots.cut([0])
+        expected = uncached(model, texts)[:, -1]
+        torch.testing.assert_close(slots.feed(0, texts), expected, atol=2e-5, rtol=1e-5)
+
+    def test_what_does_not_fit_is_refused(self) -> None:
+        slots = compiled_slots(tiny_gpt().eval(), 1, 8)
+        for wrong in ([[61]], [[-1]], [[1] * 9]):
+            with pytest.raises(IndexError):
+                slots.feed(0, wrong)
+        assert slots.lengths == [0]
+
+
+@needs_compiler
+@pytest.mark.parametrize("way", [{"temperature": 0.0}, {"seed": 3, "top_k": 9}])
+def test_the_same_text(model: GPT, way: dict[str, Any]) -> None:
+    expected = model.generate(PROMPTS, 80, **way)
+    assert model.generate(PROMPTS, 80, compile=True, **way) == expected
+    # rows come and go, past the window and to its end
+    engine = Generator(model, batch_size=3, compile=True)
+    streams = [engine.submit(p, n, temperature=0.0) for p in PROMPTS for n in (3, 60, 210)]
+    engine.run()
+    for stream in streams:
+        prompt, n = stream.request.prompt, stream.request.max_new_tokens
+        assert model.generate([prompt], n, 0.0, window="slide") == [[*prompt, *stream.ids]]
+
+
+@needs_compiler
+@pytest.mark.parametrize("options", [{"prompt_lookup": 3}, {"draft": None, "proposals": 3}])
+def test_proposals_are_verified(model: GPT, options: dict[str, Any]) -> None:
+    if "draft" in options:
+        options = options | {"draft": tiny_gpt(1, n_layer=1, n_head=2, n_embd=16, block_size=200)}
+    engine = Generator(model, batch_size=2, compile=True, **options)
+    streams = [engine.submit([1, 2, 1, 2], 120, temperature=0.0) for _ in range(2)]
+    engine.run()
+    expected = model.generate([[1, 2, 1, 2]], 120, temperature=0.0)[0]
+    assert [[1, 2, 1, 2, *stream.ids] for stream in streams] == [expected] * 2
+
+
+class TestBuilding:
+    """The library, once for each source, compiler and processor."""
+
+    @needs_compiler
+    def test_it_is_compiled_once(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        compiled_slots(tiny_gpt(), 1, 8)
+        compiled_module._loaded.cache_clear()
+        monkeypatch.setattr(build, "_compile", None)
+        compiled_slots(tiny_gpt(), 1, 8)
+        assert len(list(folder.iterdir())) == 1
+
+    @needs_compiler
+    def test_another_source_or_processor_is_another_library(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        compiler = host_compiler()
+        here = build.library_path("decode_step", compiler, tmp_path)
+        assert build.library_path("decode_step", compiler, tmp_path) == here
+        run = build._run
+        monkeypatch.setattr(build, "_run", lambda c: run(c).replace(b"__VERSION__", b"__OTHER__"))
+        assert build.library_path("decode_step", compiler, tmp_path) != here
+        monkeypatch.setattr(build, "_run", run)
+        changed = tmp_path / "decode_step.cpp"
+        changed.write_text(
+            build.source("decode_step").read_text("utf-8") + "\n// changed\n", "utf-8"
+        )
+        monkeypatch.setattr(build, "source", lambda name: changed)
+        assert build.library_path("decode_step", compiler, tmp_path) != here
+
+    @needs_compiler
+    def test_a_folder_that_cannot_be_written(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "file").touch()
+        monkeypatch.setattr(compiled_module, "_folder", lambda: tmp_path / "file" / "compiled")
+        compiled_slots(tiny_gpt(), 1, 8)
+        assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+    @pytest.mark.parametrize("compiler", ["no-such-compiler", "false", "broken"])
+    def test_without_a_compiler_it_goes_on(
+        self, compiler: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        broken = tmp_path / "broken"
+        script = (
+            "#!/bin/sh\necho 'x.cpp: In function f:' >&2\necho 'x.cpp:1: error: no' >&2\nexit 1\n"
+        )
+        broken.write_text(script, "utf-8")
+        broken.chmod(0o755)
+        monkeypatch.setenv("CXX", str(broken) if compiler == "broken" else compiler)
+        lines: list[str] = []
+        model = tiny_gpt().eval()
+        engine = Generator(model, batch_size=1, compile=True, notify=lines.append)
+        assert len(lines[-1].splitlines()) == 1 and "generating without it" in lines[-1]
+        assert ("error: no" in lines[-1]) == (compiler == "broken")
+        text = engine.submit([1, 2], 5, temperature=0.0).wait().ids
+        assert text == model.generate([[1, 2]], 5, temperature=0.0)[0][2:]
+        assert not pays(model, 10**12)
+
+    def test_what_it_does_not_know_goes_on_without_it(self) -> None:
+        lines: list[str] = []
+        slots = Slots(tiny_gpt().eval().half(), 1, 8, compile=True, notify=lines.append)
+        assert slots.compiled is None and len(lines) == 1 and "fp32, bf16 or int8" in lines[0]
+
+    @needs_compiler
+    def test_it_pays_for_long_texts_or_when_it_is_there(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model = tiny_gpt()
+        compiled_slots(model, 1, 8)
+        assert pays(model, 1)
+        monkeypatch.setattr(compiled_module, "_folder", lambda: tmp_path)
+        assert not pays(model, 1000) and pays(model, 10**12)
+
+    @needs_compiler
+    def test_floating_point_stays_what_it_was(self) -> None:
+        # loading what was compiled with -ffast-math makes a thread flush denormals to zero
+        compiled_slots(tiny_gpt(), 1, 8)
+        assert (torch.tensor([1e-38]) / 1000).item() > 0
