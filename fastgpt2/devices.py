@@ -185,7 +185,8 @@ def host_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Args:
         tensors: by name; all are on one device.
     """
-    copies, device = {}, None
+    copies: dict[str, Tensor] = {}
+    device: torch.device | None = None
     for name, tensor in tensors.items():
         # pinned, a GPU fills them side by side
         pinned = device_kind(tensor.device).cuda

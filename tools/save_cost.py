@@ -10,6 +10,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -54,7 +55,10 @@ def measure(
         poll=lambda: None,
     )
     idx = torch.randint(config.vocab_size, (batch_size, config.block_size))
-    saver, plain, saving, blocking = Saver(), [], [], []
+    saver = Saver()
+    plain: list[float] = []
+    saving: list[float] = []
+    blocking: list[float] = []
 
     def train() -> None:
         step([(idx, idx)], lr=1e-3)
@@ -65,9 +69,13 @@ def measure(
         def save(number: int) -> None:
             saver.begin(checkpoint.staged(run, number, model, optimizer, {}))
 
-        def train_and_save(number: int) -> None:
+        def save_and_train(number: int) -> None:
             save(number)
             train()
+
+        def save_and_wait(number: int) -> None:
+            save(number)
+            saver.wait()
 
         train()
         for pair in range(pairs):
@@ -75,11 +83,9 @@ def measure(
                 if not saves:
                     plain.append(seconds(train, device))
                     continue
-                saving.append(seconds(lambda number=pair: train_and_save(number), device))
+                saving.append(seconds(partial(save_and_train, pair), device))
                 saver.wait()
-            blocking.append(
-                seconds(lambda number=pairs + pair: (save(number), saver.wait()), device)
-            )
+            blocking.append(seconds(partial(save_and_wait, pairs + pair), device))
             checkpoint.prune(run, 1)
     return {
         "parameters": model.get_num_params(non_embedding=False),

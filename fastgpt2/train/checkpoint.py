@@ -74,7 +74,7 @@ def staged(
     writes = distributed.rank() == 0
     if distributed.on_rank_0(lambda: _has_begun(final)):
         # the other files stay as they are, and so do their digests
-        return lambda: _write_state_anew(final, record) if writes else None
+        return (lambda: _write_state_anew(final, record)) if writes else _nothing
     # the optimizer knows the shards alone
     reshard(model)
     tensors = _training_tensors(model, optimizer)
@@ -84,11 +84,15 @@ def staged(
         write_shards = staged_shards(weights | tensors, on_cuda=on_cuda)
         return lambda: _write(final, model.config, write_shards, record)
     if not writes:
-        return lambda: None
+        return _nothing
     # of a model with adapters, these alone
     weights = whole_weights(model) if model.lora is None else adapter_weights(model)
     write_files = _writer(model.lora, host_copies(weights), host_copies(tensors))
     return lambda: _write(final, model.config, write_files, record)
+
+
+def _nothing() -> None:
+    """What a process writes of whole files, if it is not the first one."""
 
 
 def _has_begun(final: Path) -> bool:

@@ -18,7 +18,8 @@ from fastgpt2.weights.shards import WEIGHTS
 @cache
 def _group_beside(group: dist.ProcessGroup) -> dist.ProcessGroup:
     """What the threads that write agree through, beside the group of the training."""
-    return dist.new_group(backend="gloo")
+    beside: dist.ProcessGroup = dist.new_group(backend="gloo")  # type: ignore[no-untyped-call]
+    return beside
 
 
 def staged_shards(tensors: Mapping[str, Tensor], *, on_cuda: bool) -> Callable[[Path], None]:
@@ -42,7 +43,7 @@ def staged_shards(tensors: Mapping[str, Tensor], *, on_cuda: bool) -> Callable[[
         )
     )
     copies = stager.stage({name: tensor.detach() for name, tensor in tensors.items()})
-    assert dist.group.WORLD is not None
+    assert isinstance(copies, dict) and dist.group.WORLD is not None
     group = _group_beside(dist.group.WORLD)
 
     def write(folder: Path) -> None:

@@ -37,7 +37,8 @@ def test_only_a_record_reads_the_losses(
 ) -> None:
     config = tiny_train_config(data, steps=7, log_every=4, eval_every=100, dropout=0.0)
     trainer = make_trainer(config, tmp_path / "run")
-    whole, begins = TrainingStep.__call__, []
+    whole = TrainingStep.__call__
+    begins: list[int] = []
 
     def step(*arguments: Any) -> Any:
         begins.append(reads.count)

@@ -39,7 +39,8 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first checkpoint's writer waits for a later step, which waits for nothing."""
-    later, threads = threading.Event(), set()
+    later = threading.Event()
+    threads: set[str] = set()
     trainer = make_trainer(tiny_train_config(data, steps=4, eval_every=2), tmp_path / "run")
     whole, write = type(trainer.training_step).__call__, checkpoint._write
 
