@@ -37,7 +37,7 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
 scale=() dry=() limit=520
 # which tests prove the kernels, and how many parameter sets of each at most
-which=(-m gpu tests/kernels tests/generate) sets=4
+which=(-m gpu tests/kernels tests/generate/test_gpu_step.py) sets=4
 if [ -n "${DRY:-}" ]; then
     export TRITON_INTERPRET=1
     # the interpreter on a busy machine

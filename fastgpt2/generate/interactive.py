@@ -32,7 +32,12 @@ def converse(engine: Generator, job: Job, seed: int, meter: Meter) -> None:
         job: its prompt comes before the first line; its options hold for every turn.
         seed: seed of the first turn; each further turn has the next one.
         meter: counts the tokens.
+
+    Raises:
+        UserError: there is nothing to read from.
     """
+    if sys.stdin is None:
+        raise UserError("--interactive: stdin is closed")
     if isinstance(sys.stdin, io.TextIOWrapper):
         # typing half a character must not end the conversation
         sys.stdin.reconfigure(errors="replace")

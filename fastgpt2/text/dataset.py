@@ -226,6 +226,10 @@ def _mixed_dataset(
     notify: Callable[[str], None],
     **options: Any,
 ) -> Dataset:
+    for path in map(Path, names):
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            # the tokenizer is chosen before the tokens are made
+            raise UserError(f"data: {path} can be read only once; write it to a file to mix it")
     if isinstance(tokenizer, str):
         texts = [name for name in names if not (find_prepared(name) or find_token_files(name))]
         tokens = [name for name in names if name not in texts]

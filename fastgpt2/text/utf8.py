@@ -120,8 +120,9 @@ def _kind(head: bytes) -> str | None:
     """What a file that is not UTF-8 text seems to be, from its first bytes."""
     if kind := kind_of_bytes(head):
         return kind
-    nuls = {i % 2 for i, byte in enumerate(head) if byte == 0}
-    if len(nuls) == 1:
+    nuls = [i % 2 for i, byte in enumerate(head) if byte == 0]
+    # one alone may stand anywhere
+    if len(nuls) > 1 and len(set(nuls)) == 1:
         return "text in UTF-16; `iconv -f UTF-16LE -t UTF-8` (or UTF-16BE) converts it"
     if b"\0" not in head:
         return None

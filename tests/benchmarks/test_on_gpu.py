@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import pytest
 from benchmarks.summary import summary
 from tests.benchmarks.dry import ENVIRONMENT, ROOT
 from tests.results_so_far import breadth_first
+from tests.test_architecture import imports, parse
 
 
 def _ignore_ctrl_c() -> None:
@@ -105,3 +107,32 @@ def test_correct_comes_after_warm_and_is_capped() -> None:
     script = (ROOT / "benchmarks" / "on_gpu.sh").read_text(encoding="utf-8")
     assert re.search(r"^stages=\(warm correct ", script, re.MULTILINE)
     assert "--most-per-test" in script and "--results-so-far" in script
+
+
+def _gpu_tests() -> list[Path]:
+    """The files that the stage ``correct`` collects."""
+    script = (ROOT / "benchmarks" / "on_gpu.sh").read_text(encoding="utf-8")
+    found = re.search(r"^which=\(-m gpu (.*)\) sets=", script, re.MULTILINE)
+    assert found is not None
+    paths = [ROOT / name for name in found.group(1).split()]
+    return [file for path in paths for file in ([path] if path.is_file() else path.glob("*.py"))]
+
+
+def test_no_gpu_test_is_forgotten() -> None:
+    marked = re.compile(r"mark\.gpu\b|\bon_gpu\(|\brehearsed\b|\bgrid\(")
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        # the training's own want more modules than the script does, and two GPUs
+        others = path.parent.name in ("benchmarks", "train")
+        if not others and marked.search(path.read_text(encoding="utf-8")):
+            assert path in _gpu_tests(), path
+
+
+def test_the_gpu_s_tests_import_what_is_there() -> None:
+    """One file that cannot be imported would end the stage before its first test."""
+    there = {"torch", "triton", "numpy", "pytest", "fastgpt2", "tests", "benchmarks", "tools"}
+    for path in _gpu_tests():
+        at_once = set(parse(path).body)
+        for node, module in imports(parse(path)):
+            name = module.split(".")[0]
+            known = name in there or name in sys.stdlib_module_names
+            assert known or node not in at_once, f"{path.name} imports {name}"

@@ -103,3 +103,11 @@ def test_lines(
         return
     assert message.replace("FILE", str(source)) in complaint(main, argv, capsys)
     assert not out.exists()
+
+
+def test_a_conversation_wants_an_input(
+    tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    said = complaint(main, ["--model", str(tiny), "--interactive"], capsys)
+    assert said == "--interactive: stdin is closed"

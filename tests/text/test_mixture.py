@@ -1,5 +1,6 @@
 """Mixtures: what a weight is, which source gives which block, and that nothing depends on ranks."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -189,3 +190,11 @@ def test_a_source_that_is_too_short_is_named() -> None:
     mixture = Mixture((SOURCES[0], SOURCES[1][:5]), ("a", "b"), (0.5, 0.5))
     with pytest.raises(UserError, match="training tokens of b: too short: 5 tokens"):
         MixtureLoader(mixture, block_size=8, batch_size=1)
+
+
+def test_a_pipe_is_refused_in_plain_words(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "a.txt").write_text("some text\n" * 20, encoding="utf-8")
+    items = [f"{tmp_path / name}:1" for name in ("a.txt", "pipe")]
+    with pytest.raises(UserError, match=r"pipe can be read only once; write it to a file to mix"):
+        build_dataset(items, "bytes")

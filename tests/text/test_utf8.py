@@ -26,6 +26,11 @@ IDS = np.arange(64, dtype=np.uint16)
         ("tok.dat", np.array([20240520, 1, 9], "<i4").tobytes(), "a token file of llm.c"),
         ("a.txt", "some text".encode("utf-16-le"), "NUL byte at offset 1; .* UTF-16"),
         ("a.txt", "some text".encode("utf-16-be"), "NUL byte at offset 0; .* UTF-16"),
+        (
+            "a.txt",
+            b"\x89PNG\r\n\x1a\n\x00\x01",
+            r"offset 0 \(invalid start byte\); it looks like binary",
+        ),
         ("a.txt", "some text".encode("utf-16"), "offset 0 .*; it looks like text in UTF-16"),
         ("a.txt", "some text".encode("utf-32"), "offset 0 .*; it looks like text in UTF-32"),
         ("a.txt", "some text".encode("utf-32-le"), "NUL byte at offset 1"),
