@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from fastgpt2.errors import EndedElsewhere, Stopped, UserError
 from fastgpt2.streams import abandon, open_missing_streams, steady_streams
 
-# how PyTorch says that a tensor does not fit into memory, on this or on any machine
+# how PyTorch and NumPy say that a tensor does not fit into memory, on this or on any machine
 _NO_ROOM = (
     "out of memory",
     "not enough memory",
@@ -22,6 +22,8 @@ _NO_ROOM = (
     "calculation overflowed",
     "multiplication overflow",
     "overflow when unpacking",
+    "array is too big",
+    "Maximum allowed dimension exceeded",
 )
 
 

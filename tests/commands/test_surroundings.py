@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch._inductor import config as inductor
@@ -23,6 +24,14 @@ from tests.commands.tiny_command import TEXT, TINY, complaint
 
 def overflow() -> None:
     torch.empty(2**62, 2**62)
+
+
+def too_large_an_array() -> None:
+    np.empty((2**62, 8), np.int64)
+
+
+def too_long_an_array() -> None:
+    np.arange(0, 2**62, dtype=np.int64)
 
 
 def too_large() -> None:
@@ -42,6 +51,8 @@ def no_memory() -> None:
     [
         (overflow, "out of memory: "),
         (too_large, "out of memory: "),
+        (too_large_an_array, "out of memory: "),
+        (too_long_an_array, "out of memory: "),
         (no_memory, "out of memory: an allocation failed"),
         (full_disk, "a/file: No space left on device"),
     ],
