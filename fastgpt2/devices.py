@@ -179,6 +179,25 @@ def set_rng_states(states: Mapping[str, Tensor], device: torch.device) -> None:
         torch.get_device_module(device).set_rng_state(states[device.type], device)
 
 
+def host_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in the host's memory, which later changes of the tensors do not reach.
+
+    Args:
+        tensors: by name; all are on one device.
+    """
+    copies: dict[str, Tensor] = {}
+    device: torch.device | None = None
+    for name, tensor in tensors.items():
+        # pinned, a GPU fills them side by side
+        pinned = device_kind(tensor.device).cuda
+        copies[name] = torch.empty_like(tensor, device="cpu", pin_memory=pinned)
+        copies[name].copy_(tensor.detach(), non_blocking=pinned)
+        device = tensor.device if pinned else device
+    if device is not None:
+        torch.cuda.synchronize(device)
+    return copies
+
+
 def spare_gpu_memory(device: torch.device) -> int:
     """Bytes of a CUDA GPU that this process may still use, including its allocator's cache."""
     free, _ = torch.cuda.mem_get_info(device)

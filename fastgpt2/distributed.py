@@ -233,20 +233,31 @@ def together(work: Callable[[], Result]) -> Result:
         result = work()
     except Exception as error:
         failure = error
-    (code,) = all_max(0 if failure is None else exit_code(failure))
+    system = isinstance(failure, OSError)
+    code, by_system = all_max(0 if failure is None else exit_code(failure), int(system))
     if code:
-        raise agreed(failure or EndedElsewhere(code))
+        raise agreed(failure or EndedElsewhere(code), by_system=bool(by_system))
     return result
 
 
-def agreed(error: Exception) -> Exception:
+def agreed(error: Exception, *, by_system: bool = False) -> Exception:
     """The error, after marking it so that ``is_agreed`` holds.
 
     Args:
         error: an error that every process has, at the same place.
+        by_system: an ``OSError`` of one of them is the cause.
     """
-    error.agreed = True  # type: ignore[attr-defined]
+    error.agreed, error.by_system = True, by_system  # type: ignore[attr-defined]
     return error
+
+
+def is_by_system(error: Exception) -> bool:
+    """Whether the cause is an ``OSError``, of this process or of another one; all say the same.
+
+    Args:
+        error: one for which ``is_agreed`` holds.
+    """
+    return isinstance(error, OSError) or getattr(error, "by_system", False)
 
 
 def is_agreed(error: Exception) -> bool:

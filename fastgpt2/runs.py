@@ -8,6 +8,8 @@ RUN/config.toml                        the resolved configuration
                                                             LoRA the two files of PEFT instead
                                        gpt_config.json      fields of GPTConfig
                                        optimizer.safetensors
+                                       shards/              of a sharded run, in the place of the
+                                                            two safetensors files
                                        state.json           step, losses, data position, ...
 """
 
@@ -26,8 +28,10 @@ MODEL, MODEL_CONFIG = "model.safetensors", "gpt_config.json"
 # of a run with LoRA, in the place of the model's file
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
-# of state.json; raised where an older fastgpt2 could not read a checkpoint
-FORMAT = 1
+# of a sharded run, in the place of the model's file and the optimizer's
+SHARDS = "shards"
+# of state.json; raised where an older fastgpt2 could not read a checkpoint: 2 knows shards
+FORMAT = 2
 _STEP = re.compile(r"step_(\d{8,})")
 
 

@@ -1,9 +1,11 @@
 """Checkpoints: safetensors and JSON in a folder that appears whole or not at all.
 
+All is copied first, so that a thread can write while training goes on.
 ``RUN/checkpoints/step_00000250/`` holds ``model.safetensors`` (fp32, true vocabulary, the tied head
 once; PEFT's two files where the run trains adapters), ``gpt_config.json``,
 ``optimizer.safetensors`` (moments, random-number states) and ``state.json`` (step, data position,
-losses, loss scale, tokenizer). It is written under another name, put on the disk, and renamed.
+losses, loss scale, tokenizer). Of a sharded run ``shards/`` is in the place of the two safetensors
+files: the parts of each process. It is written under another name, put on the disk, and renamed.
 """
 
 import hashlib
@@ -20,15 +22,25 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from fastgpt2 import distributed, runs
 from fastgpt2.config import GPTConfig
-from fastgpt2.devices import rng_states, set_rng_states
+from fastgpt2.devices import device_kind, host_copies, rng_states, set_rng_states
 from fastgpt2.errors import UserError
 from fastgpt2.files import sync, write_text
+from fastgpt2.lora import LoRASettings
 from fastgpt2.model import GPT
-from fastgpt2.train.parallel import placed_like, whole, whole_weights
-from fastgpt2.weights.adapter import load_adapter, open_base, read_adapter, save_adapter
+from fastgpt2.train.parallel import placed_like, reshard, whole_weights
+from fastgpt2.train.shards import staged_shards
+from fastgpt2.weights.adapter import (
+    adapter_weights,
+    load_adapter,
+    open_base,
+    read_adapter,
+    write_adapter,
+)
+from fastgpt2.weights.shards import WEIGHTS, read_shards
 
 # AdamW's two, and Muon's
 _MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
@@ -40,66 +52,107 @@ def save(
     """Write the checkpoint of ``step``; ``state`` is plain JSON. Returns its folder.
 
     If the step has a checkpoint already, only its ``state`` is rewritten. All processes call this;
-    the first one writes.
+    the first one writes, or of a sharded model each its part.
 
     Raises:
         UserError: it cannot be written.
     """
-    # adapters are never sharded
-    weights = whole_weights(model) if model.lora is None else {}
+    distributed.together(staged(run, step, model, optimizer, state))
+    return runs.step_folder(run, step)
+
+
+def staged(
+    run: Path, step: int, model: GPT, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+) -> Callable[[], None]:
+    """Copy all that the checkpoint of ``step`` holds; training may go on at once.
+
+    All processes call it. What it returns writes the checkpoint as ``save`` does: each process
+    calls that once, in any thread, and one after the other where there are several checkpoints.
+    """
+    final = runs.step_folder(run, step)
+    record = {"format": runs.FORMAT, "step": step, **state}
+    writes = distributed.rank() == 0
+    if distributed.on_rank_0(lambda: _has_begun(final)):
+        # the other files stay as they are, and so do their digests
+        return (lambda: _write_state_anew(final, record)) if writes else _nothing
+    # the optimizer knows the shards alone
+    reshard(model)
     tensors = _training_tensors(model, optimizer)
+    if isinstance(model, FSDPModule):
+        weights = {WEIGHTS + name: weight for name, weight in model.named_parameters()}
+        on_cuda = device_kind(model.lm_head.weight.device).cuda
+        write_shards = staged_shards(weights | tensors, on_cuda=on_cuda)
+        return lambda: _write(final, model.config, write_shards, record)
+    if not writes:
+        return _nothing
+    # of a model with adapters, these alone
+    weights = whole_weights(model) if model.lora is None else adapter_weights(model)
+    write_files = _writer(model.lora, host_copies(weights), host_copies(tensors))
+    return lambda: _write(final, model.config, write_files, record)
 
-    def write() -> Path:
-        return _write(run, step, model, weights, tensors, state)
 
-    return distributed.on_rank_0(write)
+def _nothing() -> None:
+    """What a process writes of whole files, if it is not the first one."""
+
+
+def _has_begun(final: Path) -> bool:
+    """Whether the checkpoint is there already; if not, an empty folder of another name is."""
+    if final.exists():
+        return True
+    try:
+        shutil.rmtree(_hidden(final), ignore_errors=True)
+        _hidden(final).mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{final}: cannot be written: {error}") from None
+    return False
+
+
+def _writer(
+    lora: LoRASettings | None, weights: dict[str, Tensor], tensors: dict[str, Tensor]
+) -> Callable[[Path], None]:
+    """What writes whole tensors into a folder."""
+
+    def write(folder: Path) -> None:
+        if lora is not None:
+            write_adapter(lora, weights, folder)
+        else:
+            save_file(weights, folder / runs.MODEL, metadata={"format": "pt"})
+        save_file(tensors, folder / runs.OPTIMIZER)
+
+    return write
 
 
 def _write(
-    run: Path,
-    step: int,
-    model: GPT,
-    weights: dict[str, Tensor],
-    tensors: dict[str, Tensor],
-    state: dict[str, Any],
-) -> Path:
-    final = runs.step_folder(run, step)
+    final: Path, config: GPTConfig, write_tensors: Callable[[Path], None], record: dict[str, Any]
+) -> None:
+    """Fill a folder of another name; once all processes have done that, it gets its own."""
     temporary = _hidden(final)
-    record = {"format": runs.FORMAT, "step": step, **state}
     try:
-        if final.exists():
-            # the other files do not change, nor do their digests
-            record["sha256"] = runs.read_state(final).get("sha256", {})
-            write_text(final / runs.STATE, _json(record))
-            return final
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        files = _save_weights(temporary, model, weights)
-        save_file(tensors, temporary / runs.OPTIMIZER)
-        for name in (*files, runs.OPTIMIZER):
-            sync(temporary / name)
-        write_text(temporary / runs.MODEL_CONFIG, json.dumps(asdict(model.config), indent=2) + "\n")
-        record["sha256"] = {
-            name: _digest(temporary / name) for name in (*files, runs.OPTIMIZER, runs.MODEL_CONFIG)
-        }
+        write_tensors(temporary)
+        if distributed.rank():
+            return
+        write_text(temporary / runs.MODEL_CONFIG, json.dumps(asdict(config), indent=2) + "\n")
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        for path in files:
+            sync(path)
+        record["sha256"] = {path.relative_to(temporary).as_posix(): _digest(path) for path in files}
         write_text(temporary / runs.STATE, _json(record))
         os.rename(temporary, final)
         sync(final.parent)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{final}: cannot be written: {error}") from None
     finally:
-        # half a checkpoint would take the space that the next one needs
-        shutil.rmtree(temporary, ignore_errors=True)
-    return final
+        if distributed.rank() == 0:
+            # half a checkpoint would take the room that the next one needs
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _save_weights(folder: Path, model: GPT, weights: dict[str, Tensor]) -> tuple[str, ...]:
-    """Write the weights, or only the adapters if there are any; returns the files' names."""
-    if model.lora is not None:
-        save_adapter(model, folder)
-        return runs.ADAPTER, runs.ADAPTER_CONFIG
-    save_file(weights, folder / runs.MODEL, metadata={"format": "pt"})
-    return (runs.MODEL,)
+def _write_state_anew(final: Path, record: dict[str, Any]) -> None:
+    try:
+        record["sha256"] = runs.read_state(final).get("sha256", {})
+        write_text(final / runs.STATE, _json(record))
+    except OSError as error:
+        raise UserError(f"{final}: cannot be written: {error}") from None
 
 
 def newest_intact(run: Path, notify: Callable[[str], None]) -> Path:
@@ -182,15 +235,28 @@ def load_model(folder: Path, **overrides: Any) -> GPT:
             model.load_state_dict(base.to(torch.float32).state_dict(), assign=True)
             load_adapter(model, folder)
             return model
-        # copies: training would write into the file's memory map, which also blocks its deletion
-        weights = {name: tensor.clone() for name, tensor in load_file(folder / runs.MODEL).items()}
-        model.load_state_dict(weights, assign=True)
+        model.load_state_dict(_read_weights(folder, model.config), assign=True)
     except UserError:
         raise
     except Exception as error:
         # safetensors and PyTorch raise types of their own for damaged and misshaped files
         raise UserError(f"{folder}: cannot be loaded: {_beginning(error)}") from None
     return model
+
+
+def _read_weights(folder: Path, config: GPTConfig) -> dict[str, Tensor]:
+    if not (folder / runs.SHARDS).is_dir():
+        # copies: the file's own memory map would be trained in, and keep the file from deletion
+        return {name: tensor.clone() for name, tensor in load_file(folder / runs.MODEL).items()}
+    found = read_shards(folder / runs.SHARDS, config.vocab_size).items()
+    return {k.removeprefix(WEIGHTS): x.read() for k, x in found if k.startswith(WEIGHTS)}
+
+
+def _read_training_tensors(folder: Path, config: GPTConfig) -> dict[str, Tensor]:
+    if not (folder / runs.SHARDS).is_dir():
+        return load_file(folder / runs.OPTIMIZER)
+    found = read_shards(folder / runs.SHARDS, config.vocab_size).items()
+    return {k: x.read() for k, x in found if not k.startswith(WEIGHTS)}
 
 
 @torch.no_grad()
@@ -216,7 +282,7 @@ def load_training_state(folder: Path, model: GPT, optimizer: torch.optim.Optimiz
         UserError: the file is missing, damaged, or does not fit the model.
     """
     try:
-        tensors = load_file(folder / runs.OPTIMIZER)
+        tensors = _read_training_tensors(folder, model.config)
         for name, parameter in model.named_parameters():
             state: dict[str, Tensor] = {}
             if f"step.{name}" in tensors:
@@ -238,6 +304,8 @@ def load_training_state(folder: Path, model: GPT, optimizer: torch.optim.Optimiz
             if state:
                 optimizer.state[parameter] = state
         _restore_random_numbers(tensors, model.lm_head.weight.device)
+    except UserError:
+        raise
     except Exception as error:
         # as above, or a tensor is missing
         raise UserError(
@@ -262,6 +330,7 @@ def _true_rows(model: GPT, name: str, parameter: Tensor) -> int:
 
 
 def _training_tensors(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Moments, in the optimizer's own memory, and states of random-number generators."""
     # each process has random numbers of its own
     every = distributed.gather([rng_states(model.lm_head.weight.device)])
     tensors = {
@@ -277,8 +346,11 @@ def _training_tensors(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str,
             tensors[f"step.{name}"] = state["step"].cpu()
         for moment in _MOMENTS:
             if moment in state:
-                rows = _true_rows(model, name, parameter)
-                tensors[f"{moment}.{name}"] = whole(state[moment])[:rows]
+                tensors[f"{moment}.{name}"] = state[moment]
+                # of shards, nobody has all rows
+                if not isinstance(model, FSDPModule):
+                    rows = _true_rows(model, name, parameter)
+                    tensors[f"{moment}.{name}"] = state[moment][:rows]
     return tensors
 
 

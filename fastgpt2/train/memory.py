@@ -40,6 +40,7 @@ class Memory:
         activations: kept from the forward pass for the backward pass.
         loss: one chunk of logits and what is computed from it.
         peak: the largest sum at one time.
+        copy: of the weights and moments, in the host's memory while a checkpoint is written.
     """
 
     weights: int
@@ -48,6 +49,7 @@ class Memory:
     activations: int
     loss: int
     peak: int
+    copy: int
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,8 @@ def estimate(
     weights = 4 * sum(p.numel() for p in model.parameters())
     trained = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     blocks = 4 * sum(p.numel() for p in model.transformer.h.parameters() if p.requires_grad)
+    # of a model with adapters, a checkpoint has these alone
+    stored = weights if model.lora is None else trained
     layer = _layer(model, batch_size, dtype, blocks / L)
     # the residual stream before the first block and after the last one, the gradient of the latter
     base = 3 * N * C * e + (4 * N * C if config.embd_p > 0 and host else 0)
@@ -137,6 +141,7 @@ def estimate(
         peak = max(stages) - head + trained
     gradients /= shared
     peak += (weights + moments) / shared
+    # of a replicated model, the first process has the one copy
     return Memory(
         round(weights / shared),
         round(gradients),
@@ -144,6 +149,7 @@ def estimate(
         round(activations),
         round(loss),
         round(peak),
+        round((stored + moments) / shared),
     )
 
 
@@ -197,7 +203,10 @@ def largest_batch(
     held = sum(own(p).nbytes for p in model.parameters())
     free = int(SHARE * (available(device) + held))
     sizes = [size for size in range(sequences, 0, -1) if sequences % size == 0]
-    peaks = {s: estimate(model, moments, s, dtype, grad_accum=sequences // s).peak for s in sizes}
+    needs = {s: estimate(model, moments, s, dtype, grad_accum=sequences // s) for s in sizes}
+    # on the processor, what a checkpoint is written from lies beside the step
+    host = device_kind(device).host
+    peaks = {size: need.peak + (need.copy if host else 0) for size, need in needs.items()}
     mine = next((i for i, size in enumerate(sizes) if peaks[size] <= free), len(sizes))
     (chosen,) = distributed.all_max(mine)
     # the ranks of a sharded model would wait for one that has run out of memory

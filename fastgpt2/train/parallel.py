@@ -88,6 +88,9 @@ def joined(model: GPT, forward: Forward) -> tuple[Forward, Accumulate]:
         return forward, accumulate_shards
     assert isinstance(forward, nn.Module)
     on_cpu = device_kind(model.lm_head.weight.device).host
+    if on_cpu and forward is not model:
+        # else a compiled model is cut where a bucket ends, here at each parameter
+        torch._dynamo.config.optimize_ddp = False
     ddp = DistributedDataParallel(
         forward,
         bucket_cap_mb=_CPU_BUCKET_MB if on_cpu else None,

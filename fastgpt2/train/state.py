@@ -13,6 +13,7 @@ from fastgpt2.errors import UserError
 from fastgpt2.model import GPT
 from fastgpt2.text import BlockStream
 from fastgpt2.train import checkpoint
+from fastgpt2.train.saver import Saver
 from fastgpt2.train.step import StepResult
 from fastgpt2.train.validation import Validation
 
@@ -32,6 +33,7 @@ class RunState:
         train_loss: mean loss of the steps between the last two records, nats per token.
         validation: loss of the weights as they are after ``step``; None where it was not measured.
         pending: results of the steps since the last record in the log.
+        saver: writes the checkpoints.
     """
 
     model: GPT
@@ -44,6 +46,7 @@ class RunState:
     train_loss: float = math.nan
     validation: Validation | None = None
     pending: list[StepResult] = field(default_factory=list)
+    saver: Saver = field(default_factory=Saver)
 
     def __post_init__(self) -> None:
         self._device = self.model.lm_head.weight.device
@@ -102,17 +105,19 @@ class RunState:
         return list(zip(losses, norms, strict=True))
 
     def save(self, run: Path, keep_last: int) -> None:
-        """Write the checkpoint of ``step``, then delete those that are no longer kept.
+        """Begin to write the checkpoint of ``step``, then to delete those no longer kept.
 
-        All processes call it.
+        What it holds has been copied when this returns. ``settle`` waits until it is saved. All
+        processes call it.
 
         Args:
             run: the run folder.
             keep_last: checkpoints kept beside the best one.
 
         Raises:
-            UserError: it cannot be written.
+            UserError: it cannot be written, or the one before could not.
         """
+        self.settle()
         validation = self.validation
         if validation is not None and not math.isfinite(validation.loss):
             validation = None
@@ -125,8 +130,22 @@ class RunState:
             "pending": [[_finite_or_none(x.item()) for x in result] for result in self.pending],
             **self.fixed,
         }
-        checkpoint.save(run, self.step, self.model, self.optimizer, state)
-        distributed.on_rank_0(lambda: checkpoint.prune(run, keep_last))
+        write = checkpoint.staged(run, self.step, self.model, self.optimizer, state)
+
+        def write_and_prune() -> None:
+            write()
+            if distributed.rank() == 0:
+                checkpoint.prune(run, keep_last)
+
+        self.saver.begin(write_and_prune)
+
+    def settle(self) -> None:
+        """Wait until what was begun is saved. All processes call it.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        distributed.together(self.saver.wait)
 
     def restore(self, folder: Path) -> None:
         """Restore everything but the weights from the checkpoint in ``folder``.

@@ -52,7 +52,10 @@ def memory_line(memory: Memory) -> str:
     """What a process needs, in total and in parts; the parts do not all exist at one time."""
     names = ("weights", "gradients", "moments", "activations", "loss")
     parts = ", ".join(f"{name} {human(getattr(memory, name), 'B')}" for name in names)
-    return f"memory: about {human(memory.peak, 'B')} for training, at its peak ({parts})"
+    return (
+        f"memory: about {human(memory.peak, 'B')} for training, at its peak ({parts}); "
+        f"{human(memory.copy, 'B')} more of the host's while a checkpoint is written"
+    )
 
 
 def model_lines(

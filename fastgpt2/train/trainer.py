@@ -16,13 +16,12 @@ from fastgpt2.streams import steady_streams
 from fastgpt2.text import build_dataset, load_tokenizer
 from fastgpt2.text.loaders import check_eval_tokens
 from fastgpt2.text.mixture_loader import mixture_lines, open_loader
-from fastgpt2.text.packing import packed
 from fastgpt2.train import checkpoint
-from fastgpt2.train.compiled import compile_kernels, compiled
 from fastgpt2.train.config import TrainConfig
 from fastgpt2.train.console import Console
 from fastgpt2.train.fitted import fitted
 from fastgpt2.train.folder import begin_folder
+from fastgpt2.train.forward import forward_pass
 from fastgpt2.train.freeze import freeze
 from fastgpt2.train.guard import check
 from fastgpt2.train.interrupt import Interrupt, Interrupted
@@ -30,7 +29,7 @@ from fastgpt2.train.metrics import plot
 from fastgpt2.train.optimizers import build_optimizer, set_momentum
 from fastgpt2.train.origin import open_origin
 from fastgpt2.train.outcome import Outcome
-from fastgpt2.train.parallel import joined, seed_for_rank, shard, whole_model
+from fastgpt2.train.parallel import seed_for_rank, shard, whole_model
 from fastgpt2.train.profiling import StepProfile
 from fastgpt2.train.reader import Reader
 from fastgpt2.train.remat import set_remat
@@ -38,7 +37,7 @@ from fastgpt2.train.samples import sample
 from fastgpt2.train.schedules import learning_rate, progress
 from fastgpt2.train.spikes import Spikes
 from fastgpt2.train.state import RunState, check_data
-from fastgpt2.train.step import TrainingStep
+from fastgpt2.train.step import Batch, TrainingStep
 from fastgpt2.train.validation import EVAL_TOKENS, validate
 
 
@@ -170,8 +169,7 @@ class Trainer:
             return self._run()
 
     def _run(self) -> Outcome:
-        exit_code, ended = 0, 1
-        config, run, state = self.config, self.run_folder, self.state
+        exit_code, ended, config, state = 0, 1, self.config, self.state
         distributed.on_rank_0(self._begin_folder)
         self.console.introduce(
             self.dataset,
@@ -185,22 +183,17 @@ class Trainer:
         )
         left = 0 if self.total_steps is None else self.total_steps - state.step
         planned = self.loader.blocks_used + left * self.tokens_per_step // self.loader.block_size
+        step, notify = self.training_step, self.console.notify
         for line in (*self.frozen, *mixture_lines(self.loader, planned)):
-            self.console.notify(line)
+            notify(line)
         self.model.train()
-        compile_kernels(self.model, self.batch_size, self.dtype, eot=self.eot)
-        step = self.training_step
-        if config.compile and config.shard and distributed.world_size() > 1:
-            self.console.notify("compile: not with --shard; training without it")
-        elif config.compile:
-            notify = self.console.notify
-            step.forward = compiled(self.model, self.batch_size, self.dtype, notify, eot=self.eot)
-        step.forward, step.accumulate = joined(self.model, step.forward)
-        if self.eot is not None:
-            step.forward = packed(step.forward, self.eot)
+        step.forward, step.accumulate = forward_pass(
+            self.model, config, self.batch_size, self.dtype, notify, eot=self.eot
+        )
         try:
             with (
                 self.interrupt,
+                state.saver,
                 # reads the micro-batches of the next step while this one is computed
                 Reader(self.loader, self.device, self.grad_accum) as self.reader,
                 self.console.begin(
@@ -209,17 +202,15 @@ class Trainer:
             ):
                 try:
                     self._loop()
+                    state.settle()
                 except Interrupted as signal:
                     exit_code = signal.exit_code
-                    state.rewind()
-                    state.save(run, config.keep_last)
+                    self._save_finished_step()
                     self.console.write(f"stopped by {signal}: step {state.step} is saved")
                 except (OSError, EndedElsewhere) as error:
-                    if not distributed.is_agreed(error):
-                        raise
                     # the log could not be written; the disk may still have room for the weights
-                    state.rewind()
-                    state.save(run, config.keep_last)
+                    if distributed.is_agreed(error) and distributed.is_by_system(error):
+                        self._save_finished_step()
                     raise
             ended = exit_code
         except Exception as error:
@@ -231,7 +222,7 @@ class Trainer:
             self.profile.close()
             if distributed.rank() == 0:
                 self.metrics.close(ended)
-        best = distributed.on_rank_0(lambda: runs.best(run))
+        best = distributed.on_rank_0(lambda: runs.best(self.run_folder))
         return Outcome(
             step=state.step,
             tokens=state.tokens,
@@ -242,6 +233,12 @@ class Trainer:
             exit_code=exit_code,
             drawn=self._plot(),
         )
+
+    def _save_finished_step(self) -> None:
+        """Save the last step that was finished, and wait for it."""
+        self.state.rewind()
+        self.state.save(self.run_folder, self.config.keep_last)
+        self.state.settle()
 
     def _plot(self) -> bool:
         return distributed.rank() == 0 and plot(self.run_folder, self.console.notify)
@@ -265,7 +262,7 @@ class Trainer:
             if self._progress() >= 1.0:
                 return
             if self.interrupt.save_is_wanted():
-                state.save(self.run_folder, config.keep_last)
+                self._save_finished_step()
                 self.console.write(f"step {state.step} is saved")
             state.mark()
             lr = learning_rate(
@@ -284,7 +281,7 @@ class Trainer:
                 warmup_steps=config.muon_warmup_steps,
             )
             self.profile.step()
-            batches = distributed.together(lambda: self.reader.take(self.grad_accum))
+            batches = distributed.together(self._take)
             state.pending.append(self.training_step(batches, lr))
             state.step += 1
             state.validation = None
@@ -303,8 +300,14 @@ class Trainer:
                     started = now - state.elapsed
                 mark, mark_step = now, state.step
 
+    def _take(self) -> list[Batch]:
+        """The micro-batches of a step, unless the last checkpoint could not be written."""
+        self.state.saver.look()
+        return self.reader.take(self.grad_accum)
+
     def _go_back(self) -> None:
         """Go back to the last checkpoint, and on with the data that comes now."""
+        self.state.settle()
         if not distributed.on_rank_0(lambda: runs.saved_steps(self.run_folder)):
             self.console.write("there is no checkpoint to go back to")
             return
@@ -356,7 +359,7 @@ class Trainer:
         distributed.on_rank_0(lambda: self.metrics.write(**record))
 
     def _evaluate(self) -> None:
-        """Score the weights, save them, and only then show what came out."""
+        """Score the weights, copy them for the checkpoint, and show what the log has already."""
         state, config = self.state, self.config
         began = time.perf_counter()
         state.validation = validate(

@@ -82,14 +82,38 @@ def save_adapter(model: torch.nn.Module, folder: str | Path) -> None:
         UserError: the model has no adapters.
         OSError: the folder cannot be written.
     """
-    folder, settings = Path(folder), settings_of(model)
+    settings = settings_of(model)
     if settings is None:
         raise UserError("save_adapter: the model has no adapters")
-    folder.mkdir(parents=True, exist_ok=True)
+    write_adapter(settings, adapter_weights(model), Path(folder))
+
+
+def adapter_weights(model: torch.nn.Module) -> dict[str, Tensor]:
+    """The matrices of a GPT's adapters by PEFT's names, in the model's own memory.
+
+    Args:
+        model: a GPT after ``add_lora``.
+    """
     tensors = {}
     for name, layer in adapters(model).items():
-        tensors[_PREFIX + name + _A] = LazyTensor.of(layer.lora_A.detach())
-        tensors[_PREFIX + name + _B] = LazyTensor.of(layer.lora_B.detach())
+        tensors[_PREFIX + name + _A] = layer.lora_A.detach()
+        tensors[_PREFIX + name + _B] = layer.lora_B.detach()
+    return tensors
+
+
+def write_adapter(settings: LoRASettings, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Write PEFT's two files.
+
+    Args:
+        settings: of the model.
+        weights: as ``adapter_weights`` gives them.
+        folder: is made where it does not exist.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: LazyTensor.of(weight) for name, weight in weights.items()}
     metadata = {"format": "pt"}
     if settings.base_sha256 is not None:
         metadata[_SHA256] = settings.base_sha256

@@ -7,7 +7,7 @@ from pathlib import Path
 from fastgpt2 import runs
 
 # what a folder's weights are called in the formats that the package reads
-_WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.data-*")
+_WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.data-*", f"{runs.SHARDS}/*.safetensors")
 
 
 def weights_sha256(path: Path) -> str:

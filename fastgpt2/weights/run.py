@@ -20,6 +20,7 @@ from fastgpt2.weights import adapter
 from fastgpt2.weights.checkpoint import Checkpoint
 from fastgpt2.weights.metadata import make_config, read_json, shown
 from fastgpt2.weights.safetensors_file import read_safetensors, write_safetensors
+from fastgpt2.weights.shards import WEIGHTS, read_shards
 from fastgpt2.weights.tensors import LazyTensor
 
 
@@ -30,6 +31,10 @@ def read(folder: Path) -> Checkpoint:
     config = _config(folder)
     if (folder / runs.ADAPTER).is_file():
         return adapter.read(folder, config)
+    if (folder / runs.SHARDS).is_dir():
+        found = read_shards(folder / runs.SHARDS, config.vocab_size).items()
+        weights = {k.removeprefix(WEIGHTS): x for k, x in found if k.startswith(WEIGHTS)}
+        return Checkpoint(config, weights, folder)
     tensors = read_safetensors(folder / runs.MODEL)
     quantized = [name for name, tensor in tensors.items() if tensor.dtype == torch.int8]
     for name in quantized:

@@ -56,6 +56,16 @@ def read_safetensors(path: Path) -> dict[str, LazyTensor]:
         return {name: lazy(name, file.get_slice(name)) for name in file.keys()}  # noqa: SIM118
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts that the header of the file holds beside its tensors.
+
+    Raises:
+        UserError: as ``read_safetensors``.
+    """
+    with _open(path) as file:
+        return dict(file.metadata() or {})
+
+
 def _open(path: Path) -> Any:
     _checked(path, file_size, path)
     return _checked(path, safe_open, str(path), "pt")

@@ -1,5 +1,6 @@
 """The scenarios of test_ranks.py, by name: how many ranks, and what each does."""
 
+import errno
 import os
 import random
 import signal
@@ -7,9 +8,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
+
+import torch
 
 from fastgpt2.errors import UserError
+from tests.faults import failing_disk
 from tests.train.ranks import COMMON, RESTARTS, Fault, at_step, command, main
 
 TWO_BY_TWO = ("--batch-size=2", "--grad-accum=2")
@@ -49,6 +56,31 @@ def sending(number: int) -> Callable[[], None]:
     return lambda: os.kill(os.getpid(), number)
 
 
+def disk_fails(run: Path, step: int, on_rank: int, number: int) -> Fault:
+    """From the first write on, one rank alone can put nothing of a checkpoint on the disk."""
+    faults = ExitStack()
+
+    def prepare(rank: int) -> None:
+        if rank == on_rank:
+            folder = run / "checkpoints" / f".step_{step:08d}"
+            # to the end of the process
+            faults.enter_context(failing_disk(1, folder, lasts=True, number=number))
+
+    return prepare
+
+
+def compile_in_python(rank: int) -> None:
+    """``torch.compile`` with all but its last part, which would call a C++ compiler."""
+    patch("torch.compile", partial(torch.compile, backend="aot_eager")).start()
+    patch("fastgpt2.train.compiled.compiler_obstacle", lambda device: None).start()
+
+
+def many_characters(path: Path) -> Path:
+    """A text of 4,200 characters: a vocabulary that is padded to 4,224 rows."""
+    path.write_text("".join(f"{chr(0x4E00 + i)}\n" for i in range(4200)), encoding="utf-8")
+    return path
+
+
 def scenarios(data: Path, folder: Path) -> dict[str, tuple[int, Callable[[int], int]]]:
     def begin(name: str, *more: str) -> list[str]:
         return ["--data", str(data), "--out", str(folder / name / "run"), *COMMON, *more]
@@ -82,6 +114,26 @@ def scenarios(data: Path, folder: Path) -> dict[str, tuple[int, Callable[[int], 
         "soak": (2, command(begin("soak", *TWO_BY_TWO, DROPOUT), dying)),
         "unknown flag": (2, command(["--no-such-flag"])),
     }
+    table["compiled"] = (2, command(begin("compiled", *TWO_BY_TWO, "--compile"), compile_in_python))
+    # the disk of one rank is full, or may not be written to
+    for name, kind, step, rank, number in (
+        ("full disk", "--shard", 4, 1, errno.ENOSPC),
+        ("read-only", "--shard", 2, 1, errno.EROFS),
+        ("full disk of rank 0", "--no-shard", 2, 0, errno.ENOSPC),
+    ):
+        fault = disk_fails(folder / name / "run", step, rank, number)
+        table[name] = (2, command(begin(name, *TWO_BY_TWO, kind), fault))
+    table["full disk, resumed"] = (2, resume("full disk"))
+    # a padded vocabulary: sharded, by one process, and sharded again
+    many = [f"--data={many_characters(folder / 'many.txt')}", "--tokenizer=char"]
+    every = [*many, "--eval-every=1", "--sample-tokens=0"]
+    table["padded alone"] = (
+        1,
+        command(begin("padded alone", *every, "--batch-size=2", "--grad-accum=4")),
+    )
+    table["padded"] = (2, command(begin("padded", *every, *TWO_BY_TWO, "--shard", "--steps=2")))
+    table["padded, alone"] = (1, resume("padded", "--steps=3"))
+    table["padded, sharded again"] = (2, resume("padded", "--steps=4"))
     # by one process, replicated, sharded; with AdamW and with Muon
     for name, flags in (("muon", MUON), ("adamw", ())):
         table[f"{name} alone"] = (

@@ -2,7 +2,9 @@
 
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -118,7 +120,8 @@ def test_a_terminal_that_goes_away_at_any_line(
 POINTS = (
     "fastgpt2.train.step.TrainingStep.__call__",
     "fastgpt2.train.trainer.validate",
-    "fastgpt2.train.checkpoint.save",
+    "fastgpt2.train.checkpoint.staged",
+    "fastgpt2.train.checkpoint._write",
     "fastgpt2.train.checkpoint.prune",
     "fastgpt2.train.samples.stream_text",
 )
@@ -167,13 +170,13 @@ def test_sigusr1_saves_and_goes_on(short: Path, sound: Path, tmp_path: Path) -> 
     saved: list[int] = []
     run = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
-        whole = checkpoint.save
+        whole = checkpoint.staged
 
-        def save(*arguments: object) -> Path:
-            saved.append(arguments[1])  # type: ignore[arg-type]
-            return whole(*arguments)  # type: ignore[arg-type]
+        def staged(*arguments: Any) -> Callable[[], None]:
+            saved.append(arguments[1])
+            return whole(*arguments)
 
-        patch.setattr(checkpoint, "save", save)
+        patch.setattr(checkpoint, "staged", staged)
         with signal_at("fastgpt2.train.step.TrainingStep.__call__", 1, signal.SIGUSR1):
             assert begin(short, run) == 0
     # the first step had no checkpoint of its own

@@ -90,7 +90,9 @@ def test_auto_finds_the_largest_micro_batch_that_fits_and_keeps_the_tokens_of_a_
     plain = make_trainer(whole, tmp_path / "whole")
     moments = optimizer_bytes(plain.state.optimizer)
     held = sum(p.nbytes for p in plain.model.parameters())
-    need = estimate(plain.model, moments, 8, torch.float32).peak
+    memory_of_8 = estimate(plain.model, moments, 8, torch.float32)
+    assert memory_of_8.copy == held + moments
+    need = memory_of_8.peak + memory_of_8.copy
     # room for 8 of the 24 sequences, and not for 12
     monkeypatch.setattr(memory, "available", lambda device: math.ceil(need / memory.SHARE) - held)
     trainer = make_trainer(auto, tmp_path / "auto")

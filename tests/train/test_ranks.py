@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from fastgpt2 import runs
+from fastgpt2.model import GPT
+from fastgpt2.train import checkpoint
+from fastgpt2.weights import load, save
 from tests.train.tiny_run import assert_same_training, measured, saved_tensors
 
 ROOT = Path(__file__).parents[2]
@@ -54,8 +59,13 @@ def ranks(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     return run_scenarios(data, tmp_path_factory.mktemp("ranks"))
 
 
-def assert_equal_to_rounding(run: Path, expected: Path) -> None:
-    ours, theirs = (load_file(runs.latest(path) / runs.MODEL) for path in (run, expected))
+def saved_weights(run: Path) -> dict[str, Tensor]:
+    """Of the newest checkpoint, in whatever form."""
+    return {name: tensor.read() for name, tensor in load(runs.latest(run)).tensors.items()}
+
+
+def assert_weights_close(run: Path, expected: Path) -> None:
+    ours, theirs = (saved_weights(path) for path in (run, expected))
     assert ours.keys() == theirs.keys()
     for name, weight in theirs.items():
         # the gradient of a key's bias is rounding alone, and AdamW makes whole steps of it
@@ -64,6 +74,10 @@ def assert_equal_to_rounding(run: Path, expected: Path) -> None:
             ours[name][C : 2 * C] = weight[C : 2 * C]
         # Muon makes a gradient's rounding as large as the gradient: a step of it is 0.02
         torch.testing.assert_close(ours[name], weight, atol=1e-4, rtol=1e-4, msg=name)
+
+
+def assert_equal_to_rounding(run: Path, expected: Path) -> None:
+    assert_weights_close(run, expected)
     losses = [[r["train_loss"] for r in measured(x) if "train_loss" in r] for x in (run, expected)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     validation = [[r["val_loss"] for r in measured(x) if "val_loss" in r] for x in (run, expected)]
@@ -92,6 +106,79 @@ def test_a_signal_to_one_rank_stops_all_and_resuming_is_exact(
     parts = ranks.folder / f"{optimizer} {kind} parts" / "run"
     assert ranks.outcomes[f"{optimizer} {kind} parts, resumed"]["codes"] == [0, 0]
     assert_same_training(parts, ranks.folder / f"{optimizer} {kind} dropout" / "run")
+
+
+def test_compiled_ranks_equal_one_process(ranks: Ranks) -> None:
+    assert_equal_to_rounding(ranks.run("compiled"), ranks.run("1x4"))
+    said = ranks.outcomes["compiled"]["out"][0]
+    assert "compile: on" in said and "training without it" not in said
+
+
+def test_a_padded_vocabulary_goes_from_shards_to_one_file_and_back(ranks: Ranks) -> None:
+    """Two ranks, then one process, then two ranks; the head is the padded embedding."""
+    run = ranks.run("padded")
+    for name in ("padded, alone", "padded, sharded again"):
+        assert set(ranks.outcomes[name]["codes"]) == {0}, ranks.outcomes[name]
+    forms = [(runs.step_folder(run, step) / runs.SHARDS).is_dir() for step in (1, 2, 3, 4)]
+    assert forms == [True, True, False, True]
+    # of 4,201 rows in files, each of two ranks holds half of 4,224
+    shards = sorted((runs.step_folder(run, 4) / runs.SHARDS).glob("*00001-of-00002*"))
+    rows = [load_file(shard)["model.transformer.wte.weight"].shape[0] for shard in shards]
+    assert rows == [2112, 2112]
+    assert_weights_close(run, ranks.run("padded alone"))
+    losses = [
+        [r["train_loss"] for r in measured(path) if "train_loss" in r]
+        for path in (run, ranks.run("padded alone"))
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 4
+
+
+def test_every_command_opens_shards(ranks: Ranks, tmp_path: Path) -> None:
+    run = ranks.run("adamw --shard")
+    weights = saved_weights(run)
+    save(load(run), tmp_path / "whole", "fastgpt2")
+    copy = runs.latest(tmp_path / "whole")
+    assert (copy / runs.MODEL).is_file() and not (copy / runs.SHARDS).exists()
+    assert all(x.equal(weights[name]) for name, x in load_file(copy / runs.MODEL).items())
+    model = GPT.from_pretrained(str(run))
+    assert all(x.equal(weights[name]) for name, x in model.named_parameters())
+
+
+def test_a_damaged_shard_falls_back_to_the_checkpoint_before(ranks: Ranks, tmp_path: Path) -> None:
+    run = shutil.copytree(ranks.run("adamw --shard"), tmp_path / "run")
+    assert runs.read_state(runs.latest(run))["format"] == 2
+    shard = next((runs.latest(run) / runs.SHARDS).iterdir())
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    said: list[str] = []
+    assert checkpoint.newest_intact(run, said.append).name == "step_00000002"
+    assert len(said) == 1 and f"{shard}: damaged: its sha256 is not the saved one" in said[0]
+    assert said[0].endswith("going on from step_00000002 instead")
+
+
+@pytest.mark.parametrize(
+    ("name", "saved", "reason"),
+    [
+        ("full disk", [2], "No space left on device"),
+        ("read-only", [], "Read-only file system"),
+        ("full disk of rank 0", [], "No space left on device"),
+    ],
+)
+def test_the_disk_of_one_rank_fails(ranks: Ranks, name: str, saved: list[int], reason: str) -> None:
+    """The rank that failed says it, once; a checkpoint is there for all ranks or for none."""
+    outcome, run = ranks.outcomes[name], ranks.folder / name / "run"
+    assert outcome["codes"] == [2, 2]
+    errors = [line for line in ranks.complaints(name) if "error" in line]
+    assert len(errors) == 1 and reason in errors[0] and "cannot be written" in errors[0]
+    rank = 0 if name.endswith("rank 0") else 1
+    assert errors[0] in outcome["err"][rank]
+    # what could be saved before is left, and resumed
+    if name != "full disk":
+        assert runs.saved_steps(run) == saved
+        assert not list((run / "checkpoints").glob(".*"))
+        return
+    assert ranks.outcomes["full disk, resumed"]["codes"] == [0, 0]
+    assert "training: 4 steps (2 done)" in ranks.outcomes["full disk, resumed"]["out"][0]
+    assert_same_training(run, ranks.run("adamw --shard"))
 
 
 def test_each_rank_has_its_own_dropout(ranks: Ranks) -> None:

@@ -13,6 +13,8 @@ from fastgpt2.train.config import TrainConfig
 from fastgpt2.train.metrics import read_metrics
 from fastgpt2.train.outcome import Outcome
 from fastgpt2.train.trainer import Trainer
+from fastgpt2.weights import load
+from fastgpt2.weights.shards import WEIGHTS, read_shards
 
 TEXT = "".join(f"the {i} cats and {i * i} dogs sat\n" for i in range(60))
 # two records of one training differ in these alone
@@ -56,13 +58,20 @@ def train(config: TrainConfig, run: Path, *, resume: bool = False) -> Outcome:
 def saved_tensors(run: Path) -> dict[str, Tensor]:
     """Weights, moments and random-number states of the newest checkpoint."""
     folder = runs.latest(run)
+    if (folder / runs.SHARDS).is_dir():
+        found = read_shards(folder / runs.SHARDS, load(folder).config.vocab_size)
+        return {name.removeprefix(WEIGHTS): tensor.read() for name, tensor in found.items()}
     return load_file(folder / runs.MODEL) | load_file(folder / runs.OPTIMIZER)
 
 
 def saved_state(run: Path) -> dict[str, Any]:
     """The JSON of the newest checkpoint, without what the clock says."""
-    state: dict[str, Any] = json.loads((runs.latest(run) / runs.STATE).read_text(encoding="utf-8"))
+    folder = runs.latest(run)
+    state: dict[str, Any] = json.loads((folder / runs.STATE).read_text(encoding="utf-8"))
     del state["elapsed"]
+    if (folder / runs.SHARDS).is_dir():
+        # the order of the tensors in these files is not always the same
+        del state["sha256"]
     return state
 
 

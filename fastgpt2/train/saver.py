@@ -1,0 +1,63 @@
+"""Checkpoints are written by a thread of their own, one at a time, while training goes on."""
+
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from fastgpt2.errors import EndedElsewhere
+
+
+class Saver:
+    """Does one piece of work at a time in a thread; as a context, waits for it at the end."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        # a second signal acts at once
+        if self._thread is not None and (kind is None or issubclass(kind, Exception)):
+            self._thread.join()
+
+    def begin(self, work: Callable[[], None]) -> None:
+        """Start the work; what was begun before has been waited for.
+
+        Args:
+            work: may raise, which ``look`` or ``wait`` says.
+        """
+        assert self._thread is None
+
+        def run() -> None:
+            try:
+                work()
+            except Exception as error:
+                self._error = error
+
+        # a daemon: a disk that hangs must not hold up the end of the program
+        self._thread = threading.Thread(target=run, name="saver", daemon=True)
+        self._thread.start()
+
+    def look(self) -> None:
+        """Raise the error of work that has ended with one; others are not waited for.
+
+        An error that another process will say is left to ``wait``: that process may be later.
+        """
+        if self._error is not None and not isinstance(self._error, EndedElsewhere):
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for the end of the work, and raise its error."""
+        if self._thread is not None:
+            self._thread.join()
+        self._thread, error, self._error = None, self._error, None
+        if error is not None:
+            raise error

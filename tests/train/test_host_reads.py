@@ -1,0 +1,52 @@
+"""Between two records of the log, nothing makes the host wait for the device."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastgpt2.train.step import TrainingStep
+from tests.train.tiny_run import make_trainer, tiny_train_config
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what copies a number from the device to the host: ``item``, ``tolist``, ``bool``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_counter_that_counts() -> None:
+    with HostReads() as reads:
+        x = torch.ones(()) * 2
+        assert reads.count == 0
+        assert x.item() == 2.0 and bool(x > 1)
+    assert reads.count == 2
+
+
+@pytest.mark.usefixtures("no_picture")
+def test_only_a_record_reads_the_losses(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_train_config(data, steps=7, log_every=4, eval_every=100, dropout=0.0)
+    trainer = make_trainer(config, tmp_path / "run")
+    whole = TrainingStep.__call__
+    begins: list[int] = []
+
+    def step(*arguments: Any) -> Any:
+        begins.append(reads.count)
+        return whole(*arguments)
+
+    monkeypatch.setattr(TrainingStep, "__call__", step)
+    with HostReads() as reads:
+        trainer.run()
+    # from the beginning of a step to that of the next; steps 1 and 4 end with a record
+    between = {n: begins[n] - begins[n - 1] for n in range(1, 7)}
+    assert [between[n] for n in (2, 3, 5, 6)] == [0, 0, 0, 0]
