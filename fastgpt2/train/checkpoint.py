@@ -79,9 +79,9 @@ def staged(
     reshard(model)
     tensors = _training_tensors(model, optimizer)
     if isinstance(model, FSDPModule):
-        weights = {WEIGHTS + name: weight for name, weight in model.named_parameters()}
+        parts = {WEIGHTS + name: weight for name, weight in model.named_parameters()}
         on_cuda = device_kind(model.lm_head.weight.device).cuda
-        write_shards = staged_shards(weights | tensors, on_cuda=on_cuda)
+        write_shards = staged_shards(parts | tensors, on_cuda=on_cuda)
         return lambda: _write(final, model.config, write_shards, record)
     if not writes:
         return _nothing

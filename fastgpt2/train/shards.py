@@ -6,8 +6,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from fastgpt2 import distributed, runs
 from fastgpt2.cli import exit_code
@@ -18,7 +20,7 @@ from fastgpt2.weights.shards import WEIGHTS
 @cache
 def _group_beside(group: dist.ProcessGroup) -> dist.ProcessGroup:
     """What the threads that write agree through, beside the group of the training."""
-    beside: dist.ProcessGroup = dist.new_group(backend="gloo")  # type: ignore[no-untyped-call]
+    beside: dist.ProcessGroup = dist.new_group(backend="gloo")
     return beside
 
 
@@ -49,12 +51,10 @@ def staged_shards(tensors: Mapping[str, Tensor], *, on_cuda: bool) -> Callable[[
     def write(folder: Path) -> None:
         # weights in files of their own
         files = {name: 1 if name.startswith(WEIGHTS) else 2 for name in copies}
-        writer = dcp.HuggingFaceStorageWriter(
-            str(folder / runs.SHARDS), files, save_distributed=True
-        )
+        writer = HuggingFaceStorageWriter(str(folder / runs.SHARDS), files, save_distributed=True)
         try:
-            dcp.save(copies, storage_writer=writer, process_group=group)
-        except dcp.CheckpointException as error:
+            save(copies, storage_writer=writer, process_group=group)
+        except CheckpointException as error:
             first = min(error.failures)
             reason = error.failures[first][0]
             if first != distributed.rank() and isinstance(reason, Exception):

@@ -144,8 +144,9 @@ def scenarios(data: Path, folder: Path) -> dict[str, tuple[int, Callable[[int], 
             whole, parts = f"{name} {kind}", f"{name} {kind} parts"
             table[whole] = (2, command(begin(whole, *TWO_BY_TWO, *flags, kind)))
             # with dropout: stopped by a signal that one rank alone gets, and resumed
-            for run, fault in ((f"{whole} dropout", None), (parts, stop)):
-                table[run] = (2, command(begin(run, *TWO_BY_TWO, *flags, kind, DROPOUT), fault))
+            unbroken = f"{whole} dropout"
+            table[unbroken] = (2, command(begin(unbroken, *TWO_BY_TWO, *flags, kind, DROPOUT)))
+            table[parts] = (2, command(begin(parts, *TWO_BY_TWO, *flags, kind, DROPOUT), stop))
             table[f"{parts}, resumed"] = (2, resume(parts))
     return table
 

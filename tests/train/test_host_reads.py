@@ -11,11 +11,11 @@ from fastgpt2.train.step import TrainingStep
 from tests.train.tiny_run import make_trainer, tiny_train_config
 
 
-class HostReads(TorchDispatchMode):
+class HostReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts what copies a number from the device to the host: ``item``, ``tolist``, ``bool``."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
