@@ -8,6 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgpt2.train.step import TrainingStep
+from tests.tiny_gpt import tiny_batch, tiny_gpt
 from tests.train.tiny_run import make_trainer, tiny_train_config
 
 
@@ -21,14 +22,6 @@ class HostReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += func is torch.ops.aten._local_scalar_dense.default
         return func(*args, **(kwargs or {}))
-
-
-def test_a_counter_that_counts() -> None:
-    with HostReads() as reads:
-        x = torch.ones(()) * 2
-        assert reads.count == 0
-        assert x.item() == 2.0 and bool(x > 1)
-    assert reads.count == 2
 
 
 @pytest.mark.usefixtures("no_picture")
@@ -50,3 +43,40 @@ def test_only_a_record_reads_the_losses(
     # from the beginning of a step to that of the next; steps 1 and 4 end with a record
     between = {n: begins[n] - begins[n - 1] for n in range(1, 7)}
     assert [between[n] for n in (2, 3, 5, 6)] == [0, 0, 0, 0]
+
+
+def plain_step(device: str) -> TrainingStep:
+    model = tiny_gpt().to(device)
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), device)
+    return TrainingStep(
+        model,
+        optimizer,
+        dtype=torch.float32,
+        grad_clip=1.0,
+        forward=model,
+        poll=lambda: None,
+    )
+
+
+def test_a_step_reads_nothing_from_the_device() -> None:
+    step = plain_step("cpu")
+    step([tiny_batch()], lr=1e-3)
+    with HostReads() as reads:
+        result = step([tiny_batch(), tiny_batch()], lr=1e-3)
+    assert reads.count == 0
+    with HostReads() as reads:
+        result.loss.item()
+    assert reads.count == 1
+
+
+@pytest.mark.gpu
+def test_a_step_does_not_wait_for_a_gpu() -> None:
+    step = plain_step("cuda")
+    idx, targets = tiny_batch()
+    batches = [(idx.pin_memory(), targets.pin_memory())] * 2
+    step(batches, lr=1e-3)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(batches, lr=1e-3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -8,15 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgpt2 import runs
 from fastgpt2.peers import READER
 from fastgpt2.text.loaders import Batch, BlockLoader, BlockStream
 from fastgpt2.train.__main__ import main
 from fastgpt2.train.reader import Reader
-from fastgpt2.train.step import TrainingStep
-from tests.tiny_gpt import tiny_batch, tiny_gpt
 
 CPU = torch.device("cpu")
 PATIENCE = 60.0
@@ -120,54 +117,3 @@ def test_a_run_says_it_in_one_line_and_saves(
     # the batches taken count, not those read ahead
     state = runs.read_state(runs.latest(tmp_path / "run"))
     assert (state["step"], state["loader"]["position"]) == (3, 6)
-
-
-class Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """How often the host asks for a number that the device has."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.count = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        self.count += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
-
-
-def plain_step(device: str) -> TrainingStep:
-    model = tiny_gpt().to(device)
-    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), device)
-    return TrainingStep(
-        model,
-        optimizer,
-        dtype=torch.float32,
-        grad_clip=1.0,
-        forward=model,
-        poll=lambda: None,
-    )
-
-
-def test_a_step_reads_nothing_from_the_device() -> None:
-    step = plain_step("cpu")
-    step([tiny_batch()], lr=1e-3)
-    with Reads() as reads:
-        result = step([tiny_batch(), tiny_batch()], lr=1e-3)
-    assert reads.count == 0
-    with Reads() as reads:
-        result.loss.item()
-    assert reads.count == 1
-
-
-@pytest.mark.gpu
-def test_a_step_does_not_wait_for_a_gpu() -> None:
-    step = plain_step("cuda")
-    idx, targets = tiny_batch()
-    batches = [(idx.pin_memory(), targets.pin_memory())] * 2
-    step(batches, lr=1e-3)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step(batches, lr=1e-3)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
