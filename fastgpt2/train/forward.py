@@ -13,6 +13,7 @@ from fastgpt2.train.parallel import Accumulate, Forward, joined
 
 
 def forward_pass(
+    forward: Forward,
     model: GPT,
     config: TrainConfig,
     batch_size: int,
@@ -24,6 +25,7 @@ def forward_pass(
     """What the training step calls, and the context for each micro-batch; all processes call it.
 
     Args:
+        forward: what the step calls now: the model, or what stands for it.
         model: in training mode, on its device; sharded where it will be.
         config: of the run.
         batch_size: B of the micro-batches to come.
@@ -32,7 +34,6 @@ def forward_pass(
         eot: the id that ends a document, where the blocks to come are of packed documents.
     """
     compile_kernels(model, batch_size, dtype, eot=eot)
-    forward: Forward = model
     if config.compile and config.shard and distributed.world_size() > 1:
         notify("compile: not with --shard; training without it")
     elif config.compile:

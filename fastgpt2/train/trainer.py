@@ -188,7 +188,7 @@ class Trainer:
             notify(line)
         self.model.train()
         step.forward, step.accumulate = forward_pass(
-            self.model, config, self.batch_size, self.dtype, notify, eot=self.eot
+            step.forward, self.model, config, self.batch_size, self.dtype, notify, eot=self.eot
         )
         try:
             with (

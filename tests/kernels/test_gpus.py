@@ -78,9 +78,10 @@ def test_tf32_is_for_gpus_that_have_it(
         torch.set_float32_matmul_precision("high")
         assert allows_tf32(x) is has_it
         assert not allows_tf32(x.bfloat16())
+        torch.set_float32_matmul_precision("highest")
+        assert not allows_tf32(x)
     finally:
         torch.set_float32_matmul_precision(before)
-    assert not allows_tf32(x)
 
 
 @pytest.mark.parametrize(
