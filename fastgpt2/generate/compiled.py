@@ -215,7 +215,7 @@ def pays(model: GPT, new_tokens: int) -> bool:
     if not device_kind(device).host or _obstacle(device) is not None:
         return False
     try:
-        if build.library_path(_NAME, host_compiler(), _folder()).exists():
+        if _library_path(host_compiler(), _folder()).exists():
             return True
     except OSError:
         return False
@@ -238,10 +238,11 @@ def load_library(
         (notify or warnings.warn)(f"compile: {obstacle}; generating without it")
         return None
     try:
-        compiler, folder = host_compiler(), _folder()
-        if notify is not None and not build.library_path(_NAME, compiler, folder).exists():
+        compiler = host_compiler()
+        path = _library_path(compiler, _folder())
+        if notify is not None and not path.exists():
             notify("compile: this takes some seconds the first time")
-        return _loaded(compiler, folder)
+        return _loaded(compiler, path)
     except OSError as error:
         (notify or warnings.warn)(f"compile: failed ({failure(error)}); generating without it")
         return None
@@ -256,8 +257,14 @@ def _folder() -> Path:
 
 
 @cache
-def _loaded(compiler: str, folder: Path) -> ctypes.CDLL:
-    library = build.load(_NAME, compiler, folder)
+def _library_path(compiler: str, folder: Path) -> Path:
+    # starts the compiler, to ask what it compiles for
+    return build.library_path(_NAME, compiler, folder)
+
+
+@cache
+def _loaded(compiler: str, path: Path) -> ctypes.CDLL:
+    library = build.load(_NAME, compiler, path)
     for function in (library.decode_step, library.space_of):
         function.argtypes = (POINTER(_Model), POINTER(_Step))
     library.decode_step.restype, library.space_of.restype = None, c_int64

@@ -5,6 +5,7 @@ import hashlib
 import os
 import subprocess
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 # an expression's product and sum may become one instruction; nothing else is left to the compiler:
@@ -39,29 +40,32 @@ def library_path(name: str, compiler: str, folder: Path) -> Path:
     return folder / f"{name}-{digest.hexdigest()[:16]}.so"
 
 
-def load(name: str, compiler: str, folder: Path) -> ctypes.CDLL:
+def load(name: str, compiler: str, path: Path) -> ctypes.CDLL:
     """The library of a C++ file, compiled if it has not been.
 
     Args:
         name: of the C++ file.
         compiler: as g++ or clang++.
-        folder: where libraries are kept; one that cannot be written is replaced by a temporary one.
+        path: ``library_path``'s; where it cannot be written, the library is kept in memory alone.
 
     Raises:
         OSError: it cannot be compiled or loaded.
     """
-    path = library_path(name, compiler, folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            # whole, or not there: several processes may compile at once
-            with tempfile.TemporaryDirectory(dir=folder, prefix=f".{name}-") as beside:
-                os.replace(_compile(name, compiler, Path(beside)), path)
+    if path.exists():
         return ctypes.CDLL(str(path))
-    except (PermissionError, NotADirectoryError, FileExistsError):
-        with tempfile.TemporaryDirectory(prefix=f"{name}-") as elsewhere:
-            # the loaded library outlives its file
-            return ctypes.CDLL(str(_compile(name, compiler, Path(elsewhere))))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        made = tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{name}-")
+    except OSError:
+        made = tempfile.TemporaryDirectory(prefix=f"{name}-")
+    with made as folder:
+        library = _compile(name, compiler, Path(folder))
+        # what is loaded outlives its file
+        loaded = ctypes.CDLL(str(library))
+        # whole, or not there: several processes may compile at once
+        with suppress(OSError):
+            os.replace(library, path)
+        return loaded
 
 
 def _compile(name: str, compiler: str, folder: Path) -> Path:

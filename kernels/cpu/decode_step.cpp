@@ -37,8 +37,8 @@ struct Bf16 {
     uint16_t bits;
 };
 
-float widen(float x) { return x; }
-float widen(int8_t x) { return x; }
+template <class W>
+float widen(W x) { return x; }
 float widen(Bf16 x) {
     uint32_t bits = uint32_t(x.bits) << 16;
     float out;
@@ -144,8 +144,6 @@ class Barrier {
 
 }  // namespace
 
-extern "C" {
-
 // y_nf = scale_f sum_c weight_fc x_nc + bias_f
 struct Matrix {
     const void* weight;
@@ -191,8 +189,6 @@ struct Step {
     int64_t threads;
 };
 
-}  // extern "C"
-
 namespace {
 
 // [first, stop) of what one thread does of n things
@@ -201,9 +197,6 @@ struct Part {
     Part(int64_t n, int64_t thread, int64_t threads)
         : first(n * thread / threads), stop(n * (thread + 1) / threads) {}
 };
-
-// bytes from a narrow weight that is read to the one that is asked for
-constexpr int64_t AHEAD = 8192;
 
 // what a product does with what is there
 enum Write { REPLACE, ADD };
@@ -219,12 +212,12 @@ void tile(const Matrix& m, int64_t f, int64_t n, const float* x, float* out, Wri
     Vec sums[FEATURES][ROWS][SUMS] = {};
     int64_t c = 0;
     for (; c + STEP <= C; c += STEP) {
-        // a stream of fp32 is all that the processor foresees: of narrow weights it asks for too
-        // few lines ahead, and of two streams for the wrong ones
+        // a stream of fp32 is all that the processor foresees: narrow weights are asked for 8 KB
+        // ahead, and of two streams the next two features
         if (FEATURES > 1)
             for (int i = 0; i < FEATURES; i++) __builtin_prefetch(weight + (i + FEATURES) * C + c);
         else if (sizeof(W) < sizeof(float))
-            __builtin_prefetch(reinterpret_cast<const char*>(weight + c) + AHEAD);
+            __builtin_prefetch(reinterpret_cast<const char*>(weight + c) + 8192);
 #pragma GCC unroll 4
         for (int k = 0; k < SUMS; k++) {
             const float* columns = x + c + k * LANES;
