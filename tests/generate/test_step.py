@@ -99,10 +99,10 @@ def test_int8_products_have_gradients_and_are_recorded_whole() -> None:
     torch.manual_seed(0)
     integers, scales = torch.randint(-128, 128, (7, 48), dtype=torch.int8), torch.rand(7)
     x = torch.randn(2, 48, requires_grad=True)
-    linear_int8(x, integers, scales).sum().backward()
+    linear_int8(x, integers, scales).sum().backward()  # type: ignore[no-untyped-call]
     expected = (integers.float() * scales[:, None]).sum(0).expand(2, 48)
     torch.testing.assert_close(x.grad, expected, atol=1e-4, rtol=1e-5)
-    traced = torch.jit.trace(linear_int8, (x.detach(), integers, scales))
+    traced = torch.jit.trace(linear_int8, (x.detach(), integers, scales))  # type: ignore[no-untyped-call]
     more = torch.randn(5, 48)
     torch.testing.assert_close(
         traced(more, integers, scales), linear_int8(more, integers, scales), atol=1e-3, rtol=1e-5
