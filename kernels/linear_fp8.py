@@ -28,7 +28,7 @@ _OLDEST_CAPABILITY = (8, 9)
 # the magnitude that a tensor of zeros is scaled by; 1 / this squared is still finite
 _SMALLEST_AMAX = 2.0**-60
 _DTYPES = (torch.bfloat16, torch.float32)
-# how many logits are quantised at a time: PyTorch's operators make an fp32 copy of their gradient
+# logits quantised at a time: PyTorch's operators make an fp32 copy of their gradient
 _TILE_ELEMENTS = 2**24
 
 
