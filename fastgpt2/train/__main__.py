@@ -2,15 +2,13 @@
 
 import argparse
 import math
-import os
-import shlex
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fastgpt2 import distributed, runs
-from fastgpt2.cli import Parser
+from fastgpt2.cli import Parser, quoted
 from fastgpt2.cli import run as run_command
 from fastgpt2.devices import device_kind, resolve_device, resolve_dtype
 from fastgpt2.errors import UserError
@@ -380,14 +378,9 @@ def _report(outcome: Outcome, folder: Path, prompt: str) -> None:
     curves = f"; curves: {folder / 'loss.png'}" if outcome.drawn else ""
     print(f"best checkpoint: step {outcome.best_step:,}{curves}")
     if outcome.exit_code:
-        print(f"continue with: python -m fastgpt2.train --out {_quoted(str(folder))} --resume")
-    said = "" if prompt == "\n" else f" --prompt {_quoted(prompt)}"
-    print(f"generate with: python -m fastgpt2.generate --run {_quoted(str(folder))}{said}")
-
-
-def _quoted(text: str) -> str:
-    """The text quoted for a shell."""
-    return shlex.quote(text) if os.name == "posix" else f'"{text}"'
+        print(f"continue with: python -m fastgpt2.train --out {quoted(str(folder))} --resume")
+    said = "" if prompt == "\n" else f" --prompt {quoted(prompt)}"
+    print(f"generate with: python -m fastgpt2.generate --run {quoted(str(folder))}{said}")
 
 
 if __name__ == "__main__":

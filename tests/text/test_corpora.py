@@ -1,4 +1,6 @@
+import gzip
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 from fastgpt2.errors import UserError
 from fastgpt2.text import BytesTokenizer, GPT2Tokenizer
 from fastgpt2.text.corpora import (
+    PIECE_BYTES,
     REMOTE,
     Corpus,
     Document,
@@ -233,3 +236,24 @@ def test_a_text_without_spaces_is_still_cut(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("fastgpt2.text.corpora.PIECE_BYTES", 1000)
     corpus = Corpus("test", (Document("d", b"x" * 100_000),))
     assert max(len(piece.text) for piece in split_pieces(corpus, 0.0)) <= 2000
+
+
+@pytest.mark.parametrize("change", [b"one more line\n", None])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.gz"])
+def test_a_file_that_changes_while_it_is_read(
+    tmp_path: Path, name: str, change: bytes | None
+) -> None:
+    line = b'{"text": "a line"}\n'
+    text = line * (2 * PIECE_BYTES // len(line))
+    path = write(tmp_path / name, gzip.compress(text, 1) if name.endswith("gz") else text)
+    pieces = split_pieces(load_corpus(str(path)), 0.1)
+    next(pieces)
+    if change is None:
+        # another program writes it anew, and is half way
+        os.truncate(path, 0)
+    elif name.endswith("gz"):
+        path.write_bytes(gzip.compress(text + change, 1))
+    else:
+        path.write_bytes(text + line)
+    with pytest.raises(UserError, match=f"{name} (has changed while it was read|is cut off)"):
+        list(pieces)
