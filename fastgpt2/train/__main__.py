@@ -15,6 +15,7 @@ from fastgpt2.errors import UserError
 from fastgpt2.peers import Watch, failing_together, recall, remember
 from fastgpt2.streams import silent
 from fastgpt2.text.mixture import absolute_item, item_paths
+from fastgpt2.text.utf8 import is_utf8
 from fastgpt2.train import summary
 from fastgpt2.train.allocator import keep_freed_memory
 from fastgpt2.train.claim import check_outside, claimed, empty, is_empty, new_folder
@@ -217,6 +218,8 @@ def _plan(arguments: dict[str, Any]) -> Plan:
         folder = new_folder(Path(name or "default").stem)
     else:
         folder = Path(out)
+        if not is_utf8(out):
+            raise UserError(f"--out {out}: must be UTF-8 text for the library safetensors")
         if folder.exists() and not folder.is_dir():
             raise UserError(f"--out {out}: is a file")
         if resume:

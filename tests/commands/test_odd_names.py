@@ -41,6 +41,13 @@ def test_every_command_takes_every_name(
     shown = shards.encode("utf-8", "backslashreplace").decode()
     assert f"--data {shlex.quote(shown)}\n" in capsys.readouterr().out
     assert convert([str(tiny), model, "--to", "fastgpt2"]) == 0
+    if name == BYTES:
+        # safetensors opens no such file
+        said = complaint(generate, ["--model", model, "--device=cpu"], capsys)
+        assert said.endswith(
+            "model.safetensors: the path must be UTF-8 text for the library safetensors"
+        )
+        model = str(tiny)
     for data in (text, shards):
         flags = ["--device=cpu", "--limit=20", "--out", f"{out}{len(data)}"]
         assert evaluate([model, "--data", data, *flags]) == 0
@@ -49,15 +56,16 @@ def test_every_command_takes_every_name(
         assert table.count("\n- ") == 7 and "\n\n| model " in table
     flags = ["--max-new-tokens=2", "--device=cpu", "--prompt=a", "--output", f"{out}.jsonl"]
     assert generate(["--model", model, *flags]) == 0
-    run = folder / "run"
+    run, data = folder / "run", text
     if name == BYTES:
         # the configuration is TOML, which is UTF-8
-        said = complaint(train, ["--data", text, "--out", str(run), *TINY], capsys)
+        said = complaint(train, ["--data", text, "--out", str(tmp_path / "run"), *TINY], capsys)
         assert "config: data must be UTF-8 text" in said
         data = str(tmp_path / "t.txt")
         Path(data).write_text(TEXT, encoding="utf-8")
-    else:
-        data = text
+        said = complaint(train, ["--data", data, "--out", str(run), *TINY], capsys)
+        assert said.startswith("--out ") and "must be UTF-8 text" in said
+        run = tmp_path / "run"
     assert train(["--data", data, "--out", str(run), *TINY, "--steps=1"]) == 0
     assert train(["--out", str(run), "--resume", "--steps=2"]) == 0
     assert plot([str(run), "--out", f"{out}.svg"]) == 0

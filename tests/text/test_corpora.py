@@ -238,22 +238,30 @@ def test_a_text_without_spaces_is_still_cut(monkeypatch: pytest.MonkeyPatch) -> 
     assert max(len(piece.text) for piece in split_pieces(corpus, 0.0)) <= 2000
 
 
-@pytest.mark.parametrize("change", [b"one more line\n", None])
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.gz"])
+LINE = b'{"text": "a line"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "lines", "left", "message"),
+    [
+        # what is left of the file after its first piece was read
+        ("a.txt", 2 * PIECE_BYTES // len(LINE), 0, "has changed while it was read"),
+        ("a.txt", 2 * PIECE_BYTES // len(LINE), 1 << 22, "has changed while it was read"),
+        ("a.jsonl", 8000, 4000 * len(LINE), "has changed while it was read"),
+        ("a.txt.gz", 2 * PIECE_BYTES // len(LINE), 0, "is cut off"),
+    ],
+)
 def test_a_file_that_changes_while_it_is_read(
-    tmp_path: Path, name: str, change: bytes | None
+    tmp_path: Path, name: str, lines: int, left: int, message: str
 ) -> None:
-    line = b'{"text": "a line"}\n'
-    text = line * (2 * PIECE_BYTES // len(line))
+    text = LINE * lines
     path = write(tmp_path / name, gzip.compress(text, 1) if name.endswith("gz") else text)
     pieces = split_pieces(load_corpus(str(path)), 0.1)
     next(pieces)
-    if change is None:
-        # another program writes it anew, and is half way
-        os.truncate(path, 0)
-    elif name.endswith("gz"):
-        path.write_bytes(gzip.compress(text + change, 1))
+    if left > len(text):
+        with path.open("ab") as file:
+            file.write(LINE * 1000)
     else:
-        path.write_bytes(text + line)
-    with pytest.raises(UserError, match=f"{name} (has changed while it was read|is cut off)"):
+        os.truncate(path, left)
+    with pytest.raises(UserError, match=f"{name} {message}"):
         list(pieces)
