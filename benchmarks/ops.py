@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.harness import Scale
 from fastgpt2 import kernels
 from fastgpt2.kernels.decode_linear import MAX_ROWS
+from fastgpt2.kernels.quantize_fp8 import E4M3, MULTIPLE, no_fp8_kernel, quantize_fp8
 
 # an op as the tests know it, too: implementation's name and named inputs in, outputs out
 Op = Callable[..., Any]
@@ -303,6 +304,27 @@ def _linear_cross_entropy(s: Sizes) -> OpCase:
     )
 
 
+def _quantize_fp8(s: Sizes) -> OpCase:
+    """What the MLP's second layer reads, in both layouts."""
+
+    def run(impl: str, x: Tensor) -> tuple[Tensor, Tensor]:
+        straight, turned = quantize_fp8(x, E4M3, impl=impl)
+        return straight.values, turned.values
+
+    def plain(x: Tensor) -> tuple[Tensor, Tensor]:
+        scale = torch.finfo(E4M3).max / x.abs().amax().float()
+        q = (x * scale[None]).to(E4M3)
+        turned = F.pad(q.view(torch.uint8).t(), (0, -s.N % MULTIPLE)).contiguous()
+        return q, turned.view(E4M3)
+
+    width = 4 * s.C
+    elements = float(s.N * width)
+    inputs = _draw(x=(s.N, width))
+    # x is read for its largest magnitude and once more, and written twice
+    cost = Cost(6 * elements)
+    return OpCase("quantize_fp8", f"{s.name} N{s.N} F{width}", run, plain, inputs, cost)
+
+
 def _embedding(s: Sizes) -> OpCase:
     def run(impl: str, idx: Tensor, wte: Tensor, wpe: Tensor) -> Tensor:
         return kernels.embedding(idx, wte, wpe, impl=impl)
@@ -380,6 +402,9 @@ def cases_at(s: Sizes, decode_batches: Sequence[int], *, on_kernels: bool) -> li
         cases += [_append_kv(s, batch), _decode_attention(s, batch)]
         if batch <= MAX_ROWS:
             cases.append(_decode_linear(s, batch))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if on_kernels and no_fp8_kernel(torch.empty(0, device=device))() is None:
+        cases.append(_quantize_fp8(s))
     if on_kernels:
         cases += [_linear_gelu(s, fused=True), _attention(s, 0.1)]
     return cases

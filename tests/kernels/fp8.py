@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastgpt2.kernels import linear_cross_entropy, linear_fp8
-from fastgpt2.kernels.linear_fp8 import E4M3, E5M2
+from fastgpt2.kernels.quantize_fp8 import E4M3, E5M2
 from tests.kernels.budget import DEVICE
 
 # largest number, bits of the significand behind the point, smallest normal number

@@ -10,13 +10,11 @@ from torch import Tensor
 
 from fastgpt2.kernels import linear_cross_entropy, linear_fp8
 from fastgpt2.kernels.linear_fp8 import (
-    E4M3,
-    E5M2,
     _fp8_matmul,
     fp8_matmul,
     fp8_obstacle,
-    quantize,
 )
+from fastgpt2.kernels.quantize_fp8 import E4M3, E5M2, quantize
 from tests.kernels.budget import DEVICE
 from tests.kernels.fp8 import (
     FORMATS,
