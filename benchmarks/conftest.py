@@ -37,6 +37,11 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(_Writer(config, file))
 
 
+def _as_json(content: dict[str, Any]) -> str:
+    text: str = safe_dumps(content, ensure_ascii=True, indent=4)  # type: ignore[no-untyped-call]
+    return text
+
+
 class _Writer:
     """Writes pytest-benchmark's JSON after each race: a run that is killed leaves the others."""
 
@@ -70,7 +75,7 @@ class _Writer:
             commit_info=hook.pytest_benchmark_generate_commit_info(config=self._config),
         )
         hook.pytest_benchmark_update_json(**common, output_json=content)
-        write_text(self._file, safe_dumps(content, ensure_ascii=True, indent=4))
+        write_text(self._file, _as_json(content))
 
 
 def settings(config: pytest.Config) -> Settings:

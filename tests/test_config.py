@@ -6,7 +6,7 @@ import torch
 
 from fastgpt2.config import FP8_MULTIPLE, PRESETS, GPTConfig
 from fastgpt2.errors import UserError
-from fastgpt2.kernels.linear_fp8 import MULTIPLE
+from fastgpt2.kernels.quantize_fp8 import MULTIPLE
 from fastgpt2.model import GPT
 
 

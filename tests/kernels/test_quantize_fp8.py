@@ -272,8 +272,9 @@ def test_more_elements_than_int32_counts(full: bool) -> None:
     ids=lambda v: v if isinstance(v, str) else "",
 )
 def test_bad_arguments(change: dict[str, Any], error: type[Exception], said: str) -> None:
+    right: dict[str, Any] = {"x": torch.ones(2, 16), "dtype": E4M3}
     with pytest.raises(error) as raised:
-        quantize_fp8(**({"x": torch.ones(2, 16), "dtype": E4M3} | change))
+        quantize_fp8(**(right | change))
     assert str(raised.value).startswith("quantize_fp8: ")
     assert said in str(raised.value)
 
