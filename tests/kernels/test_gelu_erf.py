@@ -70,11 +70,11 @@ def test_it_is_not_the_tanh_form(op: str) -> None:
         assert 1e-4 < (exact - tanh).abs().max() < 1e-2
 
 
-class _Calls(TorchDispatchMode):
+class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The names of the operators that are called."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.names: list[str] = []
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
