@@ -1,8 +1,8 @@
-"""``python -m tools.save_cost``: what a checkpoint costs the training step that it falls into.
+"""``python -m tools.save_cost``: how much a checkpoint slows the training step that begins it.
 
-Plain steps and steps that begin a checkpoint take turns; the thread that writes is waited for
-after each, outside the clock. Beside them the time of a checkpoint that is waited for. JSON on
-stdout: medians in seconds, and the median of the ratios of the pairs.
+Plain steps and steps that begin a checkpoint alternate. After each, the tool waits for the writing
+thread, outside the measured time. A checkpoint that is waited for is also timed. Prints JSON:
+medians in seconds, and the median of the pairs' ratios.
 """
 
 import argparse
@@ -40,8 +40,8 @@ def measure(
 
     Args:
         config: the model.
-        batch_size: sequences of a step.
-        pairs: how many.
+        batch_size: sequences per step.
+        pairs: number of pairs.
         device: where the model is.
     """
     model = GPT(config).to(device)
@@ -100,13 +100,17 @@ def measure(
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns 0."""
     parser = argparse.ArgumentParser(prog="python -m tools.save_cost", description=__doc__)
-    parser.add_argument("--n-layer", type=int, default=6, help="[%(default)s]")
-    parser.add_argument("--n-embd", type=int, default=384, help="[%(default)s]")
-    parser.add_argument("--block-size", type=int, default=256, help="[%(default)s]")
-    parser.add_argument("--vocab-size", type=int, default=50257, help="[%(default)s]")
-    parser.add_argument("--batch-size", type=int, default=4, help="sequences [%(default)s]")
-    parser.add_argument("--pairs", type=int, default=5, help="[%(default)s]")
-    parser.add_argument("--device", default="auto", help="[%(default)s]")
+    parser.add_argument("--n-layer", type=int, default=6, help="number of blocks [%(default)s]")
+    parser.add_argument("--n-embd", type=int, default=384, help="width C [%(default)s]")
+    parser.add_argument("--block-size", type=int, default=256, help="context length [%(default)s]")
+    parser.add_argument("--vocab-size", type=int, default=50257, help="number of ids [%(default)s]")
+    parser.add_argument(
+        "--batch-size", type=int, default=4, help="sequences per step [%(default)s]"
+    )
+    parser.add_argument("--pairs", type=int, default=5, help="pairs of steps [%(default)s]")
+    parser.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda, cuda:1, ... [%(default)s]"
+    )
     options = parser.parse_args(argv)
     config = GPTConfig(
         n_layer=options.n_layer,

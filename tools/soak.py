@@ -1,8 +1,8 @@
 """``python -m tools.soak DATA FOLDER``: train with ranks that are killed at random moments.
 
-A small run on several ranks is started, killed after a random time, and resumed, again and again.
-An unbroken run of the same configuration comes first. At the end both must have the same weights,
-bit for bit, and the memory of the ranks must not have grown. As it is, this takes an hour;
+An unbroken run on several ranks comes first. Then a run of the same configuration is killed after a
+random time and resumed, again and again. At the end both must have the same weights, bit for bit,
+and the memory of the ranks must not have grown. By default this takes an hour;
 ``--minutes 2 --every 8 20 --steps 400 --eval-every 20`` takes a few minutes.
 """
 
@@ -22,7 +22,7 @@ from fastgpt2 import runs
 
 SHAPE = "--tokenizer=bytes --model=gpt2-nano --block-size=32 --n-layer=2 --n-head=2 --n-embd=32"
 LENGTH = "--batch-size=2 --grad-accum=2 --dropout=0.1 --log-every=5 --sample-tokens=5"
-# megabytes a minute that the memory of a rank may grow by
+# a rank's memory may grow by so many megabytes per minute
 MAX_SLOPE = 1.0
 
 
@@ -39,7 +39,7 @@ def begin_flags(data: Path, run: Path, steps: int, eval_every: int) -> list[str]
 
 
 def next_flags(data: Path, run: Path, steps: int, eval_every: int) -> list[str]:
-    """Resume, or begin again where no checkpoint was reached."""
+    """Flags that resume the run, or begin again if it has no checkpoint."""
     if run.exists() and runs.saved_steps(run):
         return ["--resume", "--out", str(run)]
     again = ["--overwrite"] if runs.is_run(run) else []
@@ -64,7 +64,7 @@ def resident(process: int) -> float:
 
 
 def slope(samples: list[tuple[float, float]]) -> float:
-    """Megabytes a minute, of (seconds, megabytes), by least squares; 0 of fewer than ten."""
+    """Megabytes per minute of (seconds, megabytes), by least squares; 0 for fewer than ten."""
     if len(samples) < 10:
         return 0.0
     seconds, megabytes = np.array(samples).T
@@ -75,8 +75,8 @@ def attempt(flags: list[str], ranks: int, patience: float) -> tuple[int | None, 
     """Start the ranks, and kill one of them after ``patience`` seconds.
 
     Returns:
-        The exit code of a run that came to its end, None of one that was killed; and the slope of
-        a rank's memory after its first 20 seconds.
+        The exit code, None if the run was killed; and the slope of a rank's memory after its first
+        20 seconds.
     """
     process = subprocess.Popen(command(ranks, flags), stdout=subprocess.DEVNULL)
     began = time.monotonic()
@@ -109,13 +109,23 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point; returns 0 if nothing was lost."""
     parser = argparse.ArgumentParser(prog="python -m tools.soak", description=__doc__)
     parser.add_argument("data", type=Path, help="a text")
-    parser.add_argument("folder", type=Path, help="where both runs go; must not exist")
-    parser.add_argument("--minutes", type=float, default=30.0, help="of kills [%(default)s]")
-    parser.add_argument("--every", type=float, nargs=2, default=(20.0, 60.0), help="seconds")
-    parser.add_argument("--ranks", type=int, default=2, help="[%(default)s]")
-    parser.add_argument("--steps", type=int, default=20_000, help="of both runs [%(default)s]")
-    parser.add_argument("--eval-every", type=int, default=200, help="[%(default)s]")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments [%(default)s]")
+    parser.add_argument("folder", type=Path, help="new folder for both runs")
+    parser.add_argument(
+        "--minutes", type=float, default=30.0, help="minutes of kills [%(default)s]"
+    )
+    parser.add_argument(
+        "--every", type=float, nargs=2, default=(20.0, 60.0), help="seconds between kills [20 60]"
+    )
+    parser.add_argument("--ranks", type=int, default=2, help="number of processes [%(default)s]")
+    parser.add_argument(
+        "--steps", type=int, default=20_000, help="optimizer steps of both runs [%(default)s]"
+    )
+    parser.add_argument(
+        "--eval-every", type=int, default=200, help="steps between evaluations [%(default)s]"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the times of the kills [%(default)s]"
+    )
     options = parser.parse_args(argv)
     options.folder.mkdir(parents=True)
     moments = random.Random(options.seed)
@@ -136,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
         worst = max(worst, grown)
     same = code == 0 and same_weights(run, whole)
     print(f"{kills} kills; exit code {code}; weights {'equal' if same else 'DIFFERENT'}")
-    print(f"memory of a rank: {worst:+.2f} MB a minute at most")
+    print(f"memory of a rank: {worst:+.2f} MB per minute at most")
     return 0 if same and worst < MAX_SLOPE else 1
 
 

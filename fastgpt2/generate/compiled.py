@@ -7,7 +7,8 @@ cache. It serves every model and number of rows, so nothing is compiled a second
 import ctypes
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from ctypes import POINTER, Structure, c_double, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
@@ -30,7 +31,7 @@ _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 _PER_THREAD = 2 << 20
 # seconds, on two cores with AVX2: what compiling costs, and what each token saves by the weight
 _COST = 6.0
-_SAVED, _SAVED_INT8 = 2.5e-10, 8e-10
+_SAVED = 2.5e-10
 
 
 class _Matrix(Structure):
@@ -182,7 +183,8 @@ class CompiledStep:
             self._space = torch.empty(space)
         step.space = self._space.data_ptr()
         self._library.decode_step(self._model, step)
-        return logits.to(self._dtype)
+        with one_thread():
+            return logits.to(self._dtype)
 
     def _pointer(self, tensor: Tensor | None) -> int | None:
         if tensor is None:
@@ -206,6 +208,21 @@ def _matrices(weights: Weights) -> list[Tensor]:
     return [m.weight for m in (*layers, weights.tokens, weights.head)]
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Within the block, PyTorch's operators run on the calling thread alone.
+
+    After an operator, OpenMP's other threads spin for milliseconds until they sleep. They would
+    hold the processors that the next step needs.
+    """
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(count)
+
+
 def pays(model: GPT, new_tokens: int) -> bool:
     """Whether compiling takes less time than it saves, for so many steps of this model.
 
@@ -219,9 +236,7 @@ def pays(model: GPT, new_tokens: int) -> bool:
             return True
     except OSError:
         return False
-    quantized = model.lm_head.weight.dtype == torch.int8
-    size = sum(p.numel() for p in model.parameters())
-    return new_tokens * size * (_SAVED_INT8 if quantized else _SAVED) > _COST
+    return new_tokens * sum(p.numel() for p in model.parameters()) * _SAVED > _COST
 
 
 def load_library(

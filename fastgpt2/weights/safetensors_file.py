@@ -1,7 +1,7 @@
 """Safetensors files: opened lazily, written one tensor at a time.
 
-Eight bytes hold the length of a JSON header (name -> dtype, shape, place), after it come the
-values. Reading is the safetensors library's; its writer wants every tensor in memory at once, ours
+Eight bytes hold the length of a JSON header (name -> dtype, shape, place), then come the header and
+the values. The safetensors library reads; its writer needs every tensor in memory at once, ours
 streams. Format: https://huggingface.co/docs/safetensors/index#format
 """
 
@@ -44,7 +44,7 @@ def read_safetensors(path: Path) -> dict[str, LazyTensor]:
         if part.get_dtype() not in NAMED_DTYPES:
             raise UserError(f"{path}: {shown(name)} has dtype {part.get_dtype()}, not supported")
 
-        # opened anew for every tensor: what was read can be unmapped
+        # open the file for every tensor, so that its memory map ends with the tensor
         def read() -> Tensor:
             with _open(path) as file:
                 tensor: Tensor = _checked(path, file.get_tensor, name)
@@ -57,7 +57,7 @@ def read_safetensors(path: Path) -> dict[str, LazyTensor]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The texts that the header of the file holds beside its tensors.
+    """The metadata in the file's header.
 
     Raises:
         UserError: as ``read_safetensors``.
@@ -77,7 +77,7 @@ def _checked(path: Path, call: Any, *args: str | Path) -> Any:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
     except SafetensorError as error:
-        # the message can hold a whole name of the file, and what a terminal takes for commands
+        # the message can quote the file, including terminal control characters
         raise UserError(f"{path}: not a safetensors file: {shown(str(error))}") from None
 
 
@@ -86,7 +86,7 @@ def write_safetensors(
 ) -> None:
     """Write ``tensors`` in their order, one in memory at a time.
 
-    ``path`` must be a place that no reader looks at yet.
+    ``path`` must not be visible to any reader yet.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
