@@ -112,7 +112,7 @@ def estimate(
     weights = 4 * sum(p.numel() for p in model.parameters())
     trained = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     blocks = 4 * sum(p.numel() for p in model.transformer.h.parameters() if p.requires_grad)
-    # of a model with adapters, a checkpoint has these alone
+    # the checkpoint of a model with adapters has only these
     stored = weights if model.lora is None else trained
     layer = _layer(model, batch_size, dtype, blocks / L)
     # the residual stream before the first block and after the last one, the gradient of the latter
@@ -141,7 +141,7 @@ def estimate(
         peak = max(stages) - head + trained
     gradients /= shared
     peak += (weights + moments) / shared
-    # of a replicated model, the first process has the one copy
+    # only the first process copies a replicated model
     return Memory(
         round(weights / shared),
         round(gradients),
