@@ -21,6 +21,7 @@ from fastgpt2.kernels.linear_cross_entropy import TORCH_CHUNK_BYTES, TRITON_CHUN
 from fastgpt2.layers import Block
 from fastgpt2.model import GPT
 from fastgpt2.train.compiled import try_out
+from fastgpt2.train.optimizers import moment_bytes, update_bytes
 from fastgpt2.train.parallel import own
 
 # queries of a block of the CPU's attention in bf16, and logits of a tile of its loss, at most
@@ -92,13 +93,18 @@ def _layer(model: GPT, rows: int, dtype: torch.dtype, gradients: float) -> _Laye
 
 
 def estimate(
-    model: GPT, moments: int, batch_size: int, dtype: torch.dtype, *, grad_accum: int = 1
+    model: GPT,
+    optimizer: torch.optim.Optimizer,
+    batch_size: int,
+    dtype: torch.dtype,
+    *,
+    grad_accum: int = 1,
 ) -> Memory:
     """The memory of each process, from shapes alone.
 
     Args:
         model: on its device; sharded where it will be.
-        moments: bytes of the optimizer's moments, in all processes together if they are sharded.
+        optimizer: of its parameters; its moments need not exist yet.
         batch_size: B, sequences per micro-batch.
         dtype: dtype of the computation.
         grad_accum: micro-batches per step.
@@ -109,6 +115,7 @@ def estimate(
     host = device_kind(model.lm_head.weight.device).host
     sharded = isinstance(model, FSDPModule)
     ranks = distributed.world_size()
+    moments = moment_bytes(optimizer)
     weights = 4 * sum(p.numel() for p in model.parameters())
     trained = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     blocks = 4 * sum(p.numel() for p in model.transformer.h.parameters() if p.requires_grad)
@@ -130,18 +137,20 @@ def estimate(
         held = base + head + waiting * layer.kept + (L - waiting) * layer.gradients
         held += layer.full - layer.kept
         stages += [held + layer.mlp, held + layer.attention]
-    gradients, peak = float(trained), max(*stages, float(trained))
     shared = ranks if sharded else 1
+    gradients, update = trained / shared, trained / shared + update_bytes(optimizer)
+    peak = max(*stages, update)
     if sharded:
         # embeddings and two blocks are whole, and a block's gradient before it is shared out
         whole = V * C + config.block_size * C + 3 * blocks / L / 4
-        peak += e * whole + (gradients if grad_accum > 1 else 0)
+        peak += e * whole + (trained if grad_accum > 1 else 0)
     elif ranks > 1:
         # DDP keeps its buckets all the time
-        peak = max(stages) - head + trained
-    gradients /= shared
+        peak = max(max(stages) - head + trained, update)
     peak += (weights + moments) / shared
-    # of a replicated model, the first process has the one copy
+    # of a replicated model, the first process has the one copy; a part of a sharded one is put into
+    # a file's bytes before these are written, the weights and then the moments
+    copy = (stored + moments + (max(stored, moments) if sharded else 0)) / shared
     return Memory(
         round(weights / shared),
         round(gradients),
@@ -149,7 +158,7 @@ def estimate(
         round(activations),
         round(loss),
         round(peak),
-        round((stored + moments) / shared),
+        round(copy),
     )
 
 
@@ -182,7 +191,11 @@ def available(device: torch.device) -> int:
 
 
 def largest_batch(
-    model: GPT, moments: int, sequences: int, dtype: torch.dtype, notify: Callable[[str], None]
+    model: GPT,
+    optimizer: torch.optim.Optimizer,
+    sequences: int,
+    dtype: torch.dtype,
+    notify: Callable[[str], None],
 ) -> int:
     """The largest micro-batch that fits, of those that divide ``sequences``.
 
@@ -191,7 +204,7 @@ def largest_batch(
 
     Args:
         model: in training mode, on its device.
-        moments: bytes of the optimizer's moments, which do not exist yet.
+        optimizer: of its parameters, before its first step.
         sequences: sequences per step and process.
         dtype: dtype of the computation.
         notify: shows a line.
@@ -199,11 +212,11 @@ def largest_batch(
     Raises:
         UserError: one sequence does not fit.
     """
-    device = model.lm_head.weight.device
+    device, moments = model.lm_head.weight.device, moment_bytes(optimizer)
     held = sum(own(p).nbytes for p in model.parameters())
     free = int(SHARE * (available(device) + held))
     sizes = [size for size in range(sequences, 0, -1) if sequences % size == 0]
-    needs = {s: estimate(model, moments, s, dtype, grad_accum=sequences // s) for s in sizes}
+    needs = {s: estimate(model, optimizer, s, dtype, grad_accum=sequences // s) for s in sizes}
     # on the processor, what a checkpoint is written from lies beside the step
     host = device_kind(device).host
     peaks = {size: need.peak + (need.copy if host else 0) for size, need in needs.items()}

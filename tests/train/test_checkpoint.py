@@ -247,7 +247,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint, "write_safetensors", full)
     with pytest.raises(UserError, match=r"step_00000002: cannot be written: .*No space left"):
         checkpoint.save(tmp_path, 2, model, optimizer, {})
     assert runs.saved_steps(tmp_path) == [1]

@@ -80,7 +80,7 @@ def test_a_checkpoint_that_fails_ends_the_run_at_the_next_step(
             trainer.state.saver._thread.join()  # type: ignore[union-attr]
         return take()
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint, "write_safetensors", full)
     monkeypatch.setattr(trainer, "_take", take_after_failure)
     with pytest.raises(UserError, match=r"step_00000002: cannot be written: .*No space left"):
         trainer.run()
