@@ -5,9 +5,9 @@ seconds; torchrun ends, and the run is resumed. An unbroken run of the same conf
 beside it. At the end, the newest checkpoint of a step that both have saved must be the same, bit
 for bit, and the memory of the unbroken ranks must not have grown.
 
-With ``--kills N`` instead, short runs are killed N times, wherever they are then: in the preparation
-of the data, in a step, in an evaluation, while they save or prune. They must end with the weights
-of an unbroken run. The record of either is JSON on stdout.
+With ``--kills N`` instead, short runs are killed N times, wherever they are then: in the
+preparation of the data, in a step, in an evaluation, while they save or prune. They must end with
+the weights of an unbroken run. The record of either is JSON on stdout.
 """
 
 import argparse
