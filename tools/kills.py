@@ -38,7 +38,7 @@ PLACES = {
     "pruning": "fastgpt2.train.checkpoint.prune",
 }
 # seconds that the ranks that are left may take to end
-_GRACE = 20.0
+GRACE = 600.0
 
 
 class Places:
@@ -111,11 +111,12 @@ class Job:
         flags = ["--data", str(data), "--out", str(self.run), *self._begin]
         return train_command(self._next(self.run, flags))
 
-    def _complaints(self) -> str:
+    def complaints(self) -> str:
+        """What the ranks of the last start have said on stderr."""
         return "".join(x.read_text(encoding="utf-8") for x in sorted(self.folder.glob("err.*")))
 
     @contextmanager
-    def _started(self) -> Iterator[list[int]]:
+    def started(self) -> Iterator[list[int]]:
         """The processes of one start; killed where the block leaves any."""
         self._places.clear()
         # a store of its own, as each torchrun has
@@ -133,9 +134,9 @@ class Job:
 
     def finish(self) -> None:
         """Start once more, and let it come to its end."""
-        with self._started() as children:
+        with self.started() as children:
             codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-        assert not any(codes), self._complaints()
+        assert not any(codes), self.complaints()
 
     def kill(self, moments: random.Random, life: float) -> list[str] | None:
         """Start, and kill after a random time.
@@ -148,23 +149,21 @@ class Job:
             The places that the victim was in, ``between`` where it was in none of ``PLACES``; None
             if the run had ended before.
         """
-        with self._started() as children:
+        with self.started() as children:
             victim = moments.choice(children)
             alone = self._ranks > 1 and moments.random() < 0.5
-            if _ended(victim, moments.uniform(0.0, life)):
+            if ended(victim, moments.uniform(0.0, life)):
                 code = os.waitid(os.P_PID, victim, os.WEXITED | os.WNOWAIT).si_status
-                assert code == 0, self._complaints()
+                assert code == 0, self.complaints()
                 return None
             os.kill(victim, signal.SIGKILL)
-            _ended(victim, _GRACE)
-            if alone:
-                # the others find out, and end
-                for child in children:
-                    _ended(child, _GRACE)
+            ended(victim, GRACE)
+            # the others find out, and end
+            assert not alone or all(ended(child, GRACE) for child in children)
             return self._places.found(children.index(victim)) or ["between"]
 
 
-def _ended(child: int, seconds: float) -> bool:
+def ended(child: int, seconds: float) -> bool:
     """Whether a process ends within a time; it can still be waited for then."""
     deadline = time.monotonic() + seconds
     while not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
@@ -183,8 +182,7 @@ def _kill(child: int) -> None:
 
 
 def killed(
-    job_in: Callable[[Path], Job],
-    folder: Path,
+    job_in: Callable[[str], Job],
     kills: int,
     moments: random.Random,
     is_same: Callable[[Path, Path], bool],
@@ -194,8 +192,7 @@ def killed(
     """Kill a run ``kills`` times, and compare what it comes to with an unbroken one.
 
     Args:
-        job_in: makes a job in a folder.
-        folder: gets the folders of the jobs.
+        job_in: makes a job, given the name of its folder.
         kills: how many times; more runs than one where they end earlier.
         moments: the randomness of the kills.
         is_same: whether two runs have the same weights.
@@ -206,12 +203,12 @@ def killed(
     """
     # what a first optimizer step imports: once for all, before any fork
     import_module("torch._dynamo")
-    whole = job_in(folder / "whole")
+    whole = job_in("whole")
     whole.finish()
     places: Counter[str] = Counter()
     count, finished, bad = 0, 0, 0
     while count < kills:
-        job = job_in(folder / f"killed_{finished}")
+        job = job_in(f"killed_{finished}")
         while count < kills and (found := job.kill(moments, life)) is not None:
             count += 1
             places.update(found)

@@ -1,7 +1,7 @@
 """``python -m tools.soak DATA FOLDER``: training that is killed at random moments loses nothing.
 
-For ``--minutes``, torchrun trains a small run on two ranks, one of which is killed every 20 to 60
-seconds; torchrun ends, and the run is resumed. An unbroken run of the same configuration trains
+For ``--minutes``, a small run trains on two ranks, one of which is killed every 20 to 60 seconds;
+the other one has to end, and the run is resumed. An unbroken run of the same configuration trains
 beside it. At the end, the newest checkpoint of a step that both have saved must be the same, bit
 for bit, and the memory of the unbroken ranks must not have grown.
 
@@ -15,11 +15,9 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +30,11 @@ from fastgpt2 import runs
 from fastgpt2.weights import load
 from fastgpt2.weights.safetensors_file import read_safetensors
 from fastgpt2.weights.shards import read_shards
-from tools.kills import Job, killed
+from tools.kills import GRACE, Job, ended, killed
 
 SHAPE = "--tokenizer=bytes --model=gpt2-nano --block-size=32 --n-layer=2 --n-head=2 --n-embd=32"
 LENGTH = "--batch-size=2 --grad-accum=2 --dropout=0.1 --log-every=5 --sample-tokens=5"
-RATE = "--lr=1e-3 --schedule=constant --warmup-steps=10 --device=cpu --dtype=fp32"
+RATE = "--lr=1e-3 --schedule=constant --warmup-steps=10 --device=cpu --dtype=fp32 --timeout=0"
 # megabytes a minute that the memory of a rank may grow by, and seconds before it is measured
 MAX_SLOPE, WARM_UP = 1.0, 60.0
 # of both runs with --minutes: more than they reach
@@ -86,37 +84,6 @@ def is_same(run: Path, expected: Path, step: int | None = None) -> bool:
     return ours.keys() == theirs.keys() and all(same)
 
 
-class Ranks:
-    """Ranks under a torchrun.
-
-    Args:
-        arguments: the flags of the training.
-        ranks: how many.
-    """
-
-    def __init__(self, arguments: list[str], ranks: int) -> None:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        command = [sys.executable, *launcher, "-m", "fastgpt2.train", *arguments]
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-
-    def children(self) -> list[int]:
-        """The ranks that there are now."""
-        launcher = self.process.pid
-        path = Path(f"/proc/{launcher}/task/{launcher}/children")
-        return [int(x) for x in path.read_text(encoding="utf-8").split()] if path.exists() else []
-
-    def kill(self, moments: random.Random) -> None:
-        """Kill one of them; torchrun ends the others."""
-        if victims := self.children():
-            os.kill(moments.choice(victims), signal.SIGKILL)
-        self.process.wait()
-
-    def stop(self) -> None:
-        """End them by the signal that makes them save."""
-        self.process.send_signal(signal.SIGTERM)
-        self.process.wait()
-
-
 def resident(process: int) -> float:
     """Megabytes of a process's resident memory; 0 of one that has ended."""
     try:
@@ -135,19 +102,13 @@ def slope(samples: list[tuple[float, float]]) -> float:
 
 
 def soaked(
-    begin: Callable[[Path], list[str]],
-    folder: Path,
-    ranks: int,
-    minutes: float,
-    every: tuple[float, float],
-    moments: random.Random,
+    whole: Job, job: Job, minutes: float, every: tuple[float, float], moments: random.Random
 ) -> dict[str, Any]:
-    """Train for ``minutes`` with kills, and beside it without.
+    """Train for some time with kills, and beside it without.
 
     Args:
-        begin: the flags of a new run, given its folder.
-        folder: gets the two runs.
-        ranks: processes of each.
+        whole: is never killed, and keeps all checkpoints.
+        job: the same run; of its ranks one is killed again and again, and the others have to end.
         minutes: how long.
         every: the fewest and the most seconds from a start to its kill.
         moments: the randomness of the kills.
@@ -156,50 +117,38 @@ def soaked(
         The number of kills, the last step that was compared, whether it was the same, and the
         growth of the memory of the unbroken ranks.
     """
-    whole, run = folder / "whole", folder / "killed"
+    # what a first optimizer step imports: once for all, before any fork
+    import_module("torch._dynamo")
     began = time.monotonic()
     ending = began + minutes * 60
-    # it keeps what the killed run may have to be compared with
-    unbroken = Ranks([*begin(whole), "--keep-last=1000000"], ranks)
-    samples: dict[int, list[tuple[float, float]]] = {}
-
-    def watch(until: float, process: subprocess.Popen[bytes]) -> bool:
-        """Sample the memory until a moment; False if the process has ended before."""
-        while time.monotonic() < until:
-            time.sleep(0.5)
-            if time.monotonic() - began > WARM_UP:
-                for child in unbroken.children():
-                    place = samples.setdefault(child, [])
-                    place.append((time.monotonic(), resident(child)))
-            if process.poll() is not None:
-                return False
-        return True
-
-    kills, code = 0, 0
-    while time.monotonic() < ending:
-        broken = Ranks(next_flags(run, [*begin(run), "--keep-last=2"]), ranks)
-        patience = min(time.monotonic() + moments.uniform(*every), ending)
-        if not watch(patience, broken.process):
-            code = broken.process.returncode
-            break
-        if patience < ending:
-            broken.kill(moments)
-            kills += 1
-        else:
-            broken.stop()
-    # the newest one may be of the step at which it was stopped
-    last = max((s for s in runs.saved_steps(run) if runs.step_folder(whole, s).exists()), default=0)
-    unbroken.stop()
-    growth = {child: slope(places) for child, places in samples.items()}
+    kills = 0
+    with whole.started() as unbroken:
+        samples: dict[int, list[tuple[float, float]]] = {child: [] for child in unbroken}
+        while time.monotonic() < ending:
+            with job.started() as ranks:
+                victim = moments.choice(ranks)
+                until = min(time.monotonic() + moments.uniform(*every), ending)
+                while time.monotonic() < until:
+                    assert not ended(victim, 0.5), job.complaints()
+                    if time.monotonic() - began > WARM_UP:
+                        for child, places in samples.items():
+                            places.append((time.monotonic(), resident(child)))
+                kills += until < ending
+                # the last one saves, and so does the unbroken run
+                os.kill(victim, signal.SIGKILL if until < ending else signal.SIGTERM)
+                assert all(ended(child, GRACE) for child in ranks)
+        os.kill(unbroken[0], signal.SIGTERM)
+        assert all(ended(child, GRACE) for child in unbroken)
+    common = set(runs.saved_steps(job.run)) & set(runs.saved_steps(whole.run))
+    last = max(common, default=0)
     return {
         "minutes": round((time.monotonic() - began) / 60, 1),
         "seconds_between_kills": list(every),
         "kills": kills,
-        "exit_code": code,
         "step": last,
-        "same": last > 0 and is_same(run, whole, last),
-        "megabytes_per_minute": [round(x, 3) for x in growth.values()],
-        "megabytes": [round(places[-1][1], 1) for places in samples.values()],
+        "different": not last or not is_same(job.run, whole.run, last),
+        "megabytes_per_minute": [round(slope(places), 3) for places in samples.values()],
+        "megabytes": [round(places[-1][1], 1) for places in samples.values() if places],
     }
 
 
@@ -224,25 +173,22 @@ def main(argv: list[str] | None = None) -> int:
     ranks = options.ranks or (2 if options.kills is None else 1)
     eval_every = options.eval_every or (200 if options.kills is None else 10)
     moments = random.Random(options.seed)
-    own = partial(flags, f"--eval-every={eval_every}", shard=options.shard)
-    if options.kills is None:
+    short = options.kills is not None
+    steps = f"--steps={options.steps if short else STEPS}"
+    more = flags(f"--eval-every={eval_every}", steps, shard=options.shard)
 
-        def begin(run: Path) -> list[str]:
-            return ["--data", str(options.data), "--out", str(run), *own(f"--steps={STEPS}")]
+    def job_in(name: str, keep: int) -> Job:
+        begin = [*more, f"--keep-last={keep}"]
+        return Job(options.folder / name, options.data, ranks, begin, next_flags)
 
-        record = soaked(
-            begin, options.folder, ranks, options.minutes, tuple(options.every), moments
-        )
-        grown = max(record["megabytes_per_minute"], default=0.0)
-        sound = record["same"] and record["exit_code"] == 0 and grown < MAX_SLOPE
+    if short:
+        record = killed(partial(job_in, keep=2), options.kills, moments, is_same, life=options.life)
+        grown = 0.0
     else:
-        more = own(f"--steps={options.steps}", "--keep-last=2")
-
-        def job_in(folder: Path) -> Job:
-            return Job(folder, options.data, ranks, more, next_flags)
-
-        record = killed(job_in, options.folder, options.kills, moments, is_same, life=options.life)
-        sound = not record["different"]
+        jobs = job_in("whole", keep=1_000_000), job_in("killed", keep=2)
+        record = soaked(*jobs, options.minutes, tuple(options.every), moments)
+        grown = max(record["megabytes_per_minute"])
+    sound = not record["different"] and grown < MAX_SLOPE
     record |= {"ranks": ranks, "sharded": options.shard, "machine": machine(torch.device("cpu"))}
     print(json.dumps(record, indent=2))
     return 0 if sound else 1

@@ -115,8 +115,7 @@ def main(data: Path, folder: Path) -> None:
         assert os.waitstatus_to_exitcode(status) == -expected, name
     begin = flags("--steps=20", "--eval-every=4", shard=False)
     record = killed(
-        lambda place: Job(place, data, 1, begin, next_flags),
-        folder / "random",
+        lambda name: Job(folder / "random" / name, data, 1, begin, next_flags),
         KILLS,
         random.Random(),
         is_same,
