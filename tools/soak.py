@@ -34,7 +34,7 @@ from tools.kills import GRACE, Job, ended, killed
 
 SHAPE = "--tokenizer=bytes --model=gpt2-nano --block-size=32 --n-layer=2 --n-head=2 --n-embd=32"
 LENGTH = "--batch-size=2 --grad-accum=2 --dropout=0.1 --log-every=5 --sample-tokens=5"
-RATE = "--lr=1e-3 --schedule=constant --warmup-steps=10 --device=cpu --dtype=fp32 --timeout=0"
+RATE = "--lr=1e-3 --schedule=constant --warmup-steps=10 --device=cpu --dtype=fp32"
 # megabytes a minute that the memory of a rank may grow by, and seconds before it is measured
 MAX_SLOPE, WARM_UP = 1.0, 60.0
 # of both runs with --minutes: more than they reach
