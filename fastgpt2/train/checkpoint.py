@@ -318,7 +318,7 @@ def load_training_state(folder: Path, model: GPT, optimizer: torch.optim.Optimiz
         for name, parameter in model.named_parameters():
             state: dict[str, Tensor] = {}
             if f"step.{name}" in tensors:
-                state["step"] = tensors[f"step.{name}"].to(parameter.device)
+                state["step"] = tensors[f"step.{name}"].reshape(()).to(parameter.device)
             for moment in _MOMENTS:
                 if f"{moment}.{name}" in tensors:
                     # moments of padded rows are not saved

@@ -38,7 +38,7 @@ def fitted(
     ranks = distributed.world_size()
     batch_size, grad_accum = config.split(ranks)
     sequences = batch_size * grad_accum
-    size = largest_batch(model, optimizer, sequences, dtype, notify)
+    size = largest_batch(model, optimizer, sequences, dtype, notify, pack=config.pack)
     return replace(
         config,
         auto_batch_size=False,

@@ -57,6 +57,8 @@ def model_lines(
     batch_size: int,
     dtype: torch.dtype,
     grad_accum: int = 1,
+    *,
+    pack: bool = False,
 ) -> list[str]:
     """The model, its trained part, its memory and where it runs, one line each."""
     config = model.config
@@ -66,7 +68,7 @@ def model_lines(
     stored = sum(x.lora_A.numel() + x.lora_B.numel() for x in layers) or parameters
     trained, moments = trained_parameters(model), moment_bytes(optimizer)
     device = model.lm_head.weight.device
-    memory = estimate(model, optimizer, batch_size, dtype, grad_accum=grad_accum)
+    memory = estimate(model, optimizer, batch_size, dtype, grad_accum=grad_accum, pack=pack)
     lines = [
         f"model: {human(parameters)} parameters ({config.n_layer} layers, {config.n_head} heads, "
         f"width {config.n_embd}, context {config.block_size}, vocabulary {config.vocab_size})",

@@ -183,6 +183,7 @@ class Trainer:
             batch_size=self.batch_size,
             grad_accum=self.grad_accum,
             dtype=self.dtype,
+            pack=config.pack,
             kernels=self.kernels,
         )
         left = 0 if self.total_steps is None else self.total_steps - state.step

@@ -153,7 +153,13 @@ def misshape_a_tensor(path: Path) -> None:
     save_file(tensors | {name: torch.zeros(3)}, path)
 
 
-DAMAGES = [truncate, scribble, Path.unlink, drop_a_tensor, misshape_a_tensor]
+def misshape_a_matrix(path: Path) -> None:
+    tensors = load_file(path)
+    name = next(name for name, tensor in tensors.items() if tensor.dim() == 2)
+    save_file(tensors | {name: torch.zeros(3)}, path)
+
+
+DAMAGES = [truncate, scribble, Path.unlink, drop_a_tensor, misshape_a_tensor, misshape_a_matrix]
 
 
 @pytest.fixture(scope="module")

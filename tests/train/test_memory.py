@@ -11,15 +11,18 @@ import torch
 from fastgpt2.config import GPTConfig
 from fastgpt2.devices import device_kind
 from fastgpt2.errors import UserError
+from fastgpt2.lora import add_lora
 from fastgpt2.model import GPT
-from fastgpt2.train import memory
+from fastgpt2.text.packing import packed
+from fastgpt2.train import checkpoint, memory
 from fastgpt2.train.__main__ import build_parser
 from fastgpt2.train.config import TrainConfig
 from fastgpt2.train.config_file import read_config
 from fastgpt2.train.memory import estimate
-from fastgpt2.train.optimizers import moment_bytes
+from fastgpt2.train.optimizers import build_optimizer, moment_bytes
 from fastgpt2.train.remat import set_remat
 from fastgpt2.train.step import TrainingStep
+from tests.tiny_gpt import gradients, tiny_batch
 from tests.train.step_memory import SMALL, measured
 from tests.train.tiny_run import make_trainer, tiny_train_config
 
@@ -57,6 +60,60 @@ def test_within_15_percent_of_the_peak(
     idx = torch.randint(config.vocab_size, (rows, config.block_size))
     peak = measured(step, [(idx, idx)])
     assert estimate(model, optimizer, rows, kind).peak == pytest.approx(peak, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows", "optimizer", "rank", "targets", "pack"),
+    [
+        ({"n_embd": 96, "block_size": 16}, 1, "muon", 0, (), False),
+        ({}, 8, "adamw", 4, ("c_attn",), False),
+        (
+            {"n_embd": 128, "block_size": 16},
+            1,
+            "adamw",
+            16,
+            ("c_attn", "c_fc", "mlp.c_proj"),
+            False,
+        ),
+        ({"block_size": 128}, 8, "adamw", 0, (), True),
+    ],
+)
+def test_muon_adapters_and_packed_documents(
+    shape: dict[str, Any],
+    rows: int,
+    optimizer: str,
+    rank: int,
+    targets: tuple[str, ...],
+    pack: bool,
+) -> None:
+    config = GPTConfig(**(SMALL | shape))
+    model = GPT(config)
+    if rank:
+        add_lora(model, rank=rank, targets=targets)
+    made = build_optimizer(model, tiny_train_config(Path(), optimizer=optimizer))
+    forward = packed(model, 0) if pack else model
+    step = TrainingStep(
+        model, made, dtype=torch.float32, grad_clip=1.0, forward=forward, poll=lambda: None
+    )
+    idx = torch.randint(1, config.vocab_size, (rows, config.block_size))
+    idx[:, ::17] = 0
+    peak = measured(step, [(idx, idx)])
+    expected = estimate(model, made, rows, torch.float32, pack=pack).peak
+    assert expected == pytest.approx(peak, rel=0.15)
+
+
+def test_the_copy_for_a_checkpoint(tmp_path: Path) -> None:
+    model = GPT(GPTConfig(**SMALL))
+    optimizer = build_optimizer(model, tiny_train_config(Path(), optimizer="muon"))
+    gradients(model, *tiny_batch(B=2))
+    optimizer.step()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        write = checkpoint.staged(tmp_path, 1, model, optimizer, {})
+    events = profile.profiler.kineto_results.events()
+    copied = sum(e.nbytes() for e in events if e.name() == "[memory]")
+    write()
+    assert estimate(model, optimizer, 1, torch.float32).copy == pytest.approx(copied, rel=0.15)
 
 
 def test_auto_finds_the_largest_micro_batch_that_fits_and_keeps_the_tokens_of_a_step(
