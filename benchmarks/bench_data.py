@@ -1,8 +1,8 @@
 """Tokens per second of the loaders, and of ``prepare`` on real text.
 
-The loaders hand out batches of B blocks of T tokens: the training stream over an array and over
-token shards on disk, the book's sliding window through PyTorch's ``DataLoader``, and, as a rival,
-nanoGPT's way over a memory map. What they hand out must be what they were given.
+The loaders return batches of B blocks of T tokens: the training stream over an array and over token
+shards on disk, the book's sliding window through PyTorch's ``DataLoader``, and, as a rival,
+nanoGPT's memory map. Their batches are checked against the corpus.
 """
 
 import tempfile
@@ -51,7 +51,7 @@ class LoaderRace(Race):
 
     def _memory_mapped(self, path: Path) -> Iterator[Batch]:
         while True:
-            # opened anew for each batch, because of a memory leak otherwise
+            # nanoGPT opens the file for each batch, to avoid a memory leak
             data = np.memmap(path, np.uint16, "r")
             starts = torch.randint(len(data) - self.T, (self.B,)).tolist()
             rows = [torch.from_numpy(data[i : i + self.T + 1].astype(np.int64)) for i in starts]
@@ -75,7 +75,7 @@ class LoaderRace(Race):
         return self._memory_mapped(folder / "plain.bin")
 
     def prepare(self, name: str, settings: Settings) -> Work:
-        """A number of batches; the first is a piece of the corpus and the same moved by one."""
+        """Draw batches; the first must be from the corpus, with the next tokens as targets."""
         ids, folder = self._corpus()
         loader = self._loader(name, ids, folder)
         idx, targets = next(loader)
@@ -98,20 +98,20 @@ class LoaderRace(Race):
         return {"tokens": tokens, "tokens_per_s": tokens / seconds, "B": self.B, "T": self.T}
 
     def is_ours(self, name: str) -> bool:
-        """All but nanoGPT's way."""
+        """All except nanoGPT's memory map."""
         return "nanoGPT" not in name
 
     def close(self) -> None:
-        """The files go."""
+        """Delete the files."""
         if self._folder is not None:
             self._folder.cleanup()
 
 
 class PrepareRace(Race):
-    """``prepare`` on the prose that Python carries, many times over, with one process or more."""
+    """``prepare`` on repeated copies of Python's help texts, with one process or more."""
 
     def __init__(self, cores: int, dry: bool) -> None:
-        # some installations of Python carry little of it
+        # some installations of Python have few help texts
         self.repeats = 1 if dry else 30
         self.group = f"prepare python-docs x{self.repeats}"
         tokenizers = ("bytes",) if dry else ("gpt2", "bytes")
@@ -122,7 +122,7 @@ class PrepareRace(Race):
         self._text = ""
 
     def _corpus(self) -> Path:
-        """One file of it all."""
+        """The whole text in one file."""
         if self._folder is None:
             self._text = "".join(load_corpus("python-docs").pieces()) * self.repeats
             self._folder = tempfile.TemporaryDirectory()
@@ -130,12 +130,12 @@ class PrepareRace(Race):
         return Path(self._folder.name, "corpus.txt")
 
     def prepare(self, name: str, settings: Settings) -> Work:
-        """One whole run; what it wrote decodes to the text it was given."""
+        """One whole run; its tokens must decode to the text."""
         tokenizer, workers = name.split()[0], int(name.split()[1])
         try:
             chosen = get_tokenizer(tokenizer)
         except UserError as error:
-            # without a network GPT-2's vocabulary may not be there
+            # GPT-2's vocabulary may be missing without a network
             pytest.skip(f"{tokenizer}: {error}")
         data = [str(self._corpus())]
 
@@ -166,11 +166,11 @@ class PrepareRace(Race):
         }
 
     def is_ours(self, name: str) -> bool:
-        """Always: nobody else writes these shards."""
+        """Always true: no rival writes these shards."""
         return True
 
     def close(self) -> None:
-        """The corpus goes."""
+        """Delete the corpus."""
         if self._folder is not None:
             self._folder.cleanup()
 

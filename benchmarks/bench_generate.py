@@ -1,9 +1,10 @@
 """Generation with a key/value cache, side by side: the prompt (prefill) and each token after it.
 
-All have the same random weights and prompts, choose greedily, and must write one text (in fp32,
-where no tie decides) before anything is timed: transformers', or the reference's where it is not
-installed. Of int8 only ours is checked, against our uncompiled one: each rounds weights in its own
-way. ``prefill`` is one new token after a prompt of T tokens, ``decode`` many after a short prompt.
+All have the same random weights and prompts, choose greedily, and must write the same text (in
+fp32, where ties do not occur) before anything is timed: the text of transformers, or of our
+reference if it is not installed. In int8 only ours is checked, against our uncompiled form, because
+each program rounds weights differently. ``prefill`` is one new token after a prompt of T tokens,
+``decode`` many after a short prompt.
 nanoGPT races on a small model, where the host's work is all there is.
 """
 
@@ -21,7 +22,7 @@ from benchmarks.timing import Ceilings, Work
 from fastgpt2.config import GPTConfig
 from fastgpt2.train.summary import dtype_name
 
-# tokens of the text that all must write
+# length of the text that all must write, in tokens
 CHECKED_TOKENS = {Scale.CUDA: 128, Scale.CPU: 128, Scale.DRY: 6}
 SMALL = GPTConfig(block_size=256, vocab_size=65, n_layer=4, n_head=4, n_embd=128)
 
@@ -46,7 +47,7 @@ SIZES = {
 
 @dataclass
 class Players:
-    """Everyone who has been made and checked so far, on the same weights; all races share them."""
+    """The generators made and checked so far, with the same weights; all races share them."""
 
     place: Place
     checked_tokens: int
@@ -54,7 +55,7 @@ class Players:
     expected: Tensor | None = None
 
     def get(self, name: str) -> Generate:
-        """One that writes what the reference writes.
+        """The generator of that name, checked against the reference's text.
 
         Raises:
             AssertionError: it writes something else.
@@ -85,7 +86,7 @@ class Players:
 
 
 class GenerateRace(Race):
-    """Everyone's prefill, or everyone's decoding, at one batch size."""
+    """Prefill or decoding at one batch size, with all generators."""
 
     def __init__(self, players: Players, phase: str, B: int, sizes: Sizes, last: bool) -> None:
         self.players, self.phase, self.B, self.last = players, phase, B, last
@@ -96,18 +97,18 @@ class GenerateRace(Race):
         size = "small " if place.config == SMALL else ""
         self.group = f"{size}{phase} {kind} B{B} T{self.T}+{self.new}"
         on_gpu = place.device.type == "cuda"
-        # on a CPU, ours is on PyTorch's operators anyway
+        # on a CPU, ours always uses PyTorch's operators
         absent = set() if on_gpu else {"fastgpt2 torch"}
         # prompts are not compiled, and a dry run does not wait for a compiler
         dry = place.config.n_layer == 1
         absent |= {"fastgpt2 compiled"} if phase == "prefill" or dry else set()
         absent |= {"transformers"} if place.int8 else set()
-        # a model without a cache, of the full size, would be all that is waited for
+        # without a cache, a model of the full size would take most of the time
         absent |= set() if size else {"nanogpt"}
         self.contenders = tuple(name for name in MAKERS if name not in absent)
 
     def prepare(self, name: str, settings: Settings) -> Work:
-        """One that writes the right text."""
+        """A generator that writes the right text."""
         generate, prompt = self.players.get(name), self.players.prompt(self.B, self.T)
 
         def work() -> Tensor:
@@ -118,7 +119,7 @@ class GenerateRace(Race):
         return work
 
     def facts(self, name: str, seconds: float, ceilings: Ceilings) -> dict[str, Any]:
-        """Tokens per second: those of the prompts, or the new ones."""
+        """Tokens per second: of the prompts, or new ones."""
         tokens = self.B * (self.T if self.phase == "prefill" else self.new)
         flops = 2.0 * self.players.place.model("auto").get_num_params() * tokens
         return {
@@ -135,7 +136,7 @@ class GenerateRace(Race):
         }
 
     def close(self) -> None:
-        """The models go with the last race."""
+        """Free the models after the last race."""
         if self.last:
             self.players.checked.clear()
 

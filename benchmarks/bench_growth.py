@@ -1,8 +1,8 @@
-"""How the cost of a training step grows: with the model, the context and the batch.
+"""How the cost of a training step grows with the model, the context and the batch.
 
-One axis at a time; beside ours the plain GPT, compiled, on a GPU, and the one like nanoGPT, eager,
-on a CPU, where compiling each point would take longer than all steps. Along T the tokens of a step
-stay the same, so that what grows is attention.
+One axis at a time. The rival is the plain GPT, compiled, on a GPU. On a CPU it is the one like
+nanoGPT, eager, because compiling each point would take longer than all steps. Along T the tokens
+per step stay the same, so that only attention grows.
 """
 
 from collections.abc import Callable
@@ -26,17 +26,17 @@ class GrowthRace(TrainStep):
     ) -> None:
         super().__init__(workload, contenders)
         self.axis, self.value = axis, value
-        # the point that two axes share is measured on both, each beside its neighbours
+        # a point that two axes share is measured on both, each with its neighbours
         self.group = f"growth with {axis} at {value}"
 
     def facts(self, name: str, seconds: float, ceilings: Ceilings) -> dict[str, Any]:
-        """The training step's, and the place on the axis."""
+        """The facts of the training step, and the place on the axis."""
         place = {"axis": self.axis, "value": self.value}
         return place | super().facts(name, seconds, ceilings)
 
 
 def points(scale: Scale) -> list[Point]:
-    """Axis, place on it, and what is trained there."""
+    """Axis, place on it, and the workload there."""
 
     def at(model: str, B: int, T: int) -> Workload:
         config = GPTConfig.preset(model, block_size=T)

@@ -1,8 +1,8 @@
-"""How long it takes until a model is there: reading weights of each format, and the imports.
+"""How long it takes to load a model: reading each weight format, and imports.
 
-The weights are random, of a small GPT-2 with the full vocabulary, and must arrive bit for bit. The
-files are in the system's cache. An import is a fresh Python process, start and end included: what
-fastgpt2 adds to PyTorch is the difference of the two.
+The weights are random, of a small GPT-2 with the full vocabulary, and must be read bit for bit. The
+files are in the system's cache. An import is timed as a fresh Python process, start and end
+included: fastgpt2's own cost is the difference from PyTorch's.
 """
 
 import subprocess
@@ -45,7 +45,7 @@ class WeightsRace(Race):
         self.group = f"load weights fp32 {self._parameters / 1e6:.0f}M parameters"
 
     def _written(self, format: str) -> Path:
-        """The model in a format, written when it is first asked for."""
+        """The model in a format, written on first use."""
         if self._folder is None:
             self._folder = tempfile.TemporaryDirectory()
             torch.manual_seed(0)
@@ -72,7 +72,7 @@ class WeightsRace(Race):
         return read
 
     def prepare(self, name: str, settings: Settings) -> Work:
-        """A reader whose model has the very weights that were written."""
+        """A reader; its model must have exactly the weights that were written."""
         read = self._reader(name, self._written("hf" if name == "transformers" else name))
         found = read().state_dict()
         for key, x in self._model.state_dict().items():
@@ -88,11 +88,11 @@ class WeightsRace(Race):
         return {"bytes": size, "GB_per_s": size / seconds / 1e9}
 
     def is_ours(self, name: str) -> bool:
-        """All but transformers' reader."""
+        """All except transformers' reader."""
         return name != "transformers"
 
     def close(self) -> None:
-        """The files go."""
+        """Delete the files."""
         if self._folder is not None:
             self._folder.cleanup()
 
@@ -104,7 +104,7 @@ class ImportRace(Race):
     contenders = tuple(PROGRAMS)
 
     def prepare(self, name: str, settings: Settings) -> Work:
-        """The process, once to warm the system's caches."""
+        """Start the process once, to warm the system's caches."""
         command = [sys.executable, "-c", PROGRAMS[name]]
 
         def work() -> None:

@@ -1,4 +1,4 @@
-"""Every op at GPT-2's sizes: our implementations and PyTorch's, forward, backward and both."""
+"""Time every op at GPT-2's sizes, ours and PyTorch's: forward, backward and both."""
 
 from collections.abc import Callable
 

@@ -1,18 +1,17 @@
 """One training step of GPT-2, side by side: forward, loss, backward, clipping, AdamW.
 
-Everyone has the same fp32 weights, the same random tokens, fused AdamW and a gradient norm of at
-most 1, and computes under autocast in the dtype that the group names. ``fastgpt2`` is what the
-trainer runs (``TrainingStep``); ``plain`` and ``nanogpt`` are ``rivals.PlainGPT`` with a residual
-stream in the compute dtype and with nanoGPT's choices. ``-k`` picks contenders:
+All contenders have the same fp32 weights, the same random tokens, fused AdamW and a gradient norm
+of at most 1, and compute under autocast in the dtype that the group names. ``fastgpt2`` is the
+trainer's step (``TrainingStep``); ``plain`` and ``nanogpt`` are ``rivals.PlainGPT`` with a residual
+stream in the compute dtype and with nanoGPT's choices. ``-k`` selects contenders:
 
     pytest benchmarks/bench_train_step.py --benchmark-only -k "bf16 and compiled" --rounds 5
 
-Before anything is timed, the first two losses of each must be those of the fp32 reference: the
-second is what the gradients, clipping and the optimizer made of the weights. MFU is
-(6 N + 12 L C T) FLOPs a token over the data-sheet peak (None where that is not known),
-``matmul_share`` the same FLOPs over what a large matmul reached here in the same run. Peak memory
-is what the allocator has given out on a GPU, and on a CPU the largest resident set of a process
-that trains two steps and does nothing else (interpreter and libraries included).
+Before anything is timed, the first two losses of each must match the fp32 reference; the second
+also checks gradients, clipping and the optimizer. MFU is (6 N + 12 L C T) FLOPs per token over the
+data-sheet peak (None if that is unknown); ``matmul_share`` is the same FLOPs over the speed of a
+large matmul in the same run. Peak memory is the allocator's peak on a GPU. On a CPU it is the
+largest resident set of a process that only trains two steps (interpreter and libraries included).
 """
 
 import resource
@@ -41,10 +40,10 @@ from fastgpt2.model import GPT
 from fastgpt2.train.step import TrainingStep
 from fastgpt2.train.summary import dtype_name
 
-# erf GELU and 47 padded logits of zero move these losses by 0.001, bf16 by 0.0003; a step whose
-# gradients are not the reference's is 0.4 away from the second
+# erf GELU and 47 padded logits of zero change these losses by 0.001, bf16 by 0.0003; wrong
+# gradients change the second one by 0.4
 LOSS_TOLERANCE = 0.005
-# operands of 3 and 4 significant bits; a step in FP8 is an option that changes the numbers
+# FP8 operands have 3 and 4 significant bits, and change the losses more
 LOSS_TOLERANCE_FP8 = 0.05
 LR, BETAS, WEIGHT_DECAY, GRAD_CLIP = 1e-4, (0.9, 0.95), 0.1, 1.0
 COMPILED, CUDNN, FP8 = " compiled", " cudnn", " fp8"
@@ -67,14 +66,14 @@ class Workload:
         return f"train step {dtype_name(self.dtype)} B{self.B} T{self.T}"
 
     def batch(self) -> Batch:
-        """Random tokens and targets (B, T), in the host's memory as a loader hands them out."""
+        """Random tokens and targets (B, T), in host memory, as a loader returns them."""
         generator = torch.Generator().manual_seed(1)
         tokens = torch.randint(self.config.vocab_size, (self.B, self.T + 1), generator=generator)
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
 def workloads(scale: Scale) -> list[Workload]:
-    """What is trained at a scale."""
+    """The workloads of a scale."""
     if scale is Scale.DRY:
         tiny = GPTConfig(block_size=8, vocab_size=31, n_layer=1, n_head=2, n_embd=32)
         return [Workload(tiny, 2, 8, torch.float32)]
@@ -86,7 +85,8 @@ def workloads(scale: Scale) -> list[Workload]:
 
 
 def initial(config: GPTConfig, device: torch.device, impl: str) -> GPT:
-    """The weights that everyone starts from; no bias is zero, no gain one: all must be used."""
+    """The initial weights of all contenders; no bias is zero and no gain is one, so that an ignored
+    parameter shows."""
     torch.manual_seed(0)
     model = GPT(replace(config, impl=impl))
     with torch.no_grad():
@@ -99,14 +99,14 @@ def initial(config: GPTConfig, device: torch.device, impl: str) -> GPT:
 def our_step(
     model: GPT, optimizer: torch.optim.AdamW, dtype: torch.dtype, forward: Callable[..., Any]
 ) -> TrainingStep:
-    """A step as the trainer makes it."""
+    """The trainer's step."""
     return TrainingStep(
         model, optimizer, dtype=dtype, grad_clip=GRAD_CLIP, forward=forward, poll=lambda: None
     )
 
 
 def optimizer_of(module: nn.Module, device: torch.device) -> torch.optim.AdamW:
-    """Everyone's optimizer: ours, which asks a module for nothing but its parameters."""
+    """The optimizer of all contenders: ours, which needs only a module's parameters."""
     configure: Any = GPT.configure_optimizers
     optimizer: torch.optim.AdamW = configure(module, WEIGHT_DECAY, LR, BETAS, device.type)
     return optimizer
@@ -118,7 +118,7 @@ def expected_losses(config: GPTConfig, B: int, T: int, device: torch.device) -> 
     idx, targets = Workload(config, B, T, torch.float32).batch()
     model = initial(config, device, "reference")
     step = our_step(model, optimizer_of(model, device), torch.float32, model)
-    # row by row: the reference holds the scores of all heads at once
+    # row by row, because the reference holds the attention scores of all heads at once
     rows = [(idx[i : i + 1], targets[i : i + 1]) for i in range(B)]
     return tuple(float(step(rows, LR).loss) for _ in range(2))
 
@@ -133,7 +133,7 @@ class Family:
         self.optimizer = optimizer_of(self.module, device)
 
     def _module(self) -> nn.Module:
-        # interpreted, only a dry run is quick enough; on a GPU, auto is Triton
+        # interpreted kernels are quick enough only for a dry run; on a GPU, auto is Triton
         impl = "triton" if INTERPRETED else "auto"
         fp8 = self.kind.endswith(FP8)
         ours = initial(replace(self.workload.config, fp8=fp8), self.device, impl)
@@ -151,12 +151,12 @@ class Family:
         return plain
 
     def reset(self) -> None:
-        """Weights and optimizer as at the start."""
+        """Restore the initial weights and optimizer."""
         self.module.load_state_dict(self._module().state_dict())
         self.optimizer.state.clear()
 
     def held(self) -> int:
-        """Bytes of weights, gradients and the optimizer's state, as they are now."""
+        """Bytes of weights, gradients and the optimizer's state at present."""
         parameters = list(self.module.parameters())
         tensors = [*parameters, *(p.grad for p in parameters if p.grad is not None)]
         for state in self.optimizer.state.values():
@@ -164,7 +164,7 @@ class Family:
         return sum(x.nbytes for x in tensors)
 
     def forward(self, compiled: bool, scale: Scale) -> Callable[..., Any]:
-        """The module, or what the compiler makes of it."""
+        """The module, compiled or not."""
         if not compiled:
             return self.module
         obstacle = compiler_obstacle(self.device)
@@ -172,7 +172,7 @@ class Family:
             pytest.skip(f"torch.compile: {obstacle}")
         compiler = "eager" if scale is Scale.DRY else "inductor"
         compile: Any = torch.compile
-        # ours as the trainer compiles it
+        # compile ours as the trainer does
         whole = {"fullgraph": True, "dynamic": False} if self.kind.startswith("fastgpt2") else {}
         module: Callable[..., Any] = compile(self.module, backend=compiler, **whole)
         return module
@@ -200,21 +200,21 @@ class Family:
         if self.kind != "transformers":
             loss: Tensor = forward(idx, targets)
             return loss
-        # given labels it would shift them by one, and train on a token less
+        # with labels, it would shift them by one and train on one token less
         logits = forward(input_ids=idx, use_cache=False).logits
         return nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
 def contenders(scale: Scale, dtype: torch.dtype) -> tuple[str, ...]:
-    """Everyone, ours first; nobody who writes the plain one runs it uncompiled.
+    """All contenders, ours first; the plain one only compiled.
 
-    In fp32 on a CPU that has something faster, ours and nanoGPT's.
+    In fp32, on a CPU that has a faster dtype, only ours and nanoGPT's.
     """
     kinds = ["fastgpt2", "nanogpt", "transformers"]
     if scale is Scale.CPU and dtype != compute_dtype(scale):
         return tuple(kind + form for kind in kinds[:2] for form in ("", COMPILED))
     if scale is Scale.CUDA:
-        # the closest races first, should the time be used up
+        # the closest races first, in case time runs out
         closest = ("fastgpt2", "plain", f"plain{CUDNN}", f"fastgpt2{FP8}", *kinds[1:])
         return (*(kind + COMPILED for kind in closest), *kinds)
     names = [kind + form for kind in kinds for form in ("", COMPILED)]
@@ -224,7 +224,7 @@ def contenders(scale: Scale, dtype: torch.dtype) -> tuple[str, ...]:
 
 
 class TrainStep(Race):
-    """Everyone's training step on one workload."""
+    """The training steps of all contenders on one workload."""
 
     def __init__(
         self, workload: Workload, contenders: tuple[str, ...], *, memory: bool = False
@@ -236,7 +236,7 @@ class TrainStep(Race):
         self._memory: dict[str, int] = {}
 
     def family(self, name: str, device: torch.device) -> Family:
-        """The model of a contender; that of its other form, where there is one."""
+        """The model of a contender, shared by its eager and compiled forms."""
         kind = name.removesuffix(COMPILED)
         if kind not in self._families:
             self._families[kind] = Family(kind, self.workload, device)
@@ -248,7 +248,7 @@ class TrainStep(Race):
         return family.step(family.forward(name.endswith(COMPILED), settings.scale))
 
     def prepare(self, name: str, settings: Settings) -> Work:
-        """A step that was compiled, and whose first two losses are right."""
+        """A compiled step whose first two losses are right."""
         w, device = self.workload, settings.device
         expected = expected_losses(w.config, w.B, w.T, device)
         family = self.family(name, device)
@@ -284,7 +284,7 @@ class TrainStep(Race):
             "flops": flops,
             "TFLOP_per_s": flops / seconds / 1e12,
             "mfu": None if peak is None else flops / seconds / peak,
-            "mfu_formula": "(6 N + 12 L C T) FLOPs a token / data-sheet peak",
+            "mfu_formula": "(6 N + 12 L C T) FLOPs per token / data-sheet peak",
             "matmul_share": flops / seconds / ceilings.flops[dtype_name(w.dtype)],
             "peak_bytes": self._memory.get(name),
             "dtype": dtype_name(w.dtype),
@@ -293,7 +293,7 @@ class TrainStep(Race):
         }
 
     def close(self) -> None:
-        """The models of a race go with it."""
+        """Free the models of the race."""
         self._families.clear()
 
 
@@ -309,7 +309,7 @@ def races(settings: Settings) -> list[Race]:
     """A race for each dtype."""
     scale = settings.scale
     return [
-        # a process for each contender: in one dtype only
+        # memory takes a process per contender, so measure it in one dtype only
         TrainStep(w, contenders(scale, w.dtype), memory=w.dtype == compute_dtype(scale))
         for w in workloads(scale)
     ]
@@ -330,11 +330,11 @@ def peak_resident() -> int:
     """Bytes of this process's largest resident set, interpreter and libraries included."""
     status = Path("/proc/self/status")
     if status.exists():
-        # getrusage would count the process that started this one, too
+        # getrusage would include the process that started this one
         for line in status.read_text(encoding="utf-8").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
-    # in kilobytes, but on a Mac
+    # kilobytes, except on a Mac
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -1,4 +1,4 @@
-"""``pytest benchmarks --benchmark-only``: options, clock, what the JSON says of the machine."""
+"""``pytest benchmarks --benchmark-only``: options, clock, and the JSON's machine record."""
 
 import sys
 from math import inf
@@ -15,13 +15,17 @@ STOPWATCH = pytest.StashKey[Stopwatch]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """What a run may be asked for; the defaults are the machine's."""
+    """The options of a run; defaults depend on the machine."""
     group = parser.getgroup("fastgpt2")
     group.addoption("--scale", choices=[*Scale], help="sizes (default: the device's)")
-    group.addoption("--rounds", type=int, help="samples of each contender, at least")
-    group.addoption("--seconds", type=float, default=0.5, help="least duration of a race")
-    group.addoption("--budget", type=float, default=inf, help="seconds; then the rest is skipped")
-    group.addoption("--skip-memory", action="store_true", help="no process for peak memory")
+    group.addoption("--rounds", type=int, help="fewest samples per contender")
+    group.addoption("--seconds", type=float, default=0.5, help="fewest seconds per race")
+    group.addoption(
+        "--budget", type=float, default=inf, help="seconds after which the rest is skipped"
+    )
+    group.addoption(
+        "--skip-memory", action="store_true", help="do not measure peak memory, in extra processes"
+    )
 
 
 def settings(config: pytest.Config) -> Settings:
@@ -37,20 +41,20 @@ def settings(config: pytest.Config) -> Settings:
         rounds=config.getoption("rounds") or (1 if dry else 10),
         seconds=0.0 if dry else config.getoption("seconds"),
         budget=config.getoption("budget"),
-        # a dry run's memory says nothing
+        # memory of a dry run means nothing
         memory=not dry and not config.getoption("skip_memory"),
     )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test for every contender of the module's races."""
+    """One test for every contender of the module's races."""
     if "lane" in metafunc.fixturenames:
         found = lanes(metafunc.module.races(settings(metafunc.config)))
         metafunc.parametrize("lane", found, ids=[lane.id for lane in found])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """All samples come from the tape."""
+    """Take all samples from the tape."""
     for item in items:
         if isinstance(item, pytest.Function) and "lane" in item.fixturenames:
             item.add_marker(pytest.mark.benchmark(timer=TAPE.now))
@@ -58,7 +62,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def record(request: pytest.FixtureRequest, benchmark: BenchmarkFixture) -> Any:
-    """``record(lane)``: run the race if it has not been run, and hand on this lane's samples."""
+    """``record(lane)``: run the race if it has not run, and pass on this lane's samples."""
     session, stash = request.session, request.config.stash
     if STOPWATCH not in stash:
         torch.manual_seed(0)
@@ -77,13 +81,13 @@ def record(request: pytest.FixtureRequest, benchmark: BenchmarkFixture) -> Any:
 def pytest_benchmark_update_machine_info(
     config: pytest.Config, machine_info: dict[str, Any]
 ) -> None:
-    """Device, clocks, driver, versions: what a reader needs to judge the numbers."""
+    """Add device, clocks, driver and versions, which a reader needs to judge the numbers."""
     chosen = settings(config)
     machine_info |= {"scale": chosen.scale, **machine(chosen.device)}
 
 
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
-    """What this machine reached in the same run: the roofline's two lines."""
+    """Add the peaks measured in the same run: the roofline's two lines."""
     if STOPWATCH in config.stash:
         ceilings = config.stash[STOPWATCH].ceilings
         output_json["ceilings"] = {

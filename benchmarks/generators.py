@@ -1,4 +1,4 @@
-"""Who can generate: ours, transformers, CTranslate2, nanoGPT; same weights, greedy."""
+"""The generators: ours, transformers, CTranslate2, nanoGPT; same weights, greedy."""
 
 import tempfile
 from collections.abc import Callable
@@ -21,7 +21,7 @@ Generate = Callable[[Tensor, int], Tensor]
 
 @dataclass(frozen=True)
 class Place:
-    """Shape of the model, where it runs, in which dtype, and whether its weights are int8."""
+    """A model's shape, its device and dtype, and whether its weights are int8."""
 
     config: GPTConfig
     device: torch.device
@@ -42,7 +42,7 @@ def ours(place: Place, impl: str = "auto", *, compile: bool = False) -> Generate
 
 
 def _transformers_model(place: Place) -> Any:
-    # rivals quantize for themselves
+    # rivals quantize themselves
     rival: Any = transformers_gpt2(replace(place, int8=False).model("auto").float())
     if rival is None:
         pytest.skip("transformers is not installed: pip install 'fastgpt2[bench]'")
@@ -52,7 +52,7 @@ def _transformers_model(place: Place) -> Any:
 def hugging_face(place: Place) -> Generate:
     """transformers' ``generate``."""
     rival = _transformers_model(place).to(place.dtype)
-    # random weights may well choose the token that ends a text: all must write on
+    # random weights may choose the token that ends a text: ignore it
     options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
     def generate(prompt: Tensor, new: int) -> Tensor:
@@ -64,19 +64,19 @@ def hugging_face(place: Place) -> Generate:
 
 
 class _Vocabulary:
-    """All that CTranslate2's converter asks of a tokenizer: ids as texts."""
+    """All that CTranslate2's converter needs of a tokenizer: ids as texts."""
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.bos_token = self.eos_token = self.unk_token = str(size - 1)
 
     def get_vocab(self) -> dict[str, int]:
-        """Every id under its number."""
+        """Every id, named by its number."""
         return {str(token): token for token in range(self.size)}
 
 
 def ctranslate2(place: Place) -> Generate:
-    """CTranslate2's ``generate_batch``, of what its converter makes of transformers' model."""
+    """CTranslate2's ``generate_batch``, on the converted model of transformers."""
     try:
         import ctranslate2
         from ctranslate2.converters import TransformersConverter
@@ -105,9 +105,9 @@ def ctranslate2(place: Place) -> Generate:
         results = generator.generate_batch(
             [[str(token) for token in row] for row in prompt.tolist()],
             max_length=new,
-            # the end of a text is not allowed before that
+            # do not end the text earlier
             min_length=new,
-            # or else it would take the prompt token by token
+            # otherwise it reads the prompt token by token
             include_prompt_in_result=False,
         )
         tokens = torch.tensor([r.sequences_ids[0] for r in results], device=prompt.device)
@@ -117,7 +117,7 @@ def ctranslate2(place: Place) -> Generate:
 
 
 def nanogpt(place: Place) -> Generate:
-    """nanoGPT's loop: without a cache, the whole text goes through the model for each token."""
+    """nanoGPT's loop: without a cache, each token needs a forward pass over the whole text."""
     rival = PlainGPT(place.config).to(place.device, place.dtype).eval()
     rival.copy_weights(place.model("auto"))
     block_size, V = place.config.block_size, place.config.vocab_size

@@ -1,10 +1,10 @@
-"""How a pytest-benchmark test gets its samples: all contenders of a race take turns in one run.
+"""How a pytest-benchmark test gets its samples: all contenders of a race alternate in one run.
 
-pytest-benchmark times one callable a test, one test after another, and what a machine does in
-between (heat, other programs) then passes for a difference. Here the first test of a race makes
-the selected contenders ready, has them checked, and times them in turn with ``timing.Clock``; each
-test hands its own samples to pytest-benchmark, whose timer is the ``Tape`` they are played from.
-The statistics in its JSON are thus of the very samples that were measured.
+pytest-benchmark times one callable per test, one test after another, so that heat or other programs
+in between can look like a difference. Here the first test of a race prepares and checks the
+selected contenders and times them alternately with ``timing.Clock``. Each test passes its own
+samples to pytest-benchmark, whose timer, ``Tape``, replays them. The statistics in the JSON are
+those of the measured samples.
 """
 
 import gc
@@ -23,12 +23,12 @@ from benchmarks.quiet import Disturbance, Watch
 from benchmarks.timing import Ceilings, Clock, Timing, Work, measure_ceilings
 from fastgpt2.devices import dtype_notice
 
-# a race that other programs disturbed is run at most so many times
+# a race disturbed by other programs is run at most so many times
 RUNS = 3
 
 
 class Scale(StrEnum):
-    """The sizes of everything: GPT-2's real ones on a GPU, what two cores do in minutes, tiny."""
+    """The sizes: GPT-2's real ones on a GPU, sizes for minutes on two cores, tiny ones."""
 
     CUDA = "cuda"
     CPU = "cpu"
@@ -36,9 +36,9 @@ class Scale(StrEnum):
 
 
 def compute_dtype(scale: Scale) -> torch.dtype:
-    """What is timed: bf16, or fp32 on a CPU that has no instructions for bf16.
+    """The dtype that is timed: bf16, or fp32 on a CPU without bf16 instructions.
 
-    Triton's interpreter, in a dry run, multiplies bf16 matrices wrongly.
+    A dry run uses fp32, because Triton's interpreter multiplies bf16 matrices wrongly.
     """
     slow = scale is Scale.CPU and dtype_notice(torch.device("cpu"), torch.bfloat16) is not None
     return torch.float32 if slow or scale is Scale.DRY else torch.bfloat16
@@ -46,14 +46,14 @@ def compute_dtype(scale: Scale) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run of the suite was asked for.
+    """The options of a run of the suite.
 
     Attributes:
         scale: the sizes.
         device: where it runs.
         rounds: samples of each contender, at least.
-        seconds: a race goes on for at least this long.
-        budget: seconds after which no further contender is made ready.
+        seconds: least duration of a race.
+        budget: seconds after which no further contender is prepared.
         memory: whether the training step's peak memory is measured (a process for each contender).
     """
 
@@ -66,12 +66,12 @@ class Settings:
 
 
 class Race(ABC):
-    """One question to several contenders: the same inputs, the same answer, different times.
+    """Several contenders with the same inputs and the same results, timed against each other.
 
     Attributes:
-        group: what the tables call it.
+        group: its name in the tables.
         contenders: names, ours first.
-        head_start: whether launching is left out of a GPU's times; for single kernels it is.
+        head_start: whether a GPU's times exclude launching; true for single kernels.
     """
 
     group: str
@@ -80,23 +80,23 @@ class Race(ABC):
 
     @abstractmethod
     def prepare(self, name: str, settings: Settings) -> Work:
-        """What to time for one contender, after it has run once and its answer was checked.
+        """What to time for one contender, after it has run once and its result was checked.
 
         Raises:
-            pytest.skip.Exception: it cannot take part here; says why.
-            AssertionError: its answer is wrong; says by how much.
+            pytest.skip.Exception: it cannot run here; says why.
+            AssertionError: its result is wrong; says by how much.
         """
 
     @abstractmethod
     def facts(self, name: str, seconds: float, ceilings: Ceilings) -> dict[str, Any]:
-        """Given the median: what the JSON says beside the time: rates, shares, shapes."""
+        """What the JSON records beside the median time: rates, shares, shapes."""
 
     def is_ours(self, name: str) -> bool:
-        """Whether a contender is this package: the report watches those for slowdowns."""
+        """Whether a contender is this package, which the report checks for slowdowns."""
         return name.startswith("fastgpt2")
 
     def close(self) -> None:  # noqa: B027
-        """Let go of inputs and models; the race is over."""
+        """Free inputs and models after the race."""
 
 
 @dataclass(frozen=True)
@@ -108,17 +108,17 @@ class Lane:
 
     @property
     def id(self) -> str:
-        """What ``-k`` selects by."""
+        """The name that ``-k`` matches."""
         return f"{self.race.group}-{self.name}"
 
 
 def lanes(races: Sequence[Race]) -> list[Lane]:
-    """A test for every contender of every race, race by race."""
+    """One test for every contender of every race, race by race."""
     return [Lane(race, name) for race in races for name in race.contenders]
 
 
 class Tape:
-    """A clock that stands still but for the samples that are played: pytest-benchmark's timer."""
+    """pytest-benchmark's timer: a clock that advances only by the samples played."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -128,9 +128,9 @@ class Tape:
         return self.seconds
 
     def player(self, samples: Sequence[float]) -> Callable[[], None]:
-        """A call for each sample in turn; it takes as long as the sample did, by this clock."""
+        """A function to call once per sample; each call advances the clock by that sample."""
         rest = iter(samples)
-        # small numbers, so that nothing of a sample is lost in the sum
+        # start from 0, so that the sum does not round the samples
         self.seconds = 0.0
 
         def play() -> None:
@@ -143,7 +143,7 @@ TAPE = Tape()
 
 
 def _judged(trouble: BaseException, name: str, ours: bool) -> BaseException:
-    """How a test ends: a wrong answer fails it, a rival that cannot take part skips it."""
+    """How a test ends: a wrong result fails it, a rival that cannot run is skipped."""
     reason = f"{name} cannot: {type(trouble).__name__}: {str(trouble).partition(chr(10))[0]}"
     if isinstance(trouble, torch.OutOfMemoryError):
         return pytest.skip.Exception(f"{name}: too little memory")
@@ -153,7 +153,7 @@ def _judged(trouble: BaseException, name: str, ours: bool) -> BaseException:
 
 
 class Stopwatch:
-    """Runs each race when its first test asks, and keeps the times for the others."""
+    """Runs each race at its first test, and keeps the times for the other tests."""
 
     def __init__(
         self, settings: Settings, selected: Sequence[Lane], notify: Callable[[str], None]
@@ -175,8 +175,8 @@ class Stopwatch:
         """Give this contender's samples and facts to pytest-benchmark.
 
         Raises:
-            pytest.skip.Exception: it does not take part; says why.
-            AssertionError: its answer is wrong, so it has no speed.
+            pytest.skip.Exception: it cannot run; says why.
+            AssertionError: its result is wrong, so its speed does not count.
         """
         if self._race is not lane.race:
             self._run(lane.race)
@@ -195,7 +195,7 @@ class Stopwatch:
         benchmark.pedantic(play, rounds=len(timing.samples))  # type: ignore[no-untyped-call]
 
     def _measure(self, race: Race, works: dict[str, Work]) -> tuple[dict[str, Timing], Disturbance]:
-        """Time the race, again where other programs disturbed it; the quietest run counts."""
+        """Time the race, again if other programs disturbed it; the quietest run counts."""
         chosen = self.settings
         clock = Clock(chosen.device, head_start=race.head_start, rounds=chosen.rounds)
         runs: list[tuple[dict[str, Timing], Disturbance]] = []
@@ -239,7 +239,7 @@ class Stopwatch:
         works.clear()
         race.close()
         gc.collect()
-        # one function is compiled anew for each race: beyond a limit it would run uncompiled
+        # a function is recompiled for each race; beyond a limit it would run uncompiled
         torch.compiler.reset()
         if chosen.device.type == "cuda":
             torch.cuda.empty_cache()

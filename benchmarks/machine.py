@@ -1,4 +1,4 @@
-"""What a reader needs to judge the numbers of a run: the machine, its versions, the commit."""
+"""The machine, versions and commit of a run, which a reader needs to judge its numbers."""
 
 import os
 import platform
@@ -30,9 +30,9 @@ def _version_of(package: str) -> str | None:
 
 
 def cpu_name(info: Path = _CPU_INFO) -> str:
-    """The processor's name with its family and model: a virtual machine's name alone says little.
+    """The processor's name with its family and model, since a virtual machine's name says little.
 
-    ``info`` is the file in which Linux describes the processors.
+    ``info`` is Linux's description of the processors.
     """
     if info.exists():
         first_core = info.read_text(encoding="utf-8").partition("\n\n")[0]
@@ -57,7 +57,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         **{name: _version_of(name) for name in VERSIONS},
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
-        # with -dirty where the tree is not what was committed
+        # ends in -dirty if there are uncommitted changes
         "commit": _output_of("git", "describe", "--always", "--dirty", "--exclude=*"),
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
     }

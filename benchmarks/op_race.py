@@ -1,10 +1,9 @@
-"""One op at one size: our implementation and PyTorch's, forward, backward and both, by turns.
+"""One op at one size: our implementation and PyTorch's, forward, backward and both, alternating.
 
-Outputs and gradients of every provider are held to the tests' error budget on the very inputs that
-are timed, before anything is timed. Providers: ``triton``, our kernels; ``torch``, ours on
-PyTorch's operators, which is what a CPU runs; ``torch-compiled``, that inside ``torch.compile``;
-``eager``, PyTorch's functions as anybody calls them; ``compile``, those compiled; on a GPU, SDPA's
-backends by name.
+Before anything is timed, outputs and gradients of every provider must meet the tests' error budget
+on the timed inputs. Providers: ``triton``, our kernels; ``torch``, ours on PyTorch's operators, as
+on a CPU; ``torch-compiled``, the same inside ``torch.compile``; ``eager``, PyTorch's own functions;
+``compile``, those compiled; on a GPU, SDPA's backends by name.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -26,7 +25,7 @@ Run = Callable[..., Any]
 
 
 class Judge:
-    """Holds outputs and gradients of a case to the budget; the gold is computed once."""
+    """Checks outputs and gradients of a case against the budget; the gold is computed once."""
 
     def __init__(self, case: OpCase, inputs: Mapping[str, Tensor]) -> None:
         from tests.kernels import budget
@@ -37,7 +36,7 @@ class Judge:
         wide = {n: x.double() if x.is_floating_point() else x for n, x in inputs.items()}
         reference = partial(case.run, "reference")
         self.gold = self._results(reference, wide)
-        # whose error in the same dtype is the budget
+        # its error in the same dtype sets the budget
         self.eager = self._results(reference if case.random else case.plain, inputs)
 
     def _results(self, run: Run, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -47,7 +46,7 @@ class Judge:
         return self.budget.run_with_gradients(op, "", inputs, self.upstream)
 
     def check(self, run: Run) -> None:
-        """Raises AssertionError if what ``run`` computes is out of budget; says by how much."""
+        """Raise AssertionError if the results of ``run`` exceed the budget; it says by how much."""
         for name, value in self._results(run, self.inputs).items():
             self.budget.assert_within_budget(name, value, self.eager[name], self.gold[name])
 
@@ -91,7 +90,7 @@ def works(case: OpCase, run: Run, inputs: Mapping[str, Tensor]) -> Iterator[tupl
 
 
 class OpRace(Race):
-    """All providers of a case, in all modes, by turns."""
+    """All providers of a case, in all modes, alternating."""
 
     head_start = True
 
@@ -100,7 +99,7 @@ class OpRace(Race):
         self.group = f"{case.label} {dtype_name(self.dtype)}"
         providers = {
             Scale.CUDA: ("triton", "eager", "compile", *case.backends),
-            # each is named, and says why where it cannot
+            # each provider is listed; one that cannot run says why
             Scale.CPU: ("torch", "torch-compiled", "triton", "eager", "compile"),
             Scale.DRY: ("triton", "torch", "torch-compiled", "eager", "compile"),
         }[scale]
@@ -147,12 +146,12 @@ class OpRace(Race):
             return torch.compile(run, backend="eager")
         from torch._functorch import config as functorch_config
 
-        # the backward pass is timed alone, several times on one graph
+        # the backward pass is timed alone, several times on the same graph
         functorch_config.donated_buffer = False
         return torch.compile(run, dynamic=False)
 
     def prepare(self, name: str, settings: Settings) -> Work:
-        """One provider's pass, after its outputs and gradients were within the budget."""
+        """One provider's pass, after its outputs and gradients met the budget."""
         provider, _, mode = name.partition(" ")
         if provider not in self._works:
             self._works[provider] = self._prepare(self._run(provider, settings), provider, settings)
@@ -191,7 +190,7 @@ class OpRace(Race):
         return name.split()[0] in ("triton", "torch", "torch-compiled")
 
     def close(self) -> None:
-        """Inputs, graphs and gold go with the race."""
+        """Free inputs, graphs and gold after the race."""
         self._judge = None
         self._works.clear()
 

@@ -1,4 +1,4 @@
-"""The ops at GPT-2's shapes: inputs, the work they must do, and PyTorch's own way to do it."""
+"""The ops at GPT-2's shapes: inputs, cost, and PyTorch's own implementation."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -15,7 +15,7 @@ from benchmarks.harness import Scale
 from fastgpt2 import kernels
 from fastgpt2.kernels.decode_linear import MAX_ROWS
 
-# an op as the tests know it, too: implementation's name and named inputs in, outputs out
+# an op as in the tests: implementation's name and named inputs -> outputs
 Op = Callable[..., Any]
 Context = Callable[[], AbstractContextManager[Any]]
 
@@ -26,8 +26,8 @@ FORWARD, BACKWARD, BOTH = "forward", "backward", "both"
 class Sizes:
     """B sequences of T tokens through a model of width C, H heads and V (padded) tokens.
 
-    S is the length of the key/value cache in decoding; the head and its loss together, the largest
-    op by far, take ``head_T`` tokens of one sequence where that is given.
+    S is the length of the key/value cache in decoding. The head with its loss, by far the largest
+    op, uses ``head_T`` tokens of one sequence if that is given.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Sizes:
 SIZES = {
     Scale.CUDA: (Sizes("124M", 16, 1024, 768, 12), Sizes("1558M", 8, 1024, 1600, 25)),
     Scale.CPU: (Sizes("124M", 2, 512, 768, 12, S=512, head_T=256),),
-    # small enough for the interpreter, with more than one tile in every direction
+    # small enough for the interpreter, but more than one tile in every dimension
     Scale.DRY: (Sizes("dry", 1, 20, 32, 2, 40, 272),),
 }
 DECODE_BATCHES = {Scale.CUDA: (1, 64), Scale.CPU: (1, 8), Scale.DRY: (2,)}
@@ -56,7 +56,7 @@ DECODE_BATCHES = {Scale.CUDA: (1, 64), Scale.CPU: (1, 8), Scale.DRY: (2,)}
 
 @dataclass(frozen=True)
 class Cost:
-    """Bytes through device memory at the least, and floating-point operations."""
+    """Fewest bytes through device memory, and floating-point operations."""
 
     bytes: float
     flops: float = 0.0
@@ -71,14 +71,14 @@ class OpCase:
 
     Attributes:
         op: name, as in ``fastgpt2.kernels``.
-        shape: what the table shows.
+        shape: shown in the table.
         run: ``run(impl, **inputs)``: ours.
-        plain: ``plain(**inputs)``: the same in PyTorch's own functions.
-        inputs: draws them, given a device and a dtype.
+        plain: ``plain(**inputs)``: the same with PyTorch's own functions.
+        inputs: draws the inputs, given a device and a dtype.
         forward: cost of the forward pass.
         backward: cost of the backward pass, None for an op without one.
         backends: further providers by name: contexts in which ``plain`` runs.
-        random: whether ``plain`` draws random numbers of its own, so that its output is no gold's.
+        random: whether ``plain`` draws its own random numbers, so that its output differs.
     """
 
     op: str
@@ -102,7 +102,7 @@ class OpCase:
         return (FORWARD,) if self.backward is None else (FORWARD, BACKWARD, BOTH)
 
     def cost(self, mode: str) -> Cost:
-        """Of one pass, or of both."""
+        """The cost of one pass, or of both."""
         costs = {FORWARD: self.forward}
         if self.backward is not None:
             costs |= {BACKWARD: self.backward, BOTH: self.forward + self.backward}
@@ -123,7 +123,7 @@ Draw = Callable[[torch.device, torch.dtype], dict[str, Tensor]]
 
 
 def _draw(**shapes: tuple[int, ...]) -> Draw:
-    """Normal numbers in these shapes; the weights of a ``matrix`` as small as a model's."""
+    """Normal numbers in these shapes; a ``matrix`` is as small as a model's weights."""
 
     def draw(device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         scales = {name: 0.02 if name == "matrix" else 1.0 for name in shapes}
@@ -144,7 +144,7 @@ def _with_tokens(draw: Draw, name: str, shape: tuple[int, ...], limit: int) -> D
 
 
 def _with_lengths(draw: Draw, batch: int, S: int) -> Draw:
-    """What ``draw`` draws, and lengths that leave one slot of S."""
+    """What ``draw`` draws, and lengths that leave one of S slots free."""
     return lambda device, dtype: {
         **draw(device, dtype),
         "lengths": torch.full((batch,), S - 1, device=device),
@@ -167,7 +167,8 @@ def _attention(s: Sizes, dropout_p: float) -> OpCase:
         run,
         plain,
         _draw(qkv=(s.B, s.T, 3 * s.C)),
-        # q, k, v in, out out; then q, k, v, out, dout in, dq, dk, dv out; the mask halves the work
+        # forward reads q, k, v, writes out; backward reads these and dout, writes dq, dk, dv; the
+        # mask halves the work
         Cost(4.0 * elements * 2, flops),
         Cost(8.0 * elements * 2, 2.5 * flops),
         _SDPA_BACKENDS,
@@ -202,7 +203,8 @@ def _add_layer_norm(s: Sizes) -> OpCase:
     row = 2.0 * s.N * s.C
     rows, vector = (s.N, s.C), (s.C,)
     inputs = _draw(x=rows, branch=rows, weight=vector, bias=vector, branch_bias=vector)
-    # x, branch in, sum, norm out; then sum, dsum, dnorm in, one gradient out for x and branch
+    # forward reads x, branch, writes sum, norm; backward reads sum, dsum, dnorm and writes one
+    # gradient for x and branch
     return OpCase(
         "add_layer_norm",
         f"{s.name} N{s.N} C{s.C}",
@@ -223,7 +225,8 @@ def _add_branch(s: Sizes) -> OpCase:
 
     row = 2.0 * s.N * s.C
     inputs = _draw(x=(s.N, s.C), branch=(s.N, s.C), branch_bias=(s.C,))
-    # x and branch in, sum out; then the sum's gradient is everyone's, read once for the bias
+    # forward reads x and branch, writes sum; the sum's gradient is that of both, so backward only
+    # reads it, for the bias
     return OpCase(
         "add_branch", f"{s.name} N{s.N} C{s.C}", run, plain, inputs, Cost(3 * row), Cost(row)
     )
@@ -348,7 +351,7 @@ def _append_kv(s: Sizes, batch: int) -> OpCase:
     D = s.C // s.H
     cache, new = (batch, s.H, s.S, D), (batch, 1, s.H, D)
     inputs = _with_lengths(_draw(k_cache=cache, v_cache=cache, k=new, v=new), batch, s.S)
-    # two rows are read and two written
+    # reads two rows and writes two
     cost = Cost(4 * 2.0 * batch * s.C)
     return OpCase("append_kv", f"{s.name} B{batch} S{s.S} H{s.H}", run, plain, inputs, cost)
 
@@ -372,7 +375,7 @@ def _decode_linear(s: Sizes, batch: int) -> OpCase:
 
 
 def cases_at(s: Sizes, decode_batches: Sequence[int], *, on_kernels: bool) -> list[OpCase]:
-    """Every op at one size, and with ``on_kernels`` the forms that only the kernels have."""
+    """Every op at one size; ``on_kernels`` adds the forms that only the kernels have."""
     cases = [_attention(s, 0.0), _add_layer_norm(s), _add_branch(s), _layer_norm(s)]
     cases += [_bias_gelu(s), _linear_gelu(s, fused=False)]
     cases += [_cross_entropy(s), _linear_cross_entropy(s), _embedding(s)]
@@ -386,7 +389,7 @@ def cases_at(s: Sizes, decode_batches: Sequence[int], *, on_kernels: bool) -> li
 
 
 def op_cases(scale: Scale, *ops: str) -> list[OpCase]:
-    """The ops named, or all, at every size of a scale."""
+    """The named ops, or all, at every size of a scale."""
     return [
         case
         for s in SIZES[scale]

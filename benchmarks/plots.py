@@ -1,4 +1,4 @@
-"""The report's pictures: bars of each kind of race, the roofline, and how cost grows."""
+"""The report's pictures: bars for each kind of race, the roofline, growth of the cost."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ def _select(run: Run, wanted: Callable[[Entry], bool]) -> Groups:
 
 
 def _bars(axes: Any, title: str, group: Sequence[Entry]) -> None:
-    """Tokens per second of each contender, with the range that the percentiles give."""
+    """Tokens per second of each contender, with the percentiles' range."""
     rates = [e.facts["tokens_per_s"] for e in group]
     # the slow percentile of the time is the low one of the rate
     low = [rate - rate * e.median / e.p80 for rate, e in zip(rates, group, strict=True)]
@@ -47,7 +47,7 @@ def _bar_page(groups: Groups) -> Any:
 
 
 def _ops(groups: Groups) -> Any:
-    """How many times as long as ours each rival takes, forward and backward together."""
+    """Each rival's time over ours, forward and backward together."""
     chosen = []
     for group in groups.values():
         mode = max((e.mode for e in group), key=("forward", "backward", "both").index)
@@ -91,7 +91,7 @@ def _ops(groups: Groups) -> Any:
 
 
 def _roofline(run: Run, groups: Groups) -> Any:
-    """Ours and eager PyTorch under the ceilings that the same run has measured."""
+    """Ours and eager PyTorch under the ceilings measured in the same run."""
     figure = picture.new_figure(8.5, 5.6)
     axes = figure.subplots()
     entries = [

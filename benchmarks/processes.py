@@ -1,4 +1,4 @@
-"""Measurements in processes of their own, and the file in which a command collects them."""
+"""Run measurements in separate processes and collect them in a file."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from fastgpt2.files import write_text
 
 
 def ask(name: str, command: Sequence[str], **environment: str) -> Any:
-    """What ``command`` prints last, as JSON; None, after its own words on stderr, if it fails."""
+    """The last line that ``command`` prints, as JSON; if it fails, None, with its stderr shown."""
     done = subprocess.run(
         command, env=os.environ | environment, capture_output=True, text=True, check=False
     )
@@ -26,6 +26,6 @@ def ask(name: str, command: Sequence[str], **environment: str) -> Any:
 
 
 def write_runs(path: Path, dtype: str, runs: Sequence[Mapping[str, Any]]) -> None:
-    """All runs so far, with the machine: what was measured is not lost when the rest is."""
+    """Write all runs so far, with the machine, so that a later failure loses nothing."""
     report = {"machine": machine(torch.device("cpu")), "dtype": dtype, "runs": runs}
     write_text(path, json.dumps(report, indent=1) + "\n")

@@ -1,8 +1,8 @@
-"""What else ran during a race: other programs' processor time, and how often we were thrown out.
+"""What else ran during a race: other programs' processor time, and how often we were preempted.
 
-The load average tells of minutes, and counts programs that only wait. Here the time that all
-programs have spent (Linux's ``/proc/stat``) is read before and after a race, and our own taken from
-it. On a system without that file nothing is known, and nothing is claimed.
+The load average covers minutes and counts waiting programs. Here the processor time of all programs
+(Linux's ``/proc/stat``) is read before and after a race, and our own is subtracted. On a system
+without that file the disturbance is unknown.
 """
 
 import os
@@ -12,20 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _STAT = Path("/proc/stat")
-# user, nice, system, irq, softirq and steal in the first line of /proc/stat: time that is gone
+# user, nice, system, irq, softirq and steal in the first line of /proc/stat: busy time
 _BUSY_FIELDS = (0, 1, 2, 5, 6, 7)
-# a core's share that other programs may have without a race being called disturbed
+# a race is disturbed if other programs use more than this share of a core
 QUIET_SHARE = 0.1
 
 
 @dataclass(frozen=True)
 class Disturbance:
-    """What a race saw of the rest of the machine.
+    """Load of the rest of the machine during a race.
 
     Attributes:
-        others: processor time of other programs over the race's duration, in cores; None where the
-            system does not say.
-        evictions: involuntary context switches of this process; None where not counted.
+        others: processor time of other programs over the race's duration, in cores; None if
+            unknown.
+        evictions: involuntary context switches of this process; None if unknown.
     """
 
     others: float | None
@@ -59,7 +59,7 @@ def _evictions() -> int | None:
 
 
 class Watch:
-    """From its making to ``seen``: what the machine did beside this process."""
+    """Watches the rest of the machine, from its creation to ``seen``."""
 
     def __init__(self, stat: Path = _STAT) -> None:
         self._stat = stat
@@ -68,7 +68,7 @@ class Watch:
         self._evictions = _evictions()
 
     def seen(self) -> Disturbance:
-        """What has happened so far."""
+        """The disturbance so far."""
         everyone, evictions = _everyones_seconds(self._stat), _evictions()
         others = None
         if everyone is not None and self._everyone is not None:

@@ -1,10 +1,10 @@
-"""``python -m benchmarks.report JSON...``: tables, plots, and what has become slower.
+"""``python -m benchmarks.report JSON...``: tables, plots, and slowdowns.
 
-Reads what ``pytest benchmarks --benchmark-only --benchmark-json FILE`` wrote (several files of one
-machine are put together) and writes ``benchmarks/results/<date>_<machine>.md`` with its pictures,
-the numbers as JSON beside it, and the README's table between its markers. Compares with the last
-result of the same machine that was committed there: exit code 1, and a line for each benchmark of
-ours that takes longer by more than the noise (``results.compare`` says what that is).
+Reads files of ``pytest benchmarks --benchmark-only --benchmark-json FILE`` (several files of one
+machine are merged). Writes ``benchmarks/results/<date>_<machine>.md`` with pictures, the numbers as
+JSON beside it, and the README's table between its markers. Compares with the last committed result
+of the same machine: each of our benchmarks that is slower by more than the noise (defined in
+``results.compare``) is listed, and the exit code is 1.
 """
 
 import argparse
@@ -29,14 +29,14 @@ def _git(folder: Path, *arguments: str) -> str:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.SubprocessError):
-        # no repository, or nothing committed: there is no last result
+        # no repository, or nothing committed
         return ""
 
 
 def last_committed(folder: Path, slug: str) -> tuple[str, Run] | None:
     """The newest result of this machine in the last commit, with its name.
 
-    What lies in the folder may be a run that was slower and is not to become the measure.
+    Uncommitted results do not count: they may be slow runs that must not become the baseline.
     """
     names = _git(folder, "ls-tree", "--name-only", "HEAD", "./").split()
     name = max((name for name in names if name.endswith(f"_{slug}.json")), default=None)
@@ -83,7 +83,7 @@ def with_table(readme: str, table: str) -> str:
     """The README with ``table`` between its markers.
 
     Raises:
-        UserError: the markers are not there.
+        UserError: the markers are missing.
     """
     before, begin, rest = readme.partition(BEGIN)
     _, end, after = rest.partition(END)
@@ -94,7 +94,7 @@ def with_table(readme: str, table: str) -> str:
 
 def readme_table(folder: Path, root: Path) -> str:
     """The newest result of every machine, GPUs first."""
-    # the names begin with the date: a later one replaces an earlier one
+    # names begin with the date: later results replace earlier ones
     newest = {path.stem.partition("_")[2]: path for path in sorted(folder.glob("*.json"))}
     results = [
         (Run.parse(path.read_text(encoding="utf-8"), path.name), path.with_suffix(".md"))
@@ -113,7 +113,7 @@ def readme_table(folder: Path, root: Path) -> str:
 
 
 def measured_line(results: Sequence[Run]) -> str:
-    """What has been measured, what has not, and how to read the tables."""
+    """What was measured, what was not, and how to read the tables."""
     gpus = [run.machine["device"] for run in results if run.machine["scale"] == "cuda"]
     measured = (
         f"Measured on {', '.join(gpus)}, and on the processors below."
@@ -150,11 +150,26 @@ def _body(options: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; exit code 1 if something of ours has become slower."""
+    """Run the command; exit code 1 if one of our benchmarks is slower."""
     parser = Parser(prog="python -m benchmarks.report", description=__doc__)
-    parser.add_argument("files", nargs="+", type=Path, metavar="JSON", help="of one machine")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument(
+        "files", nargs="+", type=Path, metavar="JSON", help="results of one machine"
+    )
+    results = ROOT / "benchmarks" / "results"
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=results,
+        metavar="DIR",
+        help="folder for the report [benchmarks/results]",
+    )
+    parser.add_argument(
+        "--readme",
+        type=Path,
+        default=ROOT / "README.md",
+        metavar="FILE",
+        help="file with the table to replace [README.md]",
+    )
     options = parser.parse_args(argv)
     return run("report", lambda: _body(options))
 

@@ -1,4 +1,4 @@
-"""What a run of the suite measured, read from pytest-benchmark's JSON, and two runs compared."""
+"""Results of a run of the suite, read from pytest-benchmark's JSON; comparison of two runs."""
 
 import json
 import re
@@ -11,13 +11,13 @@ from typing import Any, Self
 
 from fastgpt2.errors import UserError
 
-# what a repeated run on a quiet machine may differ by, however close its own samples are
+# repeated runs on a quiet machine may differ by this much, however close their own samples are
 LEAST_NOISE = 0.05
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One contender in one race: seconds, and what the benchmark said of them."""
+    """One contender in one race: times in seconds, and the benchmark's facts."""
 
     group: str
     contender: str
@@ -35,19 +35,19 @@ class Entry:
 
     @property
     def form(self) -> str:
-        """``eager`` or ``compiled``: like is compared with like."""
+        """``eager`` or ``compiled``: only equal forms are compared."""
         guess = "compiled" if self.contender.endswith(" compiled") else "eager"
         return str(self.facts.get("form", guess))
 
     @property
     def mode(self) -> str:
-        """The pass of an op, or nothing: what is compared has the same."""
+        """The pass of an op, or empty: only equal passes are compared."""
         return str(self.facts.get("mode", ""))
 
 
 @dataclass(frozen=True)
 class Run:
-    """Everything a machine measured in one go, or in several files of one commit."""
+    """All results of a machine from one run, or from several files of one commit."""
 
     machine: dict[str, Any]
     ceilings: dict[str, Any]
@@ -86,7 +86,7 @@ class Run:
         """What ``dump`` wrote.
 
         Raises:
-            UserError: it is something else; says so of ``name``.
+            UserError: the text is something else; the message names ``name``.
         """
         record = _parse(text, name)
         try:
@@ -134,7 +134,7 @@ def _from_benchmarks(path: Path) -> tuple[dict[str, Any], dict[str, Any], list[E
         machine = {
             key: value
             for key, value in record["machine_info"].items()
-            # pytest-benchmark's own flags of the processor, hundreds of words
+            # leave out the hundreds of processor flags that pytest-benchmark adds
             if not isinstance(value, dict)
         }
         entries = []
@@ -161,9 +161,9 @@ def _from_benchmarks(path: Path) -> tuple[dict[str, Any], dict[str, Any], list[E
 
 
 def baseline(entry: Entry, group: Iterable[Entry]) -> Entry | None:
-    """Ours of the same pass in the same race, against which the others are shown.
+    """The entry of ours that others are compared with: same race, same pass.
 
-    The first that is compiled as the entry is, or else the first.
+    It is the first one with the same form, eager or compiled, or else the first.
     """
     ours = [other for other in group if other.ours and other.mode == entry.mode]
     return next((other for other in ours if other.form == entry.form), next(iter(ours), None))
@@ -171,7 +171,7 @@ def baseline(entry: Entry, group: Iterable[Entry]) -> Entry | None:
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times as long a rival takes as ours, and the range that the percentiles allow.
+    """A rival's time over ours, with the range that the percentiles allow.
 
     Attributes:
         value: the rival's median over ours.
@@ -190,17 +190,17 @@ class Ratio:
 
     @property
     def is_difference(self) -> bool:
-        """False where the samples spread wider than the difference: both may be equally fast."""
+        """False if the samples spread wider than the difference: both may be equally fast."""
         return not self.low <= 1.0 <= self.high
 
 
 @dataclass(frozen=True)
 class Change:
-    """One of ours against the last result of the same machine.
+    """One of our benchmarks compared with the last result of the same machine.
 
     Attributes:
-        ratio: how many times as long it takes now, the machine's own drift taken out.
-        noise: what the ratio may exceed 1 by without meaning anything.
+        ratio: time now over time before, corrected for the machine's drift.
+        noise: the ratio may exceed 1 by this much without significance.
     """
 
     entry: Entry
@@ -211,11 +211,11 @@ class Change:
 
     @property
     def is_slower(self) -> bool:
-        """By more than the noise."""
+        """Whether it is slower by more than the noise."""
         return self.ratio > 1 + self.noise
 
     def line(self) -> str:
-        """What a person reads."""
+        """The change as one line."""
         return (
             f"SLOWER {self.entry.group}: {self.entry.contender} takes {self.ratio:.2f}x as long: "
             f"{self.before.median * 1e3:.3f} ms before, {self.entry.median * 1e3:.3f} ms now, "
@@ -224,12 +224,12 @@ class Change:
 
 
 def compare(now: Run, before: Run) -> list[Change]:
-    """Each of ours that both runs have.
+    """Compare each of our benchmarks that both runs have.
 
-    Noise is the two runs' spreads (20th to 80th percentile over median) and that of the drift,
-    added as independent errors are, and at least ``LEAST_NOISE``. The drift is the median ratio of
-    the rivals of the same race, whose code has not changed: a machine that is busier today slows
-    them as well. Where there are none, there is no drift.
+    The drift is the median ratio of the rivals in the same race, whose code has not changed: a
+    busier machine slows them as well. Without rivals it is 1. The noise adds the two runs' spreads
+    (20th to 80th percentile over median) and the drift's as independent errors; it is at least
+    ``LEAST_NOISE``.
     """
     old: Mapping[tuple[str, str], Entry] = {(e.group, e.contender): e for e in before.entries}
     changes = []
@@ -247,8 +247,9 @@ def compare(now: Run, before: Run) -> list[Change]:
             ]
             ratios = [new.median / previous.median for new, previous in rivals]
             drift = statistics.median(ratios) if ratios else 1.0
-            unrest = [hypot(new.spread, previous.spread) for new, previous in rivals]
-            noise = hypot(entry.spread, then.spread, statistics.median(unrest) if unrest else 0.0)
+            drift_spreads = [hypot(new.spread, previous.spread) for new, previous in rivals]
+            drift_spread = statistics.median(drift_spreads) if drift_spreads else 0.0
+            noise = hypot(entry.spread, then.spread, drift_spread)
             ratio = entry.median / (then.median * drift)
             changes.append(Change(entry, then, drift, ratio, max(noise, LEAST_NOISE)))
     return changes

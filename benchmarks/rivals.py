@@ -1,8 +1,8 @@
 """The rivals: GPTs that a skilled user of PyTorch would write in an afternoon, and transformers'.
 
-The same model as ours, of ``nn`` modules and ``F.scaled_dot_product_attention``, parameters fp32,
-activations as autocast has them. Shapes: B batch, T tokens, C width, H heads, D head size, V
-vocabulary.
+They are the same model as ours, made of ``nn`` modules and ``F.scaled_dot_product_attention``, with
+fp32 parameters and autocast's activations. Shapes: B batch, T tokens, C width, H heads, D head
+size, V vocabulary.
 """
 
 from contextlib import nullcontext
@@ -43,10 +43,10 @@ class PlainBlock(nn.Module):
 class PlainGPT(nn.Module):
     """GPT-2 with a padded, tied head, and the mean cross-entropy of its logits.
 
-    ``like_nanogpt`` does what nanoGPT does today where that differs from what is fastest and
-    GPT-2's: the residual stream stays fp32 under autocast, GELU is the exact one, and the loss is
-    over the padded vocabulary. ``backend`` is SDPA's, PyTorch's choice if None; it belongs to the
-    module, so that the compiler makes another graph for it.
+    ``like_nanogpt`` follows today's nanoGPT where it differs from GPT-2 or from the fastest choice:
+    the residual stream stays fp32 under autocast, GELU is exact, and the loss uses the padded
+    vocabulary. ``backend`` is SDPA's; None lets PyTorch choose. It is an attribute of the module,
+    so that the compiler makes a separate graph for it.
     """
 
     def __init__(
@@ -68,10 +68,10 @@ class PlainGPT(nn.Module):
         self.vocab_size = config.vocab_size
 
     def hidden(self, idx: Tensor) -> Tensor:
-        """(B, T) token ids -> what the head reads, (B, T, C)."""
+        """(B, T) token ids -> the head's input, (B, T, C)."""
         x = self.wte(idx) + self.wpe(torch.arange(idx.shape[1], device=idx.device))
         if not self.like_nanogpt and torch.is_autocast_enabled(idx.device.type):
-            # a residual stream in the compute dtype, which autocast alone would keep in fp32
+            # autocast alone would keep the residual stream in fp32
             x = x.to(torch.get_autocast_dtype(idx.device.type))
         with nullcontext() if self.backend is None else sdpa_kernel(self.backend):
             for block in self.blocks:
@@ -88,7 +88,7 @@ class PlainGPT(nn.Module):
 
     @torch.no_grad()
     def copy_weights(self, model: GPT) -> None:
-        """Take the weights of ours."""
+        """Copy the weights of our model."""
         self.wte.load_state_dict(model.transformer.wte.state_dict())
         self.wpe.load_state_dict(model.transformer.wpe.state_dict())
         _copy(self.ln_f, model.transformer.ln_f)

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.summary FOLDER``: the short table of what ``on_gpu.sh`` has left there."""
+"""``python -m benchmarks.summary FOLDER``: a short table of the results of ``on_gpu.sh``."""
 
 import json
 import sys
@@ -14,8 +14,8 @@ STAGES = ("kernels", "step", "decode")
 
 
 def correct_lines(path: Path) -> Iterator[str]:
-    """Counts, then the names of the tests that failed; of a stopped stage, those so far."""
-    # the last line may have been cut off with the process that wrote it
+    """Counts, then the names of failed tests; after a stopped stage, the results so far."""
+    # the last line may be incomplete if the process was killed
     whole = [line for line in path.read_text(encoding="utf-8").splitlines(True) if line[-1] == "\n"]
     results = [json.loads(line) for line in whole]
     counts = Counter(result["outcome"] for result in results)
@@ -24,7 +24,7 @@ def correct_lines(path: Path) -> Iterator[str]:
 
 
 def tune_lines(report: Any) -> Iterator[str]:
-    """The fastest candidate of each kernel and rule, against the table's."""
+    """The fastest candidate of each kernel and rule, and the table's."""
     yield "tuning, fastest candidate (the table's)"
     trials = report["trials"]
     for kernel, rule in dict.fromkeys((t["kernel"], t["rule"]) for t in trials):
@@ -38,12 +38,12 @@ def tune_lines(report: Any) -> Iterator[str]:
 
 
 def summary(folder: Path) -> str:
-    """All stages that have left something."""
+    """Lines for all stages that left results."""
     lines: list[str] = []
     if (folder / "correct.jsonl").exists():
         lines += correct_lines(folder / "correct.jsonl")
     files = [folder / f"{stage}.json" for stage in STAGES]
-    # of a stage that could not time anything there is an empty file
+    # a stage that could not time anything leaves an empty file
     measured = [path for path in files if path.exists() and path.stat().st_size]
     if measured:
         run = Run.of(measured)

@@ -1,4 +1,4 @@
-"""A run as Markdown: a table for each race, and the short one of the README."""
+"""A run as Markdown: one table per race, and the README's short table."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ from benchmarks.quiet import QUIET_SHARE
 from benchmarks.results import Entry, Ratio, Run, baseline
 
 WORDS = ("contender", "what", "who", "op", "pass")
-# columns beside the times, where a race has them: key, heading, how it is shown
+# further columns, if a race has them: key, heading, format
 _FACTS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("tokens_per_s", "tokens/s", lambda x: f"{x:,.0f}"),
     ("mfu", "MFU", lambda x: f"{x:.1%}"),
@@ -21,7 +21,7 @@ _FACTS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
 
 
 NO_DIFFERENCE = "no difference"
-# what a table says of a race that other programs disturbed in each of its runs
+# marks a race that other programs disturbed in each of its runs
 DISTURBED = "disturbed"
 _COMPILED = " compiled"
 
@@ -33,7 +33,7 @@ def was_disturbed(group: Sequence[Entry]) -> bool:
 
 
 def duration(seconds: float) -> str:
-    """In the unit that people would use."""
+    """Seconds as text, in s, ms or µs."""
     units = (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6))
     unit, size = next((u for u in units if seconds >= u[1]), units[-1])
     x = seconds / size
@@ -41,19 +41,19 @@ def duration(seconds: float) -> str:
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """The lines of a table; columns of words stand left, those of numbers right."""
+    """The lines of a table; words are aligned left, numbers right."""
     yield f"| {' | '.join(header)} |"
     yield f"|{''.join('---|' if name in WORDS else '---:|' for name in header)}"
     yield from (f"| {' | '.join(row)} |" for row in rows)
 
 
 def times_faster(ratio: Ratio) -> str:
-    """How many times faster ours is, or that the samples do not tell."""
+    """How many times faster ours is, or ``NO_DIFFERENCE``."""
     return f"{ratio.value:.2f}" if ratio.is_difference else NO_DIFFERENCE
 
 
 def versus(entry: Entry, group: Sequence[Entry]) -> str:
-    """How many times faster than this one ours is."""
+    """How many times faster ours is than this entry."""
     ours = baseline(entry, group)
     if ours is None:
         return "-"
@@ -86,7 +86,7 @@ def race_table(group: Sequence[Entry]) -> Iterator[str]:
 
 
 def machine_lines(run: Run) -> Iterator[str]:
-    """What the numbers were measured on."""
+    """The machine, versions and ceilings of a run."""
     m, ceilings = run.machine, run.ceilings
     versions = ("python", "torch", "triton", "transformers", "ctranslate2", "cuda", "cudnn")
     yield f"- device: {m['device']}; processor: {m['cpu_model']}, {m['cores']} cores"
@@ -111,7 +111,7 @@ def machine_lines(run: Run) -> Iterator[str]:
 
 
 def summary_lines(run: Run) -> Iterator[str]:
-    """One line a contender of each race, for a terminal."""
+    """One line per contender of each race, for a terminal."""
     for name, group in run.groups().items():
         yield name
         for e in group:
@@ -164,7 +164,7 @@ def readme_lines(run: Run, report: str) -> Iterator[str]:
 def _is_headline(entry: Entry) -> bool:
     """Whether the README shows the race: training, or decoding at batch 1 or 8."""
     if "axis" in entry.facts:
-        # how cost grows is for the report
+        # growth is shown in the report only
         return False
     return "mfu" in entry.facts or (
         entry.facts.get("phase") == "decode" and entry.facts.get("B") in (1, 8)
@@ -172,7 +172,7 @@ def _is_headline(entry: Entry) -> bool:
 
 
 def _headline_rows(name: str, group: Sequence[Entry]) -> Iterator[list[str]]:
-    """A row for each rival: its eager form against ours, its compiled form against ours."""
+    """One row per rival: its eager form against ours, its compiled form against ours."""
     found = {e.contender: e for e in group}
     ours = [e for e in group if e.ours]
     if not ours:
@@ -182,7 +182,7 @@ def _headline_rows(name: str, group: Sequence[Entry]) -> Iterator[list[str]]:
     shown = f"{name} ({DISTURBED})" if was_disturbed(group) else name
     for rival in dict.fromkeys(e.contender.removesuffix(_COMPILED) for e in group if not e.ours):
         eager, compiled = found.get(rival), found.get(rival + _COMPILED)
-        # an engine of its own has one form, and meets both of ours
+        # a separate engine has one form, which is compared with both of ours
         pairs = zip((eager, compiled or eager), forms, strict=True)
         cells = [
             "-" if theirs is None or mine is None else _with_range(Ratio.of(theirs, mine))

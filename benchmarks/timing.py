@@ -1,4 +1,4 @@
-"""How anything here is timed: alternating, cold caches, medians, ceilings of the same machine."""
+"""Timing: alternating contenders, cold caches, medians, and the machine's ceilings."""
 
 import statistics
 import time
@@ -10,10 +10,10 @@ import torch
 
 Work = Callable[[], object]
 
-# several times the L2 cache of any GPU, or the last cache of a small CPU; writing it evicts what
-# the work before has left there
+# several times the L2 cache of any GPU, or the last-level cache of a small CPU; writing it evicts
+# what earlier work left there
 _FLUSH_BYTES = 256 * 2**20
-# the host queues a piece of work while the device sleeps, so that launching costs no device time
+# the device sleeps while the host queues work, so that launching takes no measured time
 _HEAD_START_CYCLES = 2_000_000
 ROUNDS = 5
 MATMUL_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -21,13 +21,13 @@ MATMUL_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Timing:
-    """Samples in seconds, in the order in which they were taken; median, 20th, 80th percentile."""
+    """Samples in seconds, in measured order; median, 20th and 80th percentile."""
 
     samples: tuple[float, ...]
 
     @property
     def median(self) -> float:
-        """Of the samples, in seconds."""
+        """Median of the samples, in seconds."""
         return statistics.median(self.samples)
 
     @cached_property
@@ -50,7 +50,7 @@ class Timing:
 
 
 class Clock:
-    """Times work on one device; without a GPU, by the host's clock.
+    """Times work on one device; on a CPU with the host's clock.
 
     >>> Clock(torch.device("cuda")).compare({"a": f, "b": g}, seconds=0.5)
     """
@@ -63,9 +63,9 @@ class Clock:
         self.flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
 
     def compare(self, work: Mapping[str, Work], *, seconds: float) -> dict[str, Timing]:
-        """Time every entry in turn, for at least ``rounds`` rounds and until the time is used up.
+        """Time every entry in turn, for at least ``rounds`` rounds and ``seconds`` seconds.
 
-        Whatever compiles or allocates on its first call has had it before.
+        Work that compiles or allocates on its first call must have been called before.
         """
         if self.on_gpu:
             torch.cuda.synchronize()
@@ -97,23 +97,20 @@ class Clock:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this machine reaches: bytes per second of a copy, FLOP per second of a large matmul.
-
-    The latter by the operands' dtype.
-    """
+    """This machine's peaks: bytes/s of a copy, and FLOP/s of a large matmul by operand dtype."""
 
     bandwidth: float
     flops: Mapping[str, float]
 
     def roofline(self, flops: float, moved_bytes: float, dtype: str) -> float:
-        """The least seconds that work of so many operations and bytes takes here."""
+        """The fewest seconds for so many operations and bytes on this machine."""
         return max(flops / self.flops[dtype], moved_bytes / self.bandwidth)
 
 
 def measure_ceilings(clock: Clock, device: torch.device, *, seconds: float) -> Ceilings:
     """Time a device-to-device copy (read plus write) and square products of random data.
 
-    For at least ``seconds``; with none, tiny ones: a dry run's.
+    It takes at least ``seconds``; with 0, for a dry run, the sizes are tiny.
     """
     on_gpu, dry = device.type == "cuda", seconds == 0.0
     copied = 2**16 if dry else 2**30 if on_gpu else 2**28
@@ -136,7 +133,7 @@ def measure_ceilings(clock: Clock, device: torch.device, *, seconds: float) -> C
 def _square_product(dtype: torch.dtype, device: torch.device, largest: int) -> tuple[int, Work]:
     """n, and a product of two random (n, n) matrices.
 
-    The largest that a processor multiplies in a tenth of a second or so: one without bf16
+    On a CPU, n is the largest size that takes about a tenth of a second: a processor without bf16
     instructions is hundreds of times slower in bf16.
     """
     n = largest if device.type == "cuda" else 64

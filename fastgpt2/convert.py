@@ -35,7 +35,7 @@ HF_TOKENIZER_FILES = (
     "generation_config.json",
 )
 HF_CONFIG = "config.json"
-# what programs call the vocabulary in each format, from our (OpenAI's) names
+# our (OpenAI's) names of the vocabulary files -> Hugging Face's
 HF_NAMES = {"encoder.json": "vocab.json", "vocab.bpe": "merges.txt"}
 
 
@@ -46,15 +46,17 @@ def build_parser() -> argparse.ArgumentParser:
         description="Convert a GPT-2 between formats; the format of SRC is detected.",
     )
     parser.add_argument(
-        "src", metavar="SRC", help=f"a folder, a file, or one of {', '.join(RELEASES)}"
+        "src", metavar="SRC", help=f"run folder, a folder or file, or one of {', '.join(RELEASES)}"
     )
-    parser.add_argument("dst", metavar="DST", type=Path, help="a new folder, a .pt or a .bin")
+    parser.add_argument("dst", metavar="DST", type=Path, help="new folder, .pt file or .bin file")
     parser.add_argument("--to", required=True, choices=FORMATS, help="format of DST")
     parser.add_argument(
-        "--dtype", choices=ROUNDED_TO, help="round the weights (default: keep theirs)"
+        "--dtype", choices=ROUNDED_TO, help="round the weights to this dtype [unchanged]"
     )
     parser.add_argument(
-        "--quantize", choices=KINDS, help="keep the matrices in 8 bits (only with --to fastgpt2)"
+        "--quantize",
+        choices=KINDS,
+        help="round the weights to 8 bits, one scale per row; only with --to fastgpt2",
     )
     parser.add_argument("--offline", action="store_true", help="do not use the network")
     return parser
@@ -69,7 +71,7 @@ def convert(
     quantize: str | None = None,
     offline: bool = False,
 ) -> list[str]:
-    """Convert ``src`` and say in a few lines what was done; see the command's help."""
+    """Convert ``src``; returns lines that say what was done. See the command's help."""
     path = locate(src, offline=offline)
     checkpoint = load(path, offline=offline)
     folder = path if path.is_dir() else path.parent
@@ -101,7 +103,7 @@ def convert(
 
 
 def _counted(checkpoint: Checkpoint, update: Callable[[int], object]) -> Checkpoint:
-    """The same checkpoint, telling ``update`` of the bytes of each tensor that is read."""
+    """The same checkpoint; it calls ``update`` with the bytes of each tensor that is read."""
 
     def read(name: str) -> Tensor:
         tensor = checkpoint.tensors[name]
@@ -116,10 +118,10 @@ def _counted(checkpoint: Checkpoint, update: Callable[[int], object]) -> Checkpo
 
 
 def _carry_config(source: Path, target: Path) -> None:
-    """Between two of Hugging Face's folders, keep every option that the weights do not decide.
+    """Between Hugging Face folders, keep every option that does not depend on the weights.
 
-    Token ids, task parameters and unknown options stay; only the dtype and the class are those of
-    the new weights.
+    Token ids, task parameters and unknown options stay; only dtype and class come from the new
+    weights.
     """
     written = read_json(target / HF_CONFIG)
     kept = {key: v for key, v in read_json(source / HF_CONFIG).items() if key != "dtype"}
@@ -129,9 +131,9 @@ def _carry_config(source: Path, target: Path) -> None:
 
 
 def _carry_tokenizer(source: Path, target: Path, to: str) -> list[str]:
-    """Put the tokenizer of ``source`` beside the weights, under the names of the format."""
+    """Write the tokenizer of ``source`` beside the weights, with the format's file names."""
     if FORMATS[to].file is not None:
-        # nanoGPT and llm.c bring GPT-2's vocabulary themselves
+        # nanoGPT and llm.c have their own copy of GPT-2's vocabulary
         return []
     present = [name for name in HF_TOKENIZER_FILES if (source / name).is_file()]
     if to == "hf" and present:
@@ -160,7 +162,7 @@ def _carry_tokenizer(source: Path, target: Path, to: str) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse the command line, convert, print what was done; the exit code."""
+    """Run the command; returns its exit code."""
     args = build_parser().parse_args(argv)
 
     def body() -> None:

@@ -1,4 +1,4 @@
-"""Processes of one job fail together: the first error is said once, and no process waits for ever.
+"""Processes of one job fail together: the first error is said once, and no process waits forever.
 
 They meet in the key-value store that torchrun keeps for them. A process that fails leaves its exit
 code there; a thread of every other process looks for it, since a collective operation with a
@@ -85,7 +85,7 @@ class Watch:
     """The exit code of the first process to fail, and the thread that looks for it.
 
     Attributes:
-        timeout: seconds from one agreement of the processes to the next, at most; 0 waits for ever.
+        timeout: seconds from one agreement of the processes to the next, at most; 0 waits forever.
     """
 
     timeout = 0.0

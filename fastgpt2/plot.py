@@ -14,7 +14,7 @@ from fastgpt2.train.curves import Curves, paint_runs
 from fastgpt2.train.metrics import read_metrics
 from fastgpt2.train.summary import duration
 
-# what a picture may be, by the end of its name
+# suffixes of a picture
 _FORMATS = (".png", ".svg")
 
 
@@ -25,7 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Compare runs: loss against tokens, steps and time; learning rate, gradient "
         "norm and tokens per second.",
     )
-    parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="a run folder")
+    parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="run folder")
     parser.add_argument(
         "--out",
         metavar="FILE",

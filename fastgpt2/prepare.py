@@ -27,55 +27,55 @@ def build_parser() -> argparse.ArgumentParser:
     """The command's flags."""
     parser = Parser(
         prog="fastgpt2 prepare",
-        description="Tokenize a large corpus into shards that fastgpt2 train reads as --data, or "
-        "into the token files of llm.c or nanoGPT. Token files are converted.",
+        description="Tokenize a corpus of any size into token shards, which fastgpt2 train reads "
+        "as --data, or into token files of llm.c or nanoGPT. Token files are converted.",
     )
     parser.add_argument(
         "--data",
         nargs="+",
         metavar="WHAT",
         help="files (text, .jsonl, .parquet; .gz and .zst of text and .jsonl), folders, patterns, "
-        "a corpus's name, a folder of token shards, or token files of llm.c or nanoGPT",
+        "names of corpora, a folder of token shards, or token files of llm.c or nanoGPT",
     )
     parser.add_argument(
         "--text-column",
         default=TEXT_COLUMN,
         metavar="NAME",
-        help="where a line of JSON or a Parquet table has its text [%(default)s]",
+        help="key of a JSON line, or column of a Parquet table, with the text [%(default)s]",
     )
     parser.add_argument(
-        "--out", required=True, metavar="DIR", help="new folder, which appears when it is complete"
+        "--out", required=True, metavar="DIR", help="new folder; it appears when it is complete"
     )
     parser.add_argument(
         "--part",
         type=parse_part,
         metavar="I/N",
-        help="only the I-th of N parts of the work, into --out: one call for each, on any machine, "
-        "in any order; a part that is finished is skipped",
+        help="do only part I of N, into --out: run one call per part, on any machine, in any "
+        "order; finished parts are skipped",
     )
     parser.add_argument(
         "--merge",
         action="store_true",
-        help="check all the parts in --out and make it the folder that train reads",
+        help="check all parts in --out and join them into the folder that train reads",
     )
     parser.add_argument(
         "--tokenizer",
         choices=("gpt2", "bytes", "char"),
-        help="what a token is: GPT-2's byte pairs, a byte, or a character [gpt2; of token files, "
-        "what lies beside them]",
+        help="a token is one of GPT-2's byte pairs, a byte, or a character [gpt2; for token files, "
+        "the tokenizer saved beside them]",
     )
     parser.add_argument(
         "--vocab-size",
         type=int,
         metavar="N",
-        help="number of ids, for token files whose tokenizer is not known",
+        help="number of ids, for token files whose tokenizer is unknown",
     )
     parser.add_argument(
         "--to",
         choices=tuple(TOKEN_FORMATS),
         default="fastgpt2",
-        help="fastgpt2's shards, llm.c's train_000000.bin ..., or nanoGPT's train.bin and val.bin "
-        "[%(default)s]",
+        help="format: fastgpt2's shards, llm.c's train_000000.bin ..., or nanoGPT's train.bin and "
+        "val.bin [%(default)s]",
     )
     parser.add_argument(
         "--vocab-dir", metavar="DIR", help="folder with GPT-2's encoder.json and vocab.bpe"
@@ -85,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=float,
         default=VAL_FRACTION,
         metavar="X",
-        help="last part of the text, kept for validation [%(default)s]",
+        help="share of the text, at its end, kept for validation [%(default)s]",
     )
     parser.add_argument(
         "--shard-tokens",
@@ -99,7 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=int,
         default=os.cpu_count() or 1,
         metavar="N",
-        help="processes that tokenize [one per core: %(default)s]",
+        help="number of processes [one per core: %(default)s]",
     )
     return parser
 
@@ -120,25 +120,25 @@ def prepare(
 ) -> None:
     """Tokenize ``data`` into a new folder ``out``, which appears when it is complete.
 
-    The text goes through in pieces of about 1 MiB, at most two a worker at a time, so memory does
-    not grow with the corpus; the result does not depend on the number of workers. Data that are
-    tokens already keep their ids and their splits.
+    The text is read in pieces of about 1 MiB, at most two per worker at a time, so memory does not
+    grow with the corpus. The result does not depend on the number of workers. Data that are tokens
+    already keep their ids and splits.
 
     Args:
         data: what ``build_dataset`` takes.
         out: the new folder.
-        tokenizer: ``gpt2``, ``bytes`` or ``char``; None is GPT-2's, or that of the tokens.
+        tokenizer: ``gpt2``, ``bytes`` or ``char``; None means GPT-2's, or the tokens' own.
         vocab_size: V of token files whose tokenizer is not known.
         to: a name in ``TOKEN_FORMATS``.
         vocab_dir: folder with GPT-2's vocabulary files.
-        val_fraction: the last part of the text, kept for validation.
-        text_column: where a line of JSON or a table has its text.
-        shard_tokens: ids in a file.
+        val_fraction: share of the text, at its end, kept for validation.
+        text_column: key of a JSON line, or column of a table, that holds the text.
+        shard_tokens: ids per file.
         workers: processes that tokenize.
-        part: the part of the work that is done; ``merge_parts`` makes the folder of them.
+        part: do only this part of the work; ``merge_parts`` joins all parts.
 
     Raises:
-        UserError: anything wrong with the data, or ``out`` is there and not empty.
+        UserError: anything wrong with the data, or ``out`` exists and is not empty.
     """
     out = Path(out)
     for flag, value in (("--shard-tokens", shard_tokens), ("--workers", workers)):
@@ -193,7 +193,7 @@ def prepare(
                     total=corpus.size,
                 )
             print(speed)
-        # what was written must read back as it should before it gets its name
+        # read everything back before the folder gets its name
         writer.verify()
     for split, tokens in writer.tokens.items():
         print(
@@ -204,7 +204,7 @@ def prepare(
 
 
 def _copy(writer: PreparedWriter, dataset: Dataset) -> None:
-    """Write tokens as they are."""
+    """Write the tokens unchanged."""
     for split, tokens, size in (
         ("train", dataset.train, dataset.train_bytes),
         ("val", dataset.val, dataset.val_bytes),

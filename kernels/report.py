@@ -210,7 +210,7 @@ def _place(entry: tuple[str, Any]) -> tuple[str, str, int]:
 
 
 def _as_lines(expected: dict[str, dict[str, Any]]) -> str:
-    """JSON with a line a kernel, so that a change shows as one."""
+    """JSON with one line per kernel, so that diffs are readable."""
     rows = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in expected.items()]
     return "{\n" + ",\n".join(rows) + "\n}\n"
 
@@ -218,19 +218,24 @@ def _as_lines(expected: dict[str, dict[str, Any]]) -> str:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m fastgpt2.kernels.report",
-        description="Compile every kernel for GPUs that are not there and report what it needs.",
+        description="Compile every kernel, without a GPU, and report the resources it needs.",
     )
-    parser.add_argument("--arch", action="append", choices=ARCHITECTURES, help="repeatable")
-    parser.add_argument("--gpu", choices=GPUS, help="roofline of this GPU (and only its arch)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument("--arch", action="append", choices=ARCHITECTURES, help="repeatable [all]")
+    parser.add_argument(
+        "--gpu", choices=GPUS, help="roofline of this GPU, and only its architecture"
+    )
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes [cores]")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--check", action="store_true", help="compare with the expectation")
     mode.add_argument("--update", action="store_true", help="record the expectation")
     again = parser.add_mutually_exclusive_group()
     again.add_argument(
-        "--sample", type=int, metavar="N", help=f"known kernels to compile anew ({_SAMPLE} a check)"
+        "--sample",
+        type=int,
+        metavar="N",
+        help=f"recompile N unchanged kernels [--check: {_SAMPLE}]",
     )
-    again.add_argument("--all", action="store_true", help="compile every kernel anew")
+    again.add_argument("--all", action="store_true", help="recompile every kernel")
     return parser.parse_args(arguments)
 
 

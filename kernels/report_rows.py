@@ -130,7 +130,7 @@ def violations(rows: Sequence[Row], expected: dict[str, dict[str, Any]]) -> list
             found.append(f"{row.key}: not in the expectation; record it with --update")
             continue
         if row.binary and not _is_recorded(row, before):
-            found.append(f"{row.key}: compiled anew, it is not what is recorded; --update --all")
+            found.append(f"{row.key}: recompiled, it differs from the record; --update --all")
         if row.spill_bytes > before["spill_bytes"]:
             found.append(f"{row.key}: spills {row.spill_bytes} bytes, not {before['spill_bytes']}")
         if row.mma != before["mma"]:

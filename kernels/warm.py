@@ -1,8 +1,8 @@
 """``python -m fastgpt2.kernels.warm``: compile what training and decoding launch, all at once.
 
-Goes through a training step and a few tokens of decoding at the sizes given, on random weights,
-without running their kernels. The binaries stay in Triton's cache on disk (``TRITON_CACHE_DIR``),
-where every later process finds them. ``fastgpt2 train`` does this itself before its first step.
+Traces a training step and a few tokens of decoding at the given sizes, on random weights, without
+running their kernels. The binaries stay in Triton's cache on disk (``TRITON_CACHE_DIR``), where
+later processes find them. ``fastgpt2 train`` does this itself before its first step.
 """
 
 import argparse
@@ -31,13 +31,20 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m fastgpt2.kernels.warm",
         description="Compile the kernels of training and decoding in parallel, and keep them.",
     )
-    parser.add_argument("--model", choices=PRESETS, default="gpt2", help="the widths")
-    parser.add_argument("--batch-size", type=int, default=16, help="sequences per micro-batch")
-    parser.add_argument("--block-size", type=int, default=1024, help="tokens per sequence")
-    parser.add_argument("--dropout", type=float, default=0.0)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="threads")
+    parser.add_argument(
+        "--model", choices=PRESETS, default="gpt2", help="shape of the model [%(default)s]"
+    )
+    for flag, kind, default, text in (
+        ("--batch-size", int, 16, "sequences per micro-batch"),
+        ("--block-size", int, 1024, "context length T in tokens"),
+        ("--dropout", float, 0.0, "rate of all three dropouts"),
+        ("--device", str, "auto", "auto, cuda, cuda:1, ..."),
+        ("--jobs", int, os.cpu_count() or 1, "threads"),
+    ):
+        parser.add_argument(flag, type=kind, default=default, help=f"{text} [%(default)s]")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="compute dtype [%(default)s]"
+    )
     return parser.parse_args(arguments)
 
 

@@ -4,7 +4,7 @@
 kernel's test compiles binaries of its own, more than the stage has time for: ``--most-per-test``
 takes some of them, spread over the list, and the first of every test come before the second of
 any. ``--results-so-far`` gets a line of JSON for each test as soon as it has ended, which a process
-that is killed leaves behind.
+that is killed leaves.
 """
 
 import json

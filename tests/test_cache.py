@@ -25,7 +25,7 @@ def step_by_step(
 
 @pytest.mark.parametrize("impl", ["torch", "reference"])
 @pytest.mark.parametrize(("temperature", "top_k"), [(0.0, None), (1.0, None), (0.8, 5)])
-# within the block, past it, from its last position, from far behind it
+# within the block, past it, from its last position, from far beyond it
 @pytest.mark.parametrize(("T", "count"), [(5, 8), (5, 20), (15, 5), (16, 4), (30, 4)])
 def test_generate_equals_the_full_forward(
     impl: str, temperature: float, top_k: int | None, T: int, count: int

@@ -74,7 +74,7 @@ def test_torchao_s_weights_are_used(to_int8: Any, vocab_size: int) -> None:
 
 
 def test_torchao_s_weights_of_an_accelerated_model(to_int8: Any) -> None:
-    """Its linear layers are transformers' own, but for the head."""
+    """Its linear layers are transformers' own, except the head."""
     theirs = randomised(transformers.GPT2LMHeadModel(config()))
     exact = theirs(tokens()).logits
     ours: Any = to_int8(fastgpt2.accelerate(randomised(transformers.GPT2LMHeadModel(config()))))

@@ -155,7 +155,7 @@ def test_files_are_counted_once(
         assert make(corpus, out, number) == 0
         assert sorted({path.name for path in counted}) == ["d.jsonl", "e.txt.gz", "f.jsonl.gz"]
         assert len(counted) == 3
-    # a file that has changed is counted anew, a damaged list is none
+    # a changed file is counted again, and a damaged list is ignored
     sizes = KnownSizes()
     path = out / "prepare-parts" / "sizes.json"
     sizes.load(path)

@@ -1,6 +1,6 @@
-"""``python -m tools.api``: the reference of all public modules, from their docstrings, by pdoc.
+"""``python -m tools.api``: pdoc's reference of all public modules, from their docstrings.
 
-Written into ``docs/api/``, which is not committed. A warning of pdoc's is an error.
+It is written into ``docs/api/``, which is not committed. A warning of pdoc is an error.
 """
 
 import sys
@@ -27,10 +27,10 @@ def build(folder: Path, modules: tuple[str, ...] = MODULES) -> None:
 
     Args:
         folder: where they go.
-        modules: what is described; each shows its public names, wherever they are defined.
+        modules: the modules; each page shows the module's public names, wherever they are defined.
 
     Raises:
-        Warning: pdoc found something that it could not describe.
+        Warning: pdoc could not describe something.
     """
     for module in map(import_module, modules):
         # pdoc sees only what has been imported; our public names are imported on first use

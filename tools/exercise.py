@@ -1,4 +1,4 @@
-"""``python -m tools.exercise``: every kernel once, tiny: what a memory checker watches."""
+"""``python -m tools.exercise``: run every kernel once, tiny, for a memory checker."""
 
 import sys
 from functools import partial

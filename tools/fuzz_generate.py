@@ -3,9 +3,8 @@
     python -m tools.fuzz_generate                      # 10,000 requests over tiny models
     python -m tools.fuzz_generate --first 4711 --count 1  # one of them again
 
-Request number n is made from the number n alone. What is neither a text nor one line of an error
-(a traceback, an endless line, a wrong exit code, results that are not JSON) is printed; the exit
-code is 1 then.
+Request number n depends only on n. Any result other than a text or a one-line error (a traceback,
+an endless line, a wrong exit code, results that are not JSON) is printed, and the exit code is 1.
 """
 
 import argparse
@@ -36,7 +35,7 @@ from fastgpt2.opener import OpenedModel, open_model
 from fastgpt2.text import BytesTokenizer, CharTokenizer, save_tokenizer
 
 BLOCK_SIZE = 8
-# of every kind that a number can be wrong
+# every way in which a number can be wrong
 NUMBERS: list[Any] = [
     *(0, 1, 2, 3, 5, 0.5, 0.9, 1.0, 1.5, -1, -0.5, 1e-45, 1e-300, 1e38, 1e300, -1e300, 10**15),
     *(2**31, 2**62, 2**63, 2**64, -(2**63), 10**400, float("nan"), float("inf"), -float("inf")),
@@ -71,18 +70,18 @@ BYTES = [
     b"a\n\n\nb",
     b"\r",
 ]
-# what every model here can encode
+# texts that every model here can encode
 PLAIN = ["a", "b", "abc", "cab a", "abcabcabcabc", "\n", " ", "c" * 20]
 COUNTS = ("max_new_tokens", "min_new_tokens", "top_k", "no_repeat_ngram", "seed", "num_beams")
 FRACTIONS = ("temperature", "top_p", "min_p", "typical", "length_penalty")
 PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 WINDOW_FLAGS = [*WINDOWS * 9, "wrap"]
-# what would be honoured, and never end
+# options that would be obeyed and never end
 ENDLESS = ("max_new_tokens", "samples", "best_of")
 
 
 class Request:
-    """Request number n: flags, what is on stdin, or a call in Python."""
+    """Request number n: flags and stdin, or a call in Python."""
 
     def __init__(self, n: int) -> None:
         self.random = random.Random(n)
@@ -120,7 +119,7 @@ class Request:
             flags.append(f"--max-new-tokens={self._number('max_new_tokens')}")
             flags.append(f"--window={self.random.choice(WINDOW_FLAGS)}")
         else:
-            # without a window that stops it would not end
+            # with another window it would not end
             flags += ["--window=stop", f"--max-new-tokens={2**62}"]
         for name in (*COUNTS[1:], *FRACTIONS, *PENALTIES, "samples", "best_of", "prompt_lookup"):
             if self.random.random() < chance / 4:
@@ -146,9 +145,9 @@ class Request:
         return self.random.choice(PLAIN if self.random.random() < 0.6 else TEXTS)
 
     def _argument(self) -> str:
-        """A text as the command line can hold it."""
+        """A text that a command line can hold."""
         text = self._text().replace("\0", "")
-        # as Python gives a program bytes that are not UTF-8
+        # Python decodes invalid UTF-8 arguments this way
         return text.encode("utf-8", "surrogatepass").decode("utf-8", "surrogateescape")
 
     def _lines(self) -> bytes:
@@ -219,7 +218,7 @@ def call_python(model: OpenedModel, weights: GPT, request: Request) -> None:
 
 
 def run_command(request: Request) -> str:
-    """The command in this process; what became of it, or an ``AssertionError``."""
+    """Run the command in this process; returns how it ended, or raises ``AssertionError``."""
     out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
     err = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
     stdin = io.TextIOWrapper(io.BytesIO(request.stdin), encoding="utf-8")
@@ -238,7 +237,7 @@ def run_command(request: Request) -> str:
         return "text"
     assert code == 2, f"exit code {code}: {said}"
     lines = said.split("\n")
-    # a conversation has said how it is left
+    # a conversation first says how to leave it
     errors = [line for line in lines if "error: " in line]
     assert len(errors) == 1 and lines[-1] == "", f"not one line: {said!r}"
     assert len(errors[0]) < 700, f"{len(errors[0])} characters: {errors[0][:200]}"
@@ -251,7 +250,7 @@ def _refuse(constant: str) -> None:
 
 @contextmanager
 def tiny_models() -> Iterator[list[tuple[OpenedModel, GPT]]]:
-    """Models of bytes and of five characters, opened once; the command gets the first of them."""
+    """A model of bytes and one of five characters, opened once; the command gets the first."""
     models = []
     with tempfile.TemporaryDirectory() as folder:
         for tokenizer in (BytesTokenizer(), CharTokenizer("abc \n")):
@@ -271,12 +270,12 @@ def tiny_models() -> Iterator[list[tuple[OpenedModel, GPT]]]:
 
 
 def fuzz(first: int, count: int, say: Callable[[str], None] = print) -> Counter[str]:
-    """Send the requests from ``first`` on, and say what went wrong; returns how they ended."""
+    """Send ``count`` requests from number ``first``, report failures; returns how they ended."""
     ends: Counter[str] = Counter()
     with tiny_models() as models:
         for n in range(first, first + count):
             request = Request(n)
-            # every second time the one without an end-of-text token
+            # alternate with the model that has no end-of-text token
             models.sort(key=lambda pair: (pair[0].tokenizer.eot is None) != bool(n % 2))
             try:
                 if n % 5 == 0:
@@ -295,8 +294,12 @@ def fuzz(first: int, count: int, say: Callable[[str], None] = print) -> Counter[
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m tools.fuzz_generate", description=__doc__)
-    parser.add_argument("--first", type=int, default=0, metavar="N", help="number [0]")
-    parser.add_argument("--count", type=int, default=10_000, metavar="N", help="requests [10000]")
+    parser.add_argument(
+        "--first", type=int, default=0, metavar="N", help="number of the first request [0]"
+    )
+    parser.add_argument(
+        "--count", type=int, default=10_000, metavar="N", help="number of requests [10000]"
+    )
     arguments = parser.parse_args(argv)
     begin = time.perf_counter()
     ends = fuzz(arguments.first, arguments.count, partial(print, flush=True))

@@ -1,8 +1,8 @@
 """``python -m tools.loss_match``: does training in FP8 reach the losses of training in bf16?
 
 Trains one configuration both ways, from the same weights on the same batches, for each of a few
-seeds, and writes the curves and their differences as JSON. Beside the differences stands what a
-change of nothing but the seed does to the same loss: a difference below it is no difference.
+seeds, and writes the curves and their differences as JSON. It also reports how much the seed alone
+changes the same loss: a smaller difference is not significant.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from fastgpt2.train.config_file import named_configs, read_config
 from fastgpt2.train.metrics import read_metrics
 from fastgpt2.train.trainer import Trainer
 
-# records of the training loss at the end of a run whose mean is compared, each of LOG_EVERY steps
+# the mean of the last LAST training losses is compared, one loss every LOG_EVERY steps
 LAST, LOG_EVERY = 5, 10
 
 
@@ -37,7 +37,7 @@ def train(config: TrainConfig, folder: Path) -> dict[str, Any]:
 
 
 def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What FP8 changes, seed by seed, and what the seed does."""
+    """What FP8 changes, seed by seed, and what the seed changes."""
 
     def ends(form: str) -> list[float]:
         return [mean(list(run[form]["train_loss"].values())[-LAST:]) for run in runs]
@@ -60,7 +60,7 @@ def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def match(base: dict[str, Any], seeds: int) -> dict[str, Any]:
-    """Train everything; the report."""
+    """Train everything; returns the report."""
     runs = []
     for seed in range(1, seeds + 1):
         run: dict[str, Any] = {"seed": seed}
@@ -79,10 +79,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the JSON to write")
     configs = f"a TOML file or one of {', '.join(named_configs())} [%(default)s]"
     parser.add_argument("--config", default="shakespeare-char", metavar="NAME", help=configs)
-    parser.add_argument("--data", nargs="+", metavar="WHAT", help="instead of the configuration's")
-    parser.add_argument("--steps", type=int, default=200, metavar="N", help="of each run [200]")
+    parser.add_argument(
+        "--data", nargs="+", metavar="WHAT", help="data instead of the configuration's"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=200, metavar="N", help="optimizer steps per run [200]"
+    )
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="pairs of runs [3]")
-    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, ...")
+    parser.add_argument(
+        "--device", default="auto", metavar="NAME", help="auto, cpu, cuda, ... [auto]"
+    )
     options = parser.parse_args(arguments)
     return run_command("loss_match", lambda: _body(options))
 

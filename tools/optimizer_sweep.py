@@ -1,10 +1,9 @@
-"""Which optimizer and rates reach a loss in the fewest steps: a small sweep, its JSON and picture.
+"""Sweep optimizers and rates for the fewest steps to a loss; writes JSON and a picture.
 
 python -m tools.optimizer_sweep TINYSHAKESPEARE.txt docs/optimizers
 
-The runs are those of ``fastgpt2 train --config shakespeare-char``, nanoGPT's setting for a CPU.
-A run that the JSON has already is skipped, so a sweep that was stopped goes on. ``--picture`` only
-draws.
+The runs use ``fastgpt2 train --config shakespeare-char``, nanoGPT's setting for a CPU. Runs that
+the JSON already has are skipped, so a stopped sweep continues. ``--picture`` only draws.
 """
 
 import argparse
@@ -82,7 +81,7 @@ def run_one(setting: Setting, seed: int, text: str) -> dict[str, Any]:
 
 
 def step_seconds(rounds: int = 15) -> dict[str, float]:
-    """Median seconds of one training step with each optimizer, by turns in one process."""
+    """Median seconds of one training step with each optimizer, alternating in one process."""
     idx = torch.randint(65, (12, 65), generator=torch.Generator().manual_seed(0))
     x, y = idx[:, :-1].contiguous(), idx[:, 1:].contiguous()
     base = read_config("shakespeare-char")
@@ -105,7 +104,7 @@ def step_seconds(rounds: int = 15) -> dict[str, float]:
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
-    """Validation loss against steps, a line a setting: the mean over its seeds."""
+    """Validation loss against steps, one line per setting: the mean over its seeds."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -131,11 +130,13 @@ def draw(record: dict[str, Any], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run what is missing, one after the other; write ``sweep.json`` and ``sweep.png``."""
+    """Run the missing settings; write ``sweep.json`` and ``sweep.png``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("text", help="tinyshakespeare.txt, or the corpus's name")
-    parser.add_argument("folder", type=Path, help="where sweep.json and sweep.png are")
-    parser.add_argument("--picture", action="store_true", help="only draw")
+    parser.add_argument("folder", type=Path, help="folder of sweep.json and sweep.png")
+    parser.add_argument(
+        "--picture", action="store_true", help="only draw sweep.png from sweep.json"
+    )
     args = parser.parse_args(argv)
     path = args.folder / "sweep.json"
     record: dict[str, Any] = {"machine": machine(torch.device("cpu")), "runs": []}

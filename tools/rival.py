@@ -1,9 +1,9 @@
 """``python -m tools.rival FILE --kernel NAME ...``: a rival's Triton kernel in our kernels' report.
 
 Compiles one kernel of the file for sm_90, without a GPU, and prints its row of the report, then
-those of ours whose name holds ``--beside``. What the file imports must be importable: ``--path``
-adds a folder, such as one that ``pip install --target`` has filled. The rival's code is run as far
-as importing it goes, so it should be code that you trust.
+the rows of our kernels whose name contains ``--beside``. The file's imports must work: ``--path``
+adds a folder, such as one filled by ``pip install --target``. The file is imported, which runs
+code: use files that you trust.
 
     python -m tools.rival liger_kernel/ops/cross_entropy.py --path FOLDER \\
         --kernel liger_cross_entropy_kernel --argument 'X_ptr=*bf16' --argument 'n_cols=i32' \\
@@ -30,7 +30,7 @@ ARCH, GPU = "sm_90", GPUS["h200"]
 
 
 def load_kernel(file: Path, name: str) -> Any:
-    """The ``@triton.jit`` function of that name, out of its autotuner and heuristics.
+    """The ``@triton.jit`` function of that name, without its autotuner and heuristics.
 
     Raises:
         UserError: the file cannot be imported, or has no such kernel.
@@ -44,7 +44,7 @@ def load_kernel(file: Path, name: str) -> Any:
     except Exception as error:
         raise UserError(f"{file}: cannot be imported: {type(error).__name__}: {error}") from None
     kernel = getattr(module, name, None)
-    # decorators keep what they decorate in `fn`, and a kernel its Python function
+    # decorators keep the decorated kernel in `fn`; a kernel keeps its Python function there, too
     while kernel is not None and not hasattr(kernel, "cache_key"):
         kernel = getattr(kernel, "fn", None)
     if kernel is None:
@@ -130,13 +130,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="NAME=TYPE|NAME=:VALUE",
         help="type (*bf16, i32, fp32) or constant of an argument, None by default; repeatable",
     )
-    parser.add_argument("--odd", action="append", default=[], help="not a multiple of 16")
-    parser.add_argument("--warps", type=int, default=4, help="warps of a block")
-    parser.add_argument("--stages", type=int, default=3, help="stages of the pipeline")
     parser.add_argument(
-        "--turn", type=int, help="elements of a block per turn of its loop; without it, a tile"
+        "--odd",
+        action="append",
+        default=[],
+        help="argument that is not a multiple of 16; repeatable",
     )
-    parser.add_argument("--beside", help="print our kernels whose name and config hold this text")
+    parser.add_argument("--warps", type=int, default=4, help="warps per block [%(default)s]")
+    parser.add_argument("--stages", type=int, default=3, help="pipeline stages [%(default)s]")
+    parser.add_argument(
+        "--turn", type=int, help="elements per block and turn of its loop [count per tile]"
+    )
+    parser.add_argument(
+        "--beside", help="also print our kernels whose name or config contains this text"
+    )
     options = parser.parse_args(arguments)
 
     def body() -> int:

@@ -49,8 +49,8 @@ def measure(
 
     Args:
         config: the model.
-        batch_size: sequences of a step.
-        count: how many.
+        batch_size: sequences per step.
+        count: number of saves.
         device: where the model is.
     """
     if device.type == "cpu":
@@ -119,13 +119,17 @@ def measure(
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns 0."""
     parser = argparse.ArgumentParser(prog="python -m tools.save_cost", description=__doc__)
-    parser.add_argument("--n-layer", type=int, default=6, help="[%(default)s]")
-    parser.add_argument("--n-embd", type=int, default=384, help="[%(default)s]")
-    parser.add_argument("--block-size", type=int, default=256, help="[%(default)s]")
-    parser.add_argument("--vocab-size", type=int, default=50257, help="[%(default)s]")
-    parser.add_argument("--batch-size", type=int, default=4, help="sequences [%(default)s]")
-    parser.add_argument("--saves", type=int, default=5, help="[%(default)s]")
-    parser.add_argument("--device", default="auto", help="[%(default)s]")
+    parser.add_argument("--n-layer", type=int, default=6, help="number of blocks [%(default)s]")
+    parser.add_argument("--n-embd", type=int, default=384, help="width C [%(default)s]")
+    parser.add_argument("--block-size", type=int, default=256, help="context length [%(default)s]")
+    parser.add_argument("--vocab-size", type=int, default=50257, help="number of ids [%(default)s]")
+    parser.add_argument(
+        "--batch-size", type=int, default=4, help="sequences per step [%(default)s]"
+    )
+    parser.add_argument("--saves", type=int, default=5, help="number of saves [%(default)s]")
+    parser.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda, cuda:1, ... [%(default)s]"
+    )
     options = parser.parse_args(argv)
     config = GPTConfig(
         n_layer=options.n_layer,

@@ -1,7 +1,7 @@
 """``python -m tools.scaling``: how fast a GPT-2 trains on 8 to 1,024 GPUs, on paper.
 
-Prints the tables of ``docs/scaling.md``; ``--write`` puts them there. A step is a row of intervals:
-what computes, what travels, and what of it is hidden behind the computation.
+Prints the tables of ``docs/scaling.md``; ``--write`` puts them there. A step is a sum of intervals:
+computation, and communication that is not hidden behind computation.
 """
 
 import argparse
@@ -18,17 +18,17 @@ VOCAB, T = 50304, 1024
 
 @dataclass(frozen=True)
 class Machine:
-    """A node of GPUs and what joins the nodes.
+    """A node of GPUs and the network between nodes.
 
     Attributes:
-        peak: FLOP/s of dense bf16 products, a GPU.
+        peak: FLOP/s of dense bf16 products, per GPU.
         efficiency: share of the peak that one GPU reaches in forward and backward pass.
         memory: bytes/s of the GPU's memory that an optimizer step reaches.
         local: GPUs in a node.
         inside: bytes/s that a GPU sends to the others of its node in a collective operation.
         outside: bytes/s that a GPU sends to other nodes.
-        latency: seconds that a collective operation takes before the first byte, per doubling of
-            the number of GPUs.
+        latency: seconds before the first byte of a collective operation, per doubling of the
+            number of GPUs.
     """
 
     peak: float = 989.4e12
@@ -82,7 +82,7 @@ MICRO_BATCH = 16
 def travel(size: float, gpus: int, machine: Machine) -> float:
     """Seconds of a reduce-scatter, or of an all-gather, of ``size`` bytes over ``gpus`` GPUs.
 
-    First inside each node, then each GPU with those of the same number in the other nodes.
+    First inside each node, then between the GPUs with the same number in all nodes.
     """
     if gpus == 1:
         return 0.0
@@ -108,14 +108,14 @@ class Step:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all GPUs together."""
+        """Tokens per second of all GPUs together."""
         return self.tokens / self.seconds
 
 
 def ddp(model: Model, gpus: int, tokens: int, machine: Machine) -> Step:
-    """A step of DDP: the gradients of a block travel while earlier blocks are still computed.
+    """A step of DDP: a block's gradients are sent while earlier blocks are still computed.
 
-    The embedding's gradient is complete only at the very end, so that nothing hides it.
+    The embedding's gradient is complete only at the end, so nothing hides its transfer.
     """
     compute = tokens / gpus * model.flops_per_token / (machine.peak * machine.efficiency)
     micro_batches = max(1.0, tokens / gpus / (MICRO_BATCH * T))
@@ -128,9 +128,9 @@ def ddp(model: Model, gpus: int, tokens: int, machine: Machine) -> Step:
 
 
 def fsdp(model: Model, gpus: int, tokens: int, machine: Machine) -> Step:
-    """A step of FSDP2: in each micro-batch weights are gathered twice in bf16, one block ahead.
+    """A step of FSDP2: each micro-batch gathers the weights twice in bf16, one block ahead.
 
-    Gradients travel in fp32, in the last micro-batch of a step alone.
+    Gradients are sent in fp32, only in the last micro-batch of a step.
     """
     compute = tokens / gpus * model.flops_per_token / (machine.peak * machine.efficiency)
     micro_batches = max(1.0, tokens / gpus / (MICRO_BATCH * T))
@@ -148,9 +148,9 @@ def fsdp(model: Model, gpus: int, tokens: int, machine: Machine) -> Step:
 
 
 def memory(model: Model, gpus: int, *, sharded: bool) -> float:
-    """Bytes of weights, gradients and AdamW's moments on a GPU, in fp32; activations come on top.
+    """Bytes of weights, gradients and AdamW's moments per GPU, in fp32, without activations.
 
-    A sharded model holds its root and two blocks whole, in bf16.
+    A sharded model also holds its root and two blocks whole, in bf16.
     """
     if not sharded:
         return 16.0 * model.parameters
@@ -158,7 +158,7 @@ def memory(model: Model, gpus: int, *, sharded: bool) -> float:
 
 
 def scaling_table(machine: Machine) -> list[str]:
-    """Tokens/s, and the share of a step that computes, where each GPU has one micro-batch."""
+    """Tokens/s, and the share of a step that computes, with one micro-batch per GPU."""
     lines = [
         "| model | GPUs | tokens per step | DDP: tokens/s | share computing | FSDP2: tokens/s | "
         "share computing | memory per GPU, DDP / FSDP2 |",
@@ -181,7 +181,7 @@ def scaling_table(machine: Machine) -> list[str]:
 
 @dataclass(frozen=True)
 class Published:
-    """A run that somebody has measured on 8 H100."""
+    """A published measurement on 8 H100."""
 
     name: str
     source: str
@@ -212,7 +212,7 @@ PUBLISHED = (
 
 
 def predicted(run: Published, machine: Machine) -> float:
-    """Tokens/s of a published run: gradients in bf16, the optimizer shared out over 8 GPUs."""
+    """Predicted tokens/s of a published run: bf16 gradients, the optimizer sharded over 8 GPUs."""
     compute = run.tokens_per_step / 8 * run.flops_per_token / (machine.peak * machine.efficiency)
     exposed = 2 * travel(2.0 * run.parameters, 8, machine)
     update = 28.0 * run.parameters / 8 / machine.memory
@@ -220,7 +220,7 @@ def predicted(run: Published, machine: Machine) -> float:
 
 
 def check_table(machine: Machine) -> list[str]:
-    """What the model says of runs that were measured."""
+    """The predictions beside the measured runs."""
     lines = [
         "| run on 8 H100 | measured tokens/s | on paper | difference | source |",
         "|---|---|---|---|---|",
@@ -243,7 +243,7 @@ def tables(machine: Machine | None = None) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(prog="python -m tools.scaling", description=__doc__)
-    parser.add_argument("--write", action="store_true", help=f"into {PAGE.name}")
+    parser.add_argument("--write", action="store_true", help=f"write them into {PAGE.name}")
     if not parser.parse_args(argv).write:
         print(tables())
         return

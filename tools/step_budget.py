@@ -1,10 +1,9 @@
 """``python -m tools.step_budget``: where the time of a training step on a CPU goes.
 
-Each contender of ``bench_train_step`` runs in processes of its own, by turns, so that its memory
-allocator is its own: ours keeps freed memory, as the training command does, and once more does not
-(``plain malloc``). A process times a few steps, then profiles one and adds up the time of each
-operator by what it is for. Prints a table of milliseconds and of the largest resident sets, writes
-JSON.
+The contenders of ``bench_train_step`` alternate, each in its own processes, so that they do not
+share a memory allocator. Ours keeps freed memory, as the training command does; ``plain malloc``
+does not. A process times a few steps, then profiles one and sums the operators' times by their
+purpose. Prints a table of milliseconds and peak resident sets, and writes JSON.
 """
 
 import argparse
@@ -38,7 +37,7 @@ CONTENDERS = (
     "nanogpt compiled",
     "transformers compiled",
 )
-# an operator counts for the first part in this list of which it, or one that called it, has a name
+# an operator counts for the first part in this list whose names it, or a caller of it, has
 PARTS = {
     "attention": ("attention",),
     "matmul": ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise"),
@@ -52,9 +51,9 @@ REST = "everything else"
 
 
 def part_of(names: Sequence[str]) -> str:
-    """The part of a step that an operator belongs to, given its name and those of its callers."""
+    """The part of a step that an operator belongs to, from its name and its callers' names."""
     for part, words in PARTS.items():
-        # a compiled graph is the caller of all that it calls, and only its own code is pointwise
+        # of a compiled graph only its own code is pointwise, not the operators that it calls
         candidates = names[:1] if part in ("matmul", "compiled pointwise") else names
         if any(word in name for word in words for name in candidates):
             return part
@@ -62,7 +61,7 @@ def part_of(names: Sequence[str]) -> str:
 
 
 def milliseconds(events: Any) -> dict[str, float]:
-    """The time of each part, children not counted, of a profile's events."""
+    """The time of each part, without children, from a profile's events."""
     total: dict[str, float] = defaultdict(float)
     for event in events:
         names, caller = [event.name], event.cpu_parent
@@ -74,10 +73,10 @@ def milliseconds(events: Any) -> dict[str, float]:
 
 
 def chosen_workload(scale: Scale, dtype: str) -> Workload:
-    """What is trained at that scale in that dtype.
+    """The workload of that scale and dtype.
 
     Raises:
-        UserError: nothing is.
+        UserError: there is none.
     """
     found = {dtype_name(w.dtype): w for w in workloads(scale)}
     if dtype not in found:
@@ -91,14 +90,14 @@ def measure(name: str, dtype: str, steps: int, scale: Scale) -> dict[str, Any]:
         keep_freed_memory()
     workload = chosen_workload(scale, dtype)
     step = lone_step(scale, workload, name.removesuffix(PLAIN_MALLOC))
-    # compiling, and memory that is had for the first time
+    # warm up: compile, and allocate memory for the first time
     step(), step()
     seconds = []
     for _ in range(steps):
         start = perf_counter()
         step()
         seconds.append(perf_counter() - start)
-    # before the profiler, whose records take memory, too
+    # before the profiler, whose records need memory too
     peak_bytes = peak_resident()
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         step()
@@ -133,17 +132,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command."""
     parser = Parser(prog="python -m tools.step_budget")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the JSON to write")
-    parser.add_argument("--dtype", default="bf16", choices=("bf16", "fp32"))
-    parser.add_argument("--turns", type=int, default=2, help="processes of each contender")
-    parser.add_argument("--steps", type=int, default=4, help="timed steps of each process")
-    parser.add_argument("--scale", type=Scale, default=Scale.CPU, choices=list(Scale))
+    parser.add_argument(
+        "--dtype", default="bf16", choices=("bf16", "fp32"), help="compute dtype [%(default)s]"
+    )
+    parser.add_argument(
+        "--turns", type=int, default=2, help="processes per contender [%(default)s]"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=4, help="timed steps per process [%(default)s]"
+    )
+    parser.add_argument(
+        "--scale", type=Scale, default=Scale.CPU, choices=list(Scale), help="sizes [%(default)s]"
+    )
     parser.add_argument(
         "--contenders",
         nargs="+",
         default=CONTENDERS,
         choices=CONTENDERS,
         metavar="NAME",
-        help=f"who takes part [{', '.join(CONTENDERS)}]",
+        help=f"which to time [{', '.join(CONTENDERS)}]",
     )
     parser.add_argument("--one", choices=CONTENDERS, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -155,7 +162,7 @@ def _body(options: argparse.Namespace) -> int:
         print(json.dumps(measure(options.one, options.dtype, options.steps, options.scale)))
         return 0
     check_counts(options, "turns", "steps")
-    # before the first process, which takes long to say so
+    # check before the first process, which starts slowly
     chosen_workload(options.scale, options.dtype)
     own = ["--dtype", options.dtype, "--steps", str(options.steps), "--scale", options.scale]
     runs: list[dict[str, Any]] = []

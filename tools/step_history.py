@@ -1,7 +1,7 @@
-"""``python -m tools.step_history --out FILE COMMIT ...``: what each change did to a step.
+"""``python -m tools.step_history --out FILE COMMIT ...``: time a training step at each commit.
 
-Trains GPT-2 124M with the package as it was at each commit, eager and compiled, in processes of
-their own and by turns. Prints a table of milliseconds, writes JSON.
+Trains GPT-2 124M with the package of each commit, eager and compiled, alternating in separate
+processes. Prints a table of milliseconds and writes JSON.
 """
 
 import argparse
@@ -27,7 +27,7 @@ FORMS = ("eager", "compiled")
 
 
 def check_out(commit: str, folder: Path) -> tuple[str, str]:
-    """The package of that commit into ``folder``; the commit's short hash and its subject.
+    """Extract the commit's package into ``folder``; returns its short hash and subject.
 
     Raises:
         UserError: there is no such commit.
@@ -63,10 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m tools.step_history")
     parser.add_argument("commits", nargs="+", metavar="COMMIT", help="what to compare, in order")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the JSON to write")
-    parser.add_argument("--dtype", default="bf16", choices=list(STEP_DTYPES))
-    parser.add_argument("--turns", type=int, default=2, help="processes of each commit and form")
-    parser.add_argument("--steps", type=int, default=4, help="timed steps of each process")
-    parser.add_argument("--scale", default="cpu", choices=list(SCALES))
+    parser.add_argument(
+        "--dtype", default="bf16", choices=list(STEP_DTYPES), help="compute dtype [%(default)s]"
+    )
+    parser.add_argument("--turns", type=int, default=2, help="processes per commit and form [2]")
+    parser.add_argument("--steps", type=int, default=4, help="timed steps per process [4]")
+    parser.add_argument("--scale", default="cpu", choices=list(SCALES), help="sizes [%(default)s]")
     options = parser.parse_args(arguments)
     return run_command("step_history", lambda: _body(options))
 
@@ -83,7 +85,7 @@ def _body(options: argparse.Namespace) -> int:
             trees.append((folder, *check_out(commit, folder)))
         plan = [(form, *tree) for _ in range(options.turns) for tree in trees for form in FORMS]
         for form, folder, name, subject in tqdm(plan):
-            # -P: what lies beside the program is not of that commit
+            # -P: do not import the modules beside the program, which are not of that commit
             command = [sys.executable, "-P", str(_PROGRAM), form, *own]
             seconds = ask(f"{name}, {form}", command, PYTHONPATH=str(folder))
             if seconds is None:

@@ -1,7 +1,7 @@
-"""A training step of whichever fastgpt2 this process imports: run by ``step_history``.
+"""Time training steps of the fastgpt2 that this process imports: run by ``step_history``.
 
-It asks for nothing but what every version of the package has, and for nothing of its own
-repository, so that one loop times them all. Prints the seconds of each step as JSON.
+It uses only what every version of the package has, and nothing else of this repository, so that one
+program times all versions. Prints the seconds of each step as JSON.
 """
 
 import json
@@ -25,7 +25,7 @@ STEP_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def measure(compiled: bool, dtype: torch.dtype, steps: int, scale: str) -> list[float]:
     """Seconds of each step of the package that this process imports."""
     if util.find_spec("fastgpt2.train.allocator") is not None:
-        # the training command does so
+        # as the training command does
         import_module("fastgpt2.train.allocator").keep_freed_memory()
     fields, B, T = SCALES[scale]
     torch.manual_seed(0)
@@ -35,7 +35,7 @@ def measure(compiled: bool, dtype: torch.dtype, steps: int, scale: str) -> list[
     idx, targets = torch.randint(model.config.vocab_size, (2, B, T))
     forward: Any = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
     seconds = []
-    # the first two compile, and get their memory for the first time
+    # the first two compile and allocate
     for _ in range(steps + 2):
         start = perf_counter()
         with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):

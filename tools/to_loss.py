@@ -1,9 +1,9 @@
-"""``python -m tools.to_loss TEXT NANOGPT --out FILE``: how long to nanoGPT's loss, beside nanoGPT.
+"""``python -m tools.to_loss TEXT NANOGPT --out FILE``: race nanoGPT to its own loss.
 
-TEXT is Tiny Shakespeare, NANOGPT a checkout of https://github.com/karpathy/nanoGPT. Its own
-``prepare.py`` and ``train.py`` run as its README says for a CPU (but for the seed), and our
-``fastgpt2 train --config shakespeare-char --optimizer muon``, by turns, each in a process of its
-own. The time is the process's, from its start: imports and validations count.
+TEXT is Tiny Shakespeare, NANOGPT a checkout of https://github.com/karpathy/nanoGPT. nanoGPT's own
+``prepare.py`` and ``train.py`` run as its README says for a CPU (except for the seed). They
+alternate with ``fastgpt2 train --config shakespeare-char --optimizer muon``, each in its own
+process. Times count from the start of the process, with imports and validations.
 """
 
 import argparse
@@ -28,23 +28,23 @@ from fastgpt2.errors import UserError
 from fastgpt2.files import write_text
 from tools.optimizer_sweep import TARGET
 
-# its README, "I only have a macbook", but for the seed
+# its README, "I only have a macbook", except for the seed
 _THEIRS = (
     *("config/train_shakespeare_char.py", "--device=cpu", "--compile=False", "--eval_iters=20"),
     *("--log_interval=100", "--block_size=64", "--batch_size=12", "--n_layer=4", "--n_head=4"),
     *("--n_embd=128", "--max_iters=2000", "--lr_decay_iters=2000", "--dropout=0.0"),
 )
 _OURS = ("--config=shakespeare-char", "--optimizer=muon", "--device=cpu", "--sample-tokens=0")
-# a validation in the output of either: the step and the loss
+# a validation in the output of either program: step and loss
 _VALIDATION = re.compile(r"step (\d+): .*?(?:val|validation) loss (\d+\.\d+)")
 _SEED = "torch.manual_seed(1337 + seed_offset)"
 
 
 def curve(command: Sequence[str], folder: Path) -> list[dict[str, float]]:
-    """Run it in ``folder``: each validation's step, loss and seconds since the process began.
+    """Run a command in ``folder``; returns each validation's step, loss and seconds from the start.
 
     Raises:
-        UserError: it failed, or validated nothing.
+        UserError: it failed, or had no validation.
     """
     began, points, tail = time.perf_counter(), [], ""
     with subprocess.Popen(
@@ -68,14 +68,14 @@ def curve(command: Sequence[str], folder: Path) -> list[dict[str, float]]:
 
 
 def seeded(nanogpt: Path, seed: int, folder: Path) -> None:
-    """A copy of nanoGPT that starts from ``seed``, which is not among its settings.
+    """Copy nanoGPT and set its seed, which is not among its settings.
 
     Raises:
         UserError: the folder is not a checkout of nanoGPT.
     """
     program = nanogpt / "train.py"
     text = program.read_text(encoding="utf-8") if program.exists() else ""
-    # before anything is copied: another folder may be large, or hold this one
+    # check before copying: another folder may be large, or contain this one
     if _SEED not in text:
         raise UserError(f"{nanogpt}: not a checkout of nanoGPT with `{_SEED}` in its train.py")
     shutil.copytree(nanogpt, folder, ignore=shutil.ignore_patterns(".git"))
@@ -83,7 +83,7 @@ def seeded(nanogpt: Path, seed: int, folder: Path) -> None:
 
 
 def race(text: Path, nanogpt: Path, seeds: int, record: dict[str, Any], out: Path) -> None:
-    """Both, for each seed; the file is written after each run."""
+    """Run both for each seed; the file is written after each run."""
     for seed in range(1, seeds + 1):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
@@ -106,7 +106,7 @@ def race(text: Path, nanogpt: Path, seeds: int, record: dict[str, Any], out: Pat
 
 
 def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of each program the last losses, and when it was first at the target, or else at its end."""
+    """Each program's last losses, and when it first reached the target (or ended)."""
     result: dict[str, Any] = {"target": TARGET}
     for who in ("nanogpt", "fastgpt2"):
         own = [run["curve"] for run in runs if run["who"] == who]

@@ -1,9 +1,9 @@
 """``python -m tools.tune --out FOLDER``: try the tuning table's candidates on this GPU.
 
-Every kernel that an op launches is timed with each of its candidates, all else unchanged, after
-outputs and gradients with that candidate have passed the tests' error budget; one that is wrong,
-does not fit or does not compile is named and left out. Prints the times, writes ``tune.json`` and
-``tuning.json``: a copy of the table with the winners in this architecture's column.
+Each kernel that an op launches is timed with each of its candidates, all else unchanged. Before
+that, outputs and gradients with the candidate must pass the tests' error budget. A candidate that
+is wrong, does not fit or does not compile is reported and skipped. Prints the times; writes
+``tune.json`` and ``tuning.json``, a copy of the table with this architecture's winners.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from benchmarks.timing import ROUNDS, Clock, Work
 from fastgpt2.files import write_text
 from fastgpt2.kernels import tuning
 
-# a candidate replaces the table's only if it is faster by more than the clock's own noise
+# a candidate replaces the table's only if it is faster by more than timer noise
 GAIN = 0.02
 
 
@@ -94,7 +94,7 @@ class Tuner:
         return time.perf_counter() > self.end
 
     def tune(self, case: OpCase) -> None:
-        """Every kernel that the case launches and no case before it has."""
+        """Tune every kernel that the case launches and that is not tuned yet."""
         if self.is_over:
             self.notes.append(f"{case.label}: not tuned, the time was used up")
             return
@@ -123,7 +123,7 @@ class Tuner:
         arch = tuning.arch_of(self.device)
         current = tuning.pick(launch.kernel, arch, **shape_class)
         tried = dict.fromkeys([current, *tuning.candidates(launch.kernel, **shape_class)])
-        # the interpreter's times mean nothing: there, one candidate proves that this works
+        # the interpreter's times mean nothing: one more candidate only proves that this works
         for config in list(tried)[: None if self.device.type == "cuda" else 2]:
             median, fault = None, ""
             with tuning.overriding(launch.kernel, config):
@@ -133,7 +133,7 @@ class Tuner:
                     seconds = 0.1 if self.device.type == "cuda" else 0.0
                     median = self.clock.compare({"": work}, seconds=seconds)[""].median * 1e6
                 except Exception as error:
-                    # wrong, too large for a block, refused by the compiler: no candidate
+                    # the candidate is wrong, too large for a block, or does not compile
                     fault = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             self.trials.append(
                 Trial(
@@ -150,7 +150,7 @@ class Tuner:
             )
 
     def winners(self) -> dict[tuple[str, int], Trial]:
-        """The fastest of each kernel and rule, where it beats the table's by more than noise."""
+        """The fastest candidate of each kernel and rule that clearly beats the table's."""
         found = {}
         for key in self.done:
             timed = [t for t in self.trials if (t.kernel, t.rule) == key and t.median_us]
@@ -163,7 +163,7 @@ class Tuner:
         return found
 
     def write(self, folder: Path) -> None:
-        """``tune.json`` and the rewritten ``tuning.json``, of everything so far."""
+        """Write ``tune.json`` and the new ``tuning.json`` with everything tuned so far."""
         source = tuning.TABLE_FILE.read_text(encoding="utf-8")
         for (kernel, rule), trial in self.winners().items():
             source = rewrite(source, kernel, rule, tuning.arch_of(self.device), trial.meta)
@@ -183,12 +183,16 @@ def _row(trial: Trial, won: bool) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; exit code 1 if a config of the table itself is at fault."""
+    """Run the command; exit code 1 if a config of the table itself fails."""
     parser = argparse.ArgumentParser(prog="python -m tools.tune")
     parser.add_argument("--out", type=Path, required=True, help="folder for tune.json, tuning.json")
     parser.add_argument("--op", action="append", help="only this op; repeatable")
-    parser.add_argument("--seconds", type=float, default=150.0, help="no new kernel after that")
-    parser.add_argument("--dry", action="store_true", help="tiny, any machine, no meaning")
+    parser.add_argument(
+        "--seconds", type=float, default=150.0, help="start no kernel after so many seconds [150]"
+    )
+    parser.add_argument(
+        "--dry", action="store_true", help="tiny sizes, any machine; times mean nothing"
+    )
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
     scale = Scale.DRY if options.dry else Scale.CUDA
@@ -198,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         bar.set_postfix_str(case.label)
         first = len(tuner.trials)
         tuner.tune(case)
-        # written at once: a run that is cut short has something to show
+        # write now: a run that is cut short keeps its results
         tuner.write(options.out)
         winners = tuner.winners().values()
         tqdm.write("\n".join(_row(t, t in winners) for t in tuner.trials[first:]), sys.stdout)

@@ -1,9 +1,9 @@
 """``python -m tools.versions``: the kernels with every supported pair of PyTorch and Triton.
 
-Makes an environment for each pair in FOLDER, from constraints.txt but for torch and triton, runs
-the tests of the kernels (interpreted) and the compile matrix, and ends with a line for each pair.
-A Triton without an expectation gets one, ``kernels/expectation-VERSION.json``, to be looked at and
-committed. Exit code 1 if a pair failed. An environment that is there is used again.
+Makes an environment for each pair in FOLDER, from constraints.txt except for torch and triton. Runs
+the kernels' tests (interpreted) and the compile matrix, and prints one line per pair at the end. A
+Triton without an expectation gets one, ``kernels/expectation-VERSION.json``, to be reviewed and
+committed. Exit code 1 if a pair failed. Existing environments are reused.
 """
 
 import argparse
@@ -32,7 +32,7 @@ PAIRS = (
     ("2.13.0", "3.9.0"),
     ("2.14.1", "3.8.0"),
 )
-# what the tests of the kernels import
+# packages that the kernels' tests import
 PACKAGES = (
     "hypothesis",
     "matplotlib",
@@ -57,7 +57,7 @@ class Pair:
 
     @property
     def name(self) -> str:
-        """``torch-2.13.0-triton-3.9.0``: the environment's folder, and its logs."""
+        """``torch-2.13.0-triton-3.9.0``: the name of the environment's folder and logs."""
         return f"torch-{self.torch}-triton-{self.triton}"
 
 
@@ -74,10 +74,10 @@ def parse_pair(text: str) -> Pair:
 
 
 def constraints(pair: Pair, text: str) -> str:
-    """constraints.txt for this pair: what it says, without torch and triton.
+    """constraints.txt without torch and triton, with this pair's torch.
 
-    The interpreter of Triton 3.6 breaks with numpy 2.4, which no longer takes an array of one
-    element for an integer.
+    The interpreter of Triton 3.6 fails with numpy 2.4, which no longer accepts an array of one
+    element as an integer.
     """
     lines = [line for line in text.splitlines() if not re.match(r"(torch|triton)==", line)]
     if pair.triton.startswith("3.6."):
@@ -86,14 +86,14 @@ def constraints(pair: Pair, text: str) -> str:
 
 
 def steps(pair: Pair, python: str, folder: Path, jobs: int) -> list[tuple[str, list[str]]]:
-    """(name, command) of everything that is run for a pair, in order."""
+    """(name, command) of each step for a pair, in order."""
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     report = [python, "-m", "fastgpt2.kernels.report", "--jobs", str(jobs)]
     mode = "--check" if expectation_file(pair.triton).exists() else "--update"
     own = str(folder / f"{pair.name}.txt")
     return [
         ("install", [*pip, "-c", own, f"torch=={pair.torch}", *PACKAGES]),
-        # a PyTorch asks for one Triton only: ours is put in its place
+        # torch requires one Triton version: replace it afterwards
         ("triton", [*pip, "--no-deps", f"triton=={pair.triton}"]),
         ("tests", [python, "-m", "pytest", "-q", "-n", str(jobs), "tests/kernels"]),
         ("matrix", [*report, mode]),
@@ -101,7 +101,7 @@ def steps(pair: Pair, python: str, folder: Path, jobs: int) -> list[tuple[str, l
 
 
 def run_pair(pair: Pair, folder: Path, jobs: int) -> str:
-    """Run the steps of a pair, each with a log; what failed, or an empty string."""
+    """Run the steps of a pair, each with a log; returns what failed, or an empty string."""
     environment = folder / pair.name
     if not environment.exists():
         venv.create(environment, with_pip=True)
@@ -127,9 +127,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m tools.versions",
         description="Test the kernels with every supported pair of PyTorch and Triton.",
     )
-    parser.add_argument("folder", type=Path, help="for environments and logs: up to 6 GB a pair")
-    parser.add_argument("--pair", action="append", help="TORCH,TRITON; repeatable; default: all")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument("folder", type=Path, help="for environments and logs: up to 6 GB per pair")
+    parser.add_argument("--pair", action="append", help="TORCH,TRITON; repeatable [all]")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes [cores]")
     return parser.parse_args(arguments)
 
 
@@ -137,7 +137,7 @@ def _body(options: argparse.Namespace) -> int:
     pairs = [parse_pair(text) for text in options.pair or ()] or [Pair(*pair) for pair in PAIRS]
     folder = options.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    # the report is that of the tested pair
+    # the committed report is that of the tested pair
     report = REPORT.read_bytes()
     try:
         faults = {pair: run_pair(pair, folder, options.jobs) for pair in pairs}

@@ -40,7 +40,7 @@ from fastgpt2.text.documents import TEXT_COLUMN
 from fastgpt2.train.summary import dtype_name
 from fastgpt2.weights import RELEASES
 
-# flags that mean something for text alone
+# flags that apply to text only
 _TEXT_FLAGS = ("text_column", "context", "stride", "split", "detokenizer")
 
 
@@ -67,24 +67,26 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="WHAT",
         help="files (text, .jsonl, .parquet; .gz and .zst of text and .jsonl), folders, patterns, "
-        "a corpus's name, a folder of token shards, token files of llm.c or nanoGPT; for a task "
-        "its JSON Lines file [a task's is downloaded]",
+        "names of corpora, a folder of token shards, or token files of llm.c or nanoGPT; for a "
+        "task, its JSON Lines file [downloaded]",
     )
     what.add_argument(
-        "--limit", type=int, metavar="N", help="only the first N tokens, or examples [all]"
+        "--limit", type=int, metavar="N", help="score only the first N tokens or examples [all]"
     )
-    what.add_argument("--out", type=Path, metavar="DIR", help="write JSON, a table, a picture")
+    what.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder for a JSON record, a table and a picture"
+    )
     text = parser.add_argument_group("text")
     text.add_argument(
         "--text-column",
         metavar="NAME",
-        help=f"where a line of JSON or a Parquet table has its text [{TEXT_COLUMN}]",
+        help=f"key of a JSON line, or column of a Parquet table, with the text [{TEXT_COLUMN}]",
     )
     text.add_argument(
         "--context",
         type=int,
         metavar="N",
-        help="tokens in a window, the last only predicted [the model's block_size]",
+        help="tokens per window; the last is only predicted [the model's block_size]",
     )
     text.add_argument(
         "--stride", type=int, metavar="N", help="tokens between windows [half the context]"
@@ -92,35 +94,45 @@ def build_parser() -> argparse.ArgumentParser:
     text.add_argument(
         "--split",
         choices=SPLITS,
-        help="part of the data, as train splits it [all of a text, val of tokens]",
+        help="part of the data, as train splits it [all of a text; val for tokens]",
     )
     text.add_argument(
         "--detokenizer",
         choices=DETOKENIZERS,
-        help="undo a benchmark's own tokenization first [none]",
+        help="first undo the tokenization of this benchmark [none]",
     )
     models = parser.add_argument_group("models")
     models.add_argument(
-        "--checkpoint", choices=("best", "latest"), default="best", help="of a run [%(default)s]"
+        "--checkpoint",
+        choices=("best", "latest"),
+        default="best",
+        help="of a run: the one with the lowest validation loss, or the newest [%(default)s]",
     )
     models.add_argument(
-        "--tokenizer", choices=("gpt2", "bytes"), help="of a model that has none beside it"
+        "--tokenizer", choices=("gpt2", "bytes"), help="for a model without a tokenizer"
     )
-    models.add_argument("--vocab-dir", type=Path, metavar="DIR", help="GPT-2's vocabulary files")
+    models.add_argument(
+        "--vocab-dir",
+        type=Path,
+        metavar="DIR",
+        help="folder with GPT-2's encoder.json and vocab.bpe",
+    )
     models.add_argument(
         "--vocab-size",
         type=int,
         metavar="N",
-        help="number of ids of a model that has no tokenizer beside it, for token files",
+        help="number of ids, for token files whose tokenizer is unknown",
     )
-    models.add_argument("--offline", action="store_true", help="download no model and no task")
+    models.add_argument("--offline", action="store_true", help="do not use the network")
     machine = parser.add_argument_group("machine")
     machine.add_argument(
-        "--batch-size", type=int, default=8, metavar="N", help="sequences [%(default)s]"
+        "--batch-size", type=int, default=8, metavar="N", help="sequences per batch [%(default)s]"
     )
-    machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... [auto]")
     machine.add_argument(
-        "--dtype", choices=DTYPES, default="fp32", help="of the computation [%(default)s]"
+        "--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, ... [auto]"
+    )
+    machine.add_argument(
+        "--dtype", choices=DTYPES, default="fp32", help="compute dtype [%(default)s]"
     )
     machine.add_argument(
         "--impl", choices=IMPLS, default="auto", help="implementation of the kernels [%(default)s]"
@@ -136,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
         with distributed.process_group():
             _evaluate(arguments)
 
-    # a report matters more than what stands on the terminal
+    # with --out, writing the report matters more than the terminal
     return run_command("evaluate", body, steady=arguments.out is not None)
 
 
@@ -178,7 +190,7 @@ def _evaluate_text(arguments: argparse.Namespace, device: torch.device, dtype: t
         text_column=arguments.text_column or TEXT_COLUMN,
     )
     candidates = _candidates(arguments, source.tokenizer)
-    # everything is checked, and tokenized once for each tokenizer, before the first model is read
+    # check everything, and tokenize once per tokenizer, before the first model is read
     texts: dict[str, Text] = {}
     windows = {}
     for candidate in candidates:
@@ -240,7 +252,7 @@ def _evaluate_task(arguments: argparse.Namespace, device: torch.device, dtype: t
 
 
 def _candidates(arguments: argparse.Namespace, of_data: Tokenizer | None) -> list[OpenedModel]:
-    """The models; one that brings no tokenizer gets that of the flags, else that of the data."""
+    """The models; one without a tokenizer gets the flags' tokenizer, else the data's."""
     fallback = of_data
     if arguments.vocab_size is not None:
         fallback = IdTokenizer(arguments.vocab_size)
@@ -280,10 +292,10 @@ def _text_protocol(
     unit = DETOKENIZERS[source.detokenizer].unit
     return {
         "data": f"{source.source} (split {source.split}{part})",
-        "tokens": "; ".join(counts) + ", of which those scored are in the table",
+        "tokens": "; ".join(counts) + "; the table has how many were scored",
         "detokenizer": source.detokenizer,
-        "windows": "of `context` tokens, starting every `stride` tokens; a token is scored in the "
-        "first window that holds it, if a token stands before it there",
+        "windows": "`context` tokens each, one every `stride` tokens; a token is scored in the "
+        "first window that holds it, unless that window begins with it",
         "normaliser": "nats/token: the tokens scored; bits/byte: their UTF-8 bytes, none for "
         "<|endoftext|>"
         + ("" if words is None else f"; word-perplexity: {words:,} {unit} of the original text"),
@@ -301,9 +313,9 @@ def _with_bar(candidates: list[OpenedModel]) -> Iterator[OpenedModel]:
 
 @contextmanager
 def _shown(table: str, out: Path | None) -> Iterator[Path | None]:
-    """Show the results after the block; it writes them to what it is given, if to anything.
+    """Print the results after the block, which writes them to the folder it is given, if any.
 
-    Saved first, then shown; and shown where they could not be saved.
+    Results are saved first, then shown, and shown even if they could not be saved.
     """
     try:
         yield None if distributed.rank() else out
@@ -314,7 +326,7 @@ def _shown(table: str, out: Path | None) -> Iterator[Path | None]:
 
 
 def _say(text: str) -> None:
-    """Print, from one process alone."""
+    """Print from one process only."""
     if not distributed.rank():
         print(text, flush=True)
 

@@ -1,4 +1,4 @@
-"""Log-likelihoods of continuations, each given its context: what the multiple-choice tasks need."""
+"""Log-likelihoods of continuations, each given its context, for the multiple-choice tasks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from fastgpt2.model import GPT
 
 @dataclass(frozen=True)
 class Request:
-    """Token ids of a continuation, and of what stands before it (at least one)."""
+    """Token ids of a continuation and of its context (at least one each)."""
 
     context: list[int]
     continuation: list[int]
@@ -25,7 +25,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Likelihoods:
-    """Of N requests, in their order.
+    """Results of N requests, in their order.
 
     ``nll`` is the sum over the continuation's tokens in nats, ``tokens`` their number; ``greedy``
     says whether each of them was the likeliest token.
@@ -41,8 +41,8 @@ def score_continuations(
 ) -> Likelihoods:
     """-log p(continuation | context), summed in fp64, long requests first.
 
-    A context that does not fit keeps its end. With several processes each takes its share of the
-    batches, and all return the same.
+    A context that does not fit is cut at its start. With several processes, each scores its share
+    of the batches and all return the same result.
 
     Raises:
         UserError: a continuation is longer than the model's context.
@@ -67,7 +67,7 @@ def score_continuations(
         starts, "scoring", unit="batch", leave=False, disable=True if distributed.rank() else None
     ):
         chosen = order[start : start + batch_size]
-        # the requests of a batch, one after the other, are a text with a window for each
+        # join the requests of a batch into one text, with a window per request
         ends = np.cumsum(lengths[chosen]).tolist()
         windows = [
             Window(end - length, end - count, end)

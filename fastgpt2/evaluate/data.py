@@ -29,7 +29,7 @@ SPLITS = ("all", "train", "val")
 
 @dataclass(frozen=True)
 class Text:
-    """Tokens to score; ``words`` is None where the text is not known, or not all of it."""
+    """Tokens to score; ``words`` is None if the text is unknown or was cut."""
 
     tokens: TokenSequence
     tokenizer: Tokenizer
@@ -48,7 +48,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Documents:
-    """Texts in memory, detokenized; ``words`` counts them as they were before."""
+    """Texts in memory, detokenized; ``words`` counts words before detokenization."""
 
     source: str
     split: str
@@ -82,10 +82,10 @@ class Shards:
     detokenizer: str = "none"
 
     def tokenize(self, tokenizer: Tokenizer) -> Text:
-        """The tokens, which must be of this tokenizer.
+        """The tokens, which must come from this tokenizer.
 
         Raises:
-            UserError: they are of another one.
+            UserError: they come from another one.
         """
         ours = self.tokenizer
         if tokenizer.fingerprint != ours.fingerprint:
@@ -107,10 +107,10 @@ class Ids:
     detokenizer: str = "none"
 
     def tokenize(self, tokenizer: Tokenizer) -> Text:
-        """The ids, which must be of this tokenizer as far as anything says; all are checked.
+        """The ids, all of them checked; a recorded tokenizer must be this one.
 
         Raises:
-            UserError: they are of another one, or beyond its vocabulary.
+            UserError: the recorded tokenizer is another one, or an id exceeds the vocabulary.
         """
         tokenizer = tokenizer_of(self.found, tokenizer)
         tokens, val = open_token_files(self.found, tokenizer.vocab_size)
@@ -135,13 +135,13 @@ def open_data(
     Args:
         data: files, folders, patterns, names of corpora, one folder of token shards, or token
             files of llm.c or nanoGPT.
-        split: ``train`` or ``val``, as ``fastgpt2.train`` splits a text by default; None is all of
-            a text, and of tokens those of validation where there are some.
+        split: ``train`` or ``val``, as ``fastgpt2.train`` splits a text by default; None means
+            all of a text; for tokens, the validation split if there is one.
         detokenizer: a name in ``DETOKENIZERS``, for text.
-        text_column: where a line of JSON or a table has its text.
+        text_column: key of a JSON line, or column of a table, that holds the text.
 
     Raises:
-        UserError: nothing there, not UTF-8, or an option that token shards cannot serve.
+        UserError: no data, not UTF-8, or an option that does not apply to token shards.
     """
     refuse_weights(data, "evaluate")
     if folder := find_prepared(data):
@@ -169,7 +169,7 @@ def _open_shards(folder: Path, split: str | None, detokenizer: str) -> Shards:
     split = split or ("val" if "val" in prepared.tokens else "train")
     if split not in prepared.tokens:
         raise UserError(f"--split {split}: {folder} has {', '.join(prepared.tokens)}")
-    # damage should show now, not after hours
+    # find damage now, not after hours
     prepared.tokens[split].verify()
     return Shards(str(folder), split, prepared.tokens[split], prepared.tokenizer)
 

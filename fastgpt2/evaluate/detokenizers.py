@@ -1,4 +1,4 @@
-"""Benchmarks that come split into words, put back into the text that GPT-2 has learned from.
+"""Turn benchmarks that come split into words back into text like GPT-2's training data.
 
 Radford et al., 2019, section 3.1, undo "tokenization artifacts" such as free-standing punctuation
 before they score a text, and divide by the number of the benchmark's own tokens. Their programs
@@ -55,9 +55,9 @@ def count_words_and_lines(text: str) -> int:
 
 @dataclass(frozen=True)
 class Detokenizer:
-    """What is done to a text, and what its words are: of the text as it was before.
+    """How a text is detokenized, and how the words of the original text are counted.
 
-    ``unit`` is the name of what ``count`` counts.
+    ``unit`` names what ``count`` counts.
     """
 
     detokenize: Callable[[str], str]

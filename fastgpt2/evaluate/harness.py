@@ -1,6 +1,6 @@
 """``python -m fastgpt2.evaluate.harness``: lm-eval's command, with a model called fastgpt2.
 
-It is lm-eval's ``hf`` in all but the class that reads the weights, which is our drop-in.
+It is lm-eval's ``hf`` model, except that our drop-in class reads the weights.
 """
 
 import sys

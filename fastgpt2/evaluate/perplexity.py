@@ -1,4 +1,4 @@
-"""Cross-entropy over a text: its mean, and where in the context and on which tokens it arises."""
+"""Cross-entropy over a text: the mean, the curve over positions, the worst tokens."""
 
 import heapq
 import math
@@ -23,7 +23,7 @@ _SHOWN_BEFORE = 40
 
 @dataclass(frozen=True)
 class WorstToken:
-    """A token the model did not expect: its loss in nats, and what stood before it."""
+    """A token the model did not expect: its loss in nats and the text before it."""
 
     nll: float
     place: int
@@ -33,7 +33,7 @@ class WorstToken:
 
 @dataclass(frozen=True)
 class TextScore:
-    """What a model scores on a text.
+    """A model's score on a text.
 
     Arrays: ``position`` (3, context - 1) has count, sum and sum of squares of the losses by the
     number of tokens read before; ``calibration`` (3, bins) has count, sum of the confidence and
@@ -65,7 +65,7 @@ class TextScore:
 
     @property
     def word_perplexity(self) -> float | None:
-        """exp(loss * tokens / words): perplexity a word of the text as it was given."""
+        """exp(loss * tokens / words): perplexity per word of the original text."""
         return units.perplexity(self.loss * self.tokens / self.words) if self.words else None
 
     @property
@@ -88,7 +88,7 @@ class _Tally:
     def add(
         self, scores: TokenScores, position: NDArray[np.int64], place: NDArray[np.int64]
     ) -> None:
-        """Count tokens in; each has a position in its window and a place in the text."""
+        """Add tokens, each with its position in the window and its place in the text."""
         one = np.ones_like(scores.nll)
         columns = (one, scores.nll, scores.nll**2)
         self.position += _sums(position, columns, self.position.shape[1])
@@ -100,7 +100,7 @@ class _Tally:
         self.worst = heapq.nlargest(WORST_TOKENS, [*self.worst, *found])
 
     def reduce(self) -> None:
-        """Make them the sums over all processes."""
+        """Sum over all processes."""
         self.position, self.calibration, self.bytes = (
             distributed.all_sum(x) for x in (self.position, self.calibration, self.bytes)
         )
@@ -110,7 +110,7 @@ class _Tally:
 def _sums(
     index: NDArray[np.int64], columns: tuple[NDArray[np.float64], ...], size: int
 ) -> NDArray[np.float64]:
-    """Sums of each column over the rows of one index, (columns, size)."""
+    """Sum of each column over the rows with the same index, (columns, size)."""
     return np.stack([np.bincount(index, column, size) for column in columns])
 
 
@@ -119,18 +119,18 @@ def score_text(
 ) -> TextScore:
     """Mean of -log p(token | the tokens before it in its window) over the tokens of a text.
 
-    Losses are summed in fp64. With several processes each takes its share of the batches, and all
-    return the same.
+    Losses are summed in fp64. With several processes, each scores its share of the batches and all
+    return the same result.
 
     Args:
         model: in evaluation mode.
         text: the tokens.
-        windows: those over ``text.tokens``.
-        batch_size: windows at a time.
-        dtype: of the computation.
+        windows: the windows over ``text.tokens``.
+        batch_size: windows per batch.
+        dtype: compute dtype.
 
     Raises:
-        UserError: a loss that is not finite.
+        UserError: a loss is not finite.
     """
     token_bytes = text.token_bytes()
     tally = _Tally(windows.context)

@@ -9,9 +9,9 @@ from fastgpt2.evaluate.perplexity import TextScore
 from fastgpt2.evaluate.tasks import Metrics
 from fastgpt2.picture import draw, new_figure, printable
 
-# points of the curve over the positions, and the fewest tokens that one of them averages
+# points of the loss curve, and the fewest tokens that one point averages
 _POINTS, _LEAST_TOKENS = 32, 30
-# characters shown before a token, and of a model's name
+# characters shown of the text before a token, and of a model's name
 _SHOWN, _NAME = 44, 32
 # Okabe and Ito's colours, which colour-blind people can tell apart; the markers help, too
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -60,7 +60,7 @@ def _paint_text_scores(scores: dict[str, TextScore], data: str) -> Any:
 
 
 def draw_metrics(path: Path, results: dict[str, Metrics], task: str, chance: float) -> None:
-    """Each metric with its standard error, a point for each model."""
+    """Each metric with its standard error, one point per model."""
     draw(path, lambda: _paint_metrics(results, task, chance))
 
 
@@ -84,7 +84,7 @@ def _paint_metrics(results: dict[str, Metrics], task: str, chance: float) -> Any
 
 
 def _style(number: int) -> dict[str, str]:
-    """Colour and marker of the model of that number."""
+    """Colour and marker of model ``number``."""
     return {
         "color": _COLORS[number % len(_COLORS)],
         "marker": _MARKERS[number % len(_MARKERS)],
@@ -96,7 +96,7 @@ def _draw_position(axes: Any, score: TextScore, label: str, style: dict[str, str
     count, total, squares = _binned(score)
     kept = count >= _LEAST_TOKENS
     if not kept.any():
-        # too short a text for anything but the whole
+        # the text is too short for averages: show every bin that has tokens
         kept = count > 0
     mean = total[kept] / count[kept]
     stderr = np.sqrt(np.maximum(squares[kept] / count[kept] - mean**2, 0) / count[kept])
@@ -122,7 +122,7 @@ def _bin_centres(score: TextScore) -> Any:
 
 
 def _draw_calibration(axes: Any, score: TextScore, label: str, style: dict[str, str]) -> None:
-    """Marks whose area says how many tokens they stand for."""
+    """Markers whose area shows how many tokens they represent."""
     kept = score.calibration[:, score.calibration[0] > 0]
     count, confidence, correct = kept
     axes.plot(confidence / count, correct / count, color=style["color"], linewidth=1.2)
@@ -144,6 +144,6 @@ def _draw_worst(axes: Any, name: str, score: TextScore, color: str) -> None:
 
 
 def _short(name: str) -> str:
-    """The end of a long name, which is what tells folders apart."""
+    """The end of a long name: the part in which folders differ."""
     name = printable(name)
     return name if len(name) <= _NAME else f"…{name[1 - _NAME :]}"

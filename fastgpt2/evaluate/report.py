@@ -12,12 +12,12 @@ from fastgpt2.evaluate.picture import draw_metrics, draw_text_scores
 from fastgpt2.evaluate.tasks import Metrics
 from fastgpt2.files import write_text
 
-# what was done, a line each
+# how the evaluation was done: name -> value, one line each
 Protocol = dict[str, str]
 
 
 def text_table(scores: dict[str, TextScore]) -> str:
-    """The scores on a text, a row for each model."""
+    """The scores on a text, one row per model."""
     rows = []
     for name, s in scores.items():
         words = "" if s.word_perplexity is None else f"{s.word_perplexity:,.2f}"
@@ -29,7 +29,7 @@ def text_table(scores: dict[str, TextScore]) -> str:
 
 
 def task_table(results: dict[str, Metrics]) -> str:
-    """Metrics with their standard errors, a row for each model."""
+    """Metrics with their standard errors, one row per model."""
     names = list(next(iter(results.values())))
     rows = [
         (model, *(f"{metrics[name].value:.4f} ± {metrics[name].stderr:.4f}" for name in names))
@@ -39,7 +39,7 @@ def task_table(results: dict[str, Metrics]) -> str:
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    # the bar is the one character that would end a cell
+    # a bar would end the cell
     cells = [[cell.replace("|", "\\|") for cell in row] for row in (head, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []
@@ -54,7 +54,7 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def protocol_lines(protocol: Protocol) -> str:
-    """One line for each thing that was done."""
+    """One line per entry of the protocol."""
     return "\n".join(f"{key}: {value}" for key, value in protocol.items())
 
 
@@ -83,7 +83,7 @@ def write_task_report(
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse, before the work is done, a folder that cannot take a report."""
+    """Refuse a folder that cannot be created, before any work is done."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -104,7 +104,7 @@ def _text_record(score: TextScore) -> dict[str, Any]:
         "bits_per_byte": score.bits_per_byte,
         "word_perplexity": score.word_perplexity,
         "calibration_error": score.calibration_error,
-        # by the number of tokens read before, less one
+        # index: number of tokens read before, minus one
         "position_count": position[0].tolist(),
         "position_loss_sum": position[1].tolist(),
         "calibration_count": calibration[0].tolist(),
@@ -123,7 +123,7 @@ def _worst_table(score: TextScore) -> str:
 
 
 def _visible(text: str) -> str:
-    """On one line, without the mark that ends code in Markdown."""
+    """The text on one line, without the backquote that ends code in Markdown."""
     return text.replace("`", "'").replace("\r", "\\r").replace("\n", "\\n").replace("\t", "\\t")
 
 
@@ -138,7 +138,7 @@ def _write_markdown(folder: Path, protocol: Protocol, table: str) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no word for infinity: null."""
+    """``value`` with null for infinity and NaN, which JSON lacks."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, float) and not math.isfinite(value):

@@ -1,4 +1,4 @@
-"""What a model says of each target token: the one place where logits are looked at."""
+"""Score each target token; no other module of the evaluation reads logits."""
 
 from typing import NamedTuple
 
@@ -13,30 +13,30 @@ from fastgpt2.model import GPT
 from fastgpt2.plain import execution_device
 from fastgpt2.text.packing import IGNORE_INDEX
 
-# fp32 logits that are held at once: 64 MB
+# fp32 logits in memory at once: 64 MB
 _CHUNK_ELEMENTS = 1 << 24
 
 
 class TokenScores(NamedTuple):
-    """Of each of M target tokens, in the order of the rows."""
+    """Scores of M target tokens, in row order."""
 
     # -log p(target), in nats
     nll: NDArray[np.float64]
-    # probability of the token that the model thinks most likely
+    # probability of the likeliest token
     confidence: NDArray[np.float64]
-    # whether that is the target
+    # whether the likeliest token is the target
     correct: NDArray[np.bool_]
 
 
 @torch.no_grad()
 def score(model: GPT, idx: Tensor, targets: Tensor, dtype: torch.dtype) -> TokenScores:
-    """Score every target that is not ignored; logits are made for these alone.
+    """Score every target that is not ignored; logits are computed only for these.
 
     Args:
         model: in evaluation mode, fp32 weights.
         idx: (B, T) token ids.
         targets: (B, T) token ids; -100 is ignored.
-        dtype: of the computation; log-softmax is in fp32.
+        dtype: compute dtype; log-softmax is in fp32.
 
     Raises:
         UserError: a loss is not finite.
@@ -56,7 +56,7 @@ def score(model: GPT, idx: Tensor, targets: Tensor, dtype: torch.dtype) -> Token
         top, likeliest = logits.max(dim=-1)
         nll = lse - logits.gather(1, target[:, None])[:, 0]
         parts.append(torch.stack([nll, (top - lse).exp(), likeliest == target]))
-    # one transfer for all of them
+    # one transfer for all three
     nll, confidence, correct = torch.cat(parts, dim=1).cpu().double().numpy()
     if not np.isfinite(nll).all():
         raise UserError("the model's loss is not finite: damaged weights, or too large for fp16")

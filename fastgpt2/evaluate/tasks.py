@@ -23,7 +23,7 @@ from fastgpt2.text.utf8 import is_utf8
 
 @dataclass(frozen=True)
 class Example:
-    """A context and its possible continuations, of which number ``label`` is the right one."""
+    """A context and its possible continuations; ``label`` is the index of the right one."""
 
     context: str
     continuations: tuple[str, ...]
@@ -43,7 +43,7 @@ Metrics = dict[str, Metric]
 
 @dataclass(frozen=True)
 class Task:
-    """One task: how its file is read, and what is measured.
+    """A task: how its file is read and what is measured.
 
     ``example`` takes a line's JSON object, ``measure`` the likelihoods of the examples, (examples,
     continuations) each, and their labels.
@@ -58,7 +58,7 @@ class Task:
 
 
 def _text(value: Any, name: str) -> str:
-    """``value``, which a tokenizer will take."""
+    """``value``, if it is text that a tokenizer accepts."""
     if not isinstance(value, str) or not is_utf8(value):
         raise ValueError(f"{name} must be text, got {value!r:.80}")
     return value
@@ -93,13 +93,13 @@ def _lambada_metrics(scores: Likelihoods, labels: list[int]) -> Metrics:
     perplexity = units.perplexity(loss.value)
     return {
         "accuracy": _mean(scores.greedy),
-        # of the last word; the error of exp(x) is exp(x) times that of x, to first order
+        # perplexity of the last word; to first order, the error of exp(x) is exp(x) times that of x
         "perplexity": Metric(perplexity, perplexity * loss.stderr),
     }
 
 
 def _mean(values: Any) -> Metric:
-    """Mean and sample standard error; the error of one value alone is not known."""
+    """Mean and sample standard error; the error is NaN for a single value."""
     values = np.asarray(values, np.float64)
     n = len(values)
     stderr = values.std(ddof=1) / math.sqrt(n) if n > 1 else math.nan
@@ -146,7 +146,7 @@ def fetch(task: Task, *, offline: bool = False) -> Path:
     """The task's published file, downloaded once and checked.
 
     Raises:
-        UserError: it cannot be had, or ``offline`` and not in the cache.
+        UserError: it cannot be downloaded, or ``offline`` is set and it is not in the cache.
     """
     remote = task.remote
     path = cache_dir() / "tasks" / remote.file
@@ -164,7 +164,7 @@ def fetch(task: Task, *, offline: bool = False) -> Path:
 def is_published(task: Task, path: Path) -> bool:
     """Whether the file is the published one, by its sha256."""
     if not path.is_file():
-        # a pipe can be read only once, and the examples have been
+        # a pipe can be read only once, and the examples were read from it
         return False
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest() == task.remote.sha256
@@ -174,7 +174,7 @@ def read_examples(task: Task, path: Path, limit: int | None = None) -> list[Exam
     """The examples in a file, at most ``limit``.
 
     Raises:
-        UserError: the file cannot be read, is empty, or a line is not in the published format.
+        UserError: the file cannot be read or is empty, or a line is not in the published format.
     """
     examples: list[Example] = []
     for number, line in _lines(path):

@@ -1,10 +1,10 @@
-"""Sliding windows over a token sequence: which tokens are read, and which of them are scored.
+"""Sliding windows over a token sequence: which tokens are read and which are scored.
 
 The windows are those of transformers' recipe ("Perplexity of fixed-length models"): window k holds
 the tokens from k * stride on, at most ``context`` of them, and scores those that no window before
 it has held. Its last token is only predicted. The first token of a window is never scored, since
-nothing in the window comes before it: with stride < context that is the first token of the text
-alone, with stride = context one token in each window.
+nothing in the window comes before it. With stride < context this concerns only the first token of
+the text, with stride = context one token in each window.
 """
 
 from collections.abc import Sequence
@@ -71,7 +71,7 @@ class Windows:
 def make_batch(tokens: TokenSequence, windows: Sequence[Window]) -> tuple[Tensor, Tensor]:
     """Inputs and targets (B, T) of some windows; targets are -100 where nothing is scored.
 
-    Shorter windows are filled up at their end, which a causal model does not see.
+    Shorter windows are padded at the end, which a causal model ignores.
     """
     T = max(window.end - window.begin for window in windows) - 1
     idx = torch.zeros(len(windows), T, dtype=torch.int64)

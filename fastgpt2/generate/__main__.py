@@ -58,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--checkpoint",
         choices=("best", "latest"),
         default="best",
-        help="the one with the lowest validation loss, or the newest [%(default)s]",
+        help="of a run: the one with the lowest validation loss, or the newest [%(default)s]",
     )
     what.add_argument("--prompt", metavar="TEXT", help="text to continue [a line break]")
     what.add_argument(
@@ -82,18 +82,18 @@ def build_parser() -> argparse.ArgumentParser:
         "--output",
         metavar="FILE",
         help="JSON Lines, each as soon as it is ready: text, ids, log-probabilities, finish "
-        "reason; - is stdout [plain text on stdout]",
+        "reason; - is stdout [plain text to stdout]",
     )
     out.add_argument(
-        "--resume", action="store_true", help="add the results that --output does not have yet"
+        "--resume", action="store_true", help="add the results that are missing in --output"
     )
-    out.add_argument("--overwrite", action="store_true", help="--output may replace a file")
-    out.add_argument("--samples", type=int, metavar="N", help="how many texts per prompt [1]")
+    out.add_argument("--overwrite", action="store_true", help="replace an existing --output")
+    out.add_argument("--samples", type=int, metavar="N", help="texts per prompt [1]")
     out.add_argument(
         "--best-of",
         type=int,
         metavar="N",
-        help="write N texts, keep the one with the highest log-probability per token [1]",
+        help="generate N texts, keep the one with the highest log-probability per token [1]",
     )
     draw = parser.add_argument_group("sampling")
     draw.add_argument(
@@ -130,68 +130,72 @@ def build_parser() -> argparse.ArgumentParser:
     beams.add_argument(
         "--early-stopping", action="store_true", help="end as soon as N texts have ended"
     )
-    ends = parser.add_argument_group("where a text ends, and how it gets there")
+    ends = parser.add_argument_group("length and speed")
     ends.add_argument(
         "--max-new-tokens",
         type=int,
         metavar="N",
-        help=f"tokens at most [{Options.max_new_tokens}]",
+        help=f"generate at most N tokens [{Options.max_new_tokens}]",
     )
     ends.add_argument(
         "--min-new-tokens",
         type=int,
         metavar="N",
-        help="tokens to write before the end-of-text token is allowed [0]",
+        help="generate N tokens before the end-of-text token is allowed [0]",
     )
     ends.add_argument(
         "--stop",
         action="append",
         default=[],
         metavar="TEXT",
-        help="end before this text; may be repeated [the end-of-text token only]",
+        help="end before this text; repeatable [the end-of-text token only]",
     )
     ends.add_argument(
         "--window",
         choices=WINDOWS,
-        help="when the text outgrows the model's context: slide goes on with its last half, stop "
-        f"ends it, crop recomputes the whole context for each token [{DEFAULT_WINDOW}]",
+        help="when the text is longer than the model's context: slide keeps the last half, stop "
+        f"ends the text, crop recomputes the context for each token [{DEFAULT_WINDOW}]",
     )
     ends.add_argument(
         "--draft",
         metavar="MODEL",
-        help="a smaller model that proposes tokens: the same text, sooner",
+        help="a smaller model that proposes tokens: the same text, faster",
     )
     ends.add_argument(
         "--prompt-lookup",
         type=int,
         metavar="N",
-        help="propose up to N tokens that followed the last ones earlier in the text [0]",
+        help="propose up to N tokens by repeating what followed the last tokens before [0]",
     )
     model = parser.add_argument_group("model")
     model.add_argument(
         "--quantize", choices=("int8",), help="round the weights to 8 bits, one scale per row"
     )
     model.add_argument(
-        "--tokenizer", choices=("gpt2", "bytes"), help="for a model that comes without one"
+        "--tokenizer", choices=("gpt2", "bytes"), help="for a model without a tokenizer"
     )
-    model.add_argument("--vocab-dir", metavar="DIR", help="GPT-2's vocabulary files")
+    model.add_argument(
+        "--vocab-dir", metavar="DIR", help="folder with GPT-2's encoder.json and vocab.bpe"
+    )
     machine = parser.add_argument_group("machine")
     machine.add_argument(
         "--batch-size",
         type=int,
         metavar="N",
-        help=f"texts to generate, or score, at once [{DEFAULT_BATCH_SIZE}]",
+        help=f"texts per batch [{DEFAULT_BATCH_SIZE}]",
     )
-    machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... [auto]")
     machine.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="weights and computation [%(default)s]"
+        "--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, ... [auto]"
+    )
+    machine.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="dtype of weights and compute [%(default)s]"
     )
     machine.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="compile the decoding step on a CPU and keep it on disk; capture it as a CUDA graph "
-        "on a GPU [on a CPU, if it was compiled before or pays for the number of tokens]",
+        help="on a CPU, compile the decoding step and keep it on disk; on a GPU, capture it as a "
+        "CUDA graph [on a CPU, if it is compiled already or pays off for so many tokens]",
     )
     machine.add_argument(
         "--impl", choices=IMPLS, default="auto", help="implementation of the kernels [%(default)s]"
@@ -202,7 +206,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     arguments = build_parser().parse_args(argv)
-    # a file of results matters more than the terminal
+    # with a file, writing the results matters more than the terminal
     steady = arguments.output not in (None, "-")
     return run_command("generate", lambda: _generate(arguments), steady=steady)
 
@@ -215,10 +219,10 @@ def _generate(arguments: argparse.Namespace) -> int:
         print(f"fastgpt2 generate: {notice}", file=sys.stderr)
     jobs = _jobs(arguments)
     opened = _open(arguments, arguments.model)
-    # a text that is scored is read in windows
+    # a scored text is read in windows
     window = "slide" if arguments.score else arguments.window or DEFAULT_WINDOW
     for job in jobs:
-        # a conversation may begin with nothing
+        # a conversation may begin with an empty prompt
         if job.prompt or not arguments.interactive:
             job.check(opened, window)
     if arguments.interactive:

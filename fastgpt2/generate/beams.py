@@ -112,7 +112,8 @@ class BeamSearch:
         finished: list[Beam] = []
         for length in range(1, max_new_tokens + 1):
             last_step = length == max_new_tokens
-            candidates = self._candidates(running, prompt, logits, sampling, len(stop))
+            with self.slots.choosing():
+                candidates = self._candidates(running, prompt, logits, sampling, len(stop))
             if not candidates:
                 finished = finished or [self._end(text, "no token left") for text in running]
                 break

@@ -7,7 +7,8 @@ cache. It serves every model and number of rows, so nothing is compiled a second
 import ctypes
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from ctypes import POINTER, Structure, c_double, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
@@ -182,7 +183,8 @@ class CompiledStep:
             self._space = torch.empty(space)
         step.space = self._space.data_ptr()
         self._library.decode_step(self._model, step)
-        return logits.to(self._dtype)
+        with one_thread():
+            return logits.to(self._dtype)
 
     def _pointer(self, tensor: Tensor | None) -> int | None:
         if tensor is None:
@@ -204,6 +206,21 @@ class CompiledStep:
 def _matrices(weights: Weights) -> list[Tensor]:
     layers = [m for part in weights.layers for m in (part.qkv, part.proj, part.fc, part.out)]
     return [m.weight for m in (*layers, weights.tokens, weights.head)]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Within the block, PyTorch's operators run on the calling thread alone.
+
+    After an operator, OpenMP's other threads spin for milliseconds until they sleep. They would
+    hold the processors that the next step needs.
+    """
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(count)
 
 
 def pays(model: GPT, new_tokens: int) -> bool:

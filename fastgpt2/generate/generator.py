@@ -30,7 +30,7 @@ from fastgpt2.generate.checks import (
 )
 from fastgpt2.generate.processors import InVocabulary, Processor, require
 from fastgpt2.generate.request import Request, Stream
-from fastgpt2.generate.sampling import Sampling, allows_some, draw, may_follow
+from fastgpt2.generate.sampling import Sampling, allows_some, draw, log_probs_of, may_follow
 from fastgpt2.generate.slots import Slots
 from fastgpt2.generate.speculation import Draft, PromptLookup, Proposal, verify
 from fastgpt2.generate.text import TextPieces, encode_prompt
@@ -112,7 +112,7 @@ class Generator:
         self.keep = kept_tokens(model, window)
         self._proposer: Draft | PromptLookup | None = None
         if draft is not None:
-            self._proposer = Draft(draft, model, batch_size, proposals)
+            self._proposer = Draft(draft, model, batch_size, proposals, compile=compile)
         elif prompt_lookup:
             # more tokens than the window holds would never be accepted
             self._proposer = PromptLookup(min(prompt_lookup, block_size))
@@ -225,8 +225,7 @@ class Generator:
             fresh = [len(self._pending(i)) > 1 for i in range(len(self._rows))]
             if any(fresh):
                 for first, stop in _runs(fresh):
-                    pending = [self._pending(i) for i in range(first, stop)]
-                    self._choose(self._rows[first:stop], self.slots.feed(first, pending))
+                    self._extend(first, [self._pending(i) for i in range(first, stop)])
             elif self._rows:
                 self._decode()
         self._leave()
@@ -289,12 +288,19 @@ class Generator:
             return
         tokens = [[row.ids[-1], *p.tokens] for row, p in zip(rows, proposals, strict=True)]
         if all(len(ids) == 1 for ids in tokens):
-            self._choose(rows, self.slots.feed(0, tokens))
+            self._extend(0, tokens)
             return
         logits = self.slots.feed(0, tokens, every=True)
-        for row, proposal, row_logits in zip(rows, proposals, logits, strict=True):
-            self._verify(row, proposal, row_logits[: len(proposal.tokens) + 1])
+        with self.slots.choosing():
+            for row, proposal, row_logits in zip(rows, proposals, logits, strict=True):
+                self._verify(row, proposal, row_logits[: len(proposal.tokens) + 1])
         self.slots.cut([len(row.ids) - 1 - row.start for row in rows])
+
+    def _extend(self, first: int, tokens: list[list[int]]) -> None:
+        """One more token for each of some adjacent rows, after tokens that the cache lacks."""
+        logits = self.slots.feed(first, tokens)
+        with self.slots.choosing():
+            self._choose(self._rows[first : first + len(tokens)], logits)
 
     def _spare(self, row: Row) -> int:
         """How many tokens the row may get after the next one, before it ends or slides."""
@@ -324,7 +330,7 @@ class Generator:
             for j in range(len(logits))
         ]
         chosen = verify(request, proposal, torch.cat(processed))
-        values = _log_probs(logits[: len(chosen)], chosen) if request.log_probs else None
+        values = log_probs_of(logits[: len(chosen)], chosen) if request.log_probs else None
         for j, id_ in enumerate(chosen):
             self._append(row, id_, None if values is None else values[j])
 
@@ -357,7 +363,7 @@ class Generator:
             for i, id_ in zip(members, tokens, strict=True):
                 chosen[i] = id_
         wanted = any(row.stream.request.log_probs for row in rows)
-        values = _log_probs(logits, chosen) if wanted else None
+        values = log_probs_of(logits, chosen) if wanted else None
         for i, (row, id_) in enumerate(zip(rows, chosen, strict=True)):
             keep = values is not None and row.stream.request.log_probs
             self._append(row, id_, values[i] if values is not None and keep else None)
@@ -383,12 +389,6 @@ def _pick(processed: Tensor, requests: list[Request]) -> list[int | None]:
         drawn = [draw(processed[i : i + 1], r.generator) for i, r in enumerate(requests)]
         tokens = torch.cat(drawn)[:, 0].tolist()
     return [id_ if fine else None for id_, fine in zip(tokens, allowed, strict=True)]
-
-
-def _log_probs(logits: Tensor, chosen: list[int | None]) -> list[float]:
-    ids = torch.tensor([id_ or 0 for id_ in chosen], device=logits.device)
-    log_probs = logits.float().log_softmax(dim=-1).gather(1, ids[:, None])[:, 0]
-    return [float(value) for value in log_probs.tolist()]
 
 
 def _runs(flags: list[bool]) -> list[tuple[int, int]]:

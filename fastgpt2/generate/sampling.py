@@ -115,3 +115,10 @@ def draw(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
     probs = torch.softmax(logits.masked_fill(hopeless, 0.0), dim=-1)
     times = torch.empty_like(probs).exponential_(1.0, generator=generator)
     return (probs / times).argmax(dim=-1, keepdim=True)
+
+
+def log_probs_of(logits: Tensor, chosen: Sequence[int | None]) -> list[float]:
+    """The log-probability of the token chosen in each row of logits (B, V); of token 0 for None."""
+    ids = torch.tensor([id_ or 0 for id_ in chosen], device=logits.device)
+    log_probs = logits.float().log_softmax(dim=-1).gather(1, ids[:, None])[:, 0]
+    return [float(value) for value in log_probs.tolist()]

@@ -3,11 +3,12 @@
 import ctypes
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
-from fastgpt2.generate.compiled import MAX_TOKENS, CompiledStep, load_library
+from fastgpt2.generate.compiled import MAX_TOKENS, CompiledStep, load_library, one_thread
 from fastgpt2.generate.gpu_step import gpu_weights_of
 from fastgpt2.generate.graph import Choice, graph_step
 from fastgpt2.generate.step import logits_after, weights_of
@@ -103,6 +104,10 @@ class Slots:
             last = torch.tensor(counts, device=self.device) - 1
             hidden = hidden[torch.arange(len(counts), device=self.device), last]
         return self.model.head(hidden)
+
+    def choosing(self) -> AbstractContextManager[None]:
+        """Where tokens are chosen from logits: on one thread, between compiled steps."""
+        return nullcontext() if self.compiled is None else one_thread()
 
     def _compile(self) -> CompiledStep | None:
         """The compiled step with the model's present weights, where there is one."""

@@ -118,19 +118,22 @@ class Draft:
         target: the model that verifies.
         batch_size: number of rows.
         count: the most tokens to propose.
+        compile: whether to compile a step for it, if possible.
 
     Raises:
         UserError: the vocabularies differ.
     """
 
-    def __init__(self, model: GPT, target: GPT, batch_size: int, count: int) -> None:
+    def __init__(
+        self, model: GPT, target: GPT, batch_size: int, count: int, *, compile: bool = False
+    ) -> None:
         theirs, ours = model.config.vocab_size, target.config.vocab_size
         if theirs != ours:
             raise UserError(f"draft: its vocabulary has {theirs} ids, the model's {ours}")
         if model.config.block_size < 4:
             raise UserError("draft: its block_size must be 4 or more")
         self.model = model.eval()
-        self.slots = Slots(model, batch_size, model.config.block_size)
+        self.slots = Slots(model, batch_size, model.config.block_size, compile=compile)
         self.count = min(count, model.config.block_size // 4)
         # where in a row's ids the draft's context begins, and the tokens in its cache
         self._starts = [0] * batch_size
@@ -155,10 +158,11 @@ class Draft:
         last = self._catch_up(rows, counts)
         for k in range(max(counts)):
             logits = self.slots.feed(0, last)
-            for i, row in enumerate(rows):
-                if k < counts[i]:
-                    self._draw(row, tokens[i], probs[i], logits[i : i + 1])
-                    last[i] = tokens[i][-1:]
+            with self.slots.choosing():
+                for i, row in enumerate(rows):
+                    if k < counts[i]:
+                        self._draw(row, tokens[i], probs[i], logits[i : i + 1])
+                        last[i] = tokens[i][-1:]
         for i, row in enumerate(rows):
             self._fed[i] = [] if not counts[i] else [*row.ids[self._starts[i] :], *tokens[i][:-1]]
         return [

@@ -26,7 +26,7 @@ _FOREIGN_OPTIONS = ("position_bias", "softcap", "cache", "s_aux")
 
 
 class _Config:
-    """A model's config, but for the name of our attention in it."""
+    """A model's config without the name of our attention."""
 
     _attn_implementation = NAME
 

@@ -82,7 +82,7 @@ def load_weights_into_gpt(gpt: GPTModel, params: Mapping[str, Any]) -> None:
                 f"load_weights_into_gpt: {name} must have shape {tuple(own[name].shape)}, "
                 f"the parameters have {tuple(tensor.shape)}"
             )
-    # strict=False for the masks alone, which are no weights
+    # strict=False only for the masks, which are not weights
     gpt.load_state_dict(state, strict=False)
 
 

@@ -33,7 +33,7 @@ def _filled(module: Module, state: Mapping[str, Tensor], like: nn.Module) -> Mod
     weight = next(like.parameters())
     module.to(weight.device, weight.dtype)
     missing, unexpected = module.load_state_dict(state, strict=False)
-    # masks are no weights: each rung makes its own
+    # masks are not weights: each rung makes its own
     assert not unexpected and all(name.endswith("mask") for name in missing)
     return module.train(like.training)
 
@@ -58,7 +58,7 @@ def v1_to_v2(v1: SelfAttentionV1) -> SelfAttentionV2:
 
 
 def v2_to_causal(v2: SelfAttentionV2, context_length: int, dropout: float = 0.0) -> CausalAttention:
-    """The same projections behind a mask: row t is ``v2``'s last row on the first t + 1 tokens."""
+    """The same projections with a mask: row t is ``v2``'s last row on the first t + 1 tokens."""
     d_out, d_in = v2.W_query.weight.shape
     has_bias = v2.W_query.bias is not None
     return _filled(

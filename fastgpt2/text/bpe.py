@@ -17,8 +17,8 @@ from fastgpt2.errors import UserError
 from fastgpt2.files import parse_json, write_text
 from fastgpt2.text.encoding import END_OF_TEXT, fingerprint, well_formed
 
-# GPT-2's split into words (openai/gpt-2, src/encoder.py), with the quantifiers made possessive
-# where that changes nothing, so that long runs need no backtracking
+# GPT-2's split into words (openai/gpt-2, src/encoder.py). Quantifiers are possessive where the
+# matches stay the same, so that long runs need no backtracking
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
 ENCODER, MERGES = "encoder.json", "vocab.bpe"
@@ -38,7 +38,7 @@ MIRRORS = {
 
 
 class VocabularyMissingError(UserError):
-    """The GPT-2 vocabulary is neither on the disk nor to be had from the network."""
+    """The GPT-2 vocabulary is not on this disk and could not be downloaded."""
 
 
 class GPT2Tokenizer:
@@ -46,7 +46,7 @@ class GPT2Tokenizer:
 
     Args:
         encoder: content of ``encoder.json``: token, in GPT-2's printable spelling, to id.
-        merges: content of ``vocab.bpe``: one merge a line, the most frequent first.
+        merges: content of ``vocab.bpe``: one merge per line, the most frequent first.
         origin: where they came from, for error messages.
 
     Raises:
@@ -69,7 +69,7 @@ class GPT2Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Names the vocabulary, whichever files it was read from."""
+        """Identifies the vocabulary, whichever files it was read from."""
         return fingerprint(self._tokens)
 
     def encode(
@@ -83,8 +83,8 @@ class GPT2Tokenizer:
 
         Args:
             text: what is encoded.
-            allow_special: whether special tokens stand for themselves, as in all tokenizers here.
-            allowed_special: the same by tiktoken's name: a set of special tokens, or ``"all"``.
+            allow_special: whether special tokens become single ids; all tokenizers here have this.
+            allowed_special: the same under tiktoken's name: a set of special tokens, or ``"all"``.
 
         Raises:
             UserError: ``allowed_special`` has a token that the vocabulary lacks.
@@ -99,7 +99,7 @@ class GPT2Tokenizer:
         return self._encoding.encode_ordinary(well_formed(text))
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes that ``ids`` stand for; the end of a prefix may cut a character."""
+        """The bytes of ``ids``; a prefix of a text may end inside a character."""
         parts = []
         for id_ in ids:
             if not 0 <= id_ < self.vocab_size:
@@ -141,7 +141,7 @@ class GPT2Tokenizer:
 
         Raises:
             VocabularyMissingError: none of the three has it.
-            UserError: ``vocab_dir`` was given and its files are not usable.
+            UserError: ``vocab_dir`` was given and its files cannot be used.
         """
         if vocab_dir is not None:
             return cls.from_folder(vocab_dir)
@@ -150,7 +150,7 @@ class GPT2Tokenizer:
 
 
 def _from_tiktoken_cache() -> tuple[str, str] | None:
-    # tiktoken's own rule (tiktoken/load.py), followed here because its download has no time limit
+    # tiktoken's own rule (tiktoken/load.py); not called, because its download has no time limit
     folder = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR"))
     if folder is None:
         folder = os.path.join(tempfile.gettempdir(), "data-gym-cache")
@@ -183,7 +183,7 @@ def _from_network(timeout: float, retries: int) -> tuple[str, str]:
 
 def _read(path: Path) -> str:
     try:
-        # an editor may have put a byte-order mark before the first token
+        # an editor may have added a byte-order mark
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 at byte {error.start}") from error
@@ -211,7 +211,7 @@ def _parse_json(text: str, origin: str) -> dict[str, Any]:
 
 
 def _byte_spelling() -> dict[str, int]:
-    """GPT-2 spells each byte as one printable character; the map back to the byte."""
+    """GPT-2 spells each byte as one printable character: map from character to byte."""
     printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
     others = [b for b in range(256) if b not in printable]
     spelling = {chr(b): b for b in printable}
@@ -221,8 +221,8 @@ def _byte_spelling() -> dict[str, int]:
 def _parse(encoder: str, merges: str, origin: str) -> tuple[dict[bytes, int], dict[str, int]]:
     """Mergeable tokens (bytes to id) and special tokens (text to id) of the two files.
 
-    tiktoken joins first the pair whose product has the lowest id, so the ids of the products must
-    rise in the order of the merges, as they do in GPT-2's files and in those trained like them.
+    tiktoken first joins the pair whose product has the lowest id. The products' ids must therefore
+    increase in the order of the merges, as in GPT-2's files and files trained the same way.
     """
     vocab = _parse_json(encoder, origin)
     if any(not isinstance(id_, int) for id_ in vocab.values()) or sorted(vocab.values()) != list(

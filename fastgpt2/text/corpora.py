@@ -24,10 +24,10 @@ from fastgpt2.text.matches import files_below, matching_files
 from fastgpt2.text.own_files import without_runs
 from fastgpt2.text.utf8 import Utf8Decoder
 
-# part of the text that is kept for validation, as in nanoGPT
+# share of the text kept for validation, as in nanoGPT
 VAL_FRACTION = 0.1
 PYTHON_DOCS = "python-docs"
-# bytes of text in one piece: what the tokenizer sees, and holds in memory, at once
+# bytes of text per piece: the tokenizer holds one piece in memory at a time
 PIECE_BYTES = 1 << 20
 
 
@@ -55,7 +55,7 @@ REMOTE = {
         "b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f",
         20_479,
     ),
-    # 40,000 lines of Shakespeare, as Karpathy put them together for char-rnn
+    # 40,000 lines of Shakespeare, collected by Karpathy for char-rnn
     "tinyshakespeare": RemoteText(
         "tinyshakespeare.txt",
         (
@@ -71,14 +71,14 @@ CORPUS_NAMES = (PYTHON_DOCS, *REMOTE)
 
 @dataclass(frozen=True)
 class Document:
-    """One text: a UTF-8 file, compressed or not, or a string that is in memory already."""
+    """One text: a UTF-8 file, compressed or not, or bytes already in memory."""
 
     name: str
     content: Path | bytes
 
     @property
     def size(self) -> int:
-        """Length in bytes, of a compressed file those of its text."""
+        """Bytes of text; for a compressed file, after decompression."""
         if isinstance(self.content, bytes):
             return len(self.content)
         if is_compressed(self.content):
@@ -98,7 +98,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents in a fixed order, and what to call them together."""
+    """Documents in a fixed order, and a name for all of them."""
 
     source: str
     documents: tuple[Document | Records, ...]
@@ -117,10 +117,10 @@ class Corpus:
 class Piece:
     """A stretch of one document in one split.
 
-    ``after_document`` is true where it begins a document and the split has one before it: the
-    place of an end-of-text id. A split whose last document is a record (a line of JSON, a row of a
-    table) ends with such a piece without text: every record ends with an end-of-text id. ``start``
-    is its place in the corpus, in bytes, and ``size`` its length.
+    ``after_document`` is true if the piece begins a document and the split already has one: an
+    end-of-text id goes before it. If the last document of a split is a record (a line of JSON, a
+    row of a table), the split ends with such a piece without text, because every record ends with
+    an end-of-text id. ``start`` is the piece's place in the corpus, ``size`` its length, in bytes.
     """
 
     split: Split
@@ -133,20 +133,20 @@ class Piece:
 def load_corpus(data: str | Sequence[str], *, text_column: str = TEXT_COLUMN) -> Corpus:
     """The documents that ``data`` names: corpus names, files, folders, glob patterns.
 
-    Folders are searched to the bottom, through symbolic links; hidden files are left out, and files
-    come in the order of their names: a folder is the same corpus as the pattern ``folder/**/*``.
-    What training runs have written is left out. One file is one document, but for JSON lines
-    (``.jsonl``) and tables (``.parquet``), where each line or row is one. ``.gz`` and ``.zst`` are
-    decompressed. Such files are read once here, to count the bytes of their texts. A pipe
-    (``/dev/stdin``, process substitution) is read into memory.
+    Folders are searched recursively and through symbolic links. Hidden files are skipped, and files
+    are sorted by name: a folder is the same corpus as the pattern ``folder/**/*``. Files written by
+    training runs are skipped. One file is one document, except JSON lines (``.jsonl``) and tables
+    (``.parquet``), where each line or row is one. ``.gz`` and ``.zst`` are decompressed. Such files
+    are read once here, to count the bytes of their texts. A pipe (``/dev/stdin``, process
+    substitution) is read into memory.
 
     Args:
         data: one of these, or several.
-        text_column: where a line of JSON or a table has its text.
+        text_column: key of a JSON line, or column of a table, that holds the text.
 
     Raises:
-        UserError: something is not there, is empty, cannot be downloaded, or holds no text where a
-            line or row should have it.
+        UserError: something is missing, is empty or cannot be downloaded, or a line or row has no
+            text.
     """
     items = [data] if isinstance(data, str) else list(data)
     if not items:
@@ -161,10 +161,10 @@ def load_corpus(data: str | Sequence[str], *, text_column: str = TEXT_COLUMN) ->
 
 
 def absolute(item: str) -> str:
-    """``item`` as it can be read from any folder: a path or a pattern from the root on.
+    """``item`` as an absolute path or pattern, which any working directory can read.
 
     Args:
-        item: what ``load_corpus`` takes; the name of a corpus stays as it is.
+        item: what ``load_corpus`` takes; the name of a corpus is returned unchanged.
     """
     return item if item in CORPUS_NAMES else str(Path(item).absolute())
 
@@ -186,7 +186,7 @@ def _resolve(item: str, text_column: str) -> Sequence[Document | Records]:
         if not files:
             raise _not_there(item)
     if not path.is_file():
-        # a file that is named is taken as it is
+        # a file given by name is always taken
         files = without_runs(files)
     if not files:
         raise UserError(f"data: {item} has no files (those of runs are left out)")
@@ -194,7 +194,7 @@ def _resolve(item: str, text_column: str) -> Sequence[Document | Records]:
 
 
 def corpus_paths(item: str) -> list[Path]:
-    """The files and folders that ``item`` needs; those of a corpus known by name are not listed.
+    """The files and folders that ``item`` needs; none for a corpus known by name.
 
     Args:
         item: what ``load_corpus`` takes.
@@ -208,10 +208,10 @@ def corpus_paths(item: str) -> list[Path]:
 
 
 def _read_once(item: str) -> Document:
-    """A pipe, a terminal: process substitution, /dev/stdin. It can be read only once, so now.
+    """Read a pipe or a terminal (process substitution, /dev/stdin) now: it can be read only once.
 
     Raises:
-        UserError: it cannot be read, or is a device that never ends.
+        UserError: it cannot be read, or is another kind of device, which might never end.
     """
     path = Path(item)
     try:
@@ -240,10 +240,10 @@ def _fetch(name: str, text: RemoteText) -> Path:
 
 
 def python_docs() -> list[Document]:
-    """The prose that CPython carries for ``help()``: one document for each topic.
+    """The help texts that come with CPython (``help()``): one document per topic.
 
-    Many topics repeat paragraphs of others (a fifth of the text in CPython 3.11). Each paragraph is
-    kept where it comes first, so that the validation split is not a copy of the training text.
+    Many topics repeat paragraphs of others (a fifth of the text in CPython 3.11). Only the first
+    copy of a paragraph is kept, so that the validation split does not repeat the training text.
     """
     try:
         from pydoc_data.topics import topics
@@ -255,7 +255,7 @@ def python_docs() -> list[Document]:
     seen: set[str] = set()
     documents = []
     for name, text in topics.items():
-        # a dict keeps the order, and one of each
+        # a dict drops duplicates and keeps the order
         paragraphs = dict.fromkeys(p.strip("\n") for p in text.split("\n\n"))
         content = "\n\n".join(p for p in paragraphs if p and p not in seen)
         seen.update(paragraphs)
@@ -267,18 +267,18 @@ def python_docs() -> list[Document]:
 def split_pieces(
     corpus: Corpus, val_fraction: float, span: tuple[int, int] | None = None
 ) -> Iterator[Piece]:
-    """The text of ``corpus`` in order: first what trains, then what validates.
+    """The text of ``corpus`` in order: the training text, then the validation text.
 
-    The border is where ``1 - val_fraction`` of the bytes are passed, moved to the next character,
-    be it inside a document: for one ASCII file this is nanoGPT's split. What a document has in a
-    split is cut further into pieces of about ``PIECE_BYTES``, where no tokenizer would have joined
-    anything (see ``cut_point``).
+    The border comes after ``1 - val_fraction`` of the bytes, moved to the next character, even
+    inside a document: for one ASCII file this is nanoGPT's split. A document's part of a split is
+    cut into pieces of about ``PIECE_BYTES``, at places where no tokenizer joins characters (see
+    ``cut_point``).
 
     Args:
         corpus: the documents.
-        val_fraction: share of the bytes that validates.
-        span: bytes [start, stop) of the corpus: only the pieces that begin in it, exactly as they
-            are in the whole. Documents before it are not read, those after it neither.
+        val_fraction: share of the bytes kept for validation.
+        span: bytes [start, stop) of the corpus: only the pieces that begin there, identical to
+            those of the whole corpus. Documents before and after it are not read.
 
     Raises:
         UserError: a file is not UTF-8 text, naming the file and the place.
@@ -294,9 +294,9 @@ def split_pieces(
 
 
 def _pieces(corpus: Corpus, border: int, first: int) -> Iterator[Piece]:
-    """All pieces in order, but for those of documents that end before the byte ``first``."""
+    """All pieces in order, except those of documents that end before byte ``first``."""
     begun: set[Split] = set()
-    # the split that a record, if it was the last text, ended in
+    # the split in which the last text ended, if that text was a record
     record: Split | None = None
     for text in _texts(corpus, border, first):
         if text.skipped is not None:
@@ -304,7 +304,7 @@ def _pieces(corpus: Corpus, border: int, first: int) -> Iterator[Piece]:
             record = text.skipped if text.is_record else None
             continue
         start = text.start
-        # a document of a byte-order mark alone has no text
+        # a document that is only a byte-order mark has no text
         chunks = (chunk for chunk in _decoded(text, border) if chunk[1])
         for split, group in groupby(chunks, key=itemgetter(0)):
             if record is not None and start == text.start and record != split:
@@ -332,7 +332,7 @@ def _pieces(corpus: Corpus, border: int, first: int) -> Iterator[Piece]:
 class _Text:
     """One document, or one record of a file: its place in the corpus, its bytes.
 
-    Where ``skipped`` names a split, it stands for a whole file that is not read.
+    If ``skipped`` names a split, this is a whole file that is not read.
     """
 
     start: int
@@ -348,7 +348,7 @@ def _texts(corpus: Corpus, border: int, first: int) -> Iterator[_Text]:
     for document in corpus.documents:
         end = start + document.size
         is_record = not isinstance(document, Document)
-        # a file that may be a byte-order mark alone is looked at: it has no text
+        # a file that may be only a byte-order mark is read: it has no text
         if end <= first and not start < border < end and document.size > len(codecs.BOM_UTF8):
             split: Split = "train" if end <= border else "val"
             yield _Text(start, iter(()), utf8(), is_record, split)
@@ -370,7 +370,7 @@ def _decoded(text: _Text, border: int) -> Iterator[tuple[Split, str]]:
     training = left > 0
     for chunk in text.chunks:
         cut = max(0, min(left, len(chunk))) if training else 0
-        # the character that the border falls into goes to the training text
+        # a character across the border belongs to the training text
         while training and cut < len(chunk) and chunk[cut] & 0xC0 == 0x80:
             cut += 1
         left -= cut
@@ -385,9 +385,9 @@ def _decoded(text: _Text, border: int) -> Iterator[tuple[Split, str]]:
 def cut_point(text: str) -> int:
     """Where ``text`` can be cut so that its two parts tokenize as the whole does.
 
-    GPT-2's pattern never has a non-space followed by a space within one word, so the border before
-    a newline (failing that, a space) that follows a non-space is such a place; the last one is
-    taken. A text with none is cut at its end.
+    No word of GPT-2's pattern has a space after a non-space, so the text can be cut before any
+    newline or space that follows a non-space. The last such newline is taken, else the last such
+    space, else the end of the text.
     """
     for space in "\n ":
         place = text.rfind(space)

@@ -1,4 +1,4 @@
-"""From what ``--data`` says to the tokens of a training run."""
+"""Turn what ``--data`` names into the tokens of a training run."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -30,10 +30,10 @@ from fastgpt2.text.tokenizers import get_tokenizer
 
 @dataclass(frozen=True)
 class Dataset:
-    """Training and validation tokens, and what is needed to read them.
+    """Training and validation tokens with their tokenizer.
 
-    ``train_bytes`` and ``val_bytes`` are the UTF-8 bytes of the two texts: nats per token times
-    ``len(val) / val_bytes`` are nats per byte, whatever the tokenizer; 0 where ids have no text.
+    ``train_bytes`` and ``val_bytes`` are the UTF-8 bytes of the two texts, 0 if the ids have no
+    text: nats per token times ``len(val) / val_bytes`` are nats per byte, for any tokenizer.
     ``val`` is None when nothing is kept for validation.
     """
 
@@ -46,9 +46,9 @@ class Dataset:
 
     @cached_property
     def first_bytes(self) -> int:
-        """UTF-8 bytes of the validation tokens that come right after an end-of-text id.
+        """UTF-8 bytes of the validation tokens that directly follow an end-of-text id.
 
-        They begin a document: where each document is scored alone, nothing predicts them.
+        Each begins a document. If documents are scored alone, nothing predicts these tokens.
         """
         eot, total, previous = self.tokenizer.eot, 0, np.empty(0, np.int64)
         if self.val is None or eot is None:
@@ -62,7 +62,7 @@ class Dataset:
 
     @cached_property
     def digest(self) -> str:
-        """Short sha256 of all tokens: equal digests mean the same corpus, wherever it lies.
+        """Short sha256 of all tokens: equal digests mean the same corpus, whatever its path.
 
         A folder of token shards and the text it was made from have different digests.
         """
@@ -81,7 +81,7 @@ class Dataset:
                 digest.update(tokens.sha256)
             elif tokens is not None:
                 digest.update(np.ascontiguousarray(tokens).data)
-            # the place of the border between the two
+            # marks the border between the two splits
             digest.update(b"split")
         return digest.hexdigest()[:16]
 
@@ -96,19 +96,19 @@ def build_dataset(
     vocab_size: int | None = None,
     notify: Callable[[str], None] | None = None,
 ) -> Dataset:
-    """Read and tokenize a corpus, or open and verify one that is tokenized already.
+    """Read and tokenize a corpus, or open and verify a tokenized one.
 
     Args:
         data: files, folders, glob patterns, corpus names (see ``load_corpus``), one folder of
             token shards of ``fastgpt2.prepare``, or token files of llm.c or nanoGPT. With weights
             (``a.txt:0.3``), each of these is one source of a mixture.
-        tokenizer: a name for ``get_tokenizer``, or the tokenizer itself (of a run that resumes).
+        tokenizer: a name for ``get_tokenizer``, or a tokenizer (when a run resumes).
         vocab_dir: folder with GPT-2's vocabulary files.
-        val_fraction: the last part of the text, kept for validation; shards have theirs, and so
-            have token files where names say so.
-        text_column: where a line of JSON or a table has its text.
+        val_fraction: share of the text, at its end, kept for validation; ignored for shards and for
+            token files whose names say which part validates.
+        text_column: key of a JSON line, or column of a table, that holds the text.
         vocab_size: V of token files whose tokenizer is not known.
-        notify: called with lines that a person should see.
+        notify: called with lines that the user should see.
 
     Raises:
         UserError: anything wrong with the data, in one line.
@@ -168,7 +168,7 @@ def build_dataset(
 def _prepared_dataset(folder: Path, wanted: str | Tokenizer) -> Dataset:
     prepared = open_prepared(folder)
     tokenizer = prepared.tokenizer
-    # damage should show now, not after hours of training
+    # find damage now, not after hours of training
     for shards in prepared.tokens.values():
         shards.verify()
     if isinstance(wanted, str):
@@ -205,7 +205,7 @@ def _token_dataset(
         notify(f"data: left out {len(found.left_out)} files without ids ({found.left_out[0]}, ...)")
     lengths = token_bytes(tokenizer)
     sizes = {}
-    # every id is looked at now, not after hours of training
+    # check every id now, not after hours of training
     for name, tokens in (("train", train), ("val", val)):
         sizes[name] = 0 if tokens is None else tokens.check(lengths)
     paths = [str(path) for path in found.all]
@@ -234,7 +234,7 @@ def _mixed_dataset(
         texts = [name for name in names if not (find_prepared(name) or find_token_files(name))]
         tokens = [name for name in names if name not in texts]
         if tokens:
-            # the text is encoded as the tokens are
+            # encode the text with the tokenizer of the tokens
             tokenizer = build_dataset(tokens[0], tokenizer, notify=notify, **options).tokenizer
         else:
             corpus = load_corpus(texts, text_column=options["text_column"])

@@ -14,19 +14,19 @@ from fastgpt2.errors import UserError
 from fastgpt2.files import parse_json, write_text
 
 TEXT_COLUMN = "text"
-# what a suffix says about the bytes of a file; everything else is taken as it is
+# compression by file suffix; other files are read unchanged
 _COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
-# compressed bytes decompressed at once: 512 of repeated text may become megabytes
+# compressed bytes decompressed at a time: 512 bytes of repeated text may become megabytes
 _COMPRESSED_BYTES = 512
 # rows of a Parquet table in memory at once
 _BATCH_ROWS = 256
 
 
 class KnownSizes:
-    """Bytes of text in files that had to be read to count them: each file is counted once.
+    """Bytes of text in files that must be read to count them: each file is counted once.
 
-    What is known holds for a file as it is: another size or time of it counts anew. Parts of one
-    ``prepare`` share it as a file.
+    A file is counted again if its size or time has changed. The parts of one ``prepare`` share the
+    counts in a file.
     """
 
     def __init__(self) -> None:
@@ -38,8 +38,8 @@ class KnownSizes:
 
         Args:
             path: the file.
-            kind: what is taken for its text.
-            count: reads the file, if nobody has yet.
+            kind: which text of the file is counted.
+            count: reads the file and counts; called only if the count is unknown.
         """
         stat = path.stat()
         key = f"{path.absolute()} {stat.st_size} {stat.st_mtime_ns} {kind}"
@@ -49,10 +49,10 @@ class KnownSizes:
         return self._sizes[key]
 
     def load(self, path: Path) -> None:
-        """Add what another process has saved; a file that is missing or damaged says nothing.
+        """Add what another process has saved; a missing or damaged file is ignored.
 
         Args:
-            path: of ``save``.
+            path: the file that ``save`` wrote.
         """
         try:
             saved = parse_json(path.read_bytes())
@@ -61,10 +61,10 @@ class KnownSizes:
             return
 
     def save(self, path: Path) -> None:
-        """Write all that is known, if any of it is new.
+        """Write all counts, if any of them is new.
 
         Args:
-            path: replaced as a whole.
+            path: the file, replaced atomically.
         """
         if self._is_new:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,7 @@ KNOWN_SIZES = KnownSizes()
 
 
 def is_compressed(path: Path) -> bool:
-    """Whether ``path`` ends in ``.gz`` or ``.zst``, in either case of letters.
+    """Whether ``path`` ends in ``.gz`` or ``.zst``, in upper or lower case.
 
     Args:
         path: a file.
@@ -94,7 +94,7 @@ def has_records(path: Path) -> bool:
 
 
 def read_chunks(path: Path, size: int) -> Iterator[bytes]:
-    """The bytes of a file in order, decompressed where its suffix says so.
+    """The bytes of a file in order, decompressed according to its suffix.
 
     Args:
         path: the file.
@@ -128,7 +128,7 @@ class Records:
 
     Args:
         path: the file.
-        column: the key of a JSON object, or the column of a table, that has the text.
+        column: key of a JSON line, or column of a table, that holds the text.
     """
 
     path: Path
@@ -149,10 +149,10 @@ class Records:
         return KNOWN_SIZES.of(self.path, self.column, lambda: sum(map(len, self.texts())))
 
     def texts(self) -> Iterator[bytes]:
-        """The texts in order, as UTF-8; one at a time is in memory (a batch of rows of a table).
+        """The texts in order, as UTF-8, one in memory at a time (for a table, a batch of rows).
 
         Raises:
-            UserError: the file cannot be read, or a line or row has no text: file and number.
+            UserError: the file cannot be read, or a line or row, named by number, has no text.
         """
         rows = self._rows() if _is_table(self.path) else self._json_lines()
         for where, value in rows:
@@ -167,7 +167,7 @@ class Records:
                 ) from None
 
     def _json_lines(self) -> Iterator[tuple[str, Any]]:
-        """Each line's value in the column, with its place; blank lines are passed over."""
+        """Each line's value in the column, with its place; blank lines are skipped."""
         for number, line in enumerate(_lines(read_chunks(self.path, 1 << 16)), start=1):
             where = f"{self.path}, line {number}"
             if number == 1:
@@ -183,7 +183,7 @@ class Records:
                 raise UserError(
                     f"data: {where}: not JSON: {error.msg} at column {error.colno}"
                 ) from None
-            # nested too deeply, or a number of too many digits
+            # nested too deeply, or a number with too many digits
             except (RecursionError, ValueError) as error:
                 raise UserError(f"data: {where}: not JSON that can be read: {error}") from None
             if not isinstance(value, dict):
@@ -212,7 +212,7 @@ class Records:
                     for value in batch.column(0).to_pylist():
                         number += 1
                         yield f"{self.path}, row {number}", value
-        # a damaged page is an OSError without a number, bytes that are not UTF-8 a ValueError
+        # a damaged page raises OSError without a number, invalid UTF-8 raises ValueError
         except (pyarrow.ArrowException, OSError, ValueError) as error:
             if isinstance(error, UserError):
                 raise
@@ -231,7 +231,7 @@ def _is_table(path: Path) -> bool:
 
 
 def _inner_suffix(path: Path) -> str:
-    """The suffix, without that of a compression: ``.jsonl`` of ``a.jsonl.gz``."""
+    """The suffix before that of a compression: ``.jsonl`` for ``a.jsonl.gz``."""
     return (Path(path.stem) if is_compressed(path) else path).suffix.lower()
 
 
@@ -248,14 +248,14 @@ def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _decompressed(file: BinaryIO, path: Path, kind: str) -> Iterator[bytes]:
-    """The content of all streams in a compressed file, one after the other."""
+    """The content of all streams in a compressed file, in order."""
     start, damage = _decompressor(path, kind)
     stream: Any = None
     lines = 0
     while raw := file.read(_COMPRESSED_BYTES):
         while raw:
             if stream is None:
-                # tapes and disks pad files with zeros, which begin no stream
+                # tapes and disks pad files with zeros; no stream begins with one
                 raw = raw.lstrip(b"\0")
                 if not raw:
                     break
@@ -276,7 +276,7 @@ def _decompressed(file: BinaryIO, path: Path, kind: str) -> Iterator[bytes]:
 
 
 def _decompressor(path: Path, kind: str) -> tuple[Callable[[], Any], type[Exception]]:
-    """What starts to decompress one stream, and the error of a damaged one."""
+    """A function that makes a decompressor for one stream, and its error for a damaged one."""
     if kind == "gzip":
         # 16 + 15: a gzip header and the largest window
         return lambda: zlib.decompressobj(wbits=31), zlib.error

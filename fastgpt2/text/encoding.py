@@ -16,7 +16,7 @@ class Tokenizer(Protocol):
 
     @property
     def name(self) -> str:
-        """``gpt2``, ``bytes`` or ``char``, or ``ids`` where nobody knows the tokenizer."""
+        """``gpt2``, ``bytes`` or ``char``; ``ids`` if the tokenizer is unknown."""
 
     @property
     def vocab_size(self) -> int:
@@ -24,7 +24,7 @@ class Tokenizer(Protocol):
 
     @property
     def eot(self) -> int | None:
-        """Id that stands between documents, None where the vocabulary has none."""
+        """Id that separates documents; None if the vocabulary has none."""
 
     @property
     def fingerprint(self) -> str:
@@ -44,8 +44,8 @@ def encode_special(tokenizer: Any, text: str) -> list[int]:
     """Ids of ``text``, where ``<|endoftext|>`` is one token, as in Raschka's book.
 
     Args:
-        tokenizer: one of this package, tiktoken's, or any other with ``encode(text)``; the last
-            decides for itself what ``<|endoftext|>`` is.
+        tokenizer: one of this package, tiktoken's, or any other with ``encode(text)``, which
+            decides itself what ``<|endoftext|>`` is.
         text: what is encoded.
     """
     options = inspect.signature(tokenizer.encode).parameters
@@ -61,7 +61,7 @@ def encode_special(tokenizer: Any, text: str) -> list[int]:
 def token_bytes(tokenizer: Tokenizer) -> NDArray[np.int64]:
     """UTF-8 bytes of each id's token, (V,); 0 for the end-of-text id, which is not text.
 
-    All are 0 where the ids have no text.
+    All are 0 if the ids have no text.
 
     Args:
         tokenizer: whose ids.
@@ -83,7 +83,7 @@ def fingerprint(tokens: Iterable[bytes]) -> str:
 
 
 def well_formed(text: str) -> str:
-    """``text`` with lone surrogates replaced by U+FFFD, which is what UTF-8 can carry."""
+    """``text`` with lone surrogates, which UTF-8 cannot encode, replaced by U+FFFD."""
     if text.isascii():
         return text
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -24,7 +24,7 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 def as_sequence(
     tokens: Tokens, *, at_least: int, vocab_size: int | None, name: str
 ) -> TokenSequence:
-    """``tokens`` ready to be sliced, after the checks that belong before the first step.
+    """``tokens`` as a sequence that can be sliced, checked before the first step.
 
     Raises:
         UserError: fewer than ``at_least`` ids, not one-dimensional, or an id outside
@@ -49,7 +49,7 @@ def as_sequence(
     elif isinstance(sequence, np.ndarray):
         check_ids(sequence, vocab_size, name)
     elif sequence.vocab_size > vocab_size:
-        # stored tokens check each id against their own vocabulary as they read it
+        # stored tokens check each id against their own vocabulary when it is read
         raise UserError(
             f"{name}: {sequence.kind}s of a vocabulary of {sequence.vocab_size} for a model of "
             f"{vocab_size}"
@@ -60,15 +60,16 @@ def as_sequence(
 class BlockStream(ABC):
     """An endless stream of training batches, each a pure function of its place in the stream.
 
-    Its state is one number, the blocks used so far. Resuming is exact, and goes on in the same
-    order even with another batch size or number of processes.
+    Its state is one number, the blocks used so far. Resuming is exact and keeps the order, even
+    with another batch size or number of processes.
 
     Args:
         block_size: T, tokens.
-        batch_size: B, blocks a batch and process.
+        batch_size: B, blocks per batch and process.
         blocks_per_epoch: blocks in one pass over the data.
-        rank, world_size: this process and how many there are; each gets other blocks.
-        eot: the id that ends a document, if its targets, of the next document, do not count.
+        rank, world_size: this process and the number of processes; each gets different blocks.
+        eot: the id that ends a document; its target, the next document's first token, is ignored.
+            None ignores no target.
     """
 
     def __init__(
@@ -90,14 +91,14 @@ class BlockStream(ABC):
 
     @abstractmethod
     def blocks(self, first: int, count: int) -> NDArray[Any]:
-        """``count`` blocks from place ``first`` of the stream on, (count, T + 1).
+        """``count`` blocks of the stream, from place ``first``, (count, T + 1).
 
         A block has T inputs and the token after them.
         """
 
     @abstractmethod
     def state_dict(self) -> dict[str, int]:
-        """The place in the stream, and what it is only valid for; plain integers."""
+        """The place in the stream, and the settings it is valid for; plain integers."""
 
     @property
     def tokens_per_epoch(self) -> int:
@@ -106,7 +107,7 @@ class BlockStream(ABC):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches each process takes to see all blocks once, rounded up."""
+        """Batches per process until all blocks were used once, rounded up."""
         return -(-self.blocks_per_epoch // self.blocks_per_step)
 
     @property
@@ -116,7 +117,7 @@ class BlockStream(ABC):
 
     @property
     def epoch(self) -> float:
-        """Epochs gone through, with the fraction of the current one."""
+        """Epochs completed, with the fraction of the current one."""
         return self._position / self.blocks_per_epoch
 
     def __iter__(self) -> Self:
@@ -130,18 +131,18 @@ class BlockStream(ABC):
 
     @property
     def blocks_per_step(self) -> int:
-        """Blocks of a batch of each process."""
+        """Blocks in one batch of every process."""
         return self._world_size * self.batch_size
 
     def advance(self) -> None:
-        """Move the place in the stream by one batch of each process."""
+        """Move the place in the stream by one batch of every process."""
         self._position += self.blocks_per_step
 
     def batch_at(self, place: int) -> Batch:
-        """This process's batch where the stream is at ``place``; the place itself stays.
+        """This process's batch at ``place``, without moving the stream.
 
         Args:
-            place: blocks before it, over all processes.
+            place: blocks before the batch, over all processes.
 
         Returns:
             Inputs and targets, int64 ``(B, T)`` each.
@@ -152,7 +153,7 @@ class BlockStream(ABC):
         return idx, targets if self._eot is None else inside_documents(idx, targets, self._eot)
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where ``state_dict`` was taken.
+        """Continue from the place where ``state_dict`` was taken.
 
         Raises:
             UserError: the state belongs to another seed, block size or number of tokens.
@@ -169,25 +170,26 @@ class BlockStream(ABC):
 class BlockLoader(BlockStream):
     """The stream of one corpus.
 
-    N tokens hold n = (N - 1) // T blocks of T inputs and T targets (the inputs moved by one). Each
-    epoch goes through the n blocks once, in an order of its own, with the borders between blocks
-    moved by a random 0 to T - 1 tokens (the last block is moved back to fit). With a ``stride`` the
-    blocks are the same in each epoch and begin that many tokens after each other: they overlap
-    where it is less than T. Epochs follow each other without a gap, a batch may hold the end of one
-    and the beginning of the next, so nothing is dropped and a corpus of fewer blocks than a batch
-    works too.
+    N tokens hold n = (N - 1) // T blocks of T inputs and T targets (the inputs shifted by one).
+    Each epoch uses the n blocks once, in its own random order. The borders between blocks are
+    shifted by a random 0 to T - 1 tokens per epoch (the last block is moved back to fit). With a
+    ``stride``, the blocks are the same in each epoch and begin ``stride`` tokens apart, so they
+    overlap if it is less than T. Epochs follow without a gap: a batch may hold the end of one and
+    the beginning of the next. Nothing is dropped, and a corpus with fewer blocks than a batch works
+    too.
 
-    Order and borders come from ``seed`` and the number of the epoch alone.
+    Order and borders depend only on ``seed`` and the number of the epoch.
 
     Args:
         tokens: ids; numpy array, tensor or ``TokenShards``.
         block_size: T, tokens.
-        batch_size: B, blocks a batch and process.
-        seed: of order and borders.
-        rank, world_size: this process and how many there are; each gets other blocks.
-        stride: tokens from one block to the next; None is T, with borders that move.
+        batch_size: B, blocks per batch and process.
+        seed: decides order and borders.
+        rank, world_size: this process and the number of processes; each gets different blocks.
+        stride: tokens from one block to the next; None is T, with shifted borders.
         vocab_size: V; ids are checked against it, if given.
-        eot: the id that ends a document, if its targets, of the next document, do not count.
+        eot: the id that ends a document; its target, the next document's first token, is ignored.
+            None ignores no target.
         name: what error messages call the tokens.
 
     Raises:
@@ -223,12 +225,12 @@ class BlockLoader(BlockStream):
         self._random_phase = stride is None
 
     def blocks(self, first: int, count: int) -> NDArray[Any]:
-        """``count`` blocks from place ``first`` of the stream on, (count, T + 1)."""
+        """``count`` blocks of the stream, from place ``first``, (count, T + 1)."""
         starts = self._starts(np.arange(first, first + count)).tolist()
         return np.stack([self._tokens[s : s + self.block_size + 1] for s in starts])
 
     def _starts(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Where in the tokens the blocks at these places of the endless stream begin."""
+        """Index of the first token of the blocks at these places of the endless stream."""
         starts = np.empty_like(places)
         epochs, within = np.divmod(places, self.blocks_per_epoch)
         for epoch in np.unique(epochs):
@@ -239,7 +241,7 @@ class BlockLoader(BlockStream):
         return np.minimum(starts, len(self._tokens) - 1 - self.block_size)
 
     def state_dict(self) -> dict[str, int]:
-        """The place in the stream, and what it is only valid for; plain integers."""
+        """The place in the stream, and the settings it is valid for; plain integers."""
         return {
             "position": self._position,
             "seed": self._seed,
@@ -260,18 +262,19 @@ def iter_eval_batches(
 ) -> Iterator[Batch]:
     """All tokens once, in order: every token but the first is a target exactly once.
 
-    Inputs and targets are int64 ``(B, T)``, the same shape each time, which keeps a compiled model
-    from compiling again; what is beyond the end has input 0 and target -100. Of several processes
-    each gets other batches, and as many as the others: the last may have no target.
+    Inputs and targets are int64 ``(B, T)``, always the same shape, so that a compiled model is not
+    compiled again; positions after the last token have input 0 and target -100. With several
+    processes, each gets different batches, and all get the same number: the last may have no
+    target.
 
     Args:
         tokens: the ids, (N,).
         block_size: T, tokens per row.
-        batch_size: B, rows per batch; fewer where the tokens need fewer.
+        batch_size: B, rows per batch; fewer if the tokens need fewer.
         rank: this process, from 0.
-        world_size: how many there are.
-        vocab_size: ids must be below it; None does not check.
-        name: what errors call the tokens.
+        world_size: number of processes.
+        vocab_size: V; ids are checked against it, if given.
+        name: what error messages call the tokens.
 
     Raises:
         UserError: fewer than two tokens, or an id outside the vocabulary.
@@ -347,17 +350,17 @@ def create_dataloader(
 ) -> DataLoader[Batch]:
     """Batches of overlapping windows, as in Raschka, "Build a Large Language Model", chapter 2.
 
-    Window i has the inputs ``tokens[i * stride : i * stride + max_length]`` and as targets the same
-    moved by one token.
+    Window i has the inputs ``tokens[i * stride : i * stride + max_length]``; its targets are
+    shifted by one token.
 
     Args:
-        text_or_tokens: a text, in which ``<|endoftext|>`` is one token, or the ids of one.
+        text_or_tokens: a text, in which ``<|endoftext|>`` is one token, or token ids.
         batch_size: B, windows in a batch.
         max_length: T, tokens in a window.
         stride: tokens from one window to the next; ``max_length`` for no overlap.
         shuffle: a new random order each epoch (torch's global generator).
         drop_last: leave out a last batch with fewer than ``batch_size`` windows.
-        tokenizer: for a text; GPT-2's if None.
+        tokenizer: encodes a text; GPT-2's if None.
         num_workers: processes of the ``DataLoader``.
 
     Returns:

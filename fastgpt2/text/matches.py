@@ -1,4 +1,4 @@
-"""Which files a folder or a glob pattern stands for: the same set for both spellings."""
+"""The files that a folder or a glob pattern names: the same set for both spellings."""
 
 import glob
 import os
@@ -11,8 +11,8 @@ from fastgpt2.errors import UserError
 def matching_files(pattern: str) -> list[Path]:
     """The regular files that a pattern matches, sorted by name; hidden ones are left out.
 
-    ``**`` stands for any number of folders. Symbolic links are followed. What several links lead
-    to is taken once, so a link to a folder above itself ends there.
+    ``**`` matches any number of folders. Symbolic links are followed. The target of several links
+    is taken once, so a link to a folder above itself does not loop.
 
     Args:
         pattern: as for ``glob.glob``, with ``recursive=True``.
@@ -27,7 +27,7 @@ def files_below(folder: Path) -> list[Path]:
     """The files in ``folder`` and in all folders below it: what ``folder/**/*`` matches.
 
     Args:
-        folder: where to begin, itself hidden or not.
+        folder: where to begin; it may be hidden itself.
 
     Raises:
         UserError: a folder cannot be read.
@@ -36,7 +36,7 @@ def files_below(folder: Path) -> list[Path]:
 
 
 def _distinct(paths: Iterator[Path]) -> list[Path]:
-    """Regular files, sorted; of several names for one file the first."""
+    """Regular files, sorted; a file with several names is listed under the first."""
     files: dict[str, Path] = {}
     for path in sorted(path for path in paths if path.is_file()):
         files.setdefault(os.path.realpath(path), path)
@@ -52,7 +52,7 @@ def _expand(root: Path, parts: tuple[str, ...]) -> Iterator[Path]:
     # several in a row mean the same as one
     while parts[end : end + 1] == ("**",):
         end += 1
-    # a ** at the end stands for the files, too
+    # a ** at the end also matches files
     rest = parts[end:] or ("*",)
     seen: set[str] = set()
     for base in _expand(root, parts[:at]) if at else (root,):
@@ -61,7 +61,7 @@ def _expand(root: Path, parts: tuple[str, ...]) -> Iterator[Path]:
 
 
 def _folders(folder: Path, seen: set[str]) -> Iterator[Path]:
-    """``folder`` and all that are not hidden below it, each real folder once."""
+    """``folder`` and all folders below it that are not hidden, each real folder once."""
     real = os.path.realpath(folder)
     if real in seen or not folder.is_dir():
         return

@@ -15,9 +15,9 @@ class Mixture(JoinedTokens):
     """Training tokens of several sources.
 
     Attributes:
-        tokens: the ids of each.
-        names: of the sources, as they were given.
-        weights: share of the blocks that each gives; they add up to 1.
+        tokens: the ids of each source.
+        names: the sources, as they were given.
+        weights: each source's share of the blocks; they add up to 1.
     """
 
     names: tuple[str, ...]
@@ -25,10 +25,10 @@ class Mixture(JoinedTokens):
 
 
 def split_weight(item: str) -> tuple[str, float | None]:
-    """What an item of ``--data`` names, and its weight if it has one: ``a.txt:0.3``.
+    """The name in an item of ``--data``, and its weight if it has one: ``a.txt:0.3``.
 
-    A name that is there as it stands, with its colon and number, has no weight: a file called
-    ``a:1``, or what a pattern such as ``logs/*:1`` matches. ``C:\\a.txt`` ends in no number.
+    If the whole item exists, colon and number included, it has no weight: a file called ``a:1``, or
+    a match of a pattern such as ``logs/*:1``. ``C:\\a.txt`` does not end in a number.
 
     Args:
         item: one element of ``--data``.
@@ -72,18 +72,18 @@ def split_weights(data: str | Sequence[str]) -> tuple[list[str], list[float]] | 
 
 
 def refuse_weights(data: str | Sequence[str], command: str) -> None:
-    """Raise a UserError where ``data`` has weights, which are for training.
+    """Raise a UserError if ``data`` has weights, which are for training.
 
     Args:
         data: what ``--data`` was given.
-        command: that takes none.
+        command: the command, which takes none.
     """
     if split_weights(data) is not None:
         raise UserError(f"data: weights (NAME:WEIGHT) are for training; {command} takes none")
 
 
 def absolute_item(item: str) -> str:
-    """``item`` as it can be read from any folder, with its weight as it was written.
+    """``item`` with an absolute path or pattern, and its weight as it was written.
 
     Args:
         item: one element of ``--data``.
@@ -96,6 +96,6 @@ def item_paths(item: str) -> list[Path]:
     """The files and folders that an item of ``--data`` needs.
 
     Args:
-        item: a name, with a weight or without.
+        item: a name, with or without a weight.
     """
     return corpus_paths(split_weight(item)[0])

@@ -1,4 +1,4 @@
-"""Batches of a mixture: which source gives the block at each place of the stream."""
+"""Batches of a mixture: which source each block of the stream comes from."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from fastgpt2.text.loaders import BlockLoader, BlockStream
 from fastgpt2.text.mixture import Mixture
 from fastgpt2.text.stored import TokenSequence
 
-# places are drawn as whole numbers below this one
+# places are drawn as integers below this number
 _RANGE = 1 << 32
 # nearest odd number to _RANGE / golden ratio: its multiples spread most evenly (Weyl, 1916)
 _STEP = 2654435769
@@ -19,8 +19,8 @@ def open_loader(tokens: TokenSequence, **options: Any) -> BlockStream:
     """The stream of one corpus or of a mixture.
 
     Args:
-        tokens: what it draws from.
-        options: those of ``BlockLoader``.
+        tokens: the corpus or mixture.
+        options: arguments of ``BlockLoader``.
     """
     if isinstance(tokens, Mixture):
         return MixtureLoader(tokens, **options)
@@ -28,11 +28,11 @@ def open_loader(tokens: TokenSequence, **options: Any) -> BlockStream:
 
 
 def mixture_lines(loader: BlockStream, blocks: int) -> list[str]:
-    """The share of each source of a mixture and its own epochs, a line each; none of one corpus.
+    """The share and the epochs of each source of a mixture, one line each; none for one corpus.
 
     Args:
         loader: the stream.
-        blocks: taken from it in all.
+        blocks: number of blocks taken from it in total.
     """
     if not isinstance(loader, MixtureLoader):
         return []
@@ -45,21 +45,22 @@ def mixture_lines(loader: BlockStream, blocks: int) -> list[str]:
 
 
 class MixtureLoader(BlockStream):
-    """The stream of a mixture: which source gives the block at a place, and which of its blocks.
+    """The stream of a mixture: it chooses the source and the block for each place.
 
-    Place p belongs to the source in whose share of [0, 1) the fractional part of u + p / golden
-    ratio falls (Weyl's sequence), where u comes from the seed. Of any n places in a row each source
-    has its share of n to within a few. A source gives its own blocks in the order of its own
-    ``BlockLoader``, each once in an epoch of its own. How many of the first p places belong to a
-    source is a sum of floors, computed in O(log p): the state stays one number, as for one corpus.
+    Each source owns a part of [0, 1) as long as its weight. The fractional part of u + p / golden
+    ratio (Weyl's sequence, u from the seed) decides which source place p belongs to. Among any n
+    consecutive places, each source has its share of n to within a few. A source's blocks come in
+    the order of its own ``BlockLoader``, each once per epoch of that source. The number of places
+    below p that belong to a source is a sum of floors, computed in O(log p): the state stays one
+    number, as for one corpus.
 
     An epoch of the mixture has as many blocks as all sources together.
 
     Args:
         mixture: sources and weights.
         block_size, batch_size, seed, rank, world_size, name: as for ``BlockLoader``.
-        eot: likewise.
-        options: its others, for each source.
+        eot: as for ``BlockLoader``.
+        options: further arguments of each source's ``BlockLoader``.
 
     Raises:
         UserError: a source has fewer than T + 1 tokens, or an id outside the vocabulary.
@@ -84,7 +85,7 @@ class MixtureLoader(BlockStream):
                 tokens,
                 block_size=block_size,
                 batch_size=batch_size,
-                # orders of their own, also of a source that is given twice
+                # each source has its own order, even one that is given twice
                 seed=int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0]),
                 name=f"{name} of {source}",
                 **options,
@@ -126,7 +127,7 @@ class MixtureLoader(BlockStream):
 
     def _drawn_below(self, end: int, count: int) -> int:
         """How many of the first ``count`` drawn numbers lie below ``end``."""
-        # x % m < e where floor(x / m) exceeds floor((x - e) / m), for 0 < e <= m
+        # x % m < e exactly if floor(x / m) exceeds floor((x - e) / m), for 0 < e <= m
         return _floor_sum(count, _RANGE, _STEP, self._offset) - _floor_sum(
             count, _RANGE, _STEP, self._offset - end
         )

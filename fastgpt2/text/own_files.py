@@ -1,4 +1,4 @@
-"""What training itself has written below a folder of text is not text to train on."""
+"""Leave out the files of training runs, which are not text to train on."""
 
 from collections.abc import Iterable
 from functools import cache
@@ -8,8 +8,8 @@ from pathlib import Path
 def without_runs(paths: Iterable[Path]) -> list[Path]:
     """The paths that do not lie in a run folder of ``fastgpt2 train``.
 
-    A run that trains on the folder above its own (``--data .``) would else find its checkpoints
-    there when it resumes.
+    Otherwise a run that trains on a folder above its own (``--data .``) would read its own
+    checkpoints when it resumes.
 
     Args:
         paths: files and folders.
@@ -19,6 +19,6 @@ def without_runs(paths: Iterable[Path]) -> list[Path]:
 
 
 def _is_run(folder: Path) -> bool:
-    # the second one may be missing where a run ended before its first evaluation
+    # a run that ended before its first evaluation has only one of the two
     names = ("checkpoints", "metrics.jsonl")
     return (folder / "config.toml").is_file() and any((folder / name).exists() for name in names)

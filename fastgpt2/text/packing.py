@@ -1,4 +1,4 @@
-"""Documents packed into blocks: where they end, and what a block predicts."""
+"""Documents packed into blocks: where documents end and which targets count."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,38 +10,39 @@ IGNORE_INDEX = -100
 
 
 def document_ids(idx: Tensor, eot: int) -> Tensor:
-    """The number of each token's document in its block; the end-of-text id ends its own.
+    """The number of each token's document in its block; an end-of-text id belongs to the document
+    that it ends.
 
     Args:
         idx: (B, T) token ids.
         eot: the end-of-text id.
 
     Returns:
-        (B, T) int32, from 0 on.
+        (B, T) int32, counted from 0.
     """
     ends = (idx == eot).to(torch.int32)
     return ends.cumsum(1, dtype=torch.int32) - ends
 
 
 def inside_documents(idx: Tensor, targets: Tensor, eot: int) -> Tensor:
-    """The targets without those of end-of-text ids, which belong to the next document.
+    """The targets, ignored after end-of-text ids: there they belong to the next document.
 
     Args:
         idx: (B, T) token ids.
-        targets: (B, T) the tokens after them.
+        targets: (B, T) the token after each.
         eot: the end-of-text id.
 
     Returns:
-        (B, T): -100 where nothing is to be predicted.
+        (B, T): -100 where a target is ignored.
     """
     return targets.masked_fill(idx == eot, IGNORE_INDEX)
 
 
 def packed(forward: Callable[..., Any], eot: int) -> Callable[..., Any]:
-    """The forward pass of blocks in which each document is alone.
+    """A forward pass in which tokens attend only within their own document.
 
     Args:
-        forward: the model, or what calls it: takes token ids, targets and ``segment_ids``.
+        forward: the model or a wrapper of it: takes token ids, targets and ``segment_ids``.
         eot: the id that ends a document.
     """
 

@@ -1,8 +1,8 @@
-"""``prepare`` on many machines with no coordinator: each part alone, then one merge.
+"""``prepare`` on many machines without a coordinator: each part alone, then one merge.
 
-The corpus is a row of bytes, [0, S). Part I of N tokenizes the pieces that begin in
-[S (I - 1) / N, S I / N), exactly as they are in the whole: the parts' tokens, one after the other,
-are those of one ``prepare``. While parts are made, ``--out`` holds
+The corpus is a sequence of bytes, [0, S). Part I of N tokenizes the pieces that begin in
+[S (I - 1) / N, S I / N), which are identical to those of the whole: the tokens of all parts in
+order are those of one ``prepare``. Until the merge, ``--out`` holds
 
     OUT/prepare-parts/part-00001-of-00016/   part.json, the part's shards, its tokenizer
 
@@ -32,7 +32,7 @@ from fastgpt2.text.tokenizers import get_tokenizer, load_tokenizer, save_tokeniz
 from fastgpt2.text.tokenizing import write_pieces
 
 INDEX = "part.json"
-# what the parts tell each other, so that files are counted once: bytes of text in each
+# bytes of text in each file, shared by the parts so that each file is counted once
 SIZES = "sizes.json"
 FORMAT = "fastgpt2-part"
 _NAME = re.compile(r"part-(\d{5,})-of-(\d{5,})")
@@ -40,26 +40,26 @@ SPLITS = ("train", "val")
 
 
 class Part(NamedTuple):
-    """Which part of how many, from 1."""
+    """Part ``number``, from 1, of ``parts``."""
 
     number: int
     parts: int
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """Name of its folder."""
         return f"part-{self.number:05d}-of-{self.parts:05d}"
 
     def span(self, size: int) -> tuple[int, int]:
-        """The bytes [start, stop) of a corpus of ``size`` bytes in which its pieces begin."""
+        """The bytes [start, stop) of a corpus of ``size`` bytes where the part's pieces begin."""
         return size * (self.number - 1) // self.parts, size * self.number // self.parts
 
 
 def parse_part(text: str) -> Part:
-    """``I/N`` as a command line has it.
+    """Parse ``I/N``, the value of ``--part``.
 
     Args:
-        text: of the flag.
+        text: the value.
 
     Raises:
         ArgumentTypeError: not two numbers with 1 <= I <= N.
@@ -82,25 +82,25 @@ def prepare_part(
     shard_tokens: int,
     workers: int,
 ) -> None:
-    """Tokenize one part of ``data``, unless that is done already.
+    """Tokenize one part of ``data``, unless it is done already.
 
-    Its folder appears when it is complete; what an interrupted call has left is deleted first.
-    Files of records and compressed files are read once to count their bytes: by the first part,
-    and by those that begin before it has counted.
+    The part's folder appears when it is complete; leftovers of an interrupted call are deleted
+    first. Files of records and compressed files are read once to count their bytes: by the first
+    part, and by parts that start before that count is finished.
 
     Args:
-        data: what ``load_corpus`` takes; nothing that can be read only once.
+        data: what ``load_corpus`` takes, except what can be read only once (pipes).
         out: the folder for all parts.
-        part: which one.
+        part: which part.
         tokenizer: a name for ``get_tokenizer``.
         vocab_dir: folder with GPT-2's vocabulary files.
-        val_fraction: the last part of the whole text, kept for validation.
-        text_column: where a line of JSON or a table has its text.
-        shard_tokens: ids in a file.
+        val_fraction: share of the whole text, at its end, kept for validation.
+        text_column: key of a JSON line, or column of a table, that holds the text.
+        shard_tokens: ids per file.
         workers: processes that tokenize.
 
     Raises:
-        UserError: anything wrong with the data, or parts of another corpus lie there.
+        UserError: anything wrong with the data, or ``out`` has parts of another corpus.
     """
     if (out / MANIFEST).exists():
         raise UserError(f"--part: {out} is merged already; give another --out")
@@ -144,7 +144,7 @@ def prepare_part(
 
 
 class _PartWriter(PreparedWriter):
-    """Ends with the part's index in place of a manifest."""
+    """Writes the part's index instead of a manifest."""
 
     def __init__(
         self, folder: Path, tokenizer: Tokenizer, shard_tokens: int, index: dict[str, Any]
@@ -159,7 +159,7 @@ class _PartWriter(PreparedWriter):
 
 
 def _fingerprint(corpus: Corpus) -> str:
-    """Of the corpus' files: names, sizes and times; of texts in memory the bytes."""
+    """Digest of the files' names, sizes and times; of texts in memory, of their bytes."""
     digest = hashlib.sha256()
     for document in corpus.documents:
         content = document.content if isinstance(document, Document) else document.path
@@ -177,13 +177,13 @@ def _fingerprint(corpus: Corpus) -> str:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """What a part says of itself.
+    """The index that describes a part.
 
     Args:
-        folder: of the part.
+        folder: the part's folder.
 
     Raises:
-        UserError: it cannot be read, or something is missing.
+        UserError: the index cannot be read, or an entry is missing.
     """
     path = folder / INDEX
     try:
@@ -204,7 +204,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 def _check_identity(
     folder: Path, index: dict[str, Any], other: str, expected: dict[str, Any]
 ) -> None:
-    """Raise a UserError that says what a part does not have in common with the others."""
+    """Raise a UserError that names what differs between a part and ``other``."""
     names = {
         "source": "of another corpus",
         "text_column": "with another --text-column",
@@ -225,7 +225,7 @@ def _check_identity(
 
 
 def _verify(folder: Path, index: dict[str, Any]) -> None:
-    """Read all shards of a part against its index."""
+    """Read all shards of a part and compare them with its index."""
     for split, entry in index["splits"].items():
         if not entry["files"]:
             continue
@@ -246,7 +246,7 @@ def _verify(folder: Path, index: dict[str, Any]) -> None:
 def merge_parts(out: Path) -> None:
     """Check all parts in ``out`` and make it a folder of token shards; the parts are deleted.
 
-    The shards keep their bytes and get new names. A merge that was interrupted is done again.
+    The shards keep their bytes and get new names. An interrupted merge can be repeated.
 
     Args:
         out: the folder that ``prepare --part`` was given.
@@ -310,7 +310,7 @@ def _all_parts(folder: Path) -> list[Path]:
 def _take_shards(
     out: Path, parts: list[Path], indexes: list[dict[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """Give each shard its name in ``out``; returns the splits of the manifest."""
+    """Link each shard into ``out`` under its final name; returns the manifest's splits."""
     splits: dict[str, dict[str, Any]] = {}
     for part, index in zip(parts, indexes, strict=True):
         for split in SPLITS:
@@ -330,7 +330,7 @@ def _take_shards(
 
 
 def _link(source: Path, target: Path) -> None:
-    """A second name for a file, or a copy where the file system has no such thing."""
+    """A hard link, or a copy if the file system has no links."""
     target.unlink(missing_ok=True)
     try:
         os.link(source, target)

@@ -1,4 +1,4 @@
-"""A random order of n things that takes no memory, however large n is."""
+"""A random order of n things that needs no memory, however large n is."""
 
 from collections.abc import Sequence
 
@@ -9,26 +9,26 @@ ROUNDS = 6
 
 
 class Permutation:
-    """A bijection of [0, n) drawn by ``seed``: a Feistel network with cycle walking.
+    """A bijection of [0, n) chosen by ``seed``: a Feistel network with cycle walking.
 
-    x in [0, a * b) is written as the pair (x // b, x % b); each round adds to either half, modulo
-    a or b, a hash of the other, which can be undone, so the whole is one-to-one. With a and b next
-    to the square root of n, hardly any result falls outside [0, n); one that does is put through
-    again until it is inside. (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002.)
+    x in [0, a * b) is written as the pair (x // b, x % b). Each round adds to either half, modulo a
+    or b, a hash of the other half. Each addition can be undone, so the whole is one-to-one. With a
+    and b close to the square root of n, few results fall outside [0, n); those are mapped again
+    until they are inside. (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002.)
     """
 
     def __init__(self, n: int, *, seed: Sequence[int]) -> None:
         self.n = n
-        # halves of fewer than four values would leave a few things hardly mixed
+        # halves with fewer than four values would hardly mix
         high = max(4, int(n**0.5))
         self._high, self._low = np.uint64(high), np.uint64(max(4, -(-n // high)))
         words = np.random.SeedSequence(list(seed)).generate_state(2 * ROUNDS + 1, np.uint64)
         self._keys = words[1:].reshape(ROUNDS, 2)
-        # one more random number of the same seed, for the caller
+        # one more random number from the same seed, for the caller
         self.extra = int(words[0])
 
     def __call__(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Where the elements of ``index``, each in [0, n), go."""
+        """The images of ``index``, each in [0, n)."""
         out = self._network(index.astype(np.uint64))
         while (outside := out >= self.n).any():
             out[outside] = self._network(out[outside])

@@ -1,4 +1,4 @@
-"""A folder of tokens with its tokenizer: writing it in any format, opening one of ours."""
+"""A folder of tokens with its tokenizer: write it in any format, open one in our format."""
 
 import json
 from collections.abc import Sequence
@@ -20,20 +20,20 @@ from fastgpt2.text.tokenizers import load_tokenizer, save_tokenizer
 
 FILE_NAME = "manifest.json"
 FORMAT = "fastgpt2-tokens"
-# where the parts of a split prepare lie until they are merged
+# holds the parts of `prepare --part` until they are merged
 PARTS = "prepare-parts"
 
 
 class PreparedWriter:
-    """Writes ids into files of at most ``shard_tokens`` ids, one split after the other.
+    """Writes ids into files of at most ``shard_tokens`` ids, one split after another.
 
-    In our format the manifest is written last, when the ``with`` block ends well: a folder without
-    one is not taken for token shards.
+    In our format the manifest is written last, if the ``with`` block succeeds: a folder without it
+    does not count as token shards.
 
     Args:
         folder: where the files go.
         tokenizer: whose ids they are; it is saved beside them.
-        shard_tokens: ids in a file; a format with one file for a split takes no notice.
+        shard_tokens: ids per file; ignored by formats with one file per split.
         source: what the ids were made from.
         to: a name in ``TOKEN_FORMATS``.
 
@@ -63,7 +63,7 @@ class PreparedWriter:
         self._source = source
         self._shard: IdWriter | None = None
         self._written: list[tuple[Path, IdWriter]] = []
-        # holds the file that is being written
+        # closes the file that is being written
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -71,7 +71,7 @@ class PreparedWriter:
         return self
 
     def write(self, split: str, ids: NDArray[Any], text_bytes: int) -> None:
-        """Append ids to ``split``; ``text_bytes`` of UTF-8 text are what they stand for."""
+        """Append ids to ``split``; they stand for ``text_bytes`` of UTF-8 text."""
         if split not in self.files:
             self.files[split], self.tokens[split], self.bytes[split] = [], 0, 0
             self._shard = None
@@ -110,10 +110,10 @@ class PreparedWriter:
             write_manifest(self._folder, self._source, splits)
 
     def verify(self) -> None:
-        """Read back what was written, after the ``with`` block.
+        """Read the files back and compare, after the ``with`` block.
 
         Raises:
-            UserError: it is not what was written.
+            UserError: a file does not hold what was written.
         """
         if self._to == "fastgpt2":
             for shards in open_prepared(self._folder).tokens.values():
@@ -130,12 +130,12 @@ class PreparedWriter:
 
 
 def write_manifest(folder: Path, source: str, splits: dict[str, dict[str, Any]]) -> None:
-    """Make ``folder`` one of token shards.
+    """Write the manifest that makes ``folder`` a folder of token shards.
 
     Args:
         folder: holds the shards and their tokenizer.
         source: what the tokens were made from.
-        splits: of each split its ``files``, ``tokens`` and ``bytes``.
+        splits: ``files``, ``tokens`` and ``bytes`` of each split.
     """
     manifest = {"format": FORMAT, "source": source, "splits": splits}
     write_text(folder / FILE_NAME, json.dumps(manifest, indent=1) + "\n")
@@ -151,7 +151,7 @@ class Prepared:
 
 
 def find_prepared(data: str | Sequence[str]) -> Path | None:
-    """The folder of token shards that ``data`` names, if that is what it names."""
+    """The folder of token shards that ``data`` names, or None."""
     items = [data] if isinstance(data, str) else list(data)
     folders = [Path(item) for item in items if (Path(item) / FILE_NAME).is_file()]
     if folders and len(items) > 1:
@@ -168,10 +168,10 @@ def find_prepared(data: str | Sequence[str]) -> Path | None:
 
 
 def open_prepared(folder: str | Path) -> Prepared:
-    """Open what ``fastgpt2.prepare`` wrote, checking headers, sizes, counts and the tokenizer.
+    """Open a folder that ``fastgpt2.prepare`` wrote; check headers, sizes, counts and tokenizer.
 
     Raises:
-        UserError: the manifest or a shard is missing, damaged or of another tokenizer.
+        UserError: the manifest or a shard is missing, damaged, or belongs to another tokenizer.
     """
     path = Path(folder) / FILE_NAME
     try:

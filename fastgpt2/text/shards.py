@@ -1,7 +1,7 @@
 """Token shards: a corpus as ids on the disk, read piece by piece in bounded memory.
 
-One shard is a 256-byte header and the ids, little-endian. The header says everything that a wrong
-guess about the ids would need to be caught:
+A shard is a 256-byte header and the ids, little-endian. The header describes the ids completely, so
+that they cannot be misread:
 
 ======  ====  =======================================================
 offset  size  content
@@ -53,13 +53,13 @@ _DTYPES: dict[int, DType] = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
 
 
 def dtype_for(vocab_size: int) -> DType:
-    """uint16 where every id fits, else uint32."""
+    """uint16 if every id fits, else uint32."""
     return _DTYPES[2 if vocab_size <= 1 << 16 else 4]
 
 
 @dataclass(frozen=True)
 class ShardHeader:
-    """What a shard says of itself."""
+    """The description of a shard's ids."""
 
     itemsize: int
     vocab_size: int
@@ -125,13 +125,13 @@ class ShardHeader:
 
 
 class IdWriter:
-    """Appends ids to a file, and keeps count and checksum.
+    """Appends ids to a file and keeps their count and checksum.
 
     Args:
-        file: takes them.
-        name: what errors call it.
+        file: the open file.
+        name: what error messages call it.
         vocab_size: V; every id is in [0, V).
-        dtype: of the ids in the file.
+        dtype: type of the ids in the file.
     """
 
     def __init__(self, file: BinaryIO, name: str, vocab_size: int, dtype: DType) -> None:
@@ -153,12 +153,12 @@ class IdWriter:
 
     @property
     def sha256(self) -> bytes:
-        """Of the ids written so far."""
+        """Checksum of the ids written so far."""
         return self._digest.digest()
 
 
 class ShardWriter(IdWriter):
-    """What ``create_shard`` gives: it knows the header of what is written."""
+    """The writer of ``create_shard``, which also makes the header."""
 
     def __init__(self, file: BinaryIO, name: str, tokenizer: Tokenizer, dtype: DType) -> None:
         super().__init__(file, name, tokenizer.vocab_size, dtype)
@@ -166,7 +166,7 @@ class ShardWriter(IdWriter):
 
     @property
     def header(self) -> ShardHeader:
-        """The header for what is written so far."""
+        """The header for the ids written so far."""
         return ShardHeader(
             self._dtype.itemsize,
             self._tokenizer.vocab_size,
@@ -181,7 +181,7 @@ class ShardWriter(IdWriter):
 def create_shard(
     path: str | Path, tokenizer: Tokenizer, *, dtype: DType | None = None
 ) -> Iterator[ShardWriter]:
-    """Write one shard; the file appears under its name when the ``with`` block ends well.
+    """Write one shard; the file appears under its name if the ``with`` block succeeds.
 
     Args:
         path: the shard's file.
@@ -213,7 +213,7 @@ class TokenShards(StoredTokens):
         paths: the shards, in their order.
 
     Raises:
-        UserError: a shard is not usable (see ``ShardHeader.read``), or the shards are of different
+        UserError: a shard cannot be used (see ``ShardHeader.read``), or the shards have different
             vocabularies.
     """
 
@@ -239,7 +239,7 @@ class TokenShards(StoredTokens):
         super().__init__(files, first.vocab_size, kind="token shard")
 
     def verify(self) -> None:
-        """Read everything once, with a bar where that takes long.
+        """Read everything once, with a progress bar if it takes long.
 
         Raises:
             UserError: an id is outside the vocabulary, or ids do not match their checksum.

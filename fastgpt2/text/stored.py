@@ -18,15 +18,15 @@ from fastgpt2.errors import UserError
 
 DType = np.dtype[Any]
 
-# ids in memory at once where all are read
+# ids in memory at once while all are read
 BLOCK_IDS = 1 << 20
-# held where reading moves a file's position
+# held while reading moves a file's position
 _SEEKING = threading.Lock()
 
 
 @dataclass(frozen=True)
 class TokenFile:
-    """Where the ids of one file are.
+    """The place of the ids in one file.
 
     Attributes:
         path: the file.
@@ -47,8 +47,8 @@ def check_ids(ids: NDArray[Any], vocab_size: int, where: str, *, first: int = 0)
     Args:
         ids: any integers.
         vocab_size: V.
-        where: what the error calls them.
-        first: position of the first one.
+        where: what the error message calls them.
+        first: position of the first id.
     """
     if not ids.size:
         return
@@ -64,18 +64,18 @@ def check_ids(ids: NDArray[Any], vocab_size: int, where: str, *, first: int = 0)
 
 
 class StoredTokens:
-    """The ids of several files, one after the other: ``len(tokens)``, ``tokens[start:stop]``.
+    """The ids of several files in order: ``len(tokens)``, ``tokens[start:stop]``.
 
-    A slice is read from the file into a new array, and nothing else stays: the pages of a
-    long-lived memory map count as the process's own until the system takes them back, which ends
-    runs where memory is limited (karpathy/nanoGPT#287). Slices are checked against the vocabulary
-    as they are read, so no damaged id reaches an embedding.
+    A slice is read into a new array; nothing else stays in memory. A long-lived memory map is not
+    used, because its pages count as the process's memory until the system reclaims them, which ends
+    runs with a memory limit (karpathy/nanoGPT#287). Slices are checked against the vocabulary when
+    they are read, so no damaged id reaches an embedding.
 
     Args:
-        files: where the ids are.
+        files: the place of the ids in each file.
         vocab_size: V; every id is in [0, V).
         kind: what error messages call a file.
-        start, stop: the part of the ids that counts; None is to the end.
+        start, stop: the part of the ids that is used; None means to the end.
     """
 
     def __init__(
@@ -90,11 +90,11 @@ class StoredTokens:
         self.files = tuple(files)
         self.vocab_size = vocab_size
         self.kind = kind
-        # one dtype for the whole sequence, whatever the files have
+        # the widest dtype of the files
         self.dtype = max((file.dtype for file in self.files), key=lambda d: d.itemsize)
         self._ends = np.cumsum([file.count for file in self.files]).tolist()
         self._start, self._stop, _ = slice(start, stop).indices(int(self._ends[-1]))
-        # of the ids, whatever files they lie in; known once they have been read
+        # digest of the ids, independent of the files; known after `check`
         self.sha256: bytes | None = None
         self._open = [file.path.open("rb", buffering=0) for file in self.files]
 
@@ -131,10 +131,10 @@ class StoredTokens:
             yield self[start : start + BLOCK_IDS]
 
     def check(self, token_bytes: NDArray[np.int64]) -> int:
-        """Read all ids once; returns the UTF-8 bytes that they stand for.
+        """Read all ids once; returns the number of UTF-8 bytes that they stand for.
 
         Args:
-            token_bytes: those of each id, (V,).
+            token_bytes: bytes of each id, (V,).
 
         Raises:
             UserError: an id is outside the vocabulary.
@@ -149,7 +149,7 @@ class StoredTokens:
         return total
 
     def part(self, start: int, stop: int | None = None) -> "StoredTokens":
-        """The ids from ``start`` up to ``stop``, or to the end, as a sequence of their own."""
+        """The ids from ``start`` up to ``stop``, or to the end, as a new sequence."""
         first, last, _ = slice(start, stop).indices(len(self))
         begin = self._start
         return StoredTokens(
@@ -161,7 +161,7 @@ class StoredTokens:
         for file in self._open:
             file.close()
 
-    # worker processes of a torch DataLoader open the files for themselves
+    # worker processes of a torch DataLoader open the files themselves
     def __reduce__(self) -> Any:
         options = {"kind": self.kind, "start": self._start, "stop": self._stop}
         return _reopen, (type(self), (self.files, self.vocab_size), options)
@@ -169,7 +169,7 @@ class StoredTokens:
 
 @dataclass(frozen=True)
 class JoinedTokens:
-    """Several sequences of ids, one after the other, as one: nothing is copied but slices.
+    """Several sequences of ids joined into one; only slices are copied.
 
     Attributes:
         tokens: the sequences.
@@ -182,7 +182,7 @@ class JoinedTokens:
 
     @property
     def dtype(self) -> DType:
-        """One that holds the ids of all."""
+        """A type that holds the ids of all sequences."""
         return np.result_type(*(part.dtype for part in self.tokens))
 
     def __getitem__(self, key: slice) -> NDArray[Any]:
@@ -198,7 +198,7 @@ class JoinedTokens:
         return np.concatenate(parts)
 
     def leaves(self) -> Iterator[NDArray[Any] | StoredTokens]:
-        """The sequences, those that are joined themselves by their own."""
+        """The sequences; joined ones are replaced by their own sequences, recursively."""
         for part in self.tokens:
             if isinstance(part, JoinedTokens):
                 yield from part.leaves()
@@ -214,10 +214,10 @@ def _reopen(kind: type[StoredTokens], arguments: tuple[Any, ...], options: dict[
 
 
 def verifying(total: int) -> "tqdm[Any]":
-    """A bar over ids that are read to be checked; it is seen where that takes long.
+    """A progress bar over ids that are checked; it appears only if that takes long.
 
     Args:
-        total: ids in all.
+        total: number of ids.
     """
     return tqdm(total=total, desc="verifying", unit="token", unit_scale=True, delay=2.0)
 

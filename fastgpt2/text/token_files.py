@@ -1,7 +1,7 @@
 """Token files of other programs: llm.c's ``.bin`` shards, nanoGPT's ``train.bin`` and ``val.bin``.
 
-llm.c (karpathy/llm.c, dev/data/data_common.py; FineWeb's shards are published so): a header of 256
-int32 (magic 20240520, version 1, number of ids, zeros), then the ids as uint16. nanoGPT
+llm.c (karpathy/llm.c, dev/data/data_common.py; the format of FineWeb's published shards): a header
+of 256 int32 (magic 20240520, version 1, number of ids, zeros), then the ids as uint16. nanoGPT
 (karpathy/nanoGPT, data/*/prepare.py): uint16 ids and nothing else. All numbers are little-endian.
 """
 
@@ -26,7 +26,7 @@ SUFFIX = ".bin"
 LLMC_MAGIC, LLMC_VERSION = 20240520, 1
 LLMC_HEADER_BYTES = 1024
 UINT16 = np.dtype("<u2")
-# nanoGPT's files have no header: their names alone say what they are
+# nanoGPT's files have no header: only their names identify them
 NANOGPT_TRAIN, NANOGPT_VAL, NANOGPT_META = "train.bin", "val.bin", "meta.pkl"
 # other files of llm.c that begin with a number of this kind
 _OTHER_MAGIC = {
@@ -37,7 +37,7 @@ _OTHER_MAGIC = {
     20240328: "a tokenizer of llm.c",
 }
 _VALIDATION = {"val", "valid", "validation"}
-# of a file without a header: enough to tell text and wider numbers from ids
+# bytes read to tell ids from text and from wider numbers in a file without a header
 _HEAD_BYTES = 4096
 
 
@@ -46,9 +46,9 @@ class FoundFiles:
     """The token files that ``--data`` names.
 
     Attributes:
-        train: those that train; all of them where none is named as validation, or all are.
-        val: those whose names say validation (``val``, ``valid``, ``validation``).
-        left_out: files in the same folders that hold no token ids.
+        train: files for training; all files if none, or every one, is named as validation.
+        val: files whose names say validation (``val``, ``valid``, ``validation``).
+        left_out: files in the same folders that do not hold token ids.
     """
 
     train: tuple[Path, ...]
@@ -57,15 +57,15 @@ class FoundFiles:
 
     @property
     def all(self) -> tuple[Path, ...]:
-        """Training files, then those of validation."""
+        """Training files, then validation files."""
         return self.train + self.val
 
 
 def find_token_files(data: str | Sequence[str]) -> FoundFiles | None:
-    """The token files that ``data`` names; None where it names none.
+    """The token files that ``data`` names; None if it names none.
 
-    A folder that holds ``train.bin`` and ``val.bin`` is one of nanoGPT's: these two are taken. Of
-    any other folder or pattern all files that end in ``.bin`` are.
+    From a folder with ``train.bin`` and ``val.bin``, as nanoGPT's, these two are taken; from any
+    other folder or pattern, all files that end in ``.bin``.
 
     Args:
         data: what ``build_dataset`` takes: one of these, or several.
@@ -91,7 +91,7 @@ def find_token_files(data: str | Sequence[str]) -> FoundFiles | None:
 
 
 def _files_of(item: str) -> tuple[list[Path], list[Path]]:
-    """The token files of one item, and the other files beside them."""
+    """The token files of one item, and its other files."""
     path = Path(item)
     pair = [path / NANOGPT_TRAIN, path / NANOGPT_VAL]
     if path.is_dir() and all(file.is_file() for file in pair):
@@ -114,14 +114,14 @@ def _is_validation(path: Path) -> bool:
 def open_token_files(
     found: FoundFiles, vocab_size: int
 ) -> tuple[StoredTokens, StoredTokens | None]:
-    """Training and validation ids, their headers and sizes checked and the ids not yet.
+    """Training and validation ids, with headers and sizes checked; the ids are not checked yet.
 
     Args:
         found: the files.
         vocab_size: V; every id is in [0, V).
 
     Raises:
-        UserError: a file is not a token file, damaged or cut off.
+        UserError: a file is not a token file, is damaged or cut off.
     """
     parts = [[read_header(path) for path in paths] for paths in (found.train, found.val)]
     train, val = (StoredTokens(files, vocab_size) if files else None for files in parts)
@@ -130,26 +130,26 @@ def open_token_files(
 
 
 def check_headers(found: FoundFiles) -> None:
-    """Raise what ``open_token_files`` would, before anything looks for a vocabulary.
+    """Raise the errors of ``open_token_files`` before a vocabulary is looked for.
 
     Args:
         found: the files.
 
     Raises:
-        UserError: a file is not a token file, damaged or cut off.
+        UserError: a file is not a token file, is damaged or cut off.
     """
     for path in found.all:
         read_header(path)
 
 
 def read_header(path: Path) -> TokenFile:
-    """Where the ids of a token file are.
+    """The place of the ids in a token file.
 
     Args:
         path: llm.c's file, or nanoGPT's under one of its two names.
 
     Raises:
-        UserError: it cannot be read, is of another kind, or its size is not what it should be.
+        UserError: it cannot be read, is another kind of file, or has the wrong size.
     """
     try:
         with path.open("rb") as file:
@@ -176,7 +176,7 @@ def read_header(path: Path) -> TokenFile:
             f"{magic}{f' (it is {kind})' if kind else ''}; only {NANOGPT_TRAIN} and {NANOGPT_VAL} "
             "of nanoGPT have no header"
         )
-    # a few ids may be letters by chance
+    # a few ids may look like letters by chance
     if kind is None and len(head) >= 16 and looks_like_text(head):
         kind = "text"
     if kind is not None:
@@ -214,7 +214,7 @@ def _read_nanogpt(path: Path, head: bytes, size: int) -> TokenFile:
             "cut off or of another kind"
         )
     ids = np.frombuffer(head[: len(head) // 8 * 8], UINT16)
-    # the upper half of every id of a wider type
+    # ids of a wider type have zeros in their upper halves
     if ids.size >= 64 and not ids[1::2].any() and ids[0::2].any():
         raise UserError(
             f"token file {path}: every second number is 0: ids of 4 or 8 bytes, expected uint16"
@@ -223,13 +223,13 @@ def _read_nanogpt(path: Path, head: bytes, size: int) -> TokenFile:
 
 
 def recorded_tokenizer(found: FoundFiles) -> Tokenizer | None:
-    """The tokenizer that ``prepare --to`` has saved beside the files.
+    """The tokenizer that ``prepare --to`` saved beside the files.
 
     Args:
         found: the files.
 
     Raises:
-        UserError: it is damaged, or several folders have different ones.
+        UserError: it is damaged, or several folders have different tokenizers.
     """
     folders = dict.fromkeys(path.parent for path in found.all)
     tokenizers = [(f, load_tokenizer(f)) for f in folders if (f / FILE_NAME).is_file()]
@@ -250,20 +250,20 @@ def tokenizer_of(
     vocab_size: int | None = None,
     notify: Callable[[str], None] | None = None,
 ) -> Tokenizer:
-    """The tokenizer whose ids the files hold; nothing in the files says it.
+    """The tokenizer of the ids, which the files themselves do not record.
 
-    That of ``prepare --to`` lies beside them. Else it is what ``wanted`` names, GPT-2's where that
-    is ``auto``; with ``vocab_size`` the ids have no text.
+    ``prepare --to`` saves it beside the files. Otherwise it is the one that ``wanted`` names
+    (``auto`` means GPT-2's); with ``vocab_size`` the ids have no text.
 
     Args:
         found: the files.
         wanted: a name, or the tokenizer of a model.
         vocab_dir: folder with GPT-2's vocabulary files.
-        vocab_size: V, where no tokenizer is known.
+        vocab_size: V, if no tokenizer is known.
         notify: called with a line that says what was chosen.
 
     Raises:
-        UserError: nothing says what the ids are, or two things disagree.
+        UserError: the tokenizer is unknown, or two sources disagree.
     """
     recorded = recorded_tokenizer(found)
     if not isinstance(wanted, str):
@@ -310,7 +310,7 @@ def tokenizer_of(
 def _check_tokenizer(
     found: FoundFiles, wanted: Tokenizer, recorded: Tokenizer | None, vocab_size: int | None
 ) -> None:
-    """Raise a UserError where something says that the ids are not those of a model's tokenizer."""
+    """Raise a UserError if the ids are known to belong to another tokenizer than the model's."""
     if vocab_size not in (None, wanted.vocab_size):
         raise UserError(
             f"--vocab-size {vocab_size}: the tokenizer {wanted.name} has {wanted.vocab_size} ids"
@@ -329,6 +329,6 @@ def _check_tokenizer(
 
 
 def _meta(found: FoundFiles) -> Path | None:
-    """The pickle of nanoGPT that describes a vocabulary, if one lies beside the files."""
+    """nanoGPT's pickle that describes a vocabulary, if there is one beside the files."""
     paths = (path.parent / NANOGPT_META for path in found.all)
     return next((path for path in paths if path.is_file()), None)

@@ -24,12 +24,12 @@ from fastgpt2.text.tokenizers import CharTokenizer
 
 @dataclass(frozen=True)
 class TokenFormat:
-    """How a program wants its tokens.
+    """How a program stores tokens.
 
     Attributes:
-        create: a file for a path and a tokenizer; it appears when the ``with`` block ends well.
-        name: of the file, for a split and its number.
-        most_tokens: that a file can hold; None is any number.
+        create: opens a file for a path and a tokenizer; it appears if the ``with`` block succeeds.
+        name: file name for a split and the number of the file.
+        most_tokens: ids that a file can hold; None means any number.
         one_file: whether a split is one file.
     """
 
@@ -52,7 +52,7 @@ def create_llmc(path: Path, tokenizer: Tokenizer) -> Iterator[IdWriter]:
 
     Args:
         path: the file.
-        tokenizer: whose ids it holds; the format does not say which.
+        tokenizer: whose ids it holds; the format does not record it.
 
     Raises:
         UserError: the vocabulary does not fit uint16.
@@ -67,9 +67,9 @@ def create_llmc(path: Path, tokenizer: Tokenizer) -> Iterator[IdWriter]:
 
 @contextmanager
 def create_nanogpt(path: Path, tokenizer: Tokenizer) -> Iterator[IdWriter]:
-    """A file of nanoGPT (karpathy/nanoGPT, data/*/prepare.py): uint16 ids alone.
+    """A file of nanoGPT (karpathy/nanoGPT, data/*/prepare.py): uint16 ids and nothing else.
 
-    Beside ids of characters lies ``meta.pkl``, from which nanoGPT takes the vocabulary.
+    For ids of characters, ``meta.pkl`` is written too: nanoGPT reads the vocabulary from it.
 
     Args:
         path: the file.

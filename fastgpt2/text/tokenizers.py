@@ -13,15 +13,14 @@ from fastgpt2.text.encoding import END_OF_TEXT, Tokenizer, fingerprint, well_for
 NAMES = ("gpt2", "bytes", "char", "auto")
 # not tokenizer.json, which is Hugging Face's
 FILE_NAME = "fastgpt2_tokenizer.json"
-# seconds for each mirror when nobody asked for the network by name
+# seconds for each mirror when `auto` tries the network
 AUTO_TIMEOUT = 3.0
 
 
 class BytesTokenizer:
     """The 256 byte values, and one id that ends a text: 257 ids.
 
-    With the extra id documents stay apart and generation can stop, which 256 ids could not say;
-    it costs one row of the embedding.
+    The extra id separates documents and lets generation stop. It costs one row of the embedding.
     """
 
     name = "bytes"
@@ -56,10 +55,10 @@ class BytesTokenizer:
 
 
 class CharTokenizer:
-    """One id for each character of a text, in order of their code points, as nanoGPT has it.
+    """One id for each character of a text, in order of code points, as in nanoGPT.
 
-    There is no end-of-text id: the vocabulary is the text's own. A character outside it is an
-    error, never silently dropped.
+    There is no end-of-text id: the vocabulary has only the text's characters. A character outside
+    it is an error, never silently dropped.
 
     Raises:
         UserError: no characters, or one of them twice.
@@ -78,7 +77,7 @@ class CharTokenizer:
 
     @classmethod
     def from_text(cls, pieces: Iterable[str]) -> Self:
-        """The vocabulary of a text: a string, or any iterable of its pieces."""
+        """The tokenizer with the characters of a text: a string, or an iterable of its pieces."""
         chars: set[str] = set()
         for piece in pieces:
             chars.update(piece)
@@ -91,7 +90,7 @@ class CharTokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """Names the characters and their order."""
+        """Identifies the characters and their order."""
         return fingerprint(char.encode("utf-8", "surrogatepass") for char in self.chars)
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
@@ -120,10 +119,10 @@ class CharTokenizer:
 
 
 class IdTokenizer:
-    """Ids without a text, of a tokenizer that nobody knows: written as numbers, ``" 12 7 99"``.
+    """Ids of an unknown tokenizer, written as numbers: ``" 12 7 99"``.
 
-    There is no end-of-text id. White space alone stands for id 0, the line break of nanoGPT's
-    ``shakespeare_char``: what samples begin with.
+    There is no end-of-text id. White space alone means id 0, the line break of nanoGPT's
+    ``shakespeare_char``, so that samples can begin with it.
 
     Args:
         vocab_size: V, the number of ids.
@@ -142,7 +141,7 @@ class IdTokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """Names the number of ids."""
+        """Identifies the number of ids."""
         return fingerprint([f"{self.vocab_size} ids".encode()])
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
@@ -175,12 +174,12 @@ def get_tokenizer(
     """The tokenizer called ``name``: ``gpt2``, ``bytes``, ``char`` or ``auto``.
 
     Args:
-        vocab_dir: folder with GPT-2's vocabulary files, looked at before any other place.
-        text: what ``char`` takes its vocabulary from: a string or an iterable of strings.
+        vocab_dir: folder with GPT-2's vocabulary files; no other place is searched.
+        text: the text whose characters ``char`` uses: a string or an iterable of strings.
         notify: called with one line that says what ``auto`` chose, and why.
 
     Raises:
-        UserError: an unknown name, or a vocabulary that cannot be had.
+        UserError: an unknown name, or the vocabulary could not be found or downloaded.
     """
     if vocab_dir is not None and name not in ("gpt2", "auto"):
         raise UserError(f"tokenizer {name}: a vocabulary folder is for gpt2, got {vocab_dir}")
@@ -211,7 +210,7 @@ def _auto(vocab_dir: str | Path | None, notify: Callable[[str], None]) -> Tokeni
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
-    """Write what ``load_tokenizer`` needs, so that the folder stays usable with no network.
+    """Write what ``load_tokenizer`` needs, so that the folder works without a network.
 
     Always ``fastgpt2_tokenizer.json`` (name, fingerprint, vocabulary size, the characters of
     ``char``); for ``gpt2`` also its two vocabulary files, 1.5 MB, small beside a checkpoint.
@@ -234,7 +233,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer that ``save_tokenizer`` wrote into ``folder``.
 
     Raises:
-        UserError: there is none, it is damaged, or its vocabulary is not the one recorded.
+        UserError: it is missing or damaged, or its vocabulary is not the recorded one.
     """
     path = Path(folder) / FILE_NAME
     try:

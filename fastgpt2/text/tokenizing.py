@@ -1,4 +1,4 @@
-"""Pieces of text to ids, by several processes."""
+"""Encode pieces of text, with several processes."""
 
 import multiprocessing
 import signal
@@ -24,7 +24,7 @@ from fastgpt2.text.prepared import PreparedWriter
 from fastgpt2.text.shards import dtype_for
 from fastgpt2.text.tokenizers import load_tokenizer
 
-# set in each worker process when it starts
+# set when a worker process starts
 _tokenizer: Tokenizer
 
 
@@ -37,20 +37,20 @@ def write_pieces(
     workers: int,
     total: int,
 ) -> str:
-    """Encode ``pieces`` and write them in their order; returns the speed, for a person to read.
+    """Encode ``pieces`` and write them in order; returns a line about the speed.
 
-    About two pieces a worker are in memory at a time.
+    About two pieces per worker are in memory at a time.
 
     Args:
         writer: takes the ids.
         pieces: the text.
         folder: where the tokenizer is saved.
-        tokenizer: the same.
+        tokenizer: that tokenizer.
         workers: processes that encode.
-        total: bytes of all pieces, for the bar.
+        total: bytes of all pieces, for the progress bar.
 
     Raises:
-        UserError: the text is not readable, or a process was killed.
+        UserError: the text cannot be read, or a process was killed.
     """
     dtype = dtype_for(tokenizer.vocab_size)
     began, done = time.perf_counter(), 0
@@ -71,14 +71,14 @@ def write_pieces(
 def _encoded(
     pieces: Iterator[Piece], folder: Path, tokenizer: Tokenizer, workers: int
 ) -> Iterator[tuple[Piece, NDArray[Any]]]:
-    """Each piece with its ids, in order, encoded by ``workers`` processes; one is this process."""
+    """Each piece with its ids, in order; one worker means this process, more are started."""
     if workers == 1:
         dtype = dtype_for(tokenizer.vocab_size)
         yield from ((piece, np.array(tokenizer.encode(piece.text), dtype)) for piece in pieces)
         return
     pool = ProcessPoolExecutor(
         workers,
-        # the one start method that every system has, and that threads cannot harm
+        # the only start method that every system has and that is safe with threads
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_start_worker,
         initargs=(str(folder),),
@@ -102,19 +102,19 @@ def _encoded(
 
 @contextmanager
 def _interrupts_later() -> Iterator[None]:
-    """Keep Ctrl-C until the end of the block, and from the processes that are started in it.
+    """Delay Ctrl-C until the end of the block, and hide it from processes started in it.
 
-    A terminal sends it to the whole group: the main process alone is to answer it, and not with a
-    worker half started.
+    A terminal sends Ctrl-C to the whole process group. Only the main process must answer it, and
+    not while a worker is half started.
     """
     if threading.current_thread() is not threading.main_thread():
-        # only the main thread is interrupted, and only it may set a handler
+        # only the main thread receives signals and may set a handler
         yield
         return
     came: list[int] = []
     handler = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
     if sys.platform != "win32":
-        # what is blocked stays blocked in a new process
+        # a new process inherits the mask
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -128,7 +128,7 @@ def _interrupts_later() -> Iterator[None]:
 
 def _start_worker(tokenizer_folder: str) -> None:
     global _tokenizer
-    # for Windows, where nothing is inherited
+    # Windows inherits no mask
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _tokenizer = load_tokenizer(tokenizer_folder)
 

@@ -1,10 +1,10 @@
-"""Bytes of a file to text: strict UTF-8, where binary data is never taken for text."""
+"""Decode the bytes of a file: strict UTF-8 that never takes binary data for text."""
 
 import codecs
 
 from fastgpt2.errors import UserError
 
-# the first bytes of files that people take for text, and what they are
+# first bytes of files that people mistake for text, and their kind
 _MAGIC = (
     # llm.c's token files: magic number 20240520, little-endian (karpathy/llm.c, dev/data)
     ((20240520).to_bytes(4, "little"), "a token file of llm.c, whose name must end in .bin"),
@@ -27,7 +27,7 @@ _HEAD_BYTES = 64
 
 
 def is_utf8(text: str) -> bool:
-    """Whether ``text`` can be written as UTF-8: a lone surrogate, as of a bad argument, cannot."""
+    """Whether ``text`` can be encoded as UTF-8, which a lone surrogate cannot."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -38,9 +38,9 @@ def is_utf8(text: str) -> bool:
 class Utf8Decoder:
     """UTF-8 over several chunks of one file.
 
-    A byte-order mark at the start of the file is dropped: it says how the file is coded and is not
-    part of the text. A NUL is refused: no text has one, but UTF-16, token files and the tails of
-    files cut off by a crash do.
+    A byte-order mark at the start of the file is dropped: it marks the encoding and is not part of
+    the text. A NUL is refused: text has none, but UTF-16, token files and the tails of files cut
+    off by a crash do.
 
     Args:
         name: the file, for error messages.
@@ -54,14 +54,14 @@ class Utf8Decoder:
         self._head = b""
 
     def decode(self, chunk: bytes, final: bool = False) -> str:
-        """The text of the next chunk; a character cut at its end comes with the chunk after it.
+        """The text of the next chunk; a character cut at its end comes with the following chunk.
 
         Args:
             chunk: the next bytes; the first chunk holds a whole character at least.
             final: whether the file ends here.
 
         Raises:
-            UserError: a NUL, or bytes that are not UTF-8: file, offset, and what it looks like.
+            UserError: a NUL or invalid UTF-8; the message has file, offset and the likely kind.
         """
         if len(self._head) < _HEAD_BYTES:
             self._head += chunk[: _HEAD_BYTES - len(self._head)]
@@ -95,7 +95,7 @@ class Utf8Decoder:
 
 
 def kind_of_bytes(head: bytes) -> str | None:
-    """What a file is that begins with ``head``, where its first bytes say so.
+    """The kind of a file that begins with ``head``, or None if its first bytes do not tell.
 
     Args:
         head: the first bytes of a file.
@@ -104,7 +104,7 @@ def kind_of_bytes(head: bytes) -> str | None:
 
 
 def looks_like_text(head: bytes) -> bool:
-    """Whether ``head`` is UTF-8 without control characters, but for a character cut at its end.
+    """Whether ``head`` is UTF-8 without control characters; its last character may be cut off.
 
     Args:
         head: the first bytes of a file.
@@ -117,11 +117,11 @@ def looks_like_text(head: bytes) -> bool:
 
 
 def _kind(head: bytes) -> str | None:
-    """What a file that is not UTF-8 text seems to be, from its first bytes."""
+    """The likely kind of a file that is not UTF-8 text, from its first bytes."""
     if kind := kind_of_bytes(head):
         return kind
     nuls = [i % 2 for i, byte in enumerate(head) if byte == 0]
-    # one alone may stand anywhere
+    # a single one may be anywhere
     if len(nuls) > 1 and len(set(nuls)) == 1:
         return "text in UTF-16; `iconv -f UTF-16LE -t UTF-8` (or UTF-16BE) converts it"
     if b"\0" not in head:

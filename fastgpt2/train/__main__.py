@@ -102,8 +102,8 @@ def build_parser() -> argparse.ArgumentParser:
         prog="fastgpt2 train",
         usage="%(prog)s [--config NAME|FILE] [--out DIR] [--resume | --overwrite] [flags]",
         description="Train a GPT-2. Without arguments: GPT-2 124M on a GPU, a small model on a "
-        "CPU, on the prose of Python's own documentation. Flags override the configuration; the "
-        "defaults are in brackets.",
+        "CPU, on Python's own help texts. Flags override the configuration; defaults are in "
+        "brackets.",
         argument_default=argparse.SUPPRESS,
     )
     run = parser.add_argument_group("run")
@@ -118,8 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--replay",
         metavar="FILE",
-        help="compute a step that was not finite, and was kept, again: with --device, --dtype, "
-        "--impl",
+        help="repeat a saved step whose loss was not finite; --device, --dtype and --impl apply",
     )
     types = field_types()
     group = run

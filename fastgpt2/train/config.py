@@ -36,16 +36,18 @@ class TrainConfig:
 
     data: tuple[str, ...] = _option(
         ("python-docs",),
-        "files (text, .jsonl, .parquet; .gz and .zst of text and .jsonl), folders, globs, token "
-        "shards, token files (.bin of llm.c, nanoGPT), or a name: python-docs, the-verdict, "
-        "tinyshakespeare; NAME:WEIGHT for each makes a mixture",
+        "files (text, .jsonl, .parquet; .gz and .zst of text and .jsonl), folders, patterns, names "
+        "of corpora (python-docs, the-verdict, tinyshakespeare), a folder of token shards, or "
+        "token files of llm.c or nanoGPT; NAME:WEIGHT for each makes a mixture",
     )
-    text_column: str = _option("text", "field of the text in a line of JSON or a Parquet table")
+    text_column: str = _option(
+        "text", "key of a JSON line, or column of a Parquet table, with the text"
+    )
     tokenizer: str = _option(
         "auto", "how text becomes tokens", choices=("auto", "gpt2", "bytes", "char", "ids")
     )
     vocab_size: int | None = _option(
-        None, "number of ids, for token files whose tokenizer is not known"
+        None, "number of ids, for token files whose tokenizer is unknown"
     )
     vocab_dir: str | None = _option(None, "folder with GPT-2's encoder.json and vocab.bpe")
     val_fraction: float = _option(0.1, "share of the text, at its end, kept for validation")
@@ -58,19 +60,19 @@ class TrainConfig:
     )
     init_from: str | None = _option(
         None,
-        "start from these weights: a run, a folder or file in any format that convert reads, or "
-        "gpt2, gpt2-medium, gpt2-large, gpt2-xl; they fix shape and tokenizer",
+        "start from these weights: run folder, a folder or file in any format that convert reads, "
+        "or gpt2, gpt2-medium, gpt2-large, gpt2-xl; they fix shape and tokenizer",
     )
     init_sha256: str | None = _option(None, "sha256 of --init-from's weights, noted by the run")
     freeze: tuple[str, ...] = _option(
         (),
-        "parameters or modules not to train, by name, with the shell's * ? [..]: "
+        "parameters or modules that are not trained, by name, with the shell's * ? [..]: "
         "transformer.wte, 'transformer.h.[0-5].*', '*.ln_?.*'",
     )
     lora_rank: int | None = _option(
-        None, "train adapters of this rank (LoRA) and nothing else; needs --init-from"
+        None, "train only adapters of this rank (LoRA); needs --init-from"
     )
-    lora_alpha: float | None = _option(None, "an adapter is scaled by this / rank [the rank]")
+    lora_alpha: float | None = _option(None, "adapters are scaled by this / rank [the rank]")
     lora_target: tuple[str, ...] = _option(
         TARGETS, "layers with adapters: c_attn, c_proj, c_fc, or longer: mlp.c_proj"
     )
@@ -80,82 +82,80 @@ class TrainConfig:
     n_layer: int | None = _option(None, "number of blocks [the model's]")
     n_head: int | None = _option(None, "attention heads [the model's]")
     n_embd: int | None = _option(None, "width C [the model's]")
-    bias: bool | None = _option(
-        None, "biases in linear layers and LayerNorms [yes, as GPT-2 has them]"
-    )
+    bias: bool | None = _option(None, "biases in linear layers and LayerNorms [yes, as in GPT-2]")
     dropout: float = _option(0.0, "rate of all three dropouts")
     attn_dropout: float | None = _option(None, "rate on attention probabilities [--dropout]")
     embd_dropout: float | None = _option(None, "rate on the embeddings [--dropout]")
     resid_dropout: float | None = _option(
-        None, "rate on what is added to the residual stream [--dropout]"
+        None, "rate on each addition to the residual stream [--dropout]"
     )
-    batch_size: int = _option(12, "sequences in a micro-batch; auto: as many as fit")
+    batch_size: int = _option(12, "sequences per micro-batch; auto: as many as fit")
     auto_batch_size: bool = _option(False, "batch_size is still to be found")
     grad_accum: int = _option(1, "micro-batches per optimizer step and process")
     ranks: int | None = _option(None, "processes that batch_size and grad_accum are meant for")
     steps: int | None = _option(None, "optimizer steps to train")
     epochs: float | None = _option(None, "passes over the training tokens")
-    minutes: float | None = _option(None, "wall time to stop at; the schedule ends there too")
+    minutes: float | None = _option(None, "stop after this wall time, where the schedule ends too")
     lr: float = _option(6e-4, "peak learning rate")
     min_lr: float | None = _option(None, "learning rate at the end of the schedule [--lr / 10]")
     warmup_steps: int = _option(100, "steps of linear warm-up")
     schedule: str = _option("cosine", "shape of the decay", choices=tuple(SCHEDULES))
-    wsd_decay: float = _option(0.2, "last share of the run, over which the schedule wsd decays")
+    wsd_decay: float = _option(0.2, "schedule wsd decays over this last share of the run")
     optimizer: str = _option(
         "adamw",
         "adamw, or muon: Muon on the matrices of the blocks, AdamW on the rest",
         choices=("adamw", "muon"),
     )
-    muon_lr: float = _option(0.02, "Muon's peak learning rate; it follows the schedule of --lr")
+    muon_lr: float = _option(0.02, "Muon's peak learning rate; it has the schedule of --lr")
     muon_momentum: float = _option(0.95, "Muon's momentum")
     muon_warmup_steps: int = _option(300, "steps over which Muon's momentum grows from 0.85")
     muon_weight_decay: float = _option(0.0, "Muon's weight decay, on the blocks' matrices")
     weight_decay: float = _option(0.1, "AdamW's weight decay, on matrices only")
     beta1: float = _option(0.9, "decay of AdamW's first moment")
     beta2: float = _option(0.95, "decay of AdamW's second moment")
-    grad_clip: float = _option(1.0, "largest gradient norm; 0 does not clip")
-    dtype: str = _option("auto", "for the computation; weights are kept in fp32", choices=DTYPES)
+    grad_clip: float = _option(1.0, "largest gradient norm; 0: no clipping")
+    dtype: str = _option("auto", "compute dtype; weights stay in fp32", choices=DTYPES)
     device: str = _option("auto", "auto, cpu, cuda, cuda:1, ...; mps and xpu are untested")
     impl: str = _option("auto", "implementation of the kernels", choices=IMPLS)
     fp32_residual: bool = _option(False, "keep the residual stream in fp32")
     fp8: bool = _option(
         False,
-        "linear layers and head in FP8 while training: a GPU with FP8 (Ada, Hopper or later), "
-        "bf16, widths that are multiples of 16; a CPU emulates it, slowly",
+        "train linear layers and head in FP8: needs bf16, widths that are multiples of 16, and a "
+        "GPU with FP8 (Ada, Hopper or later); a CPU emulates it, slowly",
     )
     compile: bool = _option(False, "torch.compile the forward and backward pass")
     remat: str = _option(
         "none",
-        "activations to recompute in the backward pass instead of keeping them: those of the MLPs, "
-        "or of whole blocks",
+        "activations that are recomputed in the backward pass instead of kept: of the MLPs, or of "
+        "whole blocks",
         choices=REMATS,
     )
     on_spike: str = _option(
         "warn",
-        "when a loss is far above those before it: print a line, or also go back to the last "
+        "when a loss is far above the previous ones: print a line, or also go back to the last "
         "checkpoint before it and skip the data since then",
         choices=ON_SPIKE,
     )
     shard: bool = _option(
         False,
-        "each of several processes keeps a part of weights, gradients and moments (FSDP2), not "
-        "all of them (DDP)",
+        "with several processes, each keeps a part of weights, gradients and moments (FSDP2) "
+        "instead of all (DDP)",
     )
     timeout: float = _option(
         1800.0,
-        "seconds that a process may be stuck; then its stack is shown and the job ends with exit "
-        "code 75; 0 waits for ever",
+        "when a process is stuck for so many seconds, its stack is shown and the job ends with "
+        "exit code 75; 0: wait forever",
     )
     seed: int = _option(1337, "seed of initialisation, data order and dropout")
     log_every: int = _option(10, "steps between records in metrics.jsonl")
     log: tuple[str, ...] = _option(
         (), "also show the run in tensorboard, wandb (offline unless WANDB_MODE is set)"
     )
-    profile: int = _option(0, "record this many steps: trace.json and a table of their time")
+    profile: int = _option(0, "profile so many steps: trace.json and a table of their time")
     eval_every: int = _option(250, "steps between evaluations, each with a sample and a checkpoint")
-    keep_last: int = _option(2, "newest checkpoints to keep, besides the best one")
-    sample_tokens: int = _option(100, "length of the sample shown at each evaluation")
-    sample_prompt: str = _option("\n", "what the sample continues")
+    keep_last: int = _option(2, "number of newest checkpoints to keep, besides the best")
+    sample_tokens: int = _option(100, "tokens of the sample shown at each evaluation")
+    sample_prompt: str = _option("\n", "text that the sample continues")
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "grad_accum", "eval_every", "log_every", "keep_last"):

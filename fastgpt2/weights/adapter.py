@@ -1,9 +1,9 @@
 """Adapters in PEFT's format: ``adapter_model.safetensors`` and ``adapter_config.json``.
 
 A tensor is called ``base_model.model.transformer.h.0.attn.c_attn.lora_A.weight``, (R, C), and
-``...lora_B.weight``, (F, R); ``base_model_name_or_path`` says what the adapters belong to, a
-release or a path. We add the sha256 of those weights as metadata of the tensors' file, which PEFT
-ignores, and hold it against the weights that are there. Written after PEFT 0.21.
+``...lora_B.weight``, (F, R). ``base_model_name_or_path`` names the weights that the adapters belong
+to, a release or a path. We add the sha256 of those weights to the metadata of the tensors' file,
+which PEFT ignores, and compare it with the weights found. Follows the format of PEFT 0.21.
 """
 
 import json
@@ -41,7 +41,7 @@ _WPE = "transformer.wpe.weight"
 _PREFIX = "base_model.model."
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 _SHA256 = "base_sha256"
-# options of PEFT that change what an adapter computes, and that only these values leave alone
+# options of PEFT that change what an adapter computes, and the values that do not
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "use_dora": (None, False),
     "bias": (None, "none"),
@@ -50,9 +50,9 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "alpha_pattern": (None, {}),
     "modules_to_save": (None, []),
 }
-# weights may have adapters themselves: the folders that are being opened
+# the folders being opened: weights may have adapters themselves
 _BELOW: ContextVar[tuple[Path, ...]] = ContextVar("below", default=())
-# whether the weights below may come from the network
+# whether the adapted weights must not be downloaded
 _OFFLINE: ContextVar[bool] = ContextVar("offline", default=False)
 
 
@@ -61,9 +61,9 @@ class Adapter:
     """Adapters in a folder.
 
     Attributes:
-        settings: as ``add_lora`` takes them.
+        settings: arguments of ``add_lora``.
         pairs: A and B by the name of the layer.
-        folder: where they are, for messages.
+        folder: their folder, for messages.
     """
 
     settings: LoRASettings
@@ -72,11 +72,11 @@ class Adapter:
 
 
 def save_adapter(model: torch.nn.Module, folder: str | Path) -> None:
-    """Write a GPT's adapters into a folder, as PEFT and ``load_adapter`` read them.
+    """Write a GPT's adapters into a folder that PEFT and ``load_adapter`` can read.
 
     Args:
         model: a GPT after ``add_lora``.
-        folder: is made where it does not exist.
+        folder: created if it does not exist.
 
     Raises:
         UserError: the model has no adapters.
@@ -89,7 +89,7 @@ def save_adapter(model: torch.nn.Module, folder: str | Path) -> None:
 
 
 def adapter_weights(model: torch.nn.Module) -> dict[str, Tensor]:
-    """The matrices of a GPT's adapters by PEFT's names, in the model's own memory.
+    """The matrices of a GPT's adapters under PEFT's names; they share the model's memory.
 
     Args:
         model: a GPT after ``add_lora``.
@@ -105,9 +105,9 @@ def write_adapter(settings: LoRASettings, weights: Mapping[str, Tensor], folder:
     """Write PEFT's two files.
 
     Args:
-        settings: of the model.
-        weights: as ``adapter_weights`` gives them.
-        folder: is made where it does not exist.
+        settings: the model's.
+        weights: what ``adapter_weights`` returns.
+        folder: created if it does not exist.
 
     Raises:
         OSError: the folder cannot be written.
@@ -127,7 +127,7 @@ def write_adapter(settings: LoRASettings, weights: Mapping[str, Tensor], folder:
         "target_modules": list(settings.targets),
         "lora_dropout": settings.dropout,
         "bias": "none",
-        # Hugging Face's class keeps matrices as (C, F)
+        # Hugging Face's class stores matrices as (C, F)
         "fan_in_fan_out": True,
         "inference_mode": True,
     }
@@ -135,15 +135,15 @@ def write_adapter(settings: LoRASettings, weights: Mapping[str, Tensor], folder:
 
 
 def load_adapter(model: torch.nn.Module, folder: str | Path) -> None:
-    """Give a plain GPT the adapters of a folder, in place; only these are trained from here on.
+    """Add the adapters in a folder to a plain GPT, in place; from then on only these are trained.
 
     Args:
         model: a GPT with the weights that the adapters belong to.
         folder: holds PEFT's two files.
 
     Raises:
-        UserError: a file is missing or damaged, the adapters do not fit, or they are of a kind that
-            this package does not have.
+        UserError: a file is missing or damaged, the adapters do not fit, or their kind is not
+            supported.
     """
     adapter = read_adapter(Path(folder))
     settings = adapter.settings
@@ -151,7 +151,7 @@ def load_adapter(model: torch.nn.Module, folder: str | Path) -> None:
         model,
         rank=settings.rank,
         alpha=settings.alpha,
-        # each layer by its whole name: PEFT may have been told them in other ways
+        # each layer by its full name: PEFT accepts other ways to name them
         targets=tuple(adapter.pairs),
         dropout=settings.dropout,
         base=settings.base,
@@ -168,7 +168,7 @@ def load_adapter(model: torch.nn.Module, folder: str | Path) -> None:
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """Look at the adapters of a folder; their values are not read yet.
+    """Open the adapters in a folder; their values are not read yet.
 
     Raises:
         UserError: as ``load_adapter``.
@@ -209,24 +209,24 @@ def read_adapter(folder: Path) -> Adapter:
 
 
 def _targets(record: dict[str, Any], pairs: Mapping[str, Any]) -> list[str]:
-    """The targets as they were given, where that was a list of names."""
+    """The targets as they were given, if that was a list of names; else all layers' names."""
     given = record.get("target_modules")
     listed_ = isinstance(given, list) and all(isinstance(name, str) for name in given)
     return given if listed_ and given is not None else list(pairs)
 
 
 def open_base(adapter: Adapter, config: GPTConfig | None = None) -> Checkpoint:
-    """The weights below the adapters.
+    """The weights that the adapters belong to.
 
     Args:
-        adapter: what ``read_adapter`` gave.
-        config: the model's, where it is known: its context and its vocabulary may be shorter than
-            those of the weights.
+        adapter: what ``read_adapter`` returned.
+        config: the model's, if known: its context and its vocabulary may be shorter than those of
+            the weights.
 
     Raises:
-        UserError: there are no such weights, or their sha256 is not the noted one.
+        UserError: the weights do not exist, or their sha256 is not the recorded one.
     """
-    # both of them read adapters
+    # these modules import this one
     from fastgpt2.weights.formats import load
     from fastgpt2.weights.hub import locate
 
@@ -258,10 +258,10 @@ def open_base(adapter: Adapter, config: GPTConfig | None = None) -> Checkpoint:
 
 @contextmanager
 def bases_offline(offline: bool) -> Iterator[None]:
-    """Within the block, ``offline`` keeps the weights below adapters from the network.
+    """Within the block, ``offline`` forbids downloading the weights that adapters belong to.
 
     Args:
-        offline: False leaves it as it is.
+        offline: False changes nothing.
     """
     token = _OFFLINE.set(offline or _OFFLINE.get())
     try:
@@ -271,11 +271,11 @@ def bases_offline(offline: bool) -> Iterator[None]:
 
 
 def read(folder: Path, config: GPTConfig | None = None) -> Checkpoint:
-    """The model of a folder of adapters, with the adapters added to its weights.
+    """The model of an adapter folder: its weights with the adapters merged in.
 
     Args:
         folder: holds PEFT's two files.
-        config: the model's, where it is known.
+        config: the model's, if known.
 
     Raises:
         UserError: as ``load_adapter`` and ``open_base``.

@@ -1,7 +1,7 @@
-"""Checkpoint: the one form that every reader gives and every writer takes.
+"""Checkpoint: the form that every reader returns and every writer takes.
 
 Its tensors have the names and the layout of ``GPT.state_dict()`` (nanoGPT's: ``nn.Linear`` weights
-are (out, in)), the true vocabulary, and the tied head is stored once, as the token embedding.
+are (out, in)) and the unpadded vocabulary. The tied head is stored once, as the token embedding.
 """
 
 from collections.abc import Iterator, Mapping
@@ -46,7 +46,7 @@ def parameter_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
 
 
 def listed(names: list[str]) -> str:
-    """The first names, and how many more there are."""
+    """The first names, and the number of the others."""
     rest = f" and {len(names) - 8} more" if len(names) > 8 else ""
     return ", ".join(shown(name) for name in names[:8]) + rest
 
@@ -60,13 +60,13 @@ class Checkpoint:
         tensors: every stored tensor by its canonical name; checked against ``config`` and put into
             the module's order.
         source: the file or folder, for messages.
-        notes: what was left out or changed in reading, one line each.
-        quantization: how the file keeps matrices, ``int8``, or None; ``tensors`` gives the weights
-            that its integers stand for.
+        notes: what was left out or changed while reading, one line each.
+        quantization: how the file stores matrices: ``int8`` or None. ``tensors`` always has the
+            dequantized weights.
 
     Raises:
-        UserError: a tensor is missing, too many, or of a wrong shape or dtype; all of these are
-            refused, and the message names the tensor.
+        UserError: a tensor is missing or unexpected, or has a wrong shape or dtype; the message
+            names the tensor.
     """
 
     config: GPTConfig
@@ -76,7 +76,7 @@ class Checkpoint:
     quantization: str | None = None
 
     def __post_init__(self) -> None:
-        # a forged number of layers must not make us list billions of names
+        # a forged number of layers must not create billions of names
         if self.config.n_layer > len(self.tensors):
             raise UserError(
                 f"{self.source}: n_layer is {self.config.n_layer}, "
@@ -124,14 +124,14 @@ class Checkpoint:
         return replace(self, config=config, tensors=tensors, notes=(*self.notes, note))
 
     def state_dict(self) -> "LazyStateDict":
-        """The tensors; loading them one by one needs no more memory than they do."""
+        """The tensors; loading them one by one needs only the memory of one more."""
         return LazyStateDict(self.tensors, self.quantization)
 
 
 class LazyStateDict(Mapping[str, Tensor]):
-    """Name to tensor; each access reads the file and gives contiguous memory of the caller's.
+    """Name to tensor; each access reads the file and returns a new contiguous tensor.
 
-    ``quantization`` says how the file keeps matrices, None is without any.
+    ``quantization`` says how the file stores matrices; None means unquantized.
     """
 
     def __init__(self, tensors: Mapping[str, LazyTensor], quantization: str | None = None) -> None:
@@ -151,7 +151,7 @@ def drop_tied_head(tensors: dict[str, LazyTensor], source: Path) -> dict[str, La
     """Keep one of ``lm_head.weight`` and the token embedding, which must hold the same bits.
 
     Raises:
-        UserError: the head has weights of its own; this is no GPT-2.
+        UserError: the head has its own weights; this is not a GPT-2.
     """
     head = tensors.pop(HEAD, None)
     if head is None:

@@ -1,12 +1,13 @@
 """CRC-32C (Castagnoli) in numpy, fast enough for checkpoints of gigabytes.
 
-The register of a CRC is linear over GF(2): running it over four zero bytes is a 32 x 32 bit matrix
-A, and over the little-endian words w_0 ... w_{M-1} it holds
+The register of a CRC is linear over GF(2). Four zero bytes multiply it by a 32 x 32 bit matrix A;
+the little-endian words w_0 ... w_{M-1} turn it into
 
     A^M(init) ^ A^M(w_0) ^ A^{M-1}(w_1) ^ ... ^ A(w_{M-1}).
 
 Horner's rule with A^K instead of A runs K interleaved registers at once, one numpy row of K words
-a step; A^K is two lookups in tables of 65536 words. In the end the K registers are folded in pairs.
+per step; A^K is two lookups in tables of 65536 words. At the end the K registers are folded in
+pairs.
 Matrices are stored as their 32 columns (uint32).
 
 Polynomial and check value: RFC 3720, appendix B.4; the mask: LevelDB's and TensorFlow's record
@@ -22,7 +23,7 @@ Words = NDArray[np.uint32]
 
 # reflected form of 0x1EDC6F41
 POLYNOMIAL = 0x82F63B78
-# K, the most registers run at once: rows of 32 KiB stay in the first-level cache
+# K, the most registers that run at once: rows of 32 KiB stay in the first-level cache
 LANES = 8192
 MASK_DELTA = 0xA282EAD8
 
@@ -37,7 +38,7 @@ def _apply(matrix: Words, x: Words) -> Words:
 
 @cache
 def _zero_bytes(log2: int) -> Words:
-    """The matrix that runs the register over ``2**log2`` zero bytes."""
+    """The matrix that ``2**log2`` zero bytes multiply the register by."""
     if log2:
         half = _zero_bytes(log2 - 1)
         return _apply(half, half)
@@ -49,7 +50,7 @@ def _zero_bytes(log2: int) -> Words:
 
 @cache
 def _row_tables(row_bytes: int) -> tuple[Words, Words]:
-    """A^K as lookups of a word's low and of its high half."""
+    """A^K as two lookup tables, for the low and the high half of a word."""
     matrix = _zero_bytes(row_bytes.bit_length() - 1)
     tables = np.zeros((2, 1 << 16), np.uint32)
     for table, columns in zip(tables, (matrix[:16], matrix[16:]), strict=True):
@@ -61,9 +62,9 @@ def _row_tables(row_bytes: int) -> tuple[Words, Words]:
 def crc32c(data: bytes | NDArray[np.uint8]) -> int:
     """CRC-32C of ``data``, bytes or a one-dimensional uint8 array (a memory map too)."""
     data = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data
-    # short data in short rows: folding the registers costs more than it saves
+    # short rows for short data: folding many registers would cost more than they save
     row_bytes = 4 * min(LANES, 1 << (len(data) // 256).bit_length())
-    # zero bytes in front leave a zero register as it is: the first row is filled up with them
+    # zero bytes in front do not change a zero register, so they pad the first row
     head = len(data) % row_bytes
     first = np.zeros(row_bytes, np.uint8)
     first[row_bytes - head :] = data[:head]
@@ -77,7 +78,7 @@ def crc32c(data: bytes | NDArray[np.uint8]) -> int:
         lanes = _apply(_zero_bytes(log2), lanes[0::2]) ^ lanes[1::2]
         log2 += 1
     register = _apply(_zero_bytes(2), lanes)
-    # the register starts as all ones: their part is added by linearity
+    # the register starts with all ones: add their contribution, by linearity
     ones = np.array([0xFFFFFFFF], np.uint32)
     for bit in range(len(data).bit_length()):
         if len(data) >> bit & 1:
@@ -86,6 +87,6 @@ def crc32c(data: bytes | NDArray[np.uint8]) -> int:
 
 
 def mask(crc: int) -> int:
-    """The stored form of a CRC: rotated and shifted, so that a CRC of CRCs stays sound."""
+    """The stored form of a CRC: rotated and offset, so that a CRC over stored CRCs works."""
     rotated = (crc >> 15 | crc << 17) & 0xFFFFFFFF
     return (rotated + MASK_DELTA) & 0xFFFFFFFF

@@ -6,15 +6,15 @@ from pathlib import Path
 
 from fastgpt2 import runs
 
-# what a folder's weights are called in the formats that the package reads
+# names of weight files in the formats that the package reads
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.data-*", f"{runs.SHARDS}/*.safetensors")
 
 
 def weights_sha256(path: Path) -> str:
-    """The sha256 of a file, or of a folder's files of weights in the order of their names.
+    """The sha256 of a file, or of a folder's weight files sorted by name.
 
     Args:
-        path: what holds the weights.
+        path: the file or folder.
     """
     files = [path]
     if path.is_dir():
@@ -29,7 +29,7 @@ def weights_sha256(path: Path) -> str:
     )
 
 
-# adapters are opened more than once in a process, and a file that looks unchanged is not read again
+# adapters are opened more than once per process: do not read a file again that looks unchanged
 @lru_cache(maxsize=64)
 def _sha256(files: tuple[tuple[Path, int, int, int, int], ...]) -> str:
     digest = hashlib.sha256()

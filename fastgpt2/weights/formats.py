@@ -1,4 +1,4 @@
-"""The formats by name: which one a path has, and reading and writing any of them."""
+"""The formats by name: detect, read and write any of them."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ from fastgpt2.weights.tensors import LazyTensor
 
 @dataclass(frozen=True)
 class Format:
-    """One format: its reader and writer, dtypes and GELUs it holds, its file if it is one file."""
+    """A format: reader, writer, dtypes and GELUs it can store, and its name if it is one file."""
 
     read: Callable[[Path], Checkpoint]
     write: Callable[[Checkpoint, Path], None]
@@ -36,7 +36,7 @@ FORMATS = {
     "openai": Format(openai.read, openai.write, (torch.float32,), gelus=("tanh",)),
     "fastgpt2": Format(run.read, run.write),
 }
-# what is only read: PEFT's adapters, added to the weights that they name
+# read only: PEFT's adapters, merged into the weights that they name
 _PEFT = "peft"
 _READERS = {name: format.read for name, format in FORMATS.items()} | {_PEFT: adapter.read}
 
@@ -45,7 +45,7 @@ def detect(path: Path) -> tuple[str, Path]:
     """Name of the format of ``path``, and the folder or file its reader takes.
 
     Raises:
-        UserError: there is nothing, or nothing known.
+        UserError: the path does not exist or has no known format.
     """
     try:
         if path.is_file():
@@ -79,7 +79,7 @@ def _detect_file(path: Path) -> tuple[str, Path]:
     if magic == llmc.MAGIC.to_bytes(4, "little"):
         return "llmc", path
     if path.name in (*huggingface.WEIGHTS, runs.MODEL, runs.ADAPTER):
-        # the shape of the model stands beside it
+        # the file with the shape of the model is beside it
         return detect(path.parent)
     if path.suffix in (".pt", ".pth"):
         return "nanogpt", path
@@ -90,12 +90,12 @@ def load(path: str | Path, *, offline: bool = False) -> Checkpoint:
     """Open a model in any known format; no weights are read yet.
 
     Args:
-        path: a folder (Hugging Face, OpenAI, a run or a checkpoint of ours, PEFT's adapters, which
-            are added to their weights) or a file (nanoGPT's ``ckpt.pt``, llm.c's ``.bin``).
-        offline: do not use the network: adapters may name a release.
+        path: a folder (Hugging Face, OpenAI, our run or checkpoint, PEFT's adapters, which are
+            merged into their weights) or a file (nanoGPT's ``ckpt.pt``, llm.c's ``.bin``).
+        offline: do not use the network, which adapters of a release would need.
 
     Raises:
-        UserError: the path holds no model, or a damaged one; the message names file and tensor.
+        UserError: no model, or a damaged one; the message names file and tensor.
     """
     format, path = detect(Path(path))
     with adapter.bases_offline(offline):
@@ -105,7 +105,7 @@ def load(path: str | Path, *, offline: bool = False) -> Checkpoint:
 def save_model(
     config: GPTConfig, state_dict: Mapping[str, Tensor], path: str | Path, format: str
 ) -> Path:
-    """Write a model that is in memory, as ``save`` writes one from a file.
+    """Write a model in memory, as ``save`` writes a checkpoint.
 
     Args:
         config: the model's.
@@ -114,7 +114,7 @@ def save_model(
         format: one of ``FORMATS``.
 
     Raises:
-        UserError: as ``save``; or there is no such format.
+        UserError: as ``save``, or an unknown format.
     """
     if format not in FORMATS:
         raise UserError(f"format {format!r}: expected one of {', '.join(FORMATS)}")
@@ -134,14 +134,14 @@ def save(
     """Write ``checkpoint`` as ``format``; it appears under ``path`` whole or not at all.
 
     Args:
-        checkpoint: what ``load`` gave.
+        checkpoint: what ``load`` returned.
         path: a folder that does not exist yet or is empty; for ``nanogpt`` and ``llmc`` also the
             file itself, with the ending ``.pt`` or ``.bin``.
         format: ``hf``, ``nanogpt``, ``llmc``, ``openai`` or ``fastgpt2``.
-        dtype: round the weights to this; by default they keep theirs, or widen to float32 where
-            the format does not know it.
-        quantize: ``int8``: keep the matrices in 8 bits; ``fastgpt2`` alone holds that. A quantized
-            checkpoint stays one in ``fastgpt2``; other formats get the weights it stands for.
+        dtype: round the weights to this; by default they keep their dtype, or widen to float32 if
+            the format does not have it.
+        quantize: ``int8``: store the matrices in 8 bits, only in ``fastgpt2``. A quantized
+            checkpoint stays quantized in ``fastgpt2``; other formats get the dequantized weights.
         beside: called with the folder, to write more files into it.
 
     Returns:
@@ -167,7 +167,7 @@ def save(
             f"got {quantize} for {format}"
         )
     if dtype is not None:
-        # a dtype that is asked for is that of the matrices too
+        # a requested dtype applies to the matrices too
         checkpoint = replace(checkpoint.to(dtype), quantization=None)
     if quantize is not None:
         checkpoint = replace(checkpoint, quantization=quantize)

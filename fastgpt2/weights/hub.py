@@ -16,16 +16,16 @@ from fastgpt2.errors import UserError
 from fastgpt2.weights.checkpoint import LazyStateDict
 from fastgpt2.weights.formats import load
 
-# the names of Hugging Face and, by the number of parameters, of OpenAI
+# Hugging Face's names, and OpenAI's, which are the number of parameters
 RELEASES = {"gpt2": "124M", "gpt2-medium": "355M", "gpt2-large": "774M", "gpt2-xl": "1558M"}
 
-# OpenAI's own place (openai/gpt-2, download_model.py), then the copy that
-# rasbt/LLMs-from-scratch falls back to
+# OpenAI's server (openai/gpt-2, download_model.py), then the copy that rasbt/LLMs-from-scratch
+# falls back to
 OPENAI_MIRRORS = (
     "https://openaipublic.blob.core.windows.net/gpt-2/models",
     "https://f001.backblazeb2.com/file/LLMs-from-scratch/gpt2",
 )
-# small files first: a wrong address shows at once
+# small files first: a wrong address fails at once
 OPENAI_FILES = (
     "checkpoint",
     "hparams.json",
@@ -34,7 +34,7 @@ OPENAI_FILES = (
     "model.ckpt.index",
     "model.ckpt.data-00000-of-00001",
 )
-# None is the hub's own address, or what HF_ENDPOINT says
+# None means the hub's own address, or HF_ENDPOINT
 HUB_MIRRORS: tuple[str | None, ...] = (None,)
 HUB_OWNER = "openai-community"
 HUB_FILES = ("config.json", "vocab.json", "merges.txt", "model.safetensors")
@@ -42,7 +42,7 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def download_openai(name: str, folder: Path, timeout: float = 30.0) -> None:
-    """Fetch OpenAI's own files of a release into ``folder``; those that are there are kept.
+    """Download OpenAI's files of a release into ``folder``; existing files are kept.
 
     Args:
         name: one of ``RELEASES``.
@@ -50,7 +50,7 @@ def download_openai(name: str, folder: Path, timeout: float = 30.0) -> None:
         timeout: seconds that a server may take to answer.
 
     Raises:
-        DownloadError: no mirror gave a file.
+        DownloadError: a file could not be downloaded from any mirror.
     """
     for file in OPENAI_FILES:
         urls = [f"{mirror}/{RELEASES[name]}/{file}" for mirror in OPENAI_MIRRORS]
@@ -66,14 +66,14 @@ def _from_hub(name: str, folder: Path, timeout: float) -> None:
             url = hf_hub_url(f"{HUB_OWNER}/{name}", file, endpoint=endpoint)
             try:
                 facts = get_hf_file_metadata(url, timeout=timeout)
-                # the tag of a large file is its sha256, that of a small one git's sha1
+                # the tag of a large file is its sha256, of a small one git's sha1
                 sha256 = facts.etag if facts.etag and SHA256.fullmatch(facts.etag) else None
                 download(url, folder / file, sha256=sha256, size=facts.size, timeout=timeout)
                 break
             except DownloadError as error:
                 reasons.append(str(error))
             except Exception as error:
-                # whatever the library's HTTP client raises: this mirror does not answer
+                # the library's HTTP client may raise anything: try the next mirror
                 line = next(iter(str(error).splitlines()), "")
                 reasons.append(f"{url}: {type(error).__name__}: {line}")
         else:
@@ -91,11 +91,11 @@ def fetch(name: str, *, offline: bool = False, timeout: float = 30.0) -> Path:
 
     Args:
         name: one of ``RELEASES``.
-        offline: look only into the cache.
+        offline: use only the cache.
         timeout: seconds that a server may take to answer.
 
     Raises:
-        UserError: offline and not in the cache, or (DownloadError) no source gave it.
+        UserError: offline and not in the cache, or (DownloadError) no source has it.
     """
     folders = {source: cache_dir() / "models" / source / name for source in SOURCES}
     for source, (_, files) in SOURCES.items():
@@ -119,7 +119,7 @@ def fetch(name: str, *, offline: bool = False, timeout: float = 30.0) -> Path:
 
 
 def locate(name_or_path: str | Path, *, offline: bool = False) -> Path:
-    """The path itself if there is one, else the folder of the release of that name."""
+    """The path itself if it exists, else the folder of the release of that name."""
     path = Path(name_or_path)
     if path.exists():
         return path
@@ -142,17 +142,17 @@ def load_pretrained(
 
     Returns:
         The configuration, and the state dict by canonical names (the tied head once), whose
-        tensors are read one by one as they are asked for. The releases have dropout 0; other files
-        say their own.
+        tensors are read one by one when accessed. The releases get dropout 0; other models keep
+        their recorded dropout.
 
     Raises:
-        UserError: nothing there, not to be had, or damaged.
+        UserError: the model does not exist, could not be downloaded, or is damaged.
     """
     path = locate(name_or_path, offline=offline)
     checkpoint = load(path, offline=offline)
     config = checkpoint.config
     if not Path(name_or_path).exists():
-        # Hugging Face's config.json has 0.1, OpenAI's has none: the source must not matter
+        # Hugging Face's config.json has 0.1, OpenAI's none: do not depend on the source
         config = replace(
             config, dropout=0.0, attn_dropout=None, embd_dropout=None, resid_dropout=None
         )

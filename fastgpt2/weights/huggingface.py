@@ -31,11 +31,11 @@ DROPOUTS = {
     "embd_dropout": "embd_pdrop",
     "resid_dropout": "resid_pdrop",
 }
-# what transformers assumes when config.json is silent
+# transformers' default when config.json has no rate
 DEFAULT_DROPOUT = 0.1
 END_OF_TEXT = 50256
-# options of transformers' GPT-2, with the values that mean the GPT-2 of OpenAI. The missing one,
-# reorder_and_upcast_attn, computes the scores in fp32: so do we, always
+# options of transformers' GPT-2, with the values of OpenAI's GPT-2. reorder_and_upcast_attn is not
+# listed: it computes the scores in fp32, as we always do
 FIXED: dict[str, tuple[Any, ...]] = {
     "model_type": ("gpt2",),
     "layer_norm_epsilon": (1e-5,),
@@ -45,7 +45,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "tie_word_embeddings": (True,),
     "quantization_config": (None,),
 }
-# transformers' names of the form of the GELU; the first of each form is the one we write
+# transformers' name of a GELU -> ours; the first name of each form is the one we write
 ACTIVATIONS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "erf"}
 ACTIVATION = "activation_function"
 WEIGHTS = (
@@ -74,7 +74,7 @@ def _read_config(path: Path) -> GPTConfig:
         )
     sizes = {ours: require(record, theirs, path) for ours, theirs in SIZES.items()}
     rates = {ours: record.get(theirs, DEFAULT_DROPOUT) for ours, theirs in DROPOUTS.items()}
-    # one rate for all three is what `dropout` says
+    # one common rate becomes `dropout`
     common = len(set(map(repr, rates.values()))) == 1
     dropouts = {"dropout": rates["attn_dropout"]} if common else rates
     config = make_config(path, **sizes, **dropouts, gelu=ACTIVATIONS[activation])

@@ -1,4 +1,4 @@
-"""llm.c's ``.bin``: a header of 256 int32 and the parameters, each for all layers at once.
+"""llm.c's ``.bin``: a header of 256 int32, then each parameter for all layers.
 
 Version 3 holds float32, version 5 bfloat16; the token embedding is padded with zero rows to a
 multiple of 128. Format: ``write_model`` in ``train_gpt2.py`` of https://github.com/karpathy/llm.c
@@ -29,7 +29,7 @@ _BLOCK = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"
 
 
 def _order(n_layer: int) -> list[str]:
-    """Names in the order of the file: one parameter of every block, then the next."""
+    """Names in the order of the file: one parameter of all blocks, then the next parameter."""
     names = [f"{module}.{kind}" for module in _BLOCK for kind in ("weight", "bias")]
     blocks = (f"transformer.h.{i}.{name}" for name in names for i in range(n_layer))
     ends = ("transformer.ln_f.weight", "transformer.ln_f.bias")
@@ -43,7 +43,7 @@ def _count(config: GPTConfig) -> int:
 
 
 def read(path: Path) -> Checkpoint:
-    """Open a ``.bin`` of llm.c; the padding of the vocabulary is cut off."""
+    """Open a ``.bin`` of llm.c; the padding of the vocabulary is removed."""
     try:
         available = file_size(path)
         with path.open("rb") as file:

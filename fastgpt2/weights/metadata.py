@@ -1,4 +1,4 @@
-"""The small files beside the weights: JSON read with care, shapes checked with the file's name."""
+"""The small files beside the weights: bounded JSON, and errors that name the file."""
 
 import stat
 from pathlib import Path
@@ -9,29 +9,29 @@ from fastgpt2.config import GPTConfig
 from fastgpt2.errors import UserError
 from fastgpt2.files import parse_json
 
-# the index of a sharded checkpoint lists every tensor by name; nothing here comes near this
+# far above the largest: the index of a sharded checkpoint, which lists every tensor by name
 MAX_JSON_BYTES = 16 << 20
 
 
-# a forged name or value can be as long as its file, a message cannot
+# a forged name or value can be as long as its file: shorten it in messages
 _BRIEF = Repr()
 _BRIEF.maxstring = 200
 
-# what no size, rate or name of a configuration comes near
+# far above any size, rate or name of a configuration
 _MAX_NUMBER, _MAX_TEXT = 2**63, 100
 
 
 def shown(value: object) -> str:
-    """``repr`` of what a file says, its middle left out where it is long."""
+    """``repr`` of a value from a file; the middle of a long one is left out."""
     return _BRIEF.repr(value)
 
 
 def file_size(path: Path) -> int:
-    """Bytes of a regular file; a pipe or a device would be read without an end.
+    """Bytes of a regular file; reading a pipe or a device might never end.
 
     Raises:
-        UserError: it is none.
-        OSError: there is nothing.
+        UserError: it is not a regular file.
+        OSError: it does not exist.
     """
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
@@ -43,7 +43,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in ``path``.
 
     Raises:
-        UserError: the file cannot be read, or holds something else.
+        UserError: the file cannot be read or does not hold a JSON object.
     """
     try:
         if file_size(path) > MAX_JSON_BYTES:
@@ -70,7 +70,7 @@ def require(record: dict[str, Any], key: str, path: Path) -> Any:
 def make_config(path: Path, **fields: Any) -> GPTConfig:
     """A GPTConfig whose errors name the file it was read from."""
     for key, value in fields.items():
-        # a pickle's list can hold itself thirty times over: it must not even reach a message
+        # a pickled list can contain itself thirty times over: keep it out of messages
         if value is not None and not isinstance(value, int | float | str):
             raise UserError(f"{path}: {key} must be a plain value, got {type(value).__name__}")
         long = isinstance(value, str) and len(value) > _MAX_TEXT
@@ -83,7 +83,7 @@ def make_config(path: Path, **fields: Any) -> GPTConfig:
 
 
 def inside(folder: Path, name: object) -> Path:
-    """The file ``name`` of ``folder``; a name that leads out of the folder is refused."""
+    """The file ``name`` in ``folder``; a name that leads out of the folder is refused."""
     if not isinstance(name, str) or name in ("", ".", "..") or any(c in name for c in "/\\:\0"):
         raise UserError(f"{folder}: {shown(name)} is not the name of a file in this folder")
     return folder / name

@@ -1,10 +1,10 @@
-"""nanoGPT's ``ckpt.pt``: a dictionary of the state dict, the model's arguments and the training.
+"""nanoGPT's ``ckpt.pt``: a dictionary of state dict, model arguments and training state.
 
-Keys and layout are ours. Differences of the files: a compiled model's keys start with
-``_orig_mod.``, old ones hold the causal mask as ``attn.bias``, and GPT-2's vocabulary is often
-padded to 50304. nanoGPT computes the erf GELU, OpenAI's GPT-2 the tanh form. The file does not say
-which: it is read as ``erf``, unless we wrote it from a model with another form. nanoGPT before June
-2023 had the tanh form: override ``gelu`` for its files.
+Keys and layout are the same as ours, with these differences: a compiled model's keys start with
+``_orig_mod.``, old files have the causal mask as ``attn.bias``, and GPT-2's vocabulary is often
+padded to 50304. nanoGPT computes the erf GELU, OpenAI's GPT-2 the tanh form. The file does not
+record it: it is read as ``erf``, unless we wrote the file from a model with another form. nanoGPT
+before June 2023 had the tanh form: override ``gelu`` for its files.
 Format: ``train.py`` of https://github.com/karpathy/nanoGPT
 """
 
@@ -22,22 +22,22 @@ from fastgpt2.weights.metadata import make_config, require
 from fastgpt2.weights.torch_file import lazy_tensors, read_torch, write_torch
 
 FIELDS = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "dropout")
-# nanoGPT's training from scratch rounds GPT-2's 50257 up to this; ids above never occur
+# nanoGPT's training from scratch rounds GPT-2's 50257 up to this; the extra ids never occur
 PADDED_VOCAB, VOCAB = 50304, 50257
 # our key in the file's `config`, which nanoGPT ignores
 GELU = "fastgpt2_gelu"
-# nanoGPT's form
+# nanoGPT's form of the GELU
 EXACT = "erf"
 MASK = re.compile(r"transformer\.h\.\d+\.attn\.bias")
 
 
 def read(path: Path) -> Checkpoint:
-    """Open a ``ckpt.pt``; of a vocabulary padded to 50304 the true 50257 rows are kept."""
+    """Open a ``ckpt.pt``; a vocabulary padded to 50304 rows is cut to the true 50257."""
     content = read_torch(path)
     args, state = require(content, "model_args", path), require(content, "model", path)
     if not isinstance(args, dict) or not isinstance(state, dict):
         raise UserError(f"{path}: 'model_args' and 'model' must be dictionaries")
-    # `bias` and `dropout` came later than the rest
+    # nanoGPT added `bias` and `dropout` later
     fields = {"bias": True, "dropout": 0.0} | {key: args[key] for key in FIELDS if key in args}
     for key in FIELDS:
         require(fields, key, path)
@@ -63,7 +63,7 @@ def write(checkpoint: Checkpoint, path: Path) -> None:
     state = {name: tensor.read() for name, tensor in checkpoint.tensors.items()}
     state = {name: tensor.contiguous() for name, tensor in state.items()}
     content = {
-        # one storage under both names, as in the module
+        # both names share one storage, as in the module
         "model": {**state, HEAD: state[WTE]},
         "model_args": {key: getattr(config, key) for key in FIELDS},
         "optimizer": _fresh_optimizer([tensor.dim() for tensor in state.values()]),

@@ -1,6 +1,6 @@
 """OpenAI's release format: a TensorFlow checkpoint, ``hparams.json`` and the vocabulary.
 
-The folder of https://github.com/openai/gpt-2, ``models/124M``: ``checkpoint`` names the files
+It is the folder ``models/124M`` of https://github.com/openai/gpt-2: ``checkpoint`` names the files
 ``model.ckpt.index`` and ``model.ckpt.data-*``; ``hparams.json`` has the shape of the model. A
 "convolution" of width 1 stores its matrix as [1, in, out], the transpose of ours.
 """
@@ -25,7 +25,7 @@ HPARAMS = {
     "n_head": "n_head",
     "n_layer": "n_layer",
 }
-# our names and OpenAI's, after "transformer." and "model/", or after the name of the block
+# our names and OpenAI's, without "transformer." and "model/" or the name of the block
 _NAMES = {
     "wte.weight": "wte",
     "wpe.weight": "wpe",
@@ -56,18 +56,18 @@ def openai_name(name: str) -> str:
 
 
 def newest_checkpoint(folder: Path) -> Path:
-    """Path of the newest TensorFlow checkpoint in ``folder``, without its endings.
+    """Path of the newest TensorFlow checkpoint in ``folder``, without its suffixes.
 
     Args:
-        folder: holds one, and perhaps TensorFlow's file ``checkpoint``, which names it.
+        folder: holds a checkpoint, and perhaps TensorFlow's file ``checkpoint`` that names it.
 
     Raises:
-        UserError: there is none, or which one it is cannot be said.
+        UserError: there is none, or several and none of them is named.
     """
     path = folder / "checkpoint"
     if path.is_file():
         try:
-            # the line is the first; the rest lists older checkpoints
+            # the first line names it; the others list older checkpoints
             with path.open(encoding="utf-8-sig") as file:
                 text = file.read(MAX_JSON_BYTES)
             found = re.search(r'^model_checkpoint_path: "([^"\n]+)"', text, re.MULTILINE)
@@ -75,7 +75,7 @@ def newest_checkpoint(folder: Path) -> Path:
             raise UserError(f"{path}: {error}") from None
         if found is None:
             raise UserError(f"{path}: no line model_checkpoint_path")
-        # TensorFlow writes the whole path on the machine that saved; the files lie here
+        # TensorFlow writes the full path on the machine that saved; the files are in this folder
         return inside(folder, re.split(r"[/\\]", found[1])[-1])
     indices = sorted(folder.glob("*.index"))
     if len(indices) != 1:

@@ -1,4 +1,4 @@
-"""Varints and the protocol-buffer wire format, read with every bound checked.
+"""Varints and the protocol-buffer wire format, with every bound checked.
 
 Encoding: https://protobuf.dev/programming-guides/encoding/
 """
@@ -58,7 +58,7 @@ def read_fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
 
 
 def write_field(number: int, value: int | bytes, *, fixed32: bool = False) -> bytes:
-    """One field: bytes with their length, an integer as varint or, asked so, as four bytes."""
+    """One field: bytes with their length, an integer as varint or, with ``fixed32``, four bytes."""
     if isinstance(value, bytes):
         return write_varint(number << 3 | BYTES) + write_varint(len(value)) + value
     if fixed32:

@@ -1,6 +1,6 @@
 """Our own folders as a format: a checkpoint, or the best one of a run.
 
-``fastgpt2.runs`` says what lies where. A quantized checkpoint has the same files: a matrix
+``fastgpt2.runs`` defines the files. A quantized checkpoint has the same files: a matrix
 ``NAME.weight`` (F, C) is I8, and ``NAME.scales`` (F,) in F32 holds the scale of each row.
 """
 
@@ -54,7 +54,7 @@ def _config(folder: Path) -> GPTConfig:
 
 
 def write(checkpoint: Checkpoint, run: Path) -> None:
-    """Write a run folder whose one checkpoint, of step 0, has no training state."""
+    """Write a run folder with one checkpoint, of step 0, without training state."""
     folder = runs.step_folder(run, 0)
     folder.mkdir(parents=True)
     tensors = dict(checkpoint.tensors)
@@ -69,7 +69,7 @@ def write(checkpoint: Checkpoint, run: Path) -> None:
 
 
 def _is_quantized(checkpoint: Checkpoint, name: str) -> bool:
-    """Matrices, but for the positions."""
+    """Whether a tensor is quantized: all matrices except the position embedding."""
     return len(checkpoint.tensors[name].shape) == 2 and name != "transformer.wpe.weight"
 
 
@@ -92,7 +92,7 @@ def _quantize(tensors: dict[str, LazyTensor], name: str) -> None:
 
 
 def _dequantize(tensors: dict[str, LazyTensor], name: str, path: Path) -> None:
-    """Replace integers and their scales by the matrix that they stand for."""
+    """Replace integers and their scales by the dequantized matrix."""
     integers, scales = tensors[name], tensors.pop(_scales_of(name), None)
     if scales is None:
         raise UserError(f"{path}: {shown(name)} is int8, but its scales are missing")

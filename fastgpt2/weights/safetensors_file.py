@@ -1,7 +1,7 @@
 """Safetensors files: opened lazily, written one tensor at a time.
 
-Eight bytes hold the length of a JSON header (name -> dtype, shape, place), after it come the
-values. Reading is the safetensors library's; its writer wants every tensor in memory at once, ours
+Eight bytes hold the length of a JSON header (name -> dtype, shape, place), then come the header and
+the values. The safetensors library reads; its writer needs every tensor in memory at once, ours
 streams. Format: https://huggingface.co/docs/safetensors/index#format
 """
 
@@ -46,7 +46,7 @@ def read_safetensors(path: Path) -> dict[str, LazyTensor]:
         if part.get_dtype() not in NAMED_DTYPES:
             raise UserError(f"{path}: {shown(name)} has dtype {part.get_dtype()}, not supported")
 
-        # opened anew for every tensor: what was read can be unmapped
+        # open the file for every tensor, so that its memory map ends with the tensor
         def read() -> Tensor:
             with _open(path) as file:
                 tensor: Tensor = _checked(path, file.get_tensor, name)
@@ -59,7 +59,7 @@ def read_safetensors(path: Path) -> dict[str, LazyTensor]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The texts that the header of the file holds beside its tensors.
+    """The metadata in the file's header.
 
     Raises:
         UserError: as ``read_safetensors``.
@@ -79,7 +79,7 @@ def _checked(path: Path, call: Any, *args: str | Path) -> Any:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
     except SafetensorError as error:
-        # the message can hold a whole name of the file, and what a terminal takes for commands
+        # the message can quote the file, including terminal control characters
         raise UserError(f"{path}: not a safetensors file: {shown(str(error))}") from None
 
 
@@ -95,7 +95,7 @@ def write_safetensors(
     Other threads can run while a piece of a tensor is written.
 
     Args:
-        path: a place that no reader looks at yet.
+        path: must not be visible to any reader yet.
         tensors: by name.
         metadata: texts for the header.
         also: gets all that is written, piece by piece, such as the ``update`` of a digest.

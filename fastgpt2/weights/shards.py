@@ -1,8 +1,8 @@
-"""A sharded checkpoint: safetensors files of which each holds a part of every tensor.
+"""A sharded checkpoint: safetensors files that each hold a part of every tensor.
 
-``torch.distributed.checkpoint`` writes them, one or two from each process. The header of a file
-has ``DCP_SHARDING_INFO``: for each tensor in it, where its part begins in the whole one. The parts
-are put together here, whatever the number of processes was.
+``torch.distributed.checkpoint`` writes one or two files from each process. The header of a file
+has ``DCP_SHARDING_INFO``: for each tensor in it, where its part begins in the whole tensor. The
+parts are joined here, for any number of processes.
 """
 
 import json
@@ -17,23 +17,23 @@ from fastgpt2.weights.metadata import shown
 from fastgpt2.weights.safetensors_file import read_metadata, read_safetensors
 from fastgpt2.weights.tensors import LazyTensor
 
-# in the header of a file, and in it the offsets of a tensor's part
+# keys of the header's entry, and in it of the offsets of a tensor's part
 _INFO, _OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"
-# what the names of weights begin with; the other tensors are of the training
+# prefix of the weights' names; the other tensors are training state
 WEIGHTS = "model."
 _EMBEDDING = "transformer.wte.weight"
 
 
-# where a part begins, and the part
+# offsets of a part, and the part
 _Part = tuple[tuple[int, ...], LazyTensor]
 
 
 def read_shards(folder: Path, vocab_size: int) -> dict[str, LazyTensor]:
-    """Name to whole tensor; without the padding of the vocabulary.
+    """Name to whole tensor, without the padding of the vocabulary.
 
     Args:
-        folder: holds the files, and no others.
-        vocab_size: rows that the token embedding and its moments have.
+        folder: holds these files and no others.
+        vocab_size: rows of the token embedding and its moments.
 
     Raises:
         UserError: a file is damaged, or parts are missing.
@@ -79,7 +79,7 @@ def _offsets(info: dict[str, Any], name: str, dimensions: int, file: Path) -> tu
 
 
 def _whole(name: str, found: list[_Part], folder: Path) -> LazyTensor:
-    """The tensor whose rows the parts have, one part after the other."""
+    """The tensor whose rows are those of the parts in order."""
     # a part may have no rows
     order = sorted(found, key=lambda part: (part[0], part[1].shape))
     first = order[0][1]

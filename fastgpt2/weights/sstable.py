@@ -2,9 +2,9 @@
 
     data block ... | metaindex block | index block | footer (48 bytes)
 
-A block is a run of entries whose keys share prefixes, then the positions of its restart points
-(entries with a whole key); after it come a compression byte and a masked CRC-32C. The index
-block's values are the places of the data blocks, and the footer holds the place of the index block.
+A block is a sequence of entries whose keys share prefixes, then the positions of its restart points
+(entries with a whole key). A compression byte and a masked CRC-32C follow it. The index block's
+values are the places of the data blocks; the footer has the place of the index block.
 Format: https://github.com/google/leveldb/blob/main/doc/table_format.md
 """
 
@@ -33,7 +33,7 @@ def _read_handle(data: bytes, at: int) -> tuple[int, int, int]:
 
 
 def _read_block(table: bytes, offset: int, size: int) -> bytes:
-    """The entries of the block at ``offset``, CRC checked and restart points taken off."""
+    """The entries of the block at ``offset``, with its CRC checked and restart points removed."""
     if offset + size + TRAILER_BYTES > len(table) - FOOTER_BYTES:
         raise ValueError(f"a block of {size} bytes at {offset} lies outside the file")
     block = table[offset : offset + size]
@@ -119,7 +119,7 @@ def write_table(contents: Mapping[bytes, bytes]) -> bytes:
     def handle(offset: int, block: bytes) -> bytes:
         return write_varint(offset) + write_varint(len(block) - TRAILER_BYTES)
 
-    # a short key that no key of the block exceeds, as LevelDB makes it
+    # a short key that no key of the block exceeds, as LevelDB writes it
     first = max(contents)[:1]
     bound = bytes([first[0] + 1])
     index = _block({bound: handle(0, data)})

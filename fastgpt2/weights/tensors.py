@@ -1,8 +1,8 @@
-"""LazyTensor: a tensor that still lies in its file, of known shape and dtype.
+"""LazyTensor: a tensor in a file, with known shape and dtype.
 
-A checkpoint is a table of these. Readers check every bound against the file's size before anything
-is allocated; values are mapped into memory when asked for, one tensor at a time, and unmapped when
-the tensor is dropped, so that loading a model needs little more than the model.
+A checkpoint is a table of these. Readers check every bound against the file's size before they
+allocate. Values are memory-mapped on demand, one tensor at a time, and unmapped when the tensor is
+freed, so that loading a model needs little more memory than the model.
 """
 
 from collections.abc import Callable, Iterable
@@ -20,7 +20,7 @@ from fastgpt2.errors import UserError
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor in a file: ``read()`` maps its values; shape and dtype are known without."""
+    """A tensor in a file: ``read()`` maps its values; shape and dtype are known before."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -36,7 +36,7 @@ class LazyTensor:
         return replace(self, shape=self.shape[::-1], read=lambda: self.read().t())
 
     def reshaped(self, *shape: int) -> "LazyTensor":
-        """The same values in another shape of as many elements."""
+        """The same values in another shape."""
         return replace(self, shape=shape, read=lambda: self.read().reshape(shape))
 
     def rows(self, count: int) -> "LazyTensor":
@@ -49,12 +49,12 @@ class LazyTensor:
 
     @classmethod
     def of(cls, tensor: Tensor) -> "LazyTensor":
-        """A tensor that is in memory already."""
+        """A tensor in memory."""
         return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
     @classmethod
     def zeros(cls, shape: tuple[int, ...], dtype: torch.dtype) -> "LazyTensor":
-        """Zeros, made when read."""
+        """Zeros, allocated when read."""
         return cls(shape, dtype, lambda: torch.zeros(shape, dtype=dtype))
 
 
@@ -105,7 +105,7 @@ def map_tensor(
         raw = map_bytes(path, offset, size)
         if check is not None:
             check(raw)
-        # torch assumes that elements are aligned; a copy on the heap is
+        # torch needs aligned elements: a copy has them
         raw = np.array(raw) if offset % dtype.itemsize else raw
         return torch.from_numpy(raw).view(dtype).reshape(shape)
 
@@ -113,7 +113,7 @@ def map_tensor(
 
 
 def check_total(tensors: Iterable[LazyTensor], paths: Iterable[Path], source: Path) -> None:
-    """Refuse tensors that share bytes of their files: a small file must not give a huge model."""
+    """Refuse tensors larger than their files: a small file must not become a huge model."""
     needed = sum(tensor.nbytes for tensor in tensors)
     available = sum(path.stat().st_size for path in paths)
     if needed > available:
@@ -121,6 +121,6 @@ def check_total(tensors: Iterable[LazyTensor], paths: Iterable[Path], source: Pa
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
-    """The raw bytes of a tensor in row-major order, without a copy where it is contiguous."""
+    """The raw bytes of a tensor in row-major order, without a copy if it is contiguous."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data

@@ -46,7 +46,7 @@ NUMBERED_DTYPES = {
 }
 NUMBERS = {dtype: number for number, dtype in NUMBERED_DTYPES.items()}
 
-# an index holds names and numbers only: gpt2-xl's takes some 20 kB
+# an index has only names and numbers: about 20 kB for gpt2-xl
 MAX_INDEX_BYTES = 16 << 20
 MAX_RANK = 8
 
@@ -183,7 +183,7 @@ def shard_path(prefix: Path, shard: int, shards: int) -> Path:
 def write_bundle(prefix: Path, tensors: Mapping[str, LazyTensor]) -> None:
     """Write ``tensors`` as a TensorFlow checkpoint of one shard, one tensor in memory at a time.
 
-    ``prefix`` must lie in a folder of the caller's that no reader looks at yet.
+    The folder of ``prefix`` must not be visible to any reader yet.
     """
     # BundleHeaderProto: one shard, little-endian, version.producer = 1
     index = {b"": write_field(1, 1) + write_field(3, write_field(1, 1))}
@@ -193,7 +193,7 @@ def write_bundle(prefix: Path, tensors: Mapping[str, LazyTensor]) -> None:
             raw = as_bytes(tensor.read())
             dims = (write_field(2, write_field(1, size)) for size in tensor.shape)
             entry = write_field(1, NUMBERS[tensor.dtype]) + write_field(2, b"".join(dims))
-            # proto3 leaves out what is zero
+            # proto3 omits zeros
             entry += write_field(4, offset) if offset else b""
             entry += write_field(5, len(raw))
             entry += write_field(6, mask(crc32c(np.asarray(raw))), fixed32=True)

@@ -1,8 +1,8 @@
-"""Files of ``torch.save``: weights only, and without reading the weights.
+"""Files of ``torch.save``, opened safely and lazily.
 
-``torch.load`` with ``weights_only`` refuses every pickle that asks for more than tensors and plain
-values, and on the meta device it reads no values: it only notes where in the file they lie. From
-there they are mapped when asked for.
+``torch.load`` with ``weights_only`` refuses every pickle that needs more than tensors and plain
+values. On the meta device it reads no values and only records their place in the file; they are
+mapped from there on demand.
 """
 
 import pickletools
@@ -26,13 +26,13 @@ def read_torch(path: Path) -> dict[str, Any]:
     """The dictionary in ``path``; its tensors have no values yet, see ``lazy_tensors``.
 
     Raises:
-        UserError: the file is missing, damaged, compressed, holds objects other than tensors and
-            plain values (which could run code), or no dictionary with text keys.
+        UserError: the file is missing, damaged or compressed, holds objects other than tensors and
+            plain values (which could run code), or is not a dictionary with text keys.
     """
     try:
         file_size(path)
         zipped = _check_memory(path)
-        # files of torch before 1.6 have no index: they can only be read as a whole
+        # files from before torch 1.6 have no index and must be read as a whole
         device = "meta" if zipped else "cpu"
         content = torch.load(path, map_location=device, weights_only=True)
     except OSError as error:
@@ -48,7 +48,7 @@ def read_torch(path: Path) -> dict[str, Any]:
 
 
 def _check_memory(path: Path) -> bool:
-    """Refuse what unfolds to more than the file has; whether the file is a zip archive."""
+    """Refuse a file that needs more memory than its size; returns whether it is a zip archive."""
     with path.open("rb") as file:
         if file.read(len(ZIP_MAGIC)) != ZIP_MAGIC:
             # before torch 1.6: magic number, version, system, the object, names of the storages
@@ -68,7 +68,7 @@ def _check_memory(path: Path) -> bool:
 
 
 def _check_pickle(path: Path, pickled: IO[bytes]) -> None:
-    # the one call that torch allows and that takes a size: bytearray(10**10)
+    # the only allowed call that takes a size: bytearray(10**10)
     for opcode, argument, _ in pickletools.genops(pickled):
         if opcode.name == "GLOBAL" and str(argument).endswith(" bytearray"):
             raise UserError(f"{path}: refused: it asks for a bytearray; only tensors are loaded")
@@ -82,9 +82,9 @@ def _reason(error: Exception) -> str:
 
 
 def write_torch(content: dict[str, Any], file: IO[bytes]) -> None:
-    """``torch.save`` into an open file; what interrupts a write is raised as it is.
+    """``torch.save`` into an open file; the error that interrupts a write is raised unchanged.
 
-    PyTorch's writer, which closes its archive after a failed write, would raise a ``RuntimeError``
+    PyTorch's writer closes its archive after a failed write, which would raise a ``RuntimeError``
     about positions instead.
     """
     try:

@@ -34,7 +34,7 @@ def test_other_programs_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     stat(path, busy=2500, idle=1000)
     seen = watch.seen()
     assert seen.others == pytest.approx(0.3) and seen.is_disturbed
-    # our own work alone is no disturbance, however long it waits
+    # our own work is not a disturbance, however long it waits
     stat(path, busy=2200, idle=9000)
     assert watch.seen().others == 0.0 and not watch.seen().is_disturbed
 

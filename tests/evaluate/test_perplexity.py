@@ -118,7 +118,7 @@ def test_derived_numbers() -> None:
     text = source.tokenize(tokenizer)
     assert text.tokens[:].tolist() == [*b"ab cd\n", 256, *"é f".encode()]
     score = scored(byte_gpt(), text, 24, 12)
-    # the first byte is not scored; the end of text is, but it is no text
+    # the first byte is not scored; the end-of-text token is, but it has no bytes
     assert (score.tokens, score.tokens_scored, score.bytes_scored) == (11, 10, 9)
     assert score.perplexity == pytest.approx(math.exp(score.loss))
     assert score.bits_per_byte == pytest.approx(score.loss * 10 / 9 / math.log(2))

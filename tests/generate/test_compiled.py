@@ -272,3 +272,25 @@ class TestBuilding:
         # loading what was compiled with -ffast-math makes a thread flush denormals to zero
         compiled_slots(tiny_gpt(), 1, 8)
         assert (torch.tensor([1e-38]) / 1000).item() > 0
+
+
+@needs_compiler
+def test_tokens_are_chosen_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between compiled steps no other thread is woken; prompts and callers have all of them."""
+    seen: list[int] = []
+    draw = Generator._choose
+
+    def watched(self: Generator, *rest: Any) -> None:
+        seen.append(torch.get_num_threads())
+        draw(self, *rest)
+
+    monkeypatch.setattr(Generator, "_choose", watched)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        for compile in (True, False):
+            tiny_gpt().generate(PROMPTS, max_new_tokens=2, compile=compile)
+            assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert set(seen[: len(seen) // 2]) == {1} and set(seen[len(seen) // 2 :]) == {3}

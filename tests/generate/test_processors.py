@@ -59,6 +59,21 @@ def test_it_does_what_theirs_does(pair: tuple[Any, Any], B: int, T: int, seed: i
     torch.testing.assert_close(result.softmax(-1), expected.softmax(-1), atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("p", [0.0, 0.3, 0.9, 0.999, 1.0])
+def test_top_p_needs_not_sort_a_whole_vocabulary(p: float) -> None:
+    """Peaked and flat rows of a vocabulary beyond the tokens that are looked at first."""
+    logits = torch.randn(6, 9000, generator=torch.Generator().manual_seed(0))
+    logits *= torch.tensor([0.0, 0.1, 1.0, 3.0, 10.0, 100.0])[:, None]
+    logits[3, ::2] = -math.inf
+    result = ours.TopP(p)(torch.zeros(6, 1), logits)
+    # rows of equal logits: which of them are kept is open, how many is not
+    expected = theirs.TopPLogitsWarper(p)(torch.zeros(6, 1), logits)
+    assert torch.equal(result[1:], expected[1:])
+    assert (result[0] > -math.inf).sum() == (expected[0] > -math.inf).sum()
+    alone = [ours.TopP(p)(torch.zeros(1, 1), row[None]) for row in logits]
+    assert torch.equal(torch.cat(alone), result)
+
+
 def test_presence_and_frequency_follow_their_formulas() -> None:
     ids, logits = torch.tensor([[3, 3, 5]]), torch.zeros(1, 7)
     assert ours.PresencePenalty(0.5)(ids, logits).tolist() == [[0, 0, 0, -0.5, 0, -0.5, 0]]

@@ -47,7 +47,7 @@ def test_tokens_are_those_of_generate(count: int, temperature: float, top_k: int
 def test_tokens_come_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     model = says(monkeypatch, [1, 2])
     tokens = stream_tokens(model, PROMPT, 100)
-    # there is no third one to be asked for
+    # there is no third one
     assert [next(tokens), next(tokens)] == [1, 2]
 
 

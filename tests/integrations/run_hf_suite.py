@@ -1,14 +1,15 @@
 """Run transformers' own common model tests on its GPT-2, and on the same classes of ours.
 
-    python tests/integrations/run_hf_suite.py           # fetch, run both, compare: the one command
+    python tests/integrations/run_hf_suite.py           # fetch, run, compare: the one command
     python tests/integrations/run_hf_suite.py --whose ours --source transformers-VERSION [-k NAME]
 
-The first form fails if any test that passes for theirs does not pass for ours. Their models compare
-``sdpa`` with eager attention in many of these tests; for ours that is our attention.
+The first form fails if any test that passes for theirs does not pass for ours. It runs ours, and
+for theirs only the tests that did not pass for ours. Their models compare ``sdpa`` with eager
+attention in many of these tests; for ours that is our attention.
 
-The source distribution, of the version installed, holds the common tests (``ModelTesterMixin``) but
-not the folders below; what is imported from those is an empty mixin here, and the real one where
-``--source`` is a full checkout. Needs a package registry, and ``parameterized``.
+The source distribution of the installed version has the common tests (``ModelTesterMixin``) but not
+the folders below. What is imported from those is an empty mixin here, or the real one if
+``--source`` is a full checkout. Needs a package registry and ``parameterized``.
 """
 
 import argparse
@@ -146,10 +147,10 @@ def make_case(source: Path, classes: tuple[Any, ...]) -> type[unittest.TestCase]
 
 
 class Plugin:
-    """Hands pytest the one test case instead of having it look for files; notes what passes."""
+    """Gives pytest the one test case, without the tests ``left_out``, and records what passes."""
 
-    def __init__(self, case: type[unittest.TestCase]) -> None:
-        self.case = case
+    def __init__(self, case: type[unittest.TestCase], left_out: set[str]) -> None:
+        self.case, self.left_out = case, left_out
         self.outcomes: dict[str, str] = {}
 
     def pytest_collect_file(self, parent: Any, file_path: Path) -> Any:
@@ -160,6 +161,9 @@ class Plugin:
             return module
         return None
 
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        items[:] = [item for item in items if item.name not in self.left_out]
+
     def pytest_runtest_logreport(self, report: Any) -> None:
         # a failure counts in every phase, also one of a subtest; a skip reports no call
         name = report.nodeid.rpartition("::")[2]
@@ -168,12 +172,20 @@ class Plugin:
             self.outcomes[name] = known if known == "failed" else report.outcome
 
 
-def run(source: Path, whose: str, outcomes: Path | None, options: list[str]) -> int:
+def passed(outcomes: Path) -> set[str]:
+    """Names of the tests that passed, from a file of ``--outcomes``."""
+    results = json.loads(outcomes.read_text(encoding="utf-8"))
+    return {name for name, outcome in results.items() if outcome == "passed"}
+
+
+def run(
+    source: Path, whose: str, outcomes: Path | None, left_out: Path | None, options: list[str]
+) -> int:
     """Run the suite in this process; pytest's code."""
     classes = tuple(getattr(transformers, name) for name in NAMES)
     if whose == "ours":
         classes = tuple(accelerated(base) for base in classes)
-    plugin = Plugin(make_case(source, classes))
+    plugin = Plugin(make_case(source, classes), set() if left_out is None else passed(left_out))
     arguments = [__file__, "-q", "-p", "no:cacheprovider", f"--rootdir={source}", *options]
     code = int(pytest.main(arguments, plugins=[plugin]))
     if outcomes is not None:
@@ -192,42 +204,37 @@ def fetch(folder: Path) -> Path:
 
 
 def compare(folder: Path) -> int:
-    """Run both side by side and compare test by test; 1 where ours fail and theirs pass."""
+    """Run ours, then of theirs what ours did not pass; 1 if any of that passes for theirs."""
     source = fetch(folder)
-    runs = {}
-    for whose in ("theirs", "ours"):
-        command = [sys.executable, __file__, "--source", str(source), "--whose", whose]
+    ours, theirs = folder / "ours.json", folder / "theirs.json"
+    print(f"the tests of transformers {transformers.__version__}: minutes", flush=True)
+    for whose, options in (("ours", []), ("theirs", ["--left-out", str(ours)])):
+        command = [sys.executable, __file__, "--source", str(source), "--whose", whose, *options]
         with (folder / f"{whose}.log").open("wb") as log:
-            runs[whose] = subprocess.Popen(
-                [*command, "--outcomes", str(folder / f"{whose}.json")], stdout=log, stderr=log
-            )
-    print(f"the tests of transformers {transformers.__version__}: both run, minutes", flush=True)
-    passed = {}
-    for whose, process in runs.items():
-        process.wait()
+            outcomes = ["--outcomes", str(folder / f"{whose}.json")]
+            subprocess.run([*command, *outcomes], stdout=log, stderr=log, check=False)
         # the last line of the log is pytest's count
         print(f"{whose}: {(folder / f'{whose}.log').read_text('utf-8').splitlines()[-1]}")
-        results = json.loads((folder / f"{whose}.json").read_text(encoding="utf-8"))
-        passed[whose] = {name for name, outcome in results.items() if outcome == "passed"}
-    lost = sorted(passed["theirs"] - passed["ours"])
+    lost = sorted(passed(theirs))
     if lost:
         print((folder / "ours.log").read_text(encoding="utf-8"))
-    print(f"pass for theirs: {len(passed['theirs'])}; of these not for ours: {lost or 0}")
-    return int(bool(lost) or not passed["theirs"])
+    print(f"pass for ours: {len(passed(ours))}; only for theirs: {lost or 0}")
+    return int(bool(lost) or not passed(ours))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="transformers' own GPT-2 tests, on ours, too")
-    parser.add_argument("--source", type=Path, help="transformers, unpacked (default: fetched)")
-    parser.add_argument("--whose", choices=("theirs", "ours"), help="run one (default: compare)")
-    parser.add_argument("--outcomes", type=Path, help="where to write what passed, as JSON")
+    parser.add_argument("--source", type=Path, help="transformers, unpacked [fetched]")
+    parser.add_argument("--whose", choices=("theirs", "ours"), help="run one [compare]")
+    parser.add_argument("--outcomes", type=Path, help="JSON file for the outcomes")
+    parser.add_argument("--left-out", type=Path, help="leave out what passed in these outcomes")
     args, options = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if args.whose is None:
             return compare(folder)
         source = fetch(folder) if args.source is None else args.source.resolve()
-        return run(source, args.whose, args.outcomes, options)
+        return run(source, args.whose, args.outcomes, args.left_out, options)
 
 
 if __name__ == "__main__":

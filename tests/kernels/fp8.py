@@ -9,7 +9,7 @@ from fastgpt2.kernels import linear_cross_entropy, linear_fp8
 from fastgpt2.kernels.linear_fp8 import E4M3, E5M2
 from tests.kernels.budget import DEVICE
 
-# largest number, bits of the significand behind the point, smallest normal number
+# largest number, bits of the significand after the point, smallest normal number
 FORMATS = {E4M3: (448.0, 3, 2.0**-6), E5M2: (57344.0, 2, 2.0**-14)}
 # a sum's error by its terms: of fp32, or of the 14 bits that a GPU's fast sums may keep
 SUMS = 1e-5 if DEVICE.type == "cpu" else 1e-3

@@ -12,11 +12,11 @@ from torch import Tensor
 from fastgpt2 import kernels
 
 NAN = float("nan")
-# public names that are no ops
+# public names that are not ops
 OTHERS = {"Impl", "explain", "use_impl"}
 # of these, a scalar and no elements at all are inputs like any other
 ELEMENTWISE = {"gelu"}
-# what PyTorch says, or we do, where there is no second derivative
+# the message of PyTorch, or ours, if there is no second derivative
 REFUSALS = (
     "no autograd formula was registered",
     "double backward is not supported",

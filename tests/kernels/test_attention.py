@@ -266,7 +266,7 @@ def test_same_bits_a_thousand_times(name: str | None, full: bool) -> None:
 
 @budget.rehearsed
 def test_offsets_beyond_32_bits(full: bool) -> None:
-    # the second row of the batch lies more than 2^31 elements behind the first
+    # the second row of the batch begins more than 2^31 elements after the first
     T, C, jump = (128, 128, 2**31) if full else (20, 32, 2**12)
     buffer = torch.empty(jump + 3 * T * C, dtype=torch.float16, device=DEVICE)
     qkv = buffer.as_strided((2, T, 3 * C), (jump, 3 * C, 1))

@@ -14,7 +14,7 @@ from tests.kernels.graphs import assert_compiles_whole
 
 # the package exports another function under a module's name
 op_module = import_module("fastgpt2.kernels.blocked_attention")
-# (B, T, H, D): a part of a block, a whole one, one more, several; a head that is no power of two
+# (B, T, H, D): a part of a block, a whole one, one more, several; a head that is not a power of two
 SHAPES = [(2, 1, 2, 64), (1, 127, 2, 32), (1, 128, 1, 80), (2, 129, 3, 16), (1, 300, 2, 64)]
 
 

@@ -106,7 +106,7 @@ def loads_without_other(tree: ast.AST) -> Iterator[ast.AST]:
 
 
 def constant_strides(tree: ast.AST) -> Iterator[ast.AST]:
-    """A stride as constexpr compiles anew for every shape."""
+    """A stride as constexpr causes a compilation for every shape."""
     for function in _kernels(tree):
         for argument in function.args.args:
             annotation = ast.unparse(argument.annotation) if argument.annotation else ""

@@ -164,7 +164,7 @@ def test_every_config_is_exact_on_integers(dtype: torch.dtype) -> None:
     N, C, F = 70, 33, 150
     inputs = {n: torch.randint_like(t, -2, 3) for n, t in _inputs(N, C, F, dtype).items()}
     inputs["bias"] += 200
-    # products of small integers are exact in any order, and behind 200 GELU changes nothing
+    # products of small integers are exact in any order, and beyond 200 GELU changes nothing
     expected = inputs["x"].double() @ inputs["weight"].double().T
     for config in tuning.candidates("linear_gelu_fwd", bytes=dtype.itemsize):
         with tuning.overriding("linear_gelu_fwd", config):

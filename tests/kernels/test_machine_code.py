@@ -27,7 +27,7 @@ LOOPS = """
         /*00a0*/               @P3 BRA `(.L_x_3) ;
         /*00b0*/                   EXIT ;
 """
-# the inner loop counts; code moved behind the end belongs to the loop that it returns to
+# the inner loop counts; code moved past the end belongs to the loop that it returns to
 NESTED = """
 .L_x_1:
         /*0000*/                   IADD3 R4, R4, 1, RZ ;

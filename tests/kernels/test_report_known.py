@@ -108,7 +108,7 @@ def test_a_record_of_something_else_is_found(
     lie = next(iter(wrong))
     wrong[lie][name] = value
     (line,) = violations(_measure(wrong, None), wrong)
-    assert line == f"{lie}: compiled anew, it is not what is recorded; --update --all"
+    assert line == f"{lie}: recompiled, it differs from the record; --update --all"
 
 
 def test_a_fault_in_a_record_is_a_fault(recorded: dict[str, dict[str, Any]]) -> None:

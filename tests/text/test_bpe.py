@@ -152,7 +152,7 @@ def test_tiktokens_cache_comes_before_the_network(
     monkeypatch.delenv("TIKTOKEN_CACHE_DIR")
     monkeypatch.setenv("DATA_GYM_CACHE_DIR", str(cache))
     assert GPT2Tokenizer.load().fingerprint == tiny_gpt2.fingerprint
-    # a damaged cache is no vocabulary
+    # a damaged cache is not used
     next(cache.iterdir()).write_bytes(b"damaged")
     with pytest.raises(UserError, match="no GPT-2 vocabulary"):
         GPT2Tokenizer.load()

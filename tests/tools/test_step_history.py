@@ -10,7 +10,7 @@ from tests.benchmarks.dry import ROOT
 from tools import step_history
 
 pytestmark = pytest.mark.skipif(
-    not (ROOT / ".git").exists(), reason="this tree is no clone: it has no history"
+    not (ROOT / ".git").exists(), reason="this tree is not a clone: it has no history"
 )
 DRY = ["--scale", "dry", "--dtype", "fp32", "--turns", "1", "--steps", "1"]
 

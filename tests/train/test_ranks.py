@@ -25,7 +25,7 @@ KINDS = [(optimizer, kind) for optimizer in ("adamw", "muon") for kind in ("--no
 
 
 class Ranks:
-    """What all scenarios left behind."""
+    """The results of all scenarios."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -60,7 +60,7 @@ def ranks(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
 
 
 def saved_weights(run: Path) -> dict[str, Tensor]:
-    """Of the newest checkpoint, in whatever form."""
+    """The weights of the newest checkpoint, in any form."""
     return {name: tensor.read() for name, tensor in load(runs.latest(run)).tensors.items()}
 
 
@@ -68,11 +68,11 @@ def assert_weights_close(run: Path, expected: Path) -> None:
     ours, theirs = (saved_weights(path) for path in (run, expected))
     assert ours.keys() == theirs.keys()
     for name, weight in theirs.items():
-        # the gradient of a key's bias is rounding alone, and AdamW makes whole steps of it
+        # the gradient of a key's bias is only rounding, which AdamW turns into full steps
         if name.endswith("c_attn.bias"):
             C = weight.shape[0] // 3
             ours[name][C : 2 * C] = weight[C : 2 * C]
-        # Muon makes a gradient's rounding as large as the gradient: a step of it is 0.02
+        # Muon scales a gradient's rounding up to the size of the gradient: its step is 0.02
         torch.testing.assert_close(ours[name], weight, atol=1e-4, rtol=1e-4, msg=name)
 
 
@@ -164,14 +164,14 @@ def test_a_damaged_shard_falls_back_to_the_checkpoint_before(ranks: Ranks, tmp_p
     ],
 )
 def test_the_disk_of_one_rank_fails(ranks: Ranks, name: str, saved: list[int], reason: str) -> None:
-    """The rank that failed says it, once; a checkpoint is there for all ranks or for none."""
+    """The failed rank says so, once; a checkpoint exists for all ranks or for none."""
     outcome, run = ranks.outcomes[name], ranks.folder / name / "run"
     assert outcome["codes"] == [2, 2]
     errors = [line for line in ranks.complaints(name) if "error" in line]
     assert len(errors) == 1 and reason in errors[0] and "cannot be written" in errors[0]
     rank = 0 if name.endswith("rank 0") else 1
     assert errors[0] in outcome["err"][rank]
-    # what could be saved before is left, and resumed
+    # earlier checkpoints remain and are resumed
     if name != "full disk":
         assert runs.saved_steps(run) == saved
         assert not list((run / "checkpoints").glob(".*"))

@@ -1,4 +1,4 @@
-"""Training runs that take a fraction of a second, and what they leave behind."""
+"""Training runs that take a fraction of a second, and their results."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ from fastgpt2.weights import load
 from fastgpt2.weights.shards import WEIGHTS, read_shards
 
 TEXT = "".join(f"the {i} cats and {i * i} dogs sat\n" for i in range(60))
-# two records of one training differ in these alone
+# two records of one training differ only in these
 TIMES = ("elapsed", "tokens_per_second", "mfu")
 
 
@@ -65,7 +65,7 @@ def saved_tensors(run: Path) -> dict[str, Tensor]:
 
 
 def saved_state(run: Path) -> dict[str, Any]:
-    """The JSON of the newest checkpoint, without what the clock says."""
+    """The JSON of the newest checkpoint, without times."""
     folder = runs.latest(run)
     state: dict[str, Any] = json.loads((folder / runs.STATE).read_text(encoding="utf-8"))
     del state["elapsed"]
@@ -76,7 +76,7 @@ def saved_state(run: Path) -> dict[str, Any]:
 
 
 def measured(run: Path) -> list[dict[str, Any]]:
-    """The records of a run, without what the clock says."""
+    """The records of a run, without times."""
     return [{k: v for k, v in record.items() if k not in TIMES} for record in read_metrics(run)]
 
 

@@ -1,4 +1,4 @@
-"""Loading a model takes little more memory than the model: peak resident memory, measured."""
+"""Loading a model needs little more memory than the model: peak resident memory, measured."""
 
 import os
 import resource
@@ -14,17 +14,17 @@ from fastgpt2.weights import save
 from fastgpt2.weights.checkpoint import Checkpoint, parameter_shapes
 from fastgpt2.weights.tensors import LazyTensor
 
-# gpt2-xl made small: 320 MB in float32, of which the token embedding takes 5 %, as it does there,
-# and is padded in memory, as there
+# a small gpt2-xl: 320 MB in float32; as there, the token embedding is 5 % of it and is padded in
+# memory
 CONFIG = GPTConfig(block_size=256, vocab_size=8191, n_layer=24, n_head=8, n_embd=512)
 LIMIT = 1.15
-# the three ways to read: a mapped file of our own parsing, safetensors, torch's zip; the other
-# formats use the first (llm.c) and the second (runs)
+# the three ways to read: a mapped file that we parse, safetensors, torch's zip. llm.c's format uses
+# the first, runs the second
 READERS = ("openai", "hf", "nanogpt")
 
 
 def measure(path: str) -> float:
-    """Peak of the memory that loading ``path`` took, over the size of the model."""
+    """Peak memory of loading ``path``, over the size of the model."""
     from fastgpt2.model import GPT
 
     with open("/proc/self/statm", encoding="utf-8") as file:
@@ -38,10 +38,10 @@ def measure(path: str) -> float:
 
 
 def main(*paths: str) -> None:
-    """Measure each path in a process of its own, forked after the imports: one line each."""
+    """Measure each path in its own process, forked after the imports: one line each."""
     from fastgpt2.model import GPT
 
-    # what PyTorch imports on first use is no part of a model
+    # PyTorch's imports on first use are not part of a model
     GPT.from_pretrained(str(Path(__file__).parents[1] / "golden" / "openai-tiny"))
     for path in paths:
         if os.fork() == 0:

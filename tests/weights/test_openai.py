@@ -51,7 +51,7 @@ def test_writing_gives_the_same_files(tmp_path: Path) -> None:
 
 
 def rewrite(folder: Path, change: Any) -> None:
-    """Write the folder's checkpoint anew with its variables changed."""
+    """Rewrite the folder's checkpoint with its variables changed."""
     bundle = Bundle(folder / "model.ckpt")
     variables = {name: LazyTensor.of(bundle.tensor(name).read().clone()) for name in bundle.entries}
     change(variables)

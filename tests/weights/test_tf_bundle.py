@@ -37,7 +37,7 @@ OURS = {
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of checkpoints that TensorFlow wrote, and of what it read from ours."""
+    """Folder with checkpoints that TensorFlow wrote, and with what it read from ours."""
     if TF_PYTHON is None:
         pytest.skip(
             "TensorFlow is not installed (FASTGPT2_TF_PYTHON may name a Python that has it)"
@@ -75,7 +75,7 @@ def test_reads_what_tensorflow_wrote(written: Path, name: str) -> None:
 
 def test_shards_and_blocks_are_several(written: Path) -> None:
     assert Bundle(written / "shards").shards == 3
-    # TensorFlow begins a new block behind 256 KiB
+    # TensorFlow begins a new block after 256 KiB
     assert (written / "blocks.index").stat().st_size > 1.2 * (256 << 10)
 
 

@@ -31,7 +31,7 @@ MUTANTS = [
         "crosses = first_k + BLOCK_N > first_q",
         "crosses = first_k > first_q",
         (_PLAIN,),
-        "queries see the keys behind them within the first tile on the diagonal",
+        "queries see the keys after them within the first tile on the diagonal",
     ),
     Mutant(
         "scale_left_out_of_the_exponent",

@@ -17,7 +17,7 @@ MUTANTS = [
         "tl.where(mask_c[None, :], s - mean[:, None], 0.0)",
         "s - mean[:, None]",
         (_NORM,),
-        "columns behind C add mean^2 to the variance",
+        "columns beyond C add mean^2 to the variance",
     ),
     Mutant(
         "eps_forgotten",

@@ -27,7 +27,7 @@ from tests.spread import spread
 
 ROOT = Path(__file__).resolve().parents[3]
 _COPIED = ("fastgpt2", "kernels", "tests", "pyproject.toml")
-# far above what any of the named tests needs: a mutant that loops for ever is a killed one
+# far above what any of the named tests needs: a mutant that loops forever counts as killed
 _TIMEOUT_S = 300
 # pytest's exit codes
 _PASSED, _FAILED = 0, 1
