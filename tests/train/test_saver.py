@@ -1,5 +1,7 @@
 """A checkpoint is a copy, written by a thread while training goes on."""
 
+import os
+import sys
 import threading
 import time
 from pathlib import Path
@@ -133,3 +135,15 @@ def test_an_error_waits_and_a_second_signal_does_not(
         raise error
     assert bool(done) == waits
     go_on.set()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities on Linux alone")
+def test_the_thread_that_writes_lets_others_go_first() -> None:
+    def niceness() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    found: list[int] = []
+    saver, before = Saver(), niceness()
+    saver.begin(lambda: found.append(niceness()))
+    saver.wait()
+    assert found == [min(before + 10, 19)] and niceness() == before
