@@ -31,7 +31,7 @@ _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 _PER_THREAD = 2 << 20
 # seconds, on two cores with AVX2: what compiling costs, and what each token saves by the weight
 _COST = 6.0
-_SAVED, _SAVED_INT8 = 2.5e-10, 8e-10
+_SAVED = 2.5e-10
 
 
 class _Matrix(Structure):
@@ -236,9 +236,7 @@ def pays(model: GPT, new_tokens: int) -> bool:
             return True
     except OSError:
         return False
-    quantized = model.lm_head.weight.dtype == torch.int8
-    size = sum(p.numel() for p in model.parameters())
-    return new_tokens * size * (_SAVED_INT8 if quantized else _SAVED) > _COST
+    return new_tokens * sum(p.numel() for p in model.parameters()) * _SAVED > _COST
 
 
 def load_library(

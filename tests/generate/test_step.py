@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastgpt2.generate.slots import Slots
 from fastgpt2.generate.step import weights_of
+from fastgpt2.kernels import linear_int8 as linear_int8_module
 from fastgpt2.kernels import use_impl
 from fastgpt2.kernels.linear_int8 import linear_int8
 from fastgpt2.model import GPT
@@ -76,10 +77,33 @@ def test_models_that_are_not_plain_take_the_long_way() -> None:
     assert weights_of(model) is None
 
 
-@pytest.mark.parametrize("N", [1, 3])
-def test_int8_products(N: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cached", [1 << 19, 100, 1])
+@pytest.mark.parametrize("N", [0, 1, 3])
+def test_int8_products(
+    N: int, cached: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All features at once, two at a time with one left, and one at a time."""
+    monkeypatch.setattr(linear_int8_module, "_CACHED", cached)
     torch.manual_seed(0)
-    x, integers = torch.randn(N, 48), torch.randint(-128, 128, (7, 48), dtype=torch.int8)
+    x, integers = torch.randn(N, 48).to(dtype), torch.randint(-128, 128, (7, 48), dtype=torch.int8)
     scales = torch.rand(7)
-    expected = x @ integers.float().t() * scales
-    torch.testing.assert_close(linear_int8(x, integers, scales), expected, atol=1e-4, rtol=1e-5)
+    expected = x.float() @ integers.float().t() * scales
+    out = linear_int8(x, integers, scales)
+    assert out.dtype == dtype
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(out.float(), expected, atol=40 * tolerance, rtol=tolerance)
+
+
+def test_int8_products_have_gradients_and_are_recorded_whole() -> None:
+    torch.manual_seed(0)
+    integers, scales = torch.randint(-128, 128, (7, 48), dtype=torch.int8), torch.rand(7)
+    x = torch.randn(2, 48, requires_grad=True)
+    linear_int8(x, integers, scales).sum().backward()  # type: ignore[no-untyped-call]
+    expected = (integers.float() * scales[:, None]).sum(0).expand(2, 48)
+    torch.testing.assert_close(x.grad, expected, atol=1e-4, rtol=1e-5)
+    traced = torch.jit.trace(linear_int8, (x.detach(), integers, scales))  # type: ignore[no-untyped-call]
+    more = torch.randn(5, 48)
+    torch.testing.assert_close(
+        traced(more, integers, scales), linear_int8(more, integers, scales), atol=1e-3, rtol=1e-5
+    )
