@@ -153,8 +153,8 @@ class Job:
             victim = moments.choice(children)
             alone = self._ranks > 1 and moments.random() < 0.5
             if ended(victim, moments.uniform(0.0, life)):
-                code = os.waitid(os.P_PID, victim, os.WEXITED | os.WNOWAIT).si_status
-                assert code == 0, self.complaints()
+                end = os.waitid(os.P_PID, victim, os.WEXITED | os.WNOWAIT)
+                assert end is not None and end.si_status == 0, self.complaints()
                 return None
             os.kill(victim, signal.SIGKILL)
             ended(victim, GRACE)

@@ -78,8 +78,9 @@ def _layer(model: GPT, rows: int, dtype: torch.dtype, gradients: float, *, pack:
     triton = device_kind(model.lm_head.weight.device).cuda
     # copies of attention's and the MLP's weights in the dtype of the computation, if it is not fp32
     copy = C * C * e * (e != 4)
-    # the last block is trained where any is
-    fc, proj = model.transformer.h[-1].mlp.c_fc, model.transformer.h[-1].mlp.c_proj
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    # the last one is trained where any is
+    fc, proj = blocks[-1].mlp.c_fc, blocks[-1].mlp.c_proj
     # norm 1, qkv 3, attention 1, stream 2, norm 1; in the MLP its pre-activation, and its GELU
     own = (7 + _keeps_input(fc)) * width + 4 * copy
     inner = (4 if triton or not _keeps_input(proj) else 8) * width + 8 * copy
@@ -99,11 +100,10 @@ def _layer(model: GPT, rows: int, dtype: torch.dtype, gradients: float, *, pack:
             own += rows * T * T * e + width
         elif e == 2:
             attention += 3 * scores / T * min(T, _QUERIES) * e
-    full, blocks = own + inner, [m for m in model.modules() if isinstance(m, Block)]
-    kept = full
+    kept = full = own + inner
     if model.transformer.remat_blocks:
         kept = width
-    elif blocks and blocks[0].remat_mlp:
+    elif blocks[0].remat_mlp:
         kept = own
     return _Layer(full, kept, mlp, attention - inner, gradients)
 

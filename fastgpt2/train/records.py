@@ -47,8 +47,9 @@ class Record:
         values = torch.stack([value for result in results for value in result])
         on_cuda = device_kind(values.device).cuda
         self._values = values.to("cpu", non_blocking=on_cuda)
-        self._copied = torch.cuda.Event() if on_cuda else None
-        if self._copied is not None:
+        self._copied: torch.cuda.Event | None = None
+        if on_cuda:
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._copied.record(torch.cuda.current_stream(values.device))
         self._moment = time.perf_counter()
 

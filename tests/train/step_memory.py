@@ -1,6 +1,7 @@
 """The memory of a training step, by PyTorch's profiler."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ def compared(
     model = GPT(config)
     if sharded:
         shard(model, torch.float32)
-    made = build_optimizer(model, tiny_train_config(__file__, optimizer=optimizer))
+    made = build_optimizer(model, tiny_train_config(Path(), optimizer=optimizer))
     forward, accumulate = joined(model, model)
     step = TrainingStep(
         model, made, dtype=torch.float32, grad_clip=1.0, forward=forward, poll=lambda: None
