@@ -20,6 +20,7 @@ from unittest.mock import patch
 from fastgpt2 import runs
 from fastgpt2.train import checkpoint
 from fastgpt2.train.config import TrainConfig
+from fastgpt2.weights.safetensors_file import write_safetensors
 from tests.train.tiny_run import tiny_train_config, train
 from tools.kills import Job, killed
 from tools.soak import flags, is_same, next_flags
@@ -47,10 +48,8 @@ def while_writing(file: str) -> Callable[[], None]:
     """Half of a safetensors file reaches the disk."""
 
     def arm() -> None:
-        write = checkpoint.write_safetensors
-
         def write_half(path: Path, *arguments: Any, **options: Any) -> None:
-            write(path, *arguments, **options)
+            write_safetensors(path, *arguments, **options)
             if path.name == file and at_step(path):
                 os.truncate(path, path.stat().st_size // 2)
                 die()
