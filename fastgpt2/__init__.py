@@ -7,6 +7,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from fastgpt2 import early
+
 if TYPE_CHECKING:
     from fastgpt2.config import GPTConfig
     from fastgpt2.errors import UserError
@@ -17,6 +19,10 @@ if TYPE_CHECKING:
     from fastgpt2.weights.adapter import load_adapter, save_adapter
 
 __version__ = "0.1.0"
+
+if early.is_program(__name__):
+    # python -m fastgpt2.train: importing PyTorch takes seconds
+    early.end_at_once()
 
 # public name -> module that defines it; imported on first use (PEP 562)
 _LAZY = {

@@ -4,6 +4,7 @@ import sys
 from importlib import import_module
 from typing import Any
 
+from fastgpt2 import early
 from fastgpt2.cli import run
 from fastgpt2.errors import UserError
 
@@ -19,14 +20,15 @@ COMMANDS = {
 
 def _module(command: str) -> Any:
     """A command is a module, or the ``__main__`` of a package."""
-    found = import_module(f"fastgpt2.{command}")
-    return import_module(f"{found.__name__}.__main__") if hasattr(found, "__path__") else found
+    # importing PyTorch takes seconds
+    with early.ending_at_once():
+        found = import_module(f"fastgpt2.{command}")
+        return import_module(f"{found.__name__}.__main__") if hasattr(found, "__path__") else found
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     command, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    # a command's import takes seconds, in which it may be interrupted, too
     return run(command, lambda: _run(command, arguments))
 
 

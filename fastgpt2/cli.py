@@ -3,13 +3,16 @@
 import argparse
 import io
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from fastgpt2 import early
 from fastgpt2.errors import EndedElsewhere, Stopped, UserError
 from fastgpt2.streams import abandon, open_missing_streams, steady_streams
 
@@ -25,6 +28,8 @@ _NO_ROOM = (
     "array is too big",
     "Maximum allowed dimension exceeded",
 )
+# characters of an error's line
+_LONGEST = 2_000
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,7 +37,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print one line and exit with 2, as for every other mistake of a user."""
-        self.exit(2, f"{self.prog}: error: {message} (--help shows all flags)\n")
+        self.exit(2, f"{self.prog}: error: {_short(message)} (--help shows all flags)\n")
 
     def _print_message(self, message: str, file: Any = None) -> None:
         # what --help prints may find a full disk or no reader, of which argparse would say nothing
@@ -59,6 +64,15 @@ def check_counts(options: argparse.Namespace, *names: str) -> None:
             raise UserError(f"--{flag}: must be 1 or more, got {getattr(options, name)}")
 
 
+def quoted(text: str | Path) -> str:
+    """The text as an argument that can be copied into a shell.
+
+    Args:
+        text: a name, a prompt, a path.
+    """
+    return shlex.quote(str(text)) if os.name == "posix" else f'"{text}"'
+
+
 def run(name: str, body: Callable[[], int | None], *, steady: bool = False) -> int:
     """Call ``body`` and turn how it ended into an exit code.
 
@@ -77,7 +91,7 @@ def run(name: str, body: Callable[[], int | None], *, steady: bool = False) -> i
         # a generated character that the terminal's encoding lacks must not end the program
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    with steady_streams(stdout=steady), _signals_raise():
+    with steady_streams(stdout=steady), early.raising(), _signals_raise():
         return _run(name, body)
 
 
@@ -128,7 +142,7 @@ def _run(name: str, body: Callable[[], int | None]) -> int:
         line = in_one_line(error)
         if line is None:
             raise
-        _say(f"fastgpt2 {name}: error: {line}")
+        _say(f"fastgpt2 {name}: error: {_short(line)}")
         return 2
 
 
@@ -159,6 +173,13 @@ def in_one_line(error: Exception) -> str | None:
     if isinstance(error, MemoryError) or any(part in text for part in _NO_ROOM):
         return f"out of memory: {text[:200] or 'an allocation failed'}"
     return None
+
+
+def _short(line: str) -> str:
+    """The line; of a very long one, as of a number of thousands of digits, both ends."""
+    if len(line) <= _LONGEST:
+        return line
+    return f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
 
 
 def _say(line: str) -> None:

@@ -1,6 +1,7 @@
 """Pictures that look the same everywhere, and whose failure never breaks what they show."""
 
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from textwrap import shorten
@@ -74,7 +75,9 @@ def _draw(path: Path, paint: Callable[[], Any], dpi: int) -> None:
     from matplotlib import rcParams, style
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    with style.context("default"):
+    with style.context("default"), warnings.catch_warnings():
+        # about numbers too large for an axis, or a font without a sign
+        warnings.simplefilter("ignore")
         rcParams["text.parse_math"] = False
         figure = paint()
         FigureCanvasAgg(figure)

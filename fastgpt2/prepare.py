@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastgpt2.cli import Parser, run
+from fastgpt2.cli import Parser, quoted, run
 from fastgpt2.errors import UserError
 from fastgpt2.files import atomic_folder
 from fastgpt2.text.corpora import VAL_FRACTION, load_corpus, split_pieces
@@ -144,6 +144,8 @@ def prepare(
     for flag, value in (("--shard-tokens", shard_tokens), ("--workers", workers)):
         if value < 1:
             raise UserError(f"{flag} must be positive, got {value}")
+    if not 0 <= val_fraction < 1:
+        raise UserError(f"--val-fraction must be in [0, 1), got {val_fraction}")
     refuse_weights(data, "prepare")
     if part is not None:
         if to != "fastgpt2" or find_prepared(data) or find_token_files(data):
@@ -200,7 +202,7 @@ def prepare(
             f"{split}: {tokens:,} tokens of {writer.bytes[split]:,} bytes in "
             f"{len(writer.files[split])} {'shard' if to == 'fastgpt2' else 'file'}(s)"
         )
-    print(f"train on them: python -m fastgpt2.train --data {out}")
+    print(f"train on them: python -m fastgpt2.train --data {quoted(out)}")
 
 
 def _copy(writer: PreparedWriter, dataset: Dataset) -> None:

@@ -95,8 +95,9 @@ def watched_disk(folder: Path, watch: Callable[[Any], None]) -> Iterator[None]:
                 return function(path, mode, *arguments, **options)
             check(path)
             buffered = 0 not in (*arguments, *options.values())
-            if "b" in mode and "+" not in mode and buffered:
-                return io.BufferedWriter(FailingFile(path, mode, check))
+            if "b" in mode and buffered:
+                kind = io.BufferedRandom if "+" in mode else io.BufferedWriter
+                return kind(FailingFile(path, mode, check))
             return function(path, mode, *arguments, **options)
 
         return call

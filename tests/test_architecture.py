@@ -37,6 +37,7 @@ FLOORS = {
     "fastgpt2.explanation": 3,
     "fastgpt2.cache": 3,
     "fastgpt2.generative": 3,
+    "fastgpt2.early": 3,
     "fastgpt2.errors": 3,
     "fastgpt2.units": 3,
     "fastgpt2.cli": 3,

@@ -34,6 +34,22 @@ def test_wrong_flag_is_one_line_and_2(capsys: pytest.CaptureFixture[str]) -> Non
     assert err.count("\n") == 1
 
 
+def test_a_very_long_value_does_not_fill_the_screen(capsys: pytest.CaptureFixture[str]) -> None:
+    digits = "9" * 5_000
+    parser = Parser(prog="fastgpt2 train")
+    parser.add_argument("--steps", type=int)
+    with pytest.raises(SystemExit):
+        parser.parse_args([f"--steps={digits}"])
+    err = capsys.readouterr().err
+    assert err.startswith("fastgpt2 train: error: argument --steps: invalid int value: '999")
+    assert err.endswith("99' (--help shows all flags)\n") and len(err) < 2_100
+    assert run("train", lambda: fail(UserError(f"--n: must be below 8, got {digits}"))) == 2
+    err = capsys.readouterr().err
+    assert (
+        err.startswith("fastgpt2 train: error: --n: must be below 8, got 99") and len(err) < 2_100
+    )
+
+
 def test_interrupt_is_one_line_and_130(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("train", lambda: fail(KeyboardInterrupt())) == 130
     assert capsys.readouterr().err.strip() == "fastgpt2 train: interrupted"

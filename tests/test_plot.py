@@ -8,6 +8,7 @@ import pytest
 
 from fastgpt2 import runs
 from fastgpt2.__main__ import main as fastgpt2
+from fastgpt2.picture import new_figure
 from fastgpt2.plot import main
 from fastgpt2.train.curves import Curves, paint_runs
 from fastgpt2.train.metrics import MetricsLog, read_metrics
@@ -106,3 +107,28 @@ def test_records_with_little_in_them(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", steps=0)
     MetricsLog(folder).write(step=1)
     assert main([str(folder), f"--out={tmp_path / 'x.png'}"]) == 0
+
+
+def test_a_run_that_exploded_is_one_line_at_most(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+) -> None:
+    folder = make_run(tmp_path / "run", steps=0)
+    log = MetricsLog(folder)
+    for step, loss in enumerate((1e308, -1e308), start=1):
+        log.write(step=step, train_loss=loss, val_loss=loss, elapsed=-3.0)
+    assert main([str(folder), f"--out={tmp_path / 'x.png'}"]) in (0, 2)
+    assert len(capsys.readouterr().err.splitlines()) <= 1
+    assert not [str(w.message) for w in recwarn if issubclass(w.category, RuntimeWarning)]
+
+
+def test_numbers_that_are_none_end_the_curves(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastgpt2.plot.paint_runs", lambda _: new_figure(0.2, 0.2))
+    folder = make_run(tmp_path / "run", steps=3)
+    capsys.readouterr()
+    for damage in ('{"step": 4, "val_loss": "x"}', '{"step": 4, "elapsed": Infinity}'):
+        with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(damage + "\n")
+        assert main([str(folder), f"--out={tmp_path / 'x.png'}"]) == 0
+        assert capsys.readouterr().out.startswith("run: 3 steps, ")

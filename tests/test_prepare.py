@@ -109,7 +109,7 @@ def test_mistakes_are_one_line_and_2(
         message = "--workers must be positive, got 0"
     else:
         args += ["--val-fraction", "1"]
-        message = "val_fraction must be in [0, 1), got 1.0"
+        message = "--val-fraction must be in [0, 1), got 1.0"
     before = sorted(path.name for path in tmp_path.iterdir())
     assert main(args) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if "error" in line]

@@ -39,8 +39,8 @@ def task_table(results: dict[str, Metrics]) -> str:
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    # a bar would end the cell
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in (head, *rows)]
+    # a bar or the end of a line would end a cell
+    cells = [[_on_one_line(cell).replace("|", "\\|") for cell in row] for row in (head, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []
     for number, row in enumerate(cells):
@@ -55,7 +55,7 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def protocol_lines(protocol: Protocol) -> str:
     """One line per entry of the protocol."""
-    return "\n".join(f"{key}: {value}" for key, value in protocol.items())
+    return "\n".join(f"{key}: {_on_one_line(value)}" for key, value in protocol.items())
 
 
 def write_text_report(folder: Path, protocol: Protocol, scores: dict[str, TextScore]) -> None:
@@ -124,7 +124,12 @@ def _worst_table(score: TextScore) -> str:
 
 def _visible(text: str) -> str:
     """The text on one line, without the backquote that ends code in Markdown."""
-    return text.replace("`", "'").replace("\r", "\\r").replace("\n", "\\n").replace("\t", "\\t")
+    return _on_one_line(text).replace("`", "'").replace("\t", "\\t")
+
+
+def _on_one_line(text: str) -> str:
+    """With escapes for line breaks, which the name of a file may hold."""
+    return text.replace("\r", "\\r").replace("\n", "\\n")
 
 
 def _write(folder: Path, protocol: Protocol, records: dict[str, Any]) -> None:

@@ -153,7 +153,11 @@ def _from_tiktoken_cache() -> tuple[str, str] | None:
     # tiktoken's own rule (tiktoken/load.py); not called, because its download has no time limit
     folder = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR"))
     if folder is None:
-        folder = os.path.join(tempfile.gettempdir(), "data-gym-cache")
+        try:
+            folder = os.path.join(tempfile.gettempdir(), "data-gym-cache")
+        except FileNotFoundError:
+            # no folder for temporary files can be written
+            return None
     texts = []
     for name, expected in SHA256.items():
         path = Path(folder) / hashlib.sha1((_OPENAI + name).encode("utf-8")).hexdigest()

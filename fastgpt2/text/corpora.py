@@ -19,6 +19,7 @@ from fastgpt2.text.documents import (
     has_records,
     is_compressed,
     read_chunks,
+    whole,
 )
 from fastgpt2.text.matches import files_below, matching_files
 from fastgpt2.text.own_files import without_runs
@@ -353,11 +354,11 @@ def _texts(corpus: Corpus, border: int, first: int) -> Iterator[_Text]:
             split: Split = "train" if end <= border else "val"
             yield _Text(start, iter(()), utf8(), is_record, split)
         elif isinstance(document, Document):
-            decoder = Utf8Decoder(document.name)
-            yield _Text(start, document.chunks(PIECE_BYTES), decoder, is_record)
+            chunks = whole(document.chunks(PIECE_BYTES), end - start, document.name)
+            yield _Text(start, chunks, Utf8Decoder(document.name), is_record)
         else:
             at = start
-            for text in document.texts():
+            for text in whole(document.texts(), end - start, document.name):
                 chunks = Document(document.name, text).chunks(PIECE_BYTES)
                 yield _Text(at, chunks, utf8(), is_record)
                 at += len(text)

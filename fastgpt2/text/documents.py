@@ -122,6 +122,27 @@ def read_chunks(path: Path, size: int) -> Iterator[bytes]:
         raise UserError(f"data: cannot read {path}: {error.strerror}") from error
 
 
+def whole(parts: Iterator[bytes], size: int, name: str) -> Iterator[bytes]:
+    """The parts of a text, which must be as many bytes as were counted before.
+
+    Args:
+        parts: of the text, in order.
+        size: bytes in all.
+        name: of the file, for the error.
+
+    Raises:
+        UserError: at the end, if they were more or fewer.
+    """
+    read = 0
+    for part in parts:
+        read += len(part)
+        yield part
+    if read != size:
+        raise UserError(
+            f"data: {name} has changed while it was read: {read:,} bytes of text, not {size:,}"
+        )
+
+
 @dataclass(frozen=True)
 class Records:
     """A file in which every line of JSON, or every row of a Parquet table, is one document.

@@ -57,7 +57,8 @@ def split_weights(data: str | Sequence[str]) -> tuple[list[str], list[float]] | 
         data: what ``build_dataset`` takes.
 
     Raises:
-        UserError: a weight is not a positive number, or some items have one and some do not.
+        UserError: a weight is not a positive number or vanishes beside the others, or some items
+            have one and some do not.
     """
     items = [data] if isinstance(data, str) else list(data)
     pairs = [split_weight(item) for item in items]
@@ -68,7 +69,10 @@ def split_weights(data: str | Sequence[str]) -> tuple[list[str], list[float]] | 
         bare = next(name for name, weight in pairs if weight is None)
         raise UserError(f"data: {bare} has no weight; give one to all (NAME:WEIGHT) or to none")
     total = sum(weights)
-    return [name for name, _ in pairs], [weight / total for weight in weights]
+    shares = [weight / total for weight in weights]
+    if not all(shares):
+        raise UserError(f"data: the weights are too far apart, or too large: {' '.join(items)}")
+    return [name for name, _ in pairs], shares
 
 
 def refuse_weights(data: str | Sequence[str], command: str) -> None:

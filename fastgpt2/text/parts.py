@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fastgpt2.cli import quoted
 from fastgpt2.errors import UserError
 from fastgpt2.files import atomic_folder, parse_json, sync, write_text
 from fastgpt2.text.corpora import PYTHON_DOCS, Corpus, Document, absolute, load_corpus, split_pieces
@@ -140,7 +141,7 @@ def prepare_part(
                 raise UserError(f"data: {identity['source']} has changed while it was read")
         _verify(folder, read_index(folder))
     print(f"part {part.number} of {part.parts}: {sum(writer.tokens.values()):,} tokens; {speed}")
-    print(f"when all parts are there: fastgpt2 prepare --merge --out {out}")
+    print(f"when all parts are there: fastgpt2 prepare --merge --out {quoted(out)}")
 
 
 class _PartWriter(PreparedWriter):
@@ -284,7 +285,7 @@ def merge_parts(out: Path) -> None:
             f"{split}: {entry['tokens']:,} tokens of {entry['bytes']:,} bytes in "
             f"{len(entry['files'])} shard(s), from {len(parts)} parts"
         )
-    print(f"train on them: python -m fastgpt2.train --data {out}")
+    print(f"train on them: python -m fastgpt2.train --data {quoted(out)}")
 
 
 def _all_parts(folder: Path) -> list[Path]:

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from numpy.typing import NDArray
 
+from fastgpt2.cli import quoted
 from fastgpt2.errors import UserError
 from fastgpt2.files import parse_json, write_text
 from fastgpt2.text.encoding import Tokenizer, token_bytes
@@ -160,7 +161,7 @@ def find_prepared(data: str | Sequence[str]) -> Path | None:
         if (Path(item) / PARTS).is_dir() and Path(item) not in folders:
             raise UserError(
                 f"data: {item} holds parts that are not merged; "
-                f"run fastgpt2 prepare --merge --out {item}"
+                f"run fastgpt2 prepare --merge --out {quoted(item)}"
             )
         if item.endswith(SUFFIX):
             raise UserError(f"data: {item} is one token shard; give the folder it is in")

@@ -2,21 +2,20 @@
 
 import argparse
 import math
-import os
-import shlex
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fastgpt2 import distributed, runs
-from fastgpt2.cli import Parser
+from fastgpt2.cli import Parser, quoted
 from fastgpt2.cli import run as run_command
 from fastgpt2.devices import device_kind, resolve_device, resolve_dtype
 from fastgpt2.errors import UserError
 from fastgpt2.peers import Watch, failing_together, recall, remember
 from fastgpt2.streams import silent
 from fastgpt2.text.mixture import absolute_item, item_paths
+from fastgpt2.text.utf8 import is_utf8
 from fastgpt2.train import summary
 from fastgpt2.train.allocator import keep_freed_memory
 from fastgpt2.train.claim import check_outside, claimed, empty, is_empty, new_folder
@@ -219,6 +218,8 @@ def _plan(arguments: dict[str, Any]) -> Plan:
         folder = new_folder(Path(name or "default").stem)
     else:
         folder = Path(out)
+        if not is_utf8(out):
+            raise UserError(f"--out {out}: must be UTF-8 text for the library safetensors")
         if folder.exists() and not folder.is_dir():
             raise UserError(f"--out {out}: is a file")
         if resume:
@@ -379,14 +380,9 @@ def _report(outcome: Outcome, folder: Path, prompt: str) -> None:
     curves = f"; curves: {folder / 'loss.png'}" if outcome.drawn else ""
     print(f"best checkpoint: step {outcome.best_step:,}{curves}")
     if outcome.exit_code:
-        print(f"continue with: python -m fastgpt2.train --out {_quoted(str(folder))} --resume")
-    said = "" if prompt == "\n" else f" --prompt {_quoted(prompt)}"
-    print(f"generate with: python -m fastgpt2.generate --run {_quoted(str(folder))}{said}")
-
-
-def _quoted(text: str) -> str:
-    """The text quoted for a shell."""
-    return shlex.quote(text) if os.name == "posix" else f'"{text}"'
+        print(f"continue with: python -m fastgpt2.train --out {quoted(str(folder))} --resume")
+    said = "" if prompt == "\n" else f" --prompt {quoted(prompt)}"
+    print(f"generate with: python -m fastgpt2.generate --run {quoted(str(folder))}{said}")
 
 
 if __name__ == "__main__":

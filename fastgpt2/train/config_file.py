@@ -1,5 +1,6 @@
 """Configurations in TOML: those that are shipped, by name, and a user's own files."""
 
+import sys
 import tomllib
 from importlib.resources import files
 from pathlib import Path
@@ -78,7 +79,7 @@ def _typed(where: str, key: str, value: Any) -> Any:
         value = (value,) if isinstance(value, str) else value
         if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
             return tuple(value)
-    elif expected is float and isinstance(value, int) and not isinstance(value, bool):
+    elif expected is float and type(value) is int and abs(value) <= sys.float_info.max:
         return float(value)
     elif type(value) is expected:
         return value

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,10 +65,17 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
             record = parse_json(line)
         except ValueError:
             break
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        if not isinstance(record, dict) or type(record.get("step")) is not int:
+            break
+        if not all(_is_number(record.get(name, 0)) for name in COLUMNS):
             break
         records.append(record)
     return records
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is finite, and no truth value; an integer may be too large for a float."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def _csv_line(record: dict[str, Any]) -> str:

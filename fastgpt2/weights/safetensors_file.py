@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fastgpt2.errors import UserError
+from fastgpt2.text.utf8 import is_utf8
 from fastgpt2.weights.metadata import file_size, shown
 from fastgpt2.weights.tensors import LazyTensor, as_bytes
 
@@ -70,6 +71,8 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 def _open(path: Path) -> Any:
     _checked(path, file_size, path)
+    if not is_utf8(str(path)):
+        raise UserError(f"{path}: the path must be UTF-8 text for the library safetensors")
     return _checked(path, safe_open, str(path), "pt")
 
 

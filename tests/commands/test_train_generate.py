@@ -1,5 +1,7 @@
 """The commands as a person meets them: what they print and do."""
 
+import errno
+import io
 import json
 import os
 import subprocess
@@ -152,6 +154,28 @@ def test_every_command_has_a_help(command: str, capsys: pytest.CaptureFixture[st
     assert said.startswith(f"usage: fastgpt2 {command}")
     # no default that says nothing, no field without a text
     assert "None" not in said
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, 2), (errno.EPIPE, 141)])
+def test_a_help_that_nobody_can_read(
+    command: str,
+    number: int,
+    code: int,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Broken(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit:
+        patch.setattr(sys, "stdout", Broken())
+        console([command, "--help"])
+    assert exit.value.code == code
+    said = capsys.readouterr().err
+    line = f"fastgpt2 {command}: error: No space left on device\n"
+    assert said == (line if code == 2 else "")
 
 
 def run_program(*command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,6 @@
+import gzip
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 from fastgpt2.errors import UserError
 from fastgpt2.text import BytesTokenizer, GPT2Tokenizer
 from fastgpt2.text.corpora import (
+    PIECE_BYTES,
     REMOTE,
     Corpus,
     Document,
@@ -233,3 +236,32 @@ def test_a_text_without_spaces_is_still_cut(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("fastgpt2.text.corpora.PIECE_BYTES", 1000)
     corpus = Corpus("test", (Document("d", b"x" * 100_000),))
     assert max(len(piece.text) for piece in split_pieces(corpus, 0.0)) <= 2000
+
+
+LINE = b'{"text": "a line"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "lines", "left", "message"),
+    [
+        # what is left of the file after its first piece was read
+        ("a.txt", 2 * PIECE_BYTES // len(LINE), 0, "has changed while it was read"),
+        ("a.txt", 2 * PIECE_BYTES // len(LINE), 1 << 22, "has changed while it was read"),
+        ("a.jsonl", 8000, 4000 * len(LINE), "has changed while it was read"),
+        ("a.txt.gz", 2 * PIECE_BYTES // len(LINE), 0, "is cut off"),
+    ],
+)
+def test_a_file_that_changes_while_it_is_read(
+    tmp_path: Path, name: str, lines: int, left: int, message: str
+) -> None:
+    text = LINE * lines
+    path = write(tmp_path / name, gzip.compress(text, 1) if name.endswith("gz") else text)
+    pieces = split_pieces(load_corpus(str(path)), 0.1)
+    next(pieces)
+    if left > len(text):
+        with path.open("ab") as file:
+            file.write(LINE * 1000)
+    else:
+        os.truncate(path, left)
+    with pytest.raises(UserError, match=f"{name} {message}"):
+        list(pieces)

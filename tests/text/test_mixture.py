@@ -73,6 +73,10 @@ def test_weights_are_scaled_and_of_all_or_none() -> None:
     assert split_weights(["a", "b"]) is None
     with pytest.raises(UserError, match="data: b has no weight; give one to all"):
         split_weights(["a:1", "b"])
+    # the sum is beyond the largest number, or one share below the smallest
+    for weights in (("1e308", "1e308"), ("1e-200", "1e200")):
+        with pytest.raises(UserError, match="data: the weights are too far apart, or too large"):
+            split_weights([f"a:{weights[0]}", f"b:{weights[1]}"])
 
 
 def test_counts_are_those_of_the_stream() -> None:

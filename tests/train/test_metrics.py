@@ -46,7 +46,15 @@ def test_resuming_drops_what_came_after(tmp_path: Path) -> None:
     assert csv_records(tmp_path) == expected
 
 
-@pytest.mark.parametrize("tail", [b'{"step": 3, "tra', b"[3]\n", b'{"loss": 3}\n', b"\xff\xfe\n"])
+@pytest.mark.parametrize(
+    "tail",
+    [
+        *(b'{"step": 3, "tra', b"[3]\n", b'{"loss": 3}\n', b"\xff\xfe\n", b'{"step": true}'),
+        *(b'{"step": 3, "tokens": %s}' % value for value in (b'"x"', b"null", b"[1]", b"NaN")),
+        b'{"step": 3, "elapsed": -Infinity}',
+        b'{"step": 1%s}' % (b"0" * 400),
+    ],
+)
 def test_a_damaged_end_is_left_out(tmp_path: Path, tail: bytes) -> None:
     MetricsLog(tmp_path).write(step=2, train_loss=2.0)
     with (tmp_path / "metrics.jsonl").open("ab") as file:
