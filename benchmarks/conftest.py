@@ -2,14 +2,17 @@
 
 import sys
 from math import inf
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
+from pytest_benchmark.utils import safe_dumps
 
-from benchmarks.harness import TAPE, Lane, Scale, Settings, Stopwatch, lanes
+from benchmarks.harness import TAPE, Lane, Race, Scale, Settings, Stopwatch, lanes
 from benchmarks.machine import machine
+from fastgpt2.files import write_text
 
 STOPWATCH = pytest.StashKey[Stopwatch]()
 
@@ -26,6 +29,57 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--skip-memory", action="store_true", help="do not measure peak memory, in extra processes"
     )
+    group.addoption(
+        "--json-so-far", type=Path, metavar="FILE", help="as --benchmark-json, after each race"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Begin to write, if that is asked for."""
+    file = config.getoption("json_so_far")
+    if file is not None:
+        config.pluginmanager.register(_Writer(config, file))
+
+
+def _as_json(content: dict[str, Any]) -> str:
+    text: str = safe_dumps(content, ensure_ascii=True, indent=4)  # type: ignore[no-untyped-call]
+    return text
+
+
+class _Writer:
+    """Writes pytest-benchmark's JSON after each race: a run that is killed leaves the others."""
+
+    def __init__(self, config: pytest.Config, file: Path) -> None:
+        self._config, self._file = config, file
+        self._race: Race | None = None
+        self._machine: dict[str, Any] | None = None
+
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        """Before another race begins, which may take minutes."""
+        lane = item.callspec.params.get("lane") if hasattr(item, "callspec") else None
+        if isinstance(lane, Lane) and lane.race is not self._race:
+            self._race = lane.race
+            self._write()
+
+    def pytest_sessionfinish(self) -> None:
+        """At the end, also that by Ctrl-C."""
+        self._write()
+
+    def _write(self) -> None:
+        session = self._config._benchmarksession  # type: ignore[attr-defined]
+        if not session.benchmarks:
+            return
+        if self._machine is None:
+            self._machine = session.get_machine_info()
+        hook, common = self._config.hook, {"config": self._config, "benchmarks": session.benchmarks}
+        content = hook.pytest_benchmark_generate_json(
+            **common,
+            include_data=True,
+            machine_info=self._machine,
+            commit_info=hook.pytest_benchmark_generate_commit_info(config=self._config),
+        )
+        hook.pytest_benchmark_update_json(**common, output_json=content)
+        write_text(self._file, _as_json(content))
 
 
 def settings(config: pytest.Config) -> Settings:

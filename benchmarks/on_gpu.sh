@@ -5,10 +5,10 @@
 #
 # Needs Python with torch, triton, pytest, pytest-benchmark and tqdm; builds, installs and downloads
 # nothing. Leaves a log and a JSON file of every stage in FOLDER (of kernels, step and decode what
-# `python -m benchmarks.report` reads) and prints a short table last. Without a stage: all of them,
-# each within a share of the time; with some, they have more. Exit code 1 if one failed. DRY=1 runs
-# the same tiny and interpreted, on any machine (TESTS: these files' for `correct`): the times mean
-# nothing.
+# `python -m benchmarks.report` reads), written as it goes: a stage that is stopped leaves its results so
+# far. Prints a short table last. Without a stage: all of them, each within a share of the time; with
+# some, they have more. Exit code 1 if one failed. DRY=1 runs the same tiny and interpreted, on any
+# machine (TESTS: these files' for `correct`): the times mean nothing.
 set -uo pipefail
 
 stages=(warm correct kernels step decode tune)
@@ -61,7 +61,7 @@ bench() {
     local stage=$1 seconds=$2
     shift 2
     within "$seconds" "$python" -m pytest -p no:cacheprovider --benchmark-only -q \
-        "${scale[@]}" --benchmark-json "$out/$stage.json" --budget $((seconds * 6 / 10)) "$@"
+        "${scale[@]}" --json-so-far "$out/$stage.json" --budget $((seconds * 6 / 10)) "$@"
 }
 
 run_stage() {

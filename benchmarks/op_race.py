@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Race, Scale, Settings, compute_dtype
-from benchmarks.ops import BACKWARD, BOTH, FORWARD, OpCase, op_cases
+from benchmarks.op_case import BACKWARD, BOTH, FORWARD, OpCase
+from benchmarks.ops import op_cases
 from benchmarks.timing import Ceilings, Work
 from fastgpt2.compiler import compiler_obstacle
 from fastgpt2.kernels import backend

@@ -43,8 +43,8 @@ def summary(folder: Path) -> str:
     if (folder / "correct.jsonl").exists():
         lines += correct_lines(folder / "correct.jsonl")
     files = [folder / f"{stage}.json" for stage in STAGES]
-    # a stage that could not time anything leaves an empty file
-    measured = [path for path in files if path.exists() and path.stat().st_size]
+    # a stage that could not time anything leaves no file
+    measured = [path for path in files if path.exists()]
     if measured:
         run = Run.of(measured)
         lines += [*machine_lines(run), *summary_lines(run)]

@@ -46,8 +46,7 @@ class GPTConfig:
     the rows of a vocabulary of 4096 or more up in memory (50257 -> 50304): ``named_parameters``
     shows the padded rows, the state dict does not; llm.c's ``write_model`` and a device map of
     accelerate need them equal: ``pad_vocab=False``. ``gelu`` is the form of the activation, part of
-    the function that the weights were trained for: ``tanh`` is OpenAI's, ``erf`` nanoGPT's;
-    ``erf`` runs on PyTorch's operator, since there is no Triton kernel for it.
+    the function that the weights were trained for: ``tanh`` is OpenAI's, ``erf`` nanoGPT's.
 
     Raises:
         UserError: a field is out of its range, with its name, its value and what was expected.
@@ -94,10 +93,6 @@ class GPTConfig:
             raise UserError(f"GPTConfig: impl must be one of {', '.join(IMPLS)}, got {self.impl!r}")
         if self.gelu not in GELUS:
             raise UserError(f"GPTConfig: gelu must be one of {', '.join(GELUS)}, got {self.gelu!r}")
-        if self.gelu == "erf" and self.impl == "triton":
-            raise UserError(
-                "GPTConfig: impl='triton' has no erf GELU; impl='auto' takes PyTorch's for it"
-            )
         if self.fp8 and self.n_embd % FP8_MULTIPLE:
             raise UserError(
                 f"GPTConfig: fp8 wants n_embd to be a multiple of {FP8_MULTIPLE}, got {self.n_embd}"

@@ -42,6 +42,7 @@ _KINDS = {
     "xpu": DeviceKind(fused_adamw=False, compiler="C"),
 }
 DEVICE_TYPES = tuple(_KINDS)
+_KNOWN = f"expected auto, {', '.join(DEVICE_TYPES)} or cuda:N"
 
 # a device whose name has one of these contains a table entry's name, but is a slower variant
 _OTHER_PRODUCTS = re.compile(r"\b(Laptop|Max-Q|Mobile|MIG|Ti|SUPER|D)\b")
@@ -58,11 +59,21 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         if device.type not in DEVICE_TYPES:
-            raise UserError(f"device {name!r}: expected auto, {', '.join(DEVICE_TYPES)} or cuda:N")
+            raise UserError(f"device {name!r}: {_KNOWN}")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"device {name!r}: {_why_not(name, error)}") from None
     return device
+
+
+def _why_not(name: str, error: Exception) -> str:
+    """Why there is no such device, in plain words where PyTorch speaks of its own insides."""
+    kind = name.partition(":")[0]
+    if kind not in DEVICE_TYPES:
+        return _KNOWN
+    if not torch.get_device_module(kind).is_available():
+        return "not in this machine, or this PyTorch was built without it"
+    return str(error).splitlines()[0]
 
 
 def device_kind(device: torch.device | str) -> DeviceKind:

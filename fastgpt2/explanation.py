@@ -18,10 +18,7 @@ def explain_gpt(model: Any) -> str:
     parts = list(_parts(model.transformer))
     parts.append(("lm_head", model.lm_head, nn.Linear))
     parameter = next(model.parameters())
-    kernels = explain(parameter.device, parameter.dtype, model.config.impl)
-    if kernels.startswith("triton") and model.config.gelu == "erf":
-        kernels += ", but PyTorch's operator for the erf GELU"
-    lines = [f"kernels: {kernels}"]
+    lines = [f"kernels: {explain(parameter.device, parameter.dtype, model.config.impl)}"]
     for name, module, kind in parts:
         why = obstacle(module, kind)
         if why is None:

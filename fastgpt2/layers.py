@@ -39,15 +39,20 @@ from fastgpt2.plain import call, is_plain
 Branch = tuple[Tensor, Tensor | None]
 
 
-def project(layer: nn.Module, x: Tensor, *, fp8: bool = False) -> Tensor:
-    """(..., C) -> (..., F): x W^T + b by a linear layer; with ``fp8`` the product is in FP8."""
+def project(layer: nn.Module, x: Tensor, *, fp8: bool = False, impl: str = "auto") -> Tensor:
+    """(..., C) -> (..., F): x W^T + b by a linear layer; with ``fp8`` the product is in FP8.
+
+    ``impl`` is what quantises for FP8.
+    """
     if not is_plain(layer, nn.Linear):
         return call(layer, x)
     assert isinstance(layer, nn.Linear)
-    return _product(x, layer.weight, layer.bias, fp8)
+    return _product(x, layer.weight, layer.bias, fp8, impl)
 
 
-def project_without_bias(layer: nn.Module, x: Tensor, *, fp8: bool = False) -> Branch:
+def project_without_bias(
+    layer: nn.Module, x: Tensor, *, fp8: bool = False, impl: str = "auto"
+) -> Branch:
     """(..., C) -> (..., F): x W^T, and b, which is left for a later pass over memory.
 
     b is None if there is no bias or ``layer`` has added it itself.
@@ -55,12 +60,12 @@ def project_without_bias(layer: nn.Module, x: Tensor, *, fp8: bool = False) -> B
     if not is_plain(layer, nn.Linear):
         return call(layer, x), None
     assert isinstance(layer, nn.Linear)
-    return _product(x, layer.weight, None, fp8), layer.bias
+    return _product(x, layer.weight, None, fp8, impl), layer.bias
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, fp8: bool) -> Tensor:
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, fp8: bool, impl: str) -> Tensor:
     if fp8:
-        return linear_fp8(x, weight, bias)
+        return linear_fp8(x, weight, bias, impl=impl)
     return linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
@@ -105,7 +110,7 @@ class CausalSelfAttention(nn.Module):
     ) -> Branch:
         """``forward`` without the last bias, and that bias."""
         fp8 = self.fp8 and self.training
-        qkv = project(self.c_attn, x, fp8=fp8)
+        qkv = project(self.c_attn, x, fp8=fp8, impl=self.impl)
         if cache is not None and not cache.is_empty:
             out = self._decode(qkv, cache)
         else:
@@ -119,7 +124,7 @@ class CausalSelfAttention(nn.Module):
                 segment_ids=segment_ids,
                 impl=self.impl,
             )
-        return project_without_bias(self.c_proj, out, fp8=fp8)
+        return project_without_bias(self.c_proj, out, fp8=fp8, impl=self.impl)
 
     def _decode(self, qkv: Tensor, cache: LayerCache) -> Tensor:
         B, T, three_C = qkv.shape
@@ -156,12 +161,12 @@ class MLP(nn.Module):
         if not fp8 and is_plain(fc, nn.Linear) and is_plain(proj, nn.Linear):
             out = mlp(x, fc.weight, fc.bias, proj.weight, form=form, impl=impl)
             return out, proj.bias
-        z, bias = project_without_bias(fc, x, fp8=fp8)
+        z, bias = project_without_bias(fc, x, fp8=fp8, impl=impl)
         if bias is None:
             hidden = gelu(z, form=form, impl=impl)
         else:
             hidden = bias_gelu(z, bias, form=form, impl=impl)
-        return project_without_bias(proj, hidden, fp8=fp8)
+        return project_without_bias(proj, hidden, fp8=fp8, impl=impl)
 
 
 class Block(nn.Module):

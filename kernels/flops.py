@@ -44,7 +44,7 @@ def _decode_attention(q: Shape, k_cache: Shape, *_: Any, **__: Any) -> int:
     return 2 * 2 * prod(q) * k_cache[2]
 
 
-def _mlp_fwd(x: Shape, fc: Shape, fc_bias: Shape | None, proj: Shape, **_: Any) -> int:
+def _mlp_fwd(x: Shape, fc: Shape, fc_bias: Shape | None, proj: Shape, *_: Any, **__: Any) -> int:
     return 2 * x[0] * (prod(fc) + prod(proj))
 
 

@@ -1,6 +1,5 @@
 """GELU, in GPT-2's tanh form or exact, alone and with the bias of the projection before it."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,39 +14,40 @@ APPROXIMATIONS = {"tanh": "tanh", "erf": "none"}
 
 
 @torch.library.custom_op("fastgpt2::gelu_fwd", mutates_args=())
-def gelu_fwd(x: Tensor, bias: Tensor | None) -> Tensor:
+def gelu_fwd(x: Tensor, bias: Tensor | None, form: str) -> Tensor:
     """gelu(x + bias)."""
     from fastgpt2.kernels.jit import gelu as jit
 
-    return jit.launch_fwd(x, bias)
+    return jit.launch_fwd(x, bias, form)
 
 
 @gelu_fwd.register_fake
-def _(x: Tensor, bias: Tensor | None) -> Tensor:
+def _(x: Tensor, bias: Tensor | None, form: str) -> Tensor:
     return x.new_empty(x.shape)
 
 
 @torch.library.custom_op("fastgpt2::gelu_bwd", mutates_args=())
-def gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor | None, form: str) -> tuple[Tensor, Tensor]:
     """(dx, dbias); dbias is empty without a bias."""
     from fastgpt2.kernels.jit import gelu as jit
 
-    return jit.launch_bwd(dy, x, bias)
+    return jit.launch_bwd(dy, x, bias, form)
 
 
 @gelu_bwd.register_fake
-def _(dy: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def _(dy: Tensor, x: Tensor, bias: Tensor | None, form: str) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(0) if bias is None else torch.empty_like(bias)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor | None], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor | None, str], output: Tensor) -> None:
+    x, bias, ctx.form = inputs
+    ctx.save_for_backward(x, bias)
 
 
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None]:
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:
     x, bias = ctx.saved_tensors
-    dx, dbias = gelu_bwd(dy, x, bias)
-    return dx, None if bias is None else dbias
+    dx, dbias = gelu_bwd(dy, x, bias, ctx.form)
+    return dx, None if bias is None else dbias, None
 
 
 gelu_fwd.register_autograd(_backward, setup_context=_save)
@@ -59,11 +59,6 @@ def check_form(op: str, form: str) -> None:
         raise ValueError(f"{op}: form must be one of {', '.join(APPROXIMATIONS)}, got {form!r}")
 
 
-def form_obstacle(form: str) -> Callable[[], str | None]:
-    """What ``resolve`` asks: why Triton has no kernel for ``form``, or None if it has one."""
-    return lambda: None if form == "tanh" else f"the kernels have the tanh GELU, not {form}"
-
-
 def gelu(x: Tensor, *, form: str = "tanh", impl: str = "auto") -> Tensor:
     """y = x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), elementwise, or x/2 (1 + erf(x/sqrt(2))).
 
@@ -72,23 +67,22 @@ def gelu(x: Tensor, *, form: str = "tanh", impl: str = "auto") -> Tensor:
 
     Args:
         x: any shape.
-        form: ``tanh``, OpenAI's, or ``erf``, the exact GELU x/2 (1 + erf(x/sqrt(2))), which has no
-            Triton kernel: ``auto`` takes PyTorch's.
+        form: ``tanh``, OpenAI's, or ``erf``, the exact GELU x/2 (1 + erf(x/sqrt(2))).
         impl: ``auto``, ``triton``, ``torch`` or ``reference``.
 
     Raises:
         TypeError: x is not a floating-point tensor.
         ValueError: there is no such form.
-        RuntimeError: ``triton`` was asked for by name and cannot run, as with ``erf``.
+        RuntimeError: ``triton`` was asked for by name and cannot run.
     """
     checks.check_floating("gelu", "x", x)
     check_form("gelu", form)
-    match resolve("gelu", impl, x, form_obstacle(form)):
+    match resolve("gelu", impl, x):
         case Impl.REFERENCE:
             return reference.gelu(x, form)
         case Impl.TORCH:
             return F.gelu(x, approximate=APPROXIMATIONS[form])
-    y: Tensor = gelu_fwd(x, None)
+    y: Tensor = gelu_fwd(x, None, form)
     return y
 
 
@@ -111,10 +105,10 @@ def bias_gelu(x: Tensor, bias: Tensor, *, form: str = "tanh", impl: str = "auto"
     checks.check_rows("bias_gelu", "x", x)
     checks.check_operand("bias_gelu", "bias", bias, x.shape[-1:], x)
     check_form("bias_gelu", form)
-    match resolve("bias_gelu", impl, x, form_obstacle(form)):
+    match resolve("bias_gelu", impl, x):
         case Impl.REFERENCE:
             return reference.bias_gelu(x, bias, form)
         case Impl.TORCH:
             return F.gelu(x + bias.to(x.dtype), approximate=APPROXIMATIONS[form])
-    y: Tensor = gelu_fwd(x, bias.contiguous())
+    y: Tensor = gelu_fwd(x, bias.contiguous(), form)
     return y

@@ -90,6 +90,15 @@ def has_tf32(arch: str) -> bool:
     return arch == "gfx942" or not arch.startswith("gfx")
 
 
+def has_fp8(arch: str) -> bool:
+    """Whether matrix units multiply e4m3 and e5m2 and there are instructions that round to them.
+
+    NVIDIA's do from compute capability 8.9 on; FP8 is not run on AMD's GPUs.
+    """
+    number = arch.removeprefix("sm_")
+    return number.isdigit() and int(number) >= 89
+
+
 def resident_blocks(arch: str, registers: int, shared_bytes: int, num_warps: int) -> int:
     """Blocks that fit on a multiprocessor at a time, by registers, shared memory and warp slots."""
     chip = ARCHITECTURES[arch]

@@ -159,7 +159,11 @@ def _linear_cross_entropy_fwd(
     size = _chunk_rows(N, V, x.dtype, triton)
     # without a z-loss, a row's gradient is a difference of two distributions: at most 1
     amax = 1.0 if z_loss == 0 else None
-    head = HeadFP8(x, weight, amax) if fp8 else _Head(x, weight, size)
+    head = (
+        HeadFP8(x, weight, amax, turned=dweight_wanted, triton=triton)
+        if fp8
+        else _Head(x, weight, size)
+    )
     for start in range(0, N, size):
         rows = slice(start, min(start + size, N))
         logits = head.logits(rows)

@@ -6,80 +6,35 @@ gradients, which spread wider. There is one scale per tensor, computed from its 
 so nothing has to be calibrated or stored. Micikevicius et al., "FP8 Formats for Deep Learning",
 2022 (https://arxiv.org/abs/2209.05433).
 
-The quantisation is written in PyTorch's operators and differentiated by an ``autograd.Function``,
-so that ``torch.compile`` sees it and fuses it with its neighbours; only the product is an opaque
-op. Shapes: N rows, C wide, F features, V vocabulary.
+Backward multiplies transposes. ``quantize_fp8`` writes them beside the operands of the forward
+product, and they alone are saved. Shapes: N rows, C wide, F features, V vocabulary.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt2.kernels import checks
-from fastgpt2.kernels.backend import capability
+from fastgpt2.kernels.backend import Impl, capability, resolve, wants_gradient
 from fastgpt2.kernels.linear import matmul
+from fastgpt2.kernels.quantize_fp8 import (
+    E4M3,
+    E5M2,
+    MULTIPLE,
+    Quantized,
+    largest_of,
+    no_fp8_kernel,
+    quantize_fp8,
+    scaled_for,
+)
 
-E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-# both widths of a weight must be multiples of this: tensor cores read 16 bytes at a time
-MULTIPLE = 16
 # Ada's tensor cores are the first that multiply FP8
 _OLDEST_CAPABILITY = (8, 9)
-# the magnitude that a tensor of zeros is scaled by; 1 / this squared is still finite
-_SMALLEST_AMAX = 2.0**-60
 _DTYPES = (torch.bfloat16, torch.float32)
 # how many logits are quantised at a time: PyTorch's operators make an fp32 copy of their gradient
 _TILE_ELEMENTS = 2**24
-
-
-class Quantized(NamedTuple):
-    """``values * inverse``: ``values`` (rows, columns) in an FP8 format, row-major.
-
-    ``inverse`` is a scalar in fp32, the reciprocal of the scale.
-    """
-
-    values: Tensor
-    inverse: Tensor
-
-    def t(self) -> "Quantized":
-        """The transpose, row-major again, its rows padded with zeros to a multiple of 16.
-
-        A product sums along the rows, and the tensor cores need both operands row-major.
-        """
-        rows, columns = self.values.shape
-        # as bytes, which PyTorch fills and copies on every device; 0 is a zero byte in both formats
-        turned = self.values.view(torch.uint8).t()
-        missing = -rows % MULTIPLE
-        if missing:
-            turned = torch.cat([turned, turned.new_zeros(columns, missing)], dim=1)
-        return Quantized(turned.contiguous().view(self.values.dtype), self.inverse)
-
-
-def quantize(x: Tensor, dtype: torch.dtype, amax: Tensor | None = None) -> Quantized:
-    """round(x * scale) with scale = largest number of ``dtype`` / max |x|, to the nearest even.
-
-    ``amax``, if given, is an fp32 scalar that bounds |x|. A NaN or an infinity in x makes every
-    product of the result NaN, so that it is not hidden.
-    """
-    scaled, inverse = _scale(x, dtype, _largest_of(x) if amax is None else amax)
-    # row-major whatever x is: a GPU's product accepts nothing else
-    return Quantized(scaled.to(dtype, memory_format=torch.contiguous_format), inverse)
-
-
-def _scale(x: Tensor, dtype: torch.dtype, amax: Tensor) -> tuple[Tensor, Tensor]:
-    """x * scale in fp32, and 1 / scale."""
-    largest, amax = torch.finfo(dtype).max, amax.clamp(min=_SMALLEST_AMAX)
-    # a one-dimensional factor makes the product fp32 without a pass of its own. An infinity times
-    # its scale, zero, is NaN. Rounding adds less than a step of the format to the largest
-    return x * (largest / amax)[None], amax / largest
-
-
-def _largest_of(x: Tensor) -> Tensor:
-    """max |x| in fp32; NaN if an element is NaN, 0 if x is empty."""
-    if x.numel() == 0:
-        return x.new_zeros((), dtype=torch.float32)
-    amax: Tensor = torch.linalg.vector_norm(x, ord=torch.inf, dtype=torch.float32)
-    return amax
 
 
 def _scaled_product(
@@ -158,23 +113,36 @@ class _LinearFP8(torch.autograd.Function):
     """x (N, C), weight (F, C), bias (F,) or None -> (N, F)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        x8, weight8 = quantize(x, E4M3), quantize(weight, E4M3)
-        ctx.save_for_backward(*x8, *weight8)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        dx_wanted: bool,
+        dweight_wanted: bool,
+        impl: str,
+    ) -> Tensor:
+        x8, x8_t = quantize_fp8(x, E4M3, turned=dweight_wanted, impl=impl)
+        weight8, weight8_t = quantize_fp8(weight, E4M3, turned=dx_wanted, impl=impl)
+        ctx.save_for_backward(*x8_t, *weight8_t)
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
+        ctx.impl = impl
         short_bias = None if bias is None else bias.to(x.dtype)
         return fp8_matmul(x8, weight8, x.dtype, bias=short_bias, fast=True)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x8, weight8 = Quantized(*ctx.saved_tensors[:2]), Quantized(*ctx.saved_tensors[2:])
+        x8_t, weight8_t = Quantized(*ctx.saved_tensors[:2]), Quantized(*ctx.saved_tensors[2:])
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
-        dx_wanted, dweight_wanted, dbias_wanted = ctx.needs_input_grad
-        dy8 = quantize(dy, E5M2)
+        dx_wanted, dweight_wanted, dbias_wanted, *_ = ctx.needs_input_grad
+        dy8, dy8_t = quantize_fp8(
+            dy, E5M2, straight=dx_wanted, turned=dweight_wanted, impl=ctx.impl
+        )
         return (
-            fp8_matmul(dy8, weight8.t(), x_dtype) if dx_wanted else None,
-            fp8_matmul(dy8.t(), x8.t(), weight_dtype) if dweight_wanted else None,
+            fp8_matmul(dy8, weight8_t, x_dtype) if dx_wanted else None,
+            fp8_matmul(dy8_t, x8_t, weight_dtype) if dweight_wanted else None,
             dy.sum(0, dtype=torch.float32).to(bias_dtype) if dbias_wanted else None,
+            *(None,) * 3,
         )
 
 
@@ -187,39 +155,49 @@ class HeadFP8:
         x: (N, C).
         weight: (V, C).
         amax: a bound on the magnitude of the logits' gradient; None means that it is computed.
+        turned: whether the transpose of the logits' gradient is wanted, for ``dweight``.
+        triton: whether the kernels quantise, where they can.
     """
 
-    def __init__(self, x: Tensor, weight: Tensor, amax: float | None) -> None:
+    def __init__(
+        self, x: Tensor, weight: Tensor, amax: float | None, *, turned: bool, triton: bool
+    ) -> None:
         self.dtype, self.V, self.amax = x.dtype, weight.shape[0], amax
-        self.x = quantize(x, E4M3)
-        # transposed twice: ``t`` pads V to a multiple of 16, as columns and then as rows
-        self.weight_t = quantize(weight, E4M3).t()
-        self.weight = self.weight_t.t()
+        able = triton and no_fp8_kernel(x)() is None
+        self.turned, self.impl = turned, Impl.TRITON if able else Impl.TORCH
+        padded = F.pad(weight, (0, 0, 0, -self.V % MULTIPLE))
+        self.x, _ = quantize_fp8(x, E4M3, turned=False, impl=self.impl)
+        self.weight, self.weight_t = quantize_fp8(padded, E4M3, impl=self.impl)
 
     def logits(self, rows: slice) -> Tensor:
         """(rows, V padded), in x's dtype."""
         return fp8_matmul(self._rows(rows), self.weight, self.dtype, fast=True)
 
-    def gradient(self, dlogits: Tensor) -> Quantized:
-        """dlogits (rows, V padded) in e5m2, for ``dx`` and ``dweight``."""
-        if self.amax is None:
-            amax = _largest_of(dlogits)
-        else:
+    def gradient(self, dlogits: Tensor) -> tuple[Quantized, Quantized]:
+        """dlogits (rows, V padded) in e5m2 and its transpose, for ``dx`` and ``dweight``."""
+        amax = None
+        if self.amax is not None:
             amax = dlogits.new_full((), self.amax, dtype=torch.float32)
+        if self.impl is Impl.TRITON:
+            return quantize_fp8(dlogits, E5M2, amax=amax, turned=self.turned, impl=self.impl)
         values = torch.empty_like(dlogits, dtype=E5M2)
+        amax = largest_of(dlogits) if amax is None else amax
         size = max(1, _TILE_ELEMENTS // dlogits.shape[1])
         for tile, into in zip(torch.split(dlogits, size), torch.split(values, size), strict=True):
-            scaled, inverse = _scale(tile, E5M2, amax)
+            scaled, inverse = scaled_for(tile, E5M2, amax)
             into.copy_(scaled)
-        return Quantized(values, inverse)
+        straight = Quantized(values, inverse)
+        return straight, straight.t() if self.turned else straight
 
-    def dx(self, dlogits: Quantized) -> Tensor:
+    def dx(self, dlogits: tuple[Quantized, Quantized]) -> Tensor:
         """(rows, C), in x's dtype."""
-        return fp8_matmul(dlogits, self.weight_t, self.dtype)
+        return fp8_matmul(dlogits[0], self.weight_t, self.dtype)
 
-    def dweight(self, dlogits: Quantized, rows: slice, dtype: torch.dtype) -> Tensor:
+    def dweight(
+        self, dlogits: tuple[Quantized, Quantized], rows: slice, dtype: torch.dtype
+    ) -> Tensor:
         """(V, C), the share of these rows."""
-        return fp8_matmul(dlogits.t(), self._rows(rows).t(), dtype)[: self.V]
+        return fp8_matmul(dlogits[1], self._rows(rows).t(), dtype)[: self.V]
 
     def _rows(self, rows: slice) -> Quantized:
         return Quantized(self.x.values[rows], self.x.inverse)
@@ -261,7 +239,9 @@ def check_fp8(op: str, x: Tensor, *widths: int) -> None:
         raise ValueError(f"{op}: FP8 cannot run: {obstacle}")
 
 
-def linear_fp8(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear_fp8(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str = "auto"
+) -> Tensor:
     """x @ weight.T + bias with all three products of training in FP8.
 
     y = q4(x) q4(W)^T + b, dx = q5(dy) q4(W), dW = q5(dy)^T q4(x), db = sum dy, where q4 and q5
@@ -273,6 +253,8 @@ def linear_fp8(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         x: (..., C) in bf16 or fp32; C a multiple of 16.
         weight: (F, C), in any floating dtype; F a multiple of 16.
         bias: (F,) or None.
+        impl: what quantises the operands, ``auto``, ``triton``, ``torch`` or ``reference``, as in
+            ``quantize_fp8``; the products are the library's.
 
     Returns:
         (..., F), in x's dtype.
@@ -280,12 +262,15 @@ def linear_fp8(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises:
         TypeError: x is not a floating-point tensor.
         ValueError: weight or bias does not match, or FP8 cannot run on these (``fp8_obstacle``).
+        RuntimeError: ``triton`` was asked for by name and cannot run.
     """
     op = "linear_fp8"
     checks.check_vectors(op, "x", x)
     checks.check_layer(op, x, weight, bias)
     F_width, C = weight.shape
     check_fp8(op, x, F_width, C)
+    choice = resolve(op, impl, x, no_fp8_kernel(x))
     rows = x.reshape(-1, C)
-    out: Tensor = _LinearFP8.apply(rows, weight, bias)  # type: ignore[no-untyped-call]
+    wanted = [wants_gradient(rows), wants_gradient(weight)]
+    out: Tensor = _LinearFP8.apply(rows, weight, bias, *wanted, choice)  # type: ignore[no-untyped-call]
     return out.view(*x.shape[:-1], F_width)

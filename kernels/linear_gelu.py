@@ -12,7 +12,6 @@ from fastgpt2.kernels.gelu import (
     APPROXIMATIONS,
     bias_gelu,
     check_form,
-    form_obstacle,
     gelu,
     gelu_bwd,
 )
@@ -21,22 +20,24 @@ from fastgpt2.kernels.linear import in_autocast_dtype, unchecked_linear
 
 @torch.library.custom_op("fastgpt2::linear_gelu_fwd", mutates_args=())
 def _linear_gelu_fwd(
-    x: Tensor, weight: Tensor, bias: Tensor | None, with_grad: bool
+    x: Tensor, weight: Tensor, bias: Tensor | None, form: str, with_grad: bool
 ) -> tuple[Tensor, Tensor]:
     """(y, z): z is x @ weight.T without the bias, empty without grad."""
     from fastgpt2.kernels.jit import linear_gelu as jit
 
-    return jit.launch_fwd(x, weight, bias, with_grad=with_grad)
+    return jit.launch_fwd(x, weight, bias, form=form, with_grad=with_grad)
 
 
 @_linear_gelu_fwd.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, with_grad: bool) -> tuple[Tensor, Tensor]:
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, form: str, with_grad: bool
+) -> tuple[Tensor, Tensor]:
     shape = (*x.shape[:-1], weight.shape[0])
     return x.new_empty(shape), x.new_empty(shape if with_grad else (0,))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, bias, _ = inputs
+    x, weight, bias, ctx.form, _ = inputs
     _, z = output
     ctx.mark_non_differentiable(z)
     ctx.save_for_backward(x, weight, bias, z)
@@ -48,12 +49,13 @@ def _rows(x: Tensor) -> Tensor:
 
 def _backward(ctx: Any, dy: Tensor, _dz: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias, z = ctx.saved_tensors
-    dz, dbias = gelu_bwd(dy, z, bias)
+    dz, dbias = gelu_bwd(dy, z, bias, ctx.form)
     dx_wanted, dweight_wanted, *_ = ctx.needs_input_grad
     return (
         dz @ weight if dx_wanted else None,
         _rows(dz).t() @ _rows(x) if dweight_wanted else None,
         None if bias is None else dbias,
+        None,
         None,
     )
 
@@ -97,15 +99,17 @@ def linear_gelu(
     x = in_autocast_dtype(x)
     weight = weight.to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
-    match resolve(op, impl, x, form_obstacle(form)):
+    match resolve(op, impl, x):
         case Impl.REFERENCE:
             return reference.linear_gelu(x, weight, bias, form)
         case Impl.TORCH:
             return F.gelu(unchecked_linear(x, weight, bias), approximate=APPROXIMATIONS[form])
     if not fused:
         z = unchecked_linear(x, weight)
-        return gelu(z, impl=impl) if bias is None else bias_gelu(z, bias, impl=impl)
+        if bias is None:
+            return gelu(z, form=form, impl=impl)
+        return bias_gelu(z, bias, form=form, impl=impl)
     with_grad = wants_gradient(x, weight, bias)
     bias = None if bias is None else bias.contiguous()
-    y: Tensor = _linear_gelu_fwd(x, weight, bias, with_grad)[0]
+    y: Tensor = _linear_gelu_fwd(x, weight, bias, form, with_grad)[0]
     return y

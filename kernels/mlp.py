@@ -7,23 +7,23 @@ from torch import Tensor
 
 from fastgpt2.kernels import checks, reference
 from fastgpt2.kernels.backend import Impl, resolve, wants_gradient
-from fastgpt2.kernels.gelu import check_form, form_obstacle, gelu_fwd
+from fastgpt2.kernels.gelu import check_form, gelu_fwd
 from fastgpt2.kernels.linear import in_autocast_dtype, unchecked_linear
 from fastgpt2.kernels.linear_gelu import linear_gelu
 
 
 @torch.library.custom_op("fastgpt2::mlp_fwd", mutates_args=())
 def _mlp_fwd(
-    x: Tensor, fc_weight: Tensor, fc_bias: Tensor | None, proj_weight: Tensor
+    x: Tensor, fc_weight: Tensor, fc_bias: Tensor | None, proj_weight: Tensor, form: str
 ) -> tuple[Tensor, Tensor]:
     """(y, z): z is x @ fc_weight.T without the bias."""
     z = unchecked_linear(x, fc_weight)
-    return gelu_fwd(z, fc_bias) @ proj_weight.t(), z
+    return gelu_fwd(z, fc_bias, form) @ proj_weight.t(), z
 
 
 @_mlp_fwd.register_fake
 def _(
-    x: Tensor, fc_weight: Tensor, fc_bias: Tensor | None, proj_weight: Tensor
+    x: Tensor, fc_weight: Tensor, fc_bias: Tensor | None, proj_weight: Tensor, form: str
 ) -> tuple[Tensor, Tensor]:
     N = x.shape[0]
     return x.new_empty(N, proj_weight.shape[0]), x.new_empty(N, fc_weight.shape[0])
@@ -31,16 +31,16 @@ def _(
 
 @torch.library.custom_op("fastgpt2::gelu_again_bwd", mutates_args=())
 def _gelu_again_bwd(
-    dhidden: Tensor, z: Tensor, bias: Tensor | None
+    dhidden: Tensor, z: Tensor, bias: Tensor | None, form: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dz, dbias, gelu(z + bias)) in one pass; dbias is empty without a bias."""
     from fastgpt2.kernels.jit import gelu as jit
 
-    return jit.launch_bwd_with_y(dhidden, z, bias)
+    return jit.launch_bwd_with_y(dhidden, z, bias, form)
 
 
 @_gelu_again_bwd.register_fake
-def _(dhidden: Tensor, z: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _(dhidden: Tensor, z: Tensor, bias: Tensor | None, form: str) -> tuple[Tensor, Tensor, Tensor]:
     dbias = z.new_empty(0) if bias is None else torch.empty_like(bias)
     return z.new_empty(z.shape), dbias, z.new_empty(z.shape)
 
@@ -48,13 +48,14 @@ def _(dhidden: Tensor, z: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     _, z = output
     ctx.mark_non_differentiable(z)
-    ctx.save_for_backward(*inputs, z)
+    *tensors, ctx.form = inputs
+    ctx.save_for_backward(*tensors, z)
 
 
 def _backward(ctx: Any, dy: Tensor, _dz: Tensor) -> tuple[Tensor | None, ...]:
     x, fc_weight, fc_bias, proj_weight, z = ctx.saved_tensors
-    dx_wanted, dfc_wanted, _, dproj_wanted = ctx.needs_input_grad
-    dz, dbias, hidden = _gelu_again_bwd(dy @ proj_weight, z, fc_bias)
+    dx_wanted, dfc_wanted, _, dproj_wanted, _ = ctx.needs_input_grad
+    dz, dbias, hidden = _gelu_again_bwd(dy @ proj_weight, z, fc_bias, ctx.form)
     dproj = dy.t() @ hidden if dproj_wanted else None
     # free it: it is as large as everything that was saved
     del hidden
@@ -63,6 +64,7 @@ def _backward(ctx: Any, dy: Tensor, _dz: Tensor) -> tuple[Tensor | None, ...]:
         dz.t() @ x if dfc_wanted else None,
         None if fc_bias is None else dbias,
         dproj,
+        None,
     )
 
 
@@ -112,12 +114,12 @@ def mlp(
     if fc_bias is not None:
         fc_bias = fc_bias.to(x.dtype).contiguous()
     fc_weight, proj_weight = fc_weight.to(x.dtype), proj_weight.to(x.dtype)
-    choice = resolve(op, impl, x, form_obstacle(form))
+    choice = resolve(op, impl, x)
     if choice is Impl.REFERENCE:
         return reference.mlp(x, fc_weight, fc_bias, proj_weight, form)
     if choice is Impl.TORCH or not wants_gradient(x, fc_weight, fc_bias, proj_weight):
         hidden = linear_gelu(x, fc_weight, fc_bias, form=form, impl=impl)
         return unchecked_linear(hidden, proj_weight)
     rows = x.reshape(-1, x.shape[-1])
-    y: Tensor = _mlp_fwd(rows, fc_weight, fc_bias, proj_weight)[0]
+    y: Tensor = _mlp_fwd(rows, fc_weight, fc_bias, proj_weight, form)[0]
     return y.view(*x.shape[:-1], proj_weight.shape[0])

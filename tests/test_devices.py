@@ -69,6 +69,24 @@ def test_a_device_that_is_not_here_is_one_line(name: str) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("CPU", "expected auto, cpu, cuda, mps, xpu or cuda:N"),
+        ("tpu:0", "expected auto, cpu, cuda, mps, xpu or cuda:N"),
+        ("mps", "not in this machine, or this PyTorch was built without it"),
+        ("xpu:1", "not in this machine, or this PyTorch was built without it"),
+    ],
+)
+def test_a_device_that_is_not_here_is_said_in_plain_words(name: str, message: str) -> None:
+    kind = name.partition(":")[0]
+    if kind in ("mps", "xpu") and torch.get_device_module(kind).is_available():
+        pytest.skip(f"{kind} is here")
+    with pytest.raises(UserError) as error:
+        resolve_device(name)
+    assert str(error.value) == f"device {name!r}: {message}"
+
+
 def test_dtype_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_dtype("auto", CPU) == torch.float32
     assert resolve_dtype("bf16", CPU) == torch.bfloat16

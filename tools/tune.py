@@ -22,8 +22,9 @@ from tqdm import tqdm
 
 from benchmarks.harness import Scale, compute_dtype
 from benchmarks.machine import machine
+from benchmarks.op_case import OpCase
 from benchmarks.op_race import Judge, works
-from benchmarks.ops import OpCase, op_cases
+from benchmarks.ops import op_cases
 from benchmarks.timing import ROUNDS, Clock, Work
 from fastgpt2.files import write_text
 from fastgpt2.kernels import tuning

@@ -69,10 +69,11 @@ def model_lines(
     trained, moments = trained_parameters(model), moment_bytes(optimizer)
     device = model.lm_head.weight.device
     memory = estimate(model, optimizer, batch_size, dtype, grad_accum=grad_accum, pack=pack)
+    share = "all" if trained == parameters else f"{trained / parameters:.3g} of all"
     lines = [
         f"model: {human(parameters)} parameters ({config.n_layer} layers, {config.n_head} heads, "
         f"width {config.n_embd}, context {config.block_size}, vocabulary {config.vocab_size})",
-        f"trained: {human(trained)} parameters ({trained / parameters:.3g} of all); optimizer "
+        f"trained: {human(trained)} parameters ({share}); optimizer "
         f"{human(moments, 'B')}, a checkpoint {human(4 * stored + moments, 'B')}",
         memory_line(memory),
         f"device: {device_name(device)}, {dtype_name(dtype)}, "

@@ -26,7 +26,6 @@ from fastgpt2.kernels.reference import Beside
 PREFETCH = tl.constexpr(3)
 # values of FORM
 _FORMS = {"none": 0, "tanh": 1, "erf": 2}
-_ROOT_HALF = tl.constexpr(0.7071067811865476)
 
 
 @triton.jit
@@ -101,9 +100,9 @@ def _decode_linear_kernel(
     if bias_ptr is not None:
         y += tl.load(bias_ptr + offs_f, mask=mask_f, other=0.0).to(tl.float32)[None, :]
     if FORM == 1:
-        y = gelu_tile(y)
+        y = gelu_tile(y, False)
     elif FORM == 2:
-        y = 0.5 * y * (1.0 + tl.erf(y * _ROOT_HALF))
+        y = gelu_tile(y, True)
     mask = mask_b[:, None] & mask_f[None, :]
     if residual_ptr is not None:
         residual_ptrs = residual_ptr + offs_b[:, None] * strides[2] + offs_f[None, :]

@@ -33,7 +33,7 @@ def _tile_of(pid, N, F, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: t
 @triton.jit
 def _epilogue(
     z, bias_ptr, y_ptr, z_ptr, start, first_n, mask_m, F,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ERF: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Store a tile of z, add the bias, store its GELU."""
     offs_n = tl.arange(0, BLOCK_N)
@@ -44,7 +44,7 @@ def _epilogue(
         tl.store(z_ptr + start + offs, z, mask=mask)
     if bias_ptr is not None:
         z += tl.load(bias_ptr + first_n + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-    tl.store(y_ptr + start + offs, gelu_tile(z), mask=mask)
+    tl.store(y_ptr + start + offs, gelu_tile(z, ERF), mask=mask)
 
 
 @triton.jit
@@ -58,6 +58,7 @@ def _linear_gelu_fwd_kernel(
     weight_strides,
     shape,
     TF32: tl.constexpr,
+    ERF: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -87,13 +88,13 @@ def _linear_gelu_fwd_kernel(
     HALF: tl.constexpr = BLOCK_N // 2
     left, right = tl.split(tl.reshape(z, [BLOCK_M, 2, HALF]).permute(0, 2, 1))
     start = first_m * F + first_n
-    _epilogue(left, bias_ptr, y_ptr, z_ptr, start, first_n, mask_m, F, BLOCK_M, HALF)
+    _epilogue(left, bias_ptr, y_ptr, z_ptr, start, first_n, mask_m, F, ERF, BLOCK_M, HALF)
     start, first_n = start + HALF, first_n + HALF
-    _epilogue(right, bias_ptr, y_ptr, z_ptr, start, first_n, mask_m, F, BLOCK_M, HALF)
+    _epilogue(right, bias_ptr, y_ptr, z_ptr, start, first_n, mask_m, F, ERF, BLOCK_M, HALF)
 
 
 def launch_fwd(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *, with_grad: bool
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, form: str, with_grad: bool
 ) -> tuple[Tensor, Tensor]:
     """(y, z): z is x @ weight.T without the bias, empty without grad."""
     (F, C), shape = weight.shape, (*x.shape[:-1], weight.shape[0])
@@ -117,6 +118,7 @@ def launch_fwd(
             weight.stride(),
             (N, F, C),
             TF32=allows_tf32(x),
+            ERF=form == "erf",
             **config.meta(),
         )
     return y, z
@@ -127,11 +129,11 @@ _TOKENS, _C, _F = 65536, 768, 3072
 
 
 def compile_cases(arch: str) -> list[CompileCase]:
-    """In bf16 with everything stored, and in fp32 without what only backward needs."""
+    """In both forms; in bf16 with everything stored, in fp32 without what only backward needs."""
     cases = []
     for limits, config in configs("linear_gelu_fwd", arch):
         dtype = "bf16" if limits.get("bytes") == 2 else "fp32"
-        arguments = {
+        shared = {
             "x_ptr": f"*{dtype}",
             "weight_ptr": f"*{dtype}",
             "bias_ptr": f"*{dtype}",
@@ -145,17 +147,18 @@ def compile_cases(arch: str) -> list[CompileCase]:
         moved = _TOKENS * (_C + 2 * _F) + _F * _C
         blocks = _TOKENS * _F // (config["BLOCK_M"] * config["BLOCK_N"])
         turns = blocks * _C // config["BLOCK_K"]
-        cases.append(
+        cases += [
             case(
                 _linear_gelu_fwd_kernel,
                 "linear_gelu_fwd",
                 config,
-                dtype,
-                arguments,
+                dtype + " erf" * erf,
+                shared | {"ERF": erf},
                 bytes=float(moved * SIZES[dtype]),
                 flops=2.0 * _TOKENS * _C * _F,
                 wants_mma=dtype == "bf16",
                 work=Work(turns, grid=blocks, unit="tile"),
             )
-        )
+            for erf in (False, True)
+        ]
     return cases

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from benchmarks.results import Run
 from benchmarks.summary import summary
 from tests.benchmarks.dry import ENVIRONMENT, ROOT
 from tests.results_so_far import breadth_first
@@ -94,6 +95,62 @@ def test_a_killed_run_leaves_the_results_so_far(tmp_path: Path) -> None:
     }
     assert "what went wrong" in found["test_wrong[rehearsal]"]["why"]
     assert "correct: 2 tests, 1 passed, 1 failed" in summary(out)
+
+
+RACES = """
+import time
+from benchmarks.harness import Race
+
+class Quick(Race):
+    group = "quick"
+    contenders = ("fastgpt2 a", "b")
+
+    def prepare(self, name, settings):
+        return lambda: None
+
+    def facts(self, name, seconds, ceilings):
+        return {"n": 1}
+
+class Endless(Quick):
+    group = "endless"
+
+    def prepare(self, name, settings):
+        time.sleep(600)
+
+def races(settings):
+    return [Quick(), Endless()]
+
+def test_race(lane, record):
+    record(lane)
+"""
+
+
+def test_a_killed_benchmark_leaves_the_races_so_far(tmp_path: Path) -> None:
+    """Killed without notice, in the middle of the second race."""
+    file, results = tmp_path / "bench_slow.py", tmp_path / "kernels.json"
+    file.write_text(RACES, encoding="utf-8")
+    command = ["-m", "pytest", "-p", "benchmarks.conftest", "-p", "no:cacheprovider", "-q"]
+    command += ["--scale", "dry", "--json-so-far", str(results), str(file)]
+    process = subprocess.Popen(
+        [sys.executable, *command], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not results.exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    finally:
+        process.kill()
+        process.wait()
+    (group,) = Run.of([results]).groups().items()
+    assert (group[0], [entry.contender for entry in group[1]]) == ("quick", ["fastgpt2 a", "b"])
+    assert "fastgpt2 a" in summary(tmp_path)
+
+
+def test_every_benchmark_is_written_as_it_goes() -> None:
+    script = (ROOT / "benchmarks" / "on_gpu.sh").read_text(encoding="utf-8")
+    assert '--json-so-far "$out/$stage.json"' in script and "--benchmark-json" not in script
 
 
 def test_the_first_of_every_test_come_first() -> None:

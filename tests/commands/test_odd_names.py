@@ -1,8 +1,12 @@
-"""Names with a line break, marks of LaTeX and Markdown, bytes that are not text: every command."""
+"""Every command with odd names: a line break, LaTeX's and Markdown's marks, bytes that are no text.
+
+TMPDIR names no folder, either.
+"""
 
 import os
 import shlex
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -29,6 +33,9 @@ def test_every_command_takes_every_name(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    # no file can be made there: Python takes another folder
+    monkeypatch.setenv("TMPDIR", os.devnull)
+    monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.setattr(report, "draw_text_scores", lambda *_: True)
     monkeypatch.setattr("fastgpt2.plot.paint_runs", lambda _: new_figure(0.2, 0.2))
     folder = tmp_path / name

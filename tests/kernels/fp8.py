@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastgpt2.kernels import linear_cross_entropy, linear_fp8
-from fastgpt2.kernels.linear_fp8 import E4M3, E5M2
+from fastgpt2.kernels.quantize_fp8 import E4M3, E5M2
 from tests.kernels.budget import DEVICE
 
 # largest number, bits of the significand after the point, smallest normal number
@@ -16,7 +16,7 @@ SUMS = 1e-5 if DEVICE.type == "cpu" else 1e-3
 LOSS: dict[str, Any] = {"vocab_size": 45, "label_smoothing": 0.1}
 
 
-def layer_inputs(N: int, C: int, F: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def layer_inputs(N: int, C: int, F: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     return {
         "x": torch.randn(N, C, device=DEVICE).to(dtype),
         "weight": torch.randn(F, C, device=DEVICE) / C**0.5,
@@ -25,7 +25,7 @@ def layer_inputs(N: int, C: int, F: int, dtype: torch.dtype = torch.float32) -> 
 
 
 def layer_gradients(inputs: dict[str, Tensor], dy: Tensor) -> dict[str, Tensor]:
-    leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
+    leaves: dict[str, Any] = {name: x.clone().requires_grad_() for name, x in inputs.items()}
     y = linear_fp8(**leaves)
     found = torch.autograd.grad(y, list(leaves.values()), dy)
     return {"y": y.detach()} | {f"d{name}": g for name, g in zip(leaves, found, strict=True)}

@@ -19,8 +19,9 @@ from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from benchmarks.op_case import Sizes
 from benchmarks.op_race import works
-from benchmarks.ops import Sizes, cases_at
+from benchmarks.ops import cases_at
 from fastgpt2.kernels import backend, tuning
 from fastgpt2.kernels.ahead import compile_ahead
 from fastgpt2.kernels.jit.compile import TARGETS

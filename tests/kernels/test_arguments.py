@@ -102,7 +102,7 @@ CONTRACTS: dict[str, Contract] = {
     "layer_norm": Contract(_AFFINE, options=("eps", "impl")),
     "linear": Contract({"x": (2, 8), "weight": (9, 8), "bias": (9,)}, options=()),
     "linear_cross_entropy": Contract({"x": (2, 8), "weight": (9, 8)}, {"targets": (2,)}, _LOSS),
-    "linear_fp8": Contract({"x": (2, 16), "weight": (32, 16), "bias": (32,)}, options=()),
+    "linear_fp8": Contract({"x": (2, 16), "weight": (32, 16), "bias": (32,)}),
     "linear_gelu": Contract({"x": (2, 8), "weight": (9, 8), "bias": (9,)}, options=_GELU),
     "mlp": Contract(
         {"x": (2, 8), "fc_weight": (9, 8), "fc_bias": (9,), "proj_weight": (7, 9)}, options=_GELU

@@ -52,7 +52,7 @@ OPS: dict[str, tuple[Run, tuple[tuple[int, ...], ...]]] = {
         ((T, C), (V, C)),
     ),
     "linear_fp8": (
-        lambda x, weight, bias, impl: kernels.linear_fp8(x, weight, bias),
+        kernels.linear_fp8,
         ((16, C), (F, C), (F,)),
     ),
     "linear_gelu": (kernels.linear_gelu, ((B, T, C), (F, C), (F,))),

@@ -10,13 +10,11 @@ from torch import Tensor
 
 from fastgpt2.kernels import linear_cross_entropy, linear_fp8
 from fastgpt2.kernels.linear_fp8 import (
-    E4M3,
-    E5M2,
     _fp8_matmul,
     fp8_matmul,
     fp8_obstacle,
-    quantize,
 )
+from fastgpt2.kernels.quantize_fp8 import E4M3, E5M2, quantize
 from tests.kernels.budget import DEVICE
 from tests.kernels.fp8 import (
     FORMATS,
@@ -242,7 +240,8 @@ def test_contract_and_compile() -> None:
     ids=lambda v: v if isinstance(v, str) else "",
 )
 def test_bad_arguments(change: dict[str, Tensor], error: type[Exception], said: str) -> None:
-    inputs = {"x": torch.ones(2, 16), "weight": torch.ones(32, 16), "bias": torch.ones(32)}
+    inputs: dict[str, Any] = {"x": torch.ones(2, 16), "weight": torch.ones(32, 16)}
+    inputs["bias"] = torch.ones(32)
     with pytest.raises(error) as raised:
         linear_fp8(**(inputs | change))
     assert said in str(raised.value)

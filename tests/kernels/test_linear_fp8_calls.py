@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgpt2.kernels.linear_fp8 import E4M3, E5M2, _fp8_matmul, _scaled_product, quantize
+from fastgpt2.kernels.linear_fp8 import _fp8_matmul, _scaled_product
+from fastgpt2.kernels.quantize_fp8 import E4M3, E5M2, quantize
 from tests.kernels import budget
 from tests.kernels.budget import DEVICE
 from tests.kernels.fp8 import (

@@ -118,10 +118,10 @@ def test_no_grad_stores_no_pre_activation(op: Route) -> None:
     inputs = _inputs(7, 16, 20, torch.float32)
     expected = op("triton", **inputs)
     assert not expected.requires_grad
-    y, z = _linear_gelu_fwd(*inputs.values(), False)
+    y, z = _linear_gelu_fwd(*inputs.values(), "tanh", False)
     assert z.numel() == 0
     torch.testing.assert_close(y, expected)
-    y, z = _linear_gelu_fwd(*inputs.values(), True)
+    y, z = _linear_gelu_fwd(*inputs.values(), "tanh", True)
     torch.testing.assert_close(z, inputs["x"] @ inputs["weight"].T)
 
 
@@ -168,7 +168,7 @@ def test_every_config_is_exact_on_integers(dtype: torch.dtype) -> None:
     expected = inputs["x"].double() @ inputs["weight"].double().T
     for config in tuning.candidates("linear_gelu_fwd", bytes=dtype.itemsize):
         with tuning.overriding("linear_gelu_fwd", config):
-            y, z = _linear_gelu_fwd(*inputs.values(), True)
+            y, z = _linear_gelu_fwd(*inputs.values(), "tanh", True)
         assert torch.equal(z.double(), expected)
         assert torch.equal(y, (expected + inputs["bias"].double()).to(dtype))
 
@@ -182,8 +182,8 @@ def test_same_bits_a_thousand_times(op: Route, dtype: torch.dtype, full: bool) -
 
 def test_opcheck() -> None:
     leaves = [t.requires_grad_() for t in _inputs(5, 16, 20, torch.float32).values()]
-    torch.library.opcheck(_linear_gelu_fwd, (*leaves, True))
-    torch.library.opcheck(_linear_gelu_fwd, (leaves[0], leaves[1], None, True))
+    torch.library.opcheck(_linear_gelu_fwd, (*leaves, "tanh", True))
+    torch.library.opcheck(_linear_gelu_fwd, (leaves[0], leaves[1], None, "erf", True))
 
 
 def test_compiles_whole_at_two_lengths(op: Route) -> None:

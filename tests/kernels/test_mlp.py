@@ -62,9 +62,9 @@ def test_other_implementations_are_within_budget(impl: str) -> None:
 def test_backward_makes_the_very_gelu_of_forward() -> None:
     z, bias = torch.randn(37, 80, device=DEVICE).half(), torch.randn(80, device=DEVICE).half()
     dy = torch.randn_like(z)
-    dz, dbias, y = jit.launch_bwd_with_y(dy, z, bias)
-    assert torch.equal(y, jit.launch_fwd(z, bias))
-    for got, expected in zip((dz, dbias), jit.launch_bwd(dy, z, bias), strict=True):
+    dz, dbias, y = jit.launch_bwd_with_y(dy, z, bias, "tanh")
+    assert torch.equal(y, jit.launch_fwd(z, bias, "tanh"))
+    for got, expected in zip((dz, dbias), jit.launch_bwd(dy, z, bias, "tanh"), strict=True):
         assert torch.equal(got, expected)
 
 
@@ -149,11 +149,11 @@ def test_same_bits_a_thousand_times(dtype: torch.dtype, full: bool) -> None:
 
 def test_opcheck() -> None:
     leaves = [t.requires_grad_() for t in _inputs(5, 16, 20, torch.float32).values()]
-    torch.library.opcheck(_mlp_fwd, tuple(leaves))
-    torch.library.opcheck(_mlp_fwd, (leaves[0], leaves[1], None, leaves[3]))
+    torch.library.opcheck(_mlp_fwd, (*leaves, "tanh"))
+    torch.library.opcheck(_mlp_fwd, (leaves[0], leaves[1], None, leaves[3], "erf"))
     z, dy = torch.randn(5, 20, device=DEVICE), torch.randn(5, 20, device=DEVICE)
     for bias in (None, torch.randn(20, device=DEVICE)):
-        torch.library.opcheck(op_module._gelu_again_bwd, (dy, z, bias))
+        torch.library.opcheck(op_module._gelu_again_bwd, (dy, z, bias, "tanh"))
 
 
 def test_compiles_whole_at_two_lengths() -> None:

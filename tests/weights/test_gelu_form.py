@@ -14,6 +14,7 @@ from fastgpt2.errors import UserError
 from fastgpt2.ladder import from_fastgpt2
 from fastgpt2.model import GPT
 from fastgpt2.weights import FORMATS, load, nanogpt, save
+from tests.kernels.budget import DEVICE
 from tests.weights.conftest import TINY, hf_logits, hf_model, our_logits, random_checkpoint
 
 ERF = replace(TINY, gelu="erf")
@@ -59,6 +60,9 @@ def test_nanogpt_logits_are_those_it_was_trained_with(tmp_path: Path) -> None:
     exact, tanh = _written_out(state, "none"), _written_out(state, "tanh")
     assert (exact - tanh).abs().max() > 5e-5
     torch.testing.assert_close(our_logits(path, TOKENS).double(), exact, rtol=0.0, atol=1e-5)
+    kernels = GPT.from_pretrained(path, {"impl": "triton"}).to(DEVICE).eval()
+    found = kernels.logits(TOKENS.to(DEVICE)).cpu().double()
+    torch.testing.assert_close(found, exact, rtol=0.0, atol=1e-5)
     # files of older versions of nanoGPT are read by saying so
     old = GPT.from_pretrained(path, {"gelu": "tanh"}).eval()
     torch.testing.assert_close(old.logits(TOKENS).double(), tanh, rtol=0.0, atol=1e-5)

@@ -5,6 +5,7 @@ from tests.kernels.mutants import Mutant
 _KERNEL = "kernels/jit/gelu.py"
 _ROWS = "kernels/jit/rows.py"
 _TESTS = "tests/kernels/test_gelu.py"
+_ERF = "tests/kernels/test_gelu_erf.py::test_triton_within_budget[bias_gelu-torch.float32]"
 _BUDGET = f"{_TESTS}::test_within_budget"
 
 MUTANTS = [
@@ -43,6 +44,22 @@ MUTANTS = [
         "tl.minimum(z * z, 1e4)",
         "(z * z)",
         (f"{_TESTS}::test_every_finite_input_has_a_finite_slope",),
+    ),
+    Mutant(
+        "density_forgotten",
+        _KERNEL,
+        "_normal_cdf(z) + z * tl.exp2(z * z * (-0.5 * LOG2E)) * _PEAK",
+        "_normal_cdf(z)",
+        (_ERF,),
+    ),
+    Mutant("density_of_half_the_variance", _KERNEL, "(-0.5 * LOG2E)", "(-LOG2E)", (_ERF,)),
+    Mutant("erf_of_half_the_variance", _KERNEL, "tl.erf(z * _ROOT_HALF)", "tl.erf(z)", (_ERF,)),
+    Mutant(
+        "gradient_of_the_other_form",
+        "kernels/gelu.py",
+        "gelu_bwd(dy, x, bias, ctx.form)",
+        'gelu_bwd(dy, x, bias, "tanh")',
+        (_ERF,),
     ),
     Mutant(
         "bias_ignored",

@@ -3,9 +3,11 @@
 from tests.kernels.mutants import Mutant
 
 _CONTRACT = "kernels/linear_fp8.py"
+_ROUNDS = "kernels/quantize_fp8.py"
 _HEAD = "kernels/linear_cross_entropy.py"
 _TESTS = "tests/kernels/test_linear_fp8.py"
 _CALLS = "tests/kernels/test_linear_fp8_calls.py"
+_LAYOUTS = "tests/kernels/test_quantize_fp8.py"
 _ROUNDING = f"{_TESTS}::test_rounding_is_the_format_s"
 _SPECIAL = f"{_TESTS}::test_special_values"
 _PRODUCTS = f"{_TESTS}::test_products_of_the_rounded_operands"
@@ -15,28 +17,28 @@ _CALL = f"{_CALLS}::test_the_tensor_cores_call"
 MUTANTS = [
     Mutant(
         "scaled_to_half_of_the_range",
-        _CONTRACT,
+        _ROUNDS,
         "x * (largest / amax)[None]",
         "x * (largest / (2 * amax))[None]",
         (_ROUNDING,),
     ),
     Mutant(
         "scale_not_undone",
-        _CONTRACT,
+        _ROUNDS,
         "(largest / amax)[None], amax / largest",
         "(largest / amax)[None], torch.ones_like(amax)",
         (_ROUNDING,),
     ),
     Mutant(
         "zeros_divided_by_zero",
-        _CONTRACT,
+        _ROUNDS,
         ".clamp(min=_SMALLEST_AMAX)\n",
         "\n",
         (_SPECIAL,),
     ),
     Mutant(
         "product_with_the_scale_in_short",
-        _CONTRACT,
+        _ROUNDS,
         "return x * (largest / amax)[None], ",
         "return x * (largest / amax), ",
         (_PRODUCTS, f"{_TESTS}::test_bf16_is_scaled_in_fp32"),
@@ -45,14 +47,14 @@ MUTANTS = [
     Mutant(
         "a_scale_for_each_tile",
         _CONTRACT,
-        "_scale(tile, E5M2, amax)",
-        "_scale(tile, E5M2, _largest_of(tile))",
+        "scaled_for(tile, E5M2, amax)",
+        "scaled_for(tile, E5M2, largest_of(tile))",
         (f"{_TESTS}::test_head_in_many_tiles",),
         "each tile has a scale of its own, and one scale is undone",
     ),
     Mutant(
         "layout_kept",
-        _CONTRACT,
+        _ROUNDS,
         "scaled.to(dtype, memory_format=torch.contiguous_format)",
         "scaled.to(dtype)",
         (f"{_CALLS}::test_a_layer_s_calls",),
@@ -60,7 +62,7 @@ MUTANTS = [
     ),
     Mutant(
         "transpose_not_laid_out",
-        _CONTRACT,
+        _ROUNDS,
         "Quantized(turned.contiguous().view(self.values.dtype)",
         "Quantized(turned.view(self.values.dtype)",
         (f"{_CALLS}::test_a_layer_s_calls",),
@@ -83,7 +85,7 @@ MUTANTS = [
     ),
     Mutant(
         "infinities_hidden",
-        _CONTRACT,
+        _ROUNDS,
         "torch.linalg.vector_norm(x, ord=torch.inf, dtype=torch.float32)",
         "torch.linalg.vector_norm(x.nan_to_num(), ord=torch.inf, dtype=torch.float32)",
         (_SPECIAL,),
@@ -92,15 +94,15 @@ MUTANTS = [
     Mutant(
         "gradients_in_the_narrow_format",
         _CONTRACT,
-        "dy8 = quantize(dy, E5M2)",
-        "dy8 = quantize(dy, E4M3)",
+        "            dy, E5M2, straight=",
+        "            dy, E4M3, straight=",
         (_PRODUCTS,),
     ),
     Mutant(
         "activations_in_the_wide_format",
         _CONTRACT,
-        "x8, weight8 = quantize(x, E4M3),",
-        "x8, weight8 = quantize(x, E5M2),",
+        "x8, x8_t = quantize_fp8(x, E4M3,",
+        "x8, x8_t = quantize_fp8(x, E5M2,",
         (_PRODUCTS,),
     ),
     Mutant(
@@ -128,15 +130,15 @@ MUTANTS = [
     ),
     Mutant(
         "transpose_not_padded",
-        _CONTRACT,
-        "missing = -rows % MULTIPLE",
+        _ROUNDS,
+        "missing = _padded(self.values.shape[0]) - self.values.shape[0]",
         "missing = 0",
         (f"{_TESTS}::test_transposes_are_padded_with_zeros",),
         "tensor cores refuse the product",
     ),
     Mutant(
         "transpose_padded_with_something",
-        _CONTRACT,
+        _ROUNDS,
         "turned.new_zeros(columns, missing)",
         "turned.new_full((columns, missing), 60)",
         (f"{_TESTS}::test_transposes_are_padded_with_zeros",),
@@ -166,9 +168,30 @@ MUTANTS = [
     Mutant(
         "head_not_in_fp8",
         _HEAD,
-        "HeadFP8(x, weight, amax) if fp8 else",
-        "HeadFP8(x, weight, amax) if False else",
+        "        if fp8\n        else _Head",
+        "        if False\n        else _Head",
         (_LOSS,),
+    ),
+    Mutant(
+        "both_layouts_saved",
+        _CONTRACT,
+        "ctx.save_for_backward(*x8_t, *weight8_t)",
+        "ctx.save_for_backward(*x8_t, *weight8_t, *x8)",
+        (f"{_LAYOUTS}::test_a_layer_saves_one_layout_of_each_operand",),
+    ),
+    Mutant(
+        "transposes_that_nobody_wants",
+        _CONTRACT,
+        "turned=dweight_wanted, impl=impl)\n        weight8",
+        "impl=impl)\n        weight8",
+        (f"{_LAYOUTS}::test_a_layer_saves_one_layout_of_each_operand",),
+    ),
+    Mutant(
+        "head_never_on_the_kernels",
+        _CONTRACT,
+        "able = triton and",
+        "able = False and",
+        (f"{_LAYOUTS}::test_the_head_s_kernels_are_launched",),
     ),
     Mutant(
         "old_gpus_taken",

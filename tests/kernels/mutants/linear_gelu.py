@@ -4,6 +4,7 @@ from tests.kernels.mutants import Mutant
 
 _KERNEL = "kernels/jit/linear_gelu.py"
 _CONTRACT = "kernels/linear_gelu.py"
+_ERF = "tests/kernels/test_gelu_erf.py::test_triton_within_budget"
 _TESTS = "tests/kernels/test_linear_gelu.py"
 # several tiles each way, none of them whole
 _BUDGET = f"{_TESTS}::test_within_budget[fused-(37, 48, 80)-torch.float32]"
@@ -88,6 +89,13 @@ MUTANTS = [
         "_rows(dz).t() @ _rows(x)",
         "_rows(dy).t() @ _rows(x)",
         (_BUDGET,),
+    ),
+    Mutant(
+        "gradient_of_the_other_form",
+        _CONTRACT,
+        "gelu_bwd(dy, z, bias, ctx.form)",
+        'gelu_bwd(dy, z, bias, "tanh")',
+        (f"{_ERF}[linear_gelu fused-torch.float32]",),
     ),
     Mutant(
         "routes_swapped",

@@ -4,6 +4,7 @@ from tests.kernels.mutants import Mutant
 
 _KERNEL = "kernels/jit/gelu.py"
 _CONTRACT = "kernels/mlp.py"
+_ERF = "tests/kernels/test_gelu_erf.py::test_triton_within_budget"
 _TESTS = "tests/kernels/test_mlp.py"
 _BUDGET = f"{_TESTS}::test_within_budget[(37, 48, 80)-torch.float32]"
 _SAVED = f"{_TESTS}::test_saves_the_pre_activation_and_no_gelu"
@@ -35,24 +36,31 @@ MUTANTS = [
     Mutant(
         "bias_left_out_of_backward",
         _CONTRACT,
-        "_gelu_again_bwd(dy @ proj_weight, z, fc_bias)",
-        "_gelu_again_bwd(dy @ proj_weight, z, None if fc_bias is None else fc_bias * 0)",
+        "proj_weight, z, fc_bias, ctx.form)",
+        "proj_weight, z, None if fc_bias is None else fc_bias * 0, ctx.form)",
         (_BUDGET,),
         "z is without the bias",
     ),
     Mutant(
         "made_again_without_the_nonlinearity",
         _KERNEL,
-        "tl.store(y_ptr + out_offs, gelu_tile(z), mask=mask)",
+        "tl.store(y_ptr + out_offs, gelu_tile(z, ERF), mask=mask)",
         "tl.store(y_ptr + out_offs, z, mask=mask)",
         (_SAME,),
     ),
     Mutant(
         "made_again_from_the_gradient",
         _KERNEL,
-        "tl.store(y_ptr + out_offs, gelu_tile(z), mask=mask)",
-        "tl.store(y_ptr + out_offs, gelu_tile(dz), mask=mask)",
+        "tl.store(y_ptr + out_offs, gelu_tile(z, ERF), mask=mask)",
+        "tl.store(y_ptr + out_offs, gelu_tile(dz, ERF), mask=mask)",
         (_SAME,),
+    ),
+    Mutant(
+        "made_again_in_the_other_form",
+        _CONTRACT,
+        "proj_weight, z, fc_bias, ctx.form)",
+        'proj_weight, z, fc_bias, "tanh")',
+        (f"{_ERF}[mlp-torch.float32]",),
     ),
     Mutant(
         "parts_for_the_op",
