@@ -20,7 +20,15 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.quiet import Disturbance, Watch
-from benchmarks.timing import Ceilings, Clock, Timing, Work, measure_ceilings
+from benchmarks.timing import (
+    DRY_FLUSH_BYTES,
+    FLUSH_BYTES,
+    Ceilings,
+    Clock,
+    Timing,
+    Work,
+    measure_ceilings,
+)
 from fastgpt2.devices import dtype_notice
 
 # a race disturbed by other programs is run at most so many times
@@ -160,16 +168,24 @@ class Stopwatch:
     ) -> None:
         self.settings, self.selected, self.notify = settings, selected, notify
         real = settings.scale is not Scale.DRY
+        self._flush_bytes = FLUSH_BYTES if real else DRY_FLUSH_BYTES
         self.ceilings = measure_ceilings(
-            Clock(settings.device, rounds=settings.rounds),
-            settings.device,
-            seconds=1.0 if real else 0.0,
+            self._clock(), settings.device, seconds=1.0 if real else 0.0
         )
         self.end = time.perf_counter() + settings.budget
         self._race: Race | None = None
         self._timings: dict[str, Timing] = {}
         self._facts: dict[str, dict[str, Any]] = {}
         self._troubles: dict[str, BaseException] = {}
+
+    def _clock(self, *, head_start: bool = True) -> Clock:
+        chosen = self.settings
+        return Clock(
+            chosen.device,
+            head_start=head_start,
+            rounds=chosen.rounds,
+            flush_bytes=self._flush_bytes,
+        )
 
     def record(self, lane: Lane, benchmark: BenchmarkFixture) -> None:
         """Give this contender's samples and facts to pytest-benchmark.
@@ -197,7 +213,7 @@ class Stopwatch:
     def _measure(self, race: Race, works: dict[str, Work]) -> tuple[dict[str, Timing], Disturbance]:
         """Time the race, again if other programs disturbed it; the quietest run counts."""
         chosen = self.settings
-        clock = Clock(chosen.device, head_start=race.head_start, rounds=chosen.rounds)
+        clock = self._clock(head_start=race.head_start)
         runs: list[tuple[dict[str, Timing], Disturbance]] = []
         for _ in range(1 if chosen.scale is Scale.DRY else RUNS):
             watch = Watch()

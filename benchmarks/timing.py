@@ -12,7 +12,9 @@ Work = Callable[[], object]
 
 # several times the L2 cache of any GPU, or the last-level cache of a small CPU; writing it evicts
 # what earlier work left there
-_FLUSH_BYTES = 256 * 2**20
+FLUSH_BYTES = 256 * 2**20
+# writing that much takes longer than a dry run's work, whose times mean nothing
+DRY_FLUSH_BYTES = 2**16
 # the device sleeps while the host queues work, so that launching takes no measured time
 _HEAD_START_CYCLES = 2_000_000
 ROUNDS = 5
@@ -56,11 +58,16 @@ class Clock:
     """
 
     def __init__(
-        self, device: torch.device, *, head_start: bool = True, rounds: int = ROUNDS
+        self,
+        device: torch.device,
+        *,
+        head_start: bool = True,
+        rounds: int = ROUNDS,
+        flush_bytes: int = FLUSH_BYTES,
     ) -> None:
         self.on_gpu = device.type == "cuda"
         self.head_start, self.rounds = head_start, rounds
-        self.flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
+        self.flush = torch.empty(flush_bytes, dtype=torch.int8, device=device)
 
     def compare(self, work: Mapping[str, Work], *, seconds: float) -> dict[str, Timing]:
         """Time every entry in turn, for at least ``rounds`` rounds and ``seconds`` seconds.

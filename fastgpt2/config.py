@@ -9,7 +9,7 @@ from fastgpt2.errors import UserError
 # fastgpt2.kernels.linear_fp8 needs widths that are multiples of this
 FP8_MULTIPLE = 16
 IMPLS = ("auto", "triton", "torch", "reference")
-# of fastgpt2.kernels.gelu
+# forms of fastgpt2.kernels.gelu
 GELUS = ("tanh", "erf")
 
 GPT2_VOCAB = 50257

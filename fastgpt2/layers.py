@@ -35,7 +35,7 @@ from fastgpt2.kernels import (
 )
 from fastgpt2.plain import call, is_plain
 
-# what attention or MLP computes, (B, T, C), and a bias (C,) that is still to be added to it
+# output of attention or MLP, (B, T, C), and its bias (C,) if that is not added yet
 Branch = tuple[Tensor, Tensor | None]
 
 

@@ -17,7 +17,7 @@ from fastgpt2.errors import UserError
 from fastgpt2.kernels import linear
 from fastgpt2.plain import obstacle
 
-# what PEFT adapts in a GPT-2, too
+# PEFT's default for a GPT-2, too
 TARGETS = ("c_attn",)
 
 

@@ -17,13 +17,13 @@ from fastgpt2 import distributed
 from fastgpt2.cli import exit_code
 from fastgpt2.errors import EndedElsewhere, UserError
 
-# what the thread is called that reads batches ahead
+# name of the thread that reads batches ahead
 READER = "reader"
-# what a job that hangs ends with: EX_TEMPFAIL of sysexits.h, "try again"
+# exit code of a job that hangs: EX_TEMPFAIL of sysexits.h, "try again"
 STUCK = 75
 # seconds between two looks, and from an error elsewhere to the end of a process that still waits
 _INTERVAL, _GRACE = 0.25, 3.0
-# what gloo, NCCL and the store say of a process that has gone
+# messages of gloo, NCCL and the store about a process that has ended
 _LOST = ("closed by peer", "reset by peer", "Connection refused", "Broken pipe", "timed out")
 
 

@@ -25,10 +25,10 @@ from fastgpt2.text.tokenizers import FILE_NAME, load_tokenizer
 
 RUN_CONFIG, CHECKPOINTS = "config.toml", "checkpoints"
 MODEL, MODEL_CONFIG = "model.safetensors", "gpt_config.json"
-# of a run with LoRA, in the place of the model's file
+# a run with LoRA has these files instead of the model's
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
-# of a sharded run, in the place of the model's file and the optimizer's
+# a sharded run has this folder instead of the model's and the optimizer's files
 SHARDS = "shards"
 # of state.json; raised where an older fastgpt2 could not read a checkpoint: 2 knows shards
 FORMAT = 2

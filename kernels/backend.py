@@ -33,7 +33,7 @@ _TRITON_INSTALLED = find_spec("triton") is not None
 _OLDEST_CAPABILITY = (8, 0)
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# what `auto` means at the moment; set by use_impl
+# current meaning of `auto`, set by use_impl
 _default = Impl.AUTO
 
 
@@ -65,7 +65,7 @@ def capability(index: int | None) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
-# what torch.compiler.assume_constant_result does, without importing Dynamo, and Triton with it
+# the effect of torch.compiler.assume_constant_result, without importing Dynamo and thus Triton
 capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

@@ -33,7 +33,7 @@ from fastgpt2.kernels.quantize_fp8 import (
 # Ada's tensor cores are the first that multiply FP8
 _OLDEST_CAPABILITY = (8, 9)
 _DTYPES = (torch.bfloat16, torch.float32)
-# how many logits are quantised at a time: PyTorch's operators make an fp32 copy of their gradient
+# logits quantised at a time: PyTorch's operators make an fp32 copy of their gradient
 _TILE_ELEMENTS = 2**24
 
 

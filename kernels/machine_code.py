@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-# how the report splits a count: what executes it, by the beginning of the opcode (SASS, sm_80 on)
+# the report splits counts by executing unit, from the beginning of the opcode (SASS, sm_80 on)
 UNITS: dict[str, tuple[str, ...]] = {
     unit: tuple(heads.split())
     for unit, heads in (

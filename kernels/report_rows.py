@@ -84,7 +84,7 @@ class Row:
         return resident_blocks(self.arch, self.registers, self.shared_bytes, self.num_warps)
 
 
-# of a binary, as they are recorded; its units follow, in the order of SPLIT
+# recorded properties of a binary; its units follow, in the order of SPLIT
 _RECORDED = ("registers", "spill_bytes", "shared_bytes", "mma", "serialized", "skipped")
 
 

@@ -26,6 +26,7 @@ FLOORS = {
     "fastgpt2.kernels.cases": 0,
     "fastgpt2.kernels.machine_code": 0,
     "fastgpt2.kernels.jit": 1,
+    "fastgpt2.kernels.cpu": 1,
     "fastgpt2.kernels": 2,
     "fastgpt2.config": 3,
     "fastgpt2.layers": 3,
@@ -103,9 +104,15 @@ def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), str(path))
 
 
-def imports(tree: ast.AST) -> Iterator[tuple[ast.stmt, str]]:
-    """Every module that is imported, wherever in the file."""
-    for node in ast.walk(tree):
+@cache
+def nodes(path: Path) -> tuple[ast.AST, ...]:
+    """All nodes of a file; walking a tree takes longer than what a test does with its nodes."""
+    return tuple(ast.walk(parse(path)))
+
+
+def imports(path: Path) -> Iterator[tuple[ast.stmt, str]]:
+    """Every module that is imported, anywhere in the file."""
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             yield from ((node, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -126,7 +133,7 @@ def test_imports_point_down() -> None:
     upward = [
         f"{module} (floor {floor(module)}) imports {imported} (floor {floor(imported)})"
         for module, path in PACKAGE.items()
-        for _, imported in imports(parse(path))
+        for _, imported in imports(path)
         if imported.split(".")[0] == "fastgpt2"
         and floor(imported) > floor(module)
         and (module, imported) not in ALLOWED_UP
@@ -141,7 +148,7 @@ def test_no_import_cycles() -> None:
     graph: dict[str, set[str]] = {}
     for module, path in PACKAGE.items():
         at_once = set(parse(path).body)
-        found = {imported for node, imported in imports(parse(path)) if node in at_once}
+        found = {imported for node, imported in imports(path) if node in at_once}
         graph[module] = (found & set(PACKAGE)) - {module}
     assert "fastgpt2.layers" in graph["fastgpt2.model"]
     assert "fastgpt2.weights" not in graph["fastgpt2.model"]
@@ -155,7 +162,7 @@ def test_triton_is_imported_under_jit_only() -> None:
     guilty = [
         module
         for module, path in PACKAGE.items()
-        for _, imported in imports(parse(path))
+        for _, imported in imports(path)
         if imported.split(".")[0] == "triton" and not module.startswith("fastgpt2.kernels.jit")
     ]
     assert not guilty
@@ -163,7 +170,7 @@ def test_triton_is_imported_under_jit_only() -> None:
 
 def test_imports_are_absolute() -> None:
     for path in python_files("fastgpt2", "kernels", "tests", "benchmarks", "tools"):
-        for node in ast.walk(parse(path)):
+        for node in nodes(path):
             if isinstance(node, ast.ImportFrom):
                 assert node.level == 0, f"{path.relative_to(ROOT)}:{node.lineno}: relative import"
 
@@ -219,7 +226,7 @@ def test_the_rule_about_encodings(code: str, fine: bool) -> None:
 
 def test_text_files_are_opened_with_an_encoding() -> None:
     for path in python_files("fastgpt2", "kernels", "tests", "benchmarks", "tools"):
-        for node in ast.walk(parse(path)):
+        for node in nodes(path):
             if isinstance(node, ast.Call):
                 assert names_its_encoding(node), f"{path.relative_to(ROOT)}:{node.lineno}"
 

@@ -11,7 +11,7 @@ from fastgpt2.compiler import compiler_obstacle
 from fastgpt2.devices import DEVICE_TYPES, default_generator, device_kind, of_this_process
 from fastgpt2.train.optimizers import build_optimizer
 from fastgpt2.train.step import TrainingStep
-from tests.test_architecture import PACKAGE, parse
+from tests.test_architecture import PACKAGE, nodes
 from tests.tiny_gpt import tiny_batch, tiny_gpt
 from tests.train.tiny_run import tiny_train_config
 
@@ -52,7 +52,7 @@ def test_device_types_are_told_apart_in_one_place() -> None:
         f"{module}:{getattr(node, 'lineno', 0)}"
         for module, path in PACKAGE.items()
         if not module.startswith(EXEMPT)
-        for node in ast.walk(parse(path))
+        for node in nodes(path)
         # device_kind(x).cuda is the one place's own answer
         if tells_devices_apart(node) and "device_kind(" not in ast.unparse(node)
     ]

@@ -25,7 +25,7 @@ from benchmarks.machine import machine
 from benchmarks.op_case import OpCase
 from benchmarks.op_race import Judge, works
 from benchmarks.ops import op_cases
-from benchmarks.timing import ROUNDS, Clock, Work
+from benchmarks.timing import DRY_FLUSH_BYTES, FLUSH_BYTES, ROUNDS, Clock, Work
 from fastgpt2.files import write_text
 from fastgpt2.kernels import tuning
 
@@ -83,7 +83,12 @@ class Tuner:
     def __init__(self, scale: Scale, seconds: float) -> None:
         self.scale = scale
         device = self.device = torch.device("cuda" if scale is Scale.CUDA else "cpu")
-        self.clock = Clock(device, rounds=1 if device.type == "cpu" else ROUNDS)
+        dry = scale is Scale.DRY
+        self.clock = Clock(
+            device,
+            rounds=1 if dry else ROUNDS,
+            flush_bytes=DRY_FLUSH_BYTES if dry else FLUSH_BYTES,
+        )
         self.end = time.perf_counter() + seconds
         self.trials: list[Trial] = []
         self.notes: list[str] = []

@@ -105,7 +105,7 @@ class CompiledStep:
 
     def __init__(self, library: ctypes.CDLL, weights: Weights) -> None:
         self._library = library
-        # what pointers point to
+        # keeps the tensors alive that pointers point to
         self._kept: list[Tensor] = []
         layers = (_Layer * len(weights.layers))()
         for entry, layer in zip(layers, weights.layers, strict=True):

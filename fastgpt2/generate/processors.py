@@ -82,7 +82,7 @@ class TopK:
         return logits.masked_fill(logits < kth_best, -torch.inf)
 
 
-# as many tokens as reach p in most contexts
+# in most contexts, so many tokens reach p
 _LIKELIEST = 4096
 
 

@@ -21,7 +21,7 @@ from fastgpt2.model import GPT
 if TYPE_CHECKING:
     from fastgpt2.generate.generator import Row
 
-# how many of the last tokens a lookup searches for: the longest first
+# numbers of last tokens that a lookup searches for, the longest first
 _NGRAMS = (3, 2, 1)
 
 
@@ -135,7 +135,7 @@ class Draft:
         self.model = model.eval()
         self.slots = Slots(model, batch_size, model.config.block_size, compile=compile)
         self.count = min(count, model.config.block_size // 4)
-        # where in a row's ids the draft's context begins, and the tokens in its cache
+        # begin of the draft's context in a row's ids, and the tokens in its cache
         self._starts = [0] * batch_size
         self._fed: list[list[int]] = [[] for _ in range(batch_size)]
 

@@ -196,7 +196,7 @@ def _rebind(module: nn.Module, before: type[nn.Module]) -> None:
             setattr(module, name, MethodType(type(module).forward, module))
 
 
-# what is exchanged, and back; a subclass somebody else made is nobody's to touch
+# classes that are exchanged and restored; subclasses of other programs are left alone
 _FAST: dict[type[nn.Module], type[nn.Module]] = {
     modeling_gpt2.GPT2Attention: transformers_attention.GPT2Attention,
     nn.LayerNorm: LayerNorm,

@@ -111,7 +111,7 @@ def train_model_simple(
     Raises:
         UserError: the model has no position embedding, from which the samples' context is read.
     """
-    # what a sample needs is checked now, not after a whole epoch
+    # check now what a sample needs, not after a whole epoch
     _context_size(model)
     text_to_token_ids(start_context, tokenizer)
     train_losses: list[float] = []

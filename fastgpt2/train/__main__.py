@@ -79,7 +79,7 @@ _FIXED = (
 )
 # with --init-from, these come from the weights unless the command line gives them
 _OF_THE_WEIGHTS = ("tokenizer", "model", "block_size", "n_layer", "n_head", "n_embd", "bias")
-# what a run notes of itself
+# fields that a run records itself
 _NOTED = ("init_sha256", "ranks", "auto_batch_size")
 
 

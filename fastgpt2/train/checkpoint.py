@@ -89,7 +89,7 @@ def staged(
         return lambda: _write(final, model.config, write_shards, record)
     if not writes:
         return _nothing
-    # of a model with adapters, these alone
+    # a model with adapters saves only these
     weights = whole_weights(model) if model.lora is None else adapter_weights(model)
     write_files = _writer(model.lora, host_copies(weights), host_copies(tensors))
     return lambda: _write(final, model.config, write_files, record)
@@ -339,7 +339,7 @@ def load_training_state(folder: Path, model: GPT, optimizer: torch.optim.Optimiz
     except UserError:
         raise
     except Exception as error:
-        # as above, or a tensor is missing
+        # an error as above, or a missing tensor
         raise UserError(
             f"{folder / runs.OPTIMIZER}: cannot be loaded: {_beginning(error)}"
         ) from None
@@ -379,7 +379,7 @@ def _training_tensors(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str,
         for moment in _MOMENTS:
             if moment in state:
                 tensors[f"{moment}.{name}"] = state[moment]
-                # of shards, nobody has all rows
+                # no process has all rows of a shard
                 if not isinstance(model, FSDPModule):
                     rows = _true_rows(model, name, parameter)
                     tensors[f"{moment}.{name}"] = state[moment][:rows]

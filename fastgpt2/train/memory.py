@@ -137,7 +137,7 @@ def estimate(
     weights = 4 * sum(p.numel() for p in model.parameters())
     trained = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     blocks = 4 * sum(p.numel() for p in model.transformer.h.parameters() if p.requires_grad)
-    # of a model with adapters, a checkpoint has these alone
+    # the checkpoint of a model with adapters has only these
     stored = weights if model.lora is None else trained
     layer = _layer(model, batch_size, dtype, blocks / L, pack=pack)
     # the residual stream before the first block and after the last one, the gradient of the latter
@@ -165,8 +165,8 @@ def estimate(
         # DDP keeps its buckets all the time
         passes += trained - head
     peak = max(passes, gradients + update_bytes(optimizer)) + (weights + moments) / shared
-    # of a replicated model, the first process has the one copy; a part of a sharded one is put into
-    # a file's bytes before these are written, the weights and then the moments
+    # only the first process copies a replicated model; a part of a sharded one is put into a file's
+    # bytes before these are written, the weights and then the moments
     copy = (stored + moments + (max(stored, moments) if sharded else 0)) / shared
     return Memory(
         round(weights / shared),

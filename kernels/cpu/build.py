@@ -60,7 +60,7 @@ def load(name: str, compiler: str, path: Path) -> ctypes.CDLL:
         made = tempfile.TemporaryDirectory(prefix=f"{name}-")
     with made as folder:
         library = _compile(name, compiler, Path(folder))
-        # what is loaded outlives its file
+        # a loaded library outlives its file
         loaded = ctypes.CDLL(str(library))
         # whole, or not there: several processes may compile at once
         with suppress(OSError):

@@ -189,7 +189,7 @@ def test_the_gpu_s_tests_import_what_is_there() -> None:
     there = {"torch", "triton", "numpy", "pytest", "fastgpt2", "tests", "benchmarks", "tools"}
     for path in _gpu_tests():
         at_once = set(parse(path).body)
-        for node, module in imports(parse(path)):
+        for node, module in imports(path):
             name = module.split(".")[0]
             known = name in there or name in sys.stdlib_module_names
             assert known or node not in at_once, f"{path.name} imports {name}"

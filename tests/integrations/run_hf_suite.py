@@ -208,7 +208,8 @@ def compare(folder: Path) -> int:
     source = fetch(folder)
     ours, theirs = folder / "ours.json", folder / "theirs.json"
     print(f"the tests of transformers {transformers.__version__}: minutes", flush=True)
-    for whose, options in (("ours", []), ("theirs", ["--left-out", str(ours)])):
+    runs: dict[str, list[str]] = {"ours": [], "theirs": ["--left-out", str(ours)]}
+    for whose, options in runs.items():
         command = [sys.executable, __file__, "--source", str(source), "--whose", whose, *options]
         with (folder / f"{whose}.log").open("wb") as log:
             outcomes = ["--outcomes", str(folder / f"{whose}.json")]

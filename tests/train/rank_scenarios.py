@@ -114,10 +114,23 @@ def scenarios(data: Path, folder: Path) -> dict[str, tuple[int, Callable[[int], 
         return command(["--resume", "--out", str(folder / name / "run"), *more])
 
     stop = at_step(3, 1, sending(signal.SIGTERM))
-    table = {
-        # one step of four micro-batches, dealt out in three ways
-        "1x4": (1, command(begin("1x4", "--batch-size=2", "--grad-accum=4"))),
-        "2x2": (2, command(begin("2x2", *TWO_BY_TWO))),
+    table: dict[str, tuple[int, Callable[[int], int]]] = {}
+    # by one process, replicated, sharded; with AdamW and with Muon
+    for name, flags in (("muon", MUON), ("adamw", ())):
+        table[f"{name} alone"] = (
+            1,
+            command(begin(f"{name} alone", "--batch-size=2", "--grad-accum=4", *flags)),
+        )
+        for kind in ("--no-shard", "--shard"):
+            whole, parts = f"{name} {kind}", f"{name} {kind} parts"
+            table[whole] = (2, command(begin(whole, *TWO_BY_TWO, *flags, kind)))
+            # with dropout: stopped by a signal that one rank alone gets, and resumed
+            unbroken = f"{whole} dropout"
+            table[unbroken] = (2, command(begin(unbroken, *TWO_BY_TWO, *flags, kind, DROPOUT)))
+            table[parts] = (2, command(begin(parts, *TWO_BY_TWO, *flags, kind, DROPOUT), stop))
+            table[f"{parts}, resumed"] = (2, resume(parts))
+    table |= {
+        # the step of "adamw alone" and "adamw --no-shard", split between four
         "4x1": (4, command(begin("4x1", "--batch-size=2"))),
         # begun by two ranks, ended by one
         "fewer": (2, command(begin("fewer", *TWO_BY_TWO, "--steps=2"))),
@@ -126,7 +139,7 @@ def scenarios(data: Path, folder: Path) -> dict[str, tuple[int, Callable[[int], 
         "mistake": (2, command(begin("mistake"), at_step(2, 1, fail))),
         "fault": (2, command(begin("fault"), at_step(2, 0, crash))),
         "killed": (2, command(begin("killed"), at_step(2, 1, sending(signal.SIGKILL)))),
-        "taken": (2, command(begin("2x2"))),
+        "taken": (2, command(begin("adamw --no-shard"))),
         "hangs": (2, command(begin("hangs", "--timeout=5"), at_step(2, 1, hang))),
         "reader hangs": (
             2,
@@ -164,20 +177,6 @@ def scenarios(data: Path, folder: Path) -> dict[str, tuple[int, Callable[[int], 
     table["padded"] = (2, command(begin("padded", *every, *TWO_BY_TWO, "--shard", "--steps=2")))
     table["padded, alone"] = (1, resume("padded", "--steps=3"))
     table["padded, sharded again"] = (2, resume("padded", "--steps=4"))
-    # by one process, replicated, sharded; with AdamW and with Muon
-    for name, flags in (("muon", MUON), ("adamw", ())):
-        table[f"{name} alone"] = (
-            1,
-            command(begin(f"{name} alone", "--batch-size=2", "--grad-accum=4", *flags)),
-        )
-        for kind in ("--no-shard", "--shard"):
-            whole, parts = f"{name} {kind}", f"{name} {kind} parts"
-            table[whole] = (2, command(begin(whole, *TWO_BY_TWO, *flags, kind)))
-            # with dropout: stopped by a signal that one rank alone gets, and resumed
-            unbroken = f"{whole} dropout"
-            table[unbroken] = (2, command(begin(unbroken, *TWO_BY_TWO, *flags, kind, DROPOUT)))
-            table[parts] = (2, command(begin(parts, *TWO_BY_TWO, *flags, kind, DROPOUT), stop))
-            table[f"{parts}, resumed"] = (2, resume(parts))
     return table
 
 
