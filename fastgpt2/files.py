@@ -1,5 +1,6 @@
 """Files and folders that are either whole or not there: nothing is ever written in place."""
 
+import hashlib
 import json
 import os
 import secrets
@@ -74,6 +75,12 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:

@@ -17,10 +17,6 @@ from pkgutil import resolve_name
 from typing import Any
 from unittest.mock import patch
 
-import safetensors.torch
-
-from fastgpt2.train import checkpoint
-
 
 @dataclass
 class Fault:
@@ -76,7 +72,7 @@ def watched_disk(folder: Path, watch: Callable[[Any], None]) -> Iterator[None]:
     """Call ``watch`` with the path before anything is put on the disk under ``folder``.
 
     Files that are opened to be written, what is written into them (half of it arrives if ``watch``
-    raises), safetensors files, folders made, links, renames and syncs count.
+    raises), folders made, links, renames and syncs count.
     """
 
     def is_watched(path: Any) -> bool:
@@ -106,14 +102,6 @@ def watched_disk(folder: Path, watch: Callable[[Any], None]) -> Iterator[None]:
 
         return call
 
-    def save_file(tensors: Any, path: Path, **options: Any) -> None:
-        safetensors.torch.save_file(tensors, path, **options)
-        try:
-            check(path)
-        except OSError:
-            os.truncate(path, path.stat().st_size // 2)
-            raise
-
     def fsync(handle: int) -> None:
         check(os.readlink(f"/proc/self/fd/{handle}"))
         sync(handle)
@@ -129,7 +117,6 @@ def watched_disk(folder: Path, watch: Callable[[Any], None]) -> Iterator[None]:
     sync, write_some = os.fsync, os.write
     with ExitStack() as stack:
         for target, name, function in (
-            (checkpoint, "save_file", save_file),
             (os, "fsync", fsync),
             (os, "write", write),
             *(

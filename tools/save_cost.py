@@ -1,8 +1,13 @@
-"""``python -m tools.save_cost``: how much a checkpoint slows the training step that begins it.
+"""``python -m tools.save_cost``: what a checkpoint costs the training steps that it falls into.
 
-Plain steps and steps that begin a checkpoint alternate. After each, the tool waits for the writing
-thread, outside the measured time. A checkpoint that is waited for is also timed. Prints JSON:
-medians in seconds, and the median of the pairs' ratios.
+Plain steps and saves take turns. A save is a step that begins a checkpoint, copy included, and then
+all the steps that are computed until the thread that writes has finished. Beside them the time of a
+checkpoint that is waited for. JSON on stdout, medians over the saves:
+
+- ``ratio``: the step that begins the checkpoint, over the plain steps before it;
+- ``worst_ratio``: the slowest step of a save, over the plain steps;
+- ``steps_while_writing``: steps of a save, the first one included;
+- ``cost_in_steps``: what they took beyond as many plain steps, in plain steps.
 """
 
 import argparse
@@ -20,8 +25,12 @@ from fastgpt2.config import GPTConfig
 from fastgpt2.devices import resolve_device, resolve_dtype
 from fastgpt2.model import GPT
 from fastgpt2.train import checkpoint
+from fastgpt2.train.allocator import keep_freed_memory
 from fastgpt2.train.saver import Saver
 from fastgpt2.train.step import TrainingStep
+
+# plain steps before a save
+PLAIN = 3
 
 
 def seconds(work: Callable[[], None], device: torch.device) -> float:
@@ -34,16 +43,19 @@ def seconds(work: Callable[[], None], device: torch.device) -> float:
 
 
 def measure(
-    config: GPTConfig, batch_size: int, pairs: int, device: torch.device
+    config: GPTConfig, batch_size: int, count: int, device: torch.device
 ) -> dict[str, float]:
-    """Medians of ``pairs`` pairs of steps.
+    """Medians of ``count`` saves.
 
     Args:
         config: the model.
         batch_size: sequences per step.
-        pairs: number of pairs.
+        count: number of saves.
         device: where the model is.
     """
+    if device.type == "cpu":
+        # as the training does
+        keep_freed_memory()
     model = GPT(config).to(device)
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), device.type)
     step = TrainingStep(
@@ -57,7 +69,7 @@ def measure(
     idx = torch.randint(config.vocab_size, (batch_size, config.block_size))
     saver = Saver()
     plain: list[float] = []
-    saving: list[float] = []
+    saves: list[list[float]] = []
     blocking: list[float] = []
 
     def train() -> None:
@@ -77,22 +89,29 @@ def measure(
             save(number)
             saver.wait()
 
+        # the first ones make moments, and buffers that later ones use again
         train()
-        for pair in range(pairs):
-            for saves in (False, True) if pair % 2 else (True, False):
-                if not saves:
-                    plain.append(seconds(train, device))
-                    continue
-                saving.append(seconds(partial(save_and_train, pair), device))
-                saver.wait()
-            blocking.append(seconds(partial(save_and_wait, pairs + pair), device))
+        save_and_wait(0)
+        for number in range(1, 1 + count):
+            plain.append(median(seconds(train, device) for _ in range(PLAIN)))
+            steps = [seconds(partial(save_and_train, number), device)]
+            while saver.is_busy():
+                steps.append(seconds(train, device))
+            saver.wait()
+            saves.append(steps)
+            blocking.append(seconds(partial(save_and_wait, count + number), device))
             checkpoint.prune(run, 1)
+    pairs = list(zip(plain, saves, strict=True))
     return {
         "parameters": model.get_num_params(non_embedding=False),
         "tokens": idx.numel(),
+        "threads": torch.get_num_threads(),
         "plain_step": median(plain),
-        "saving_step": median(saving),
-        "ratio": median(b / a for a, b in zip(plain, saving, strict=True)),
+        "saving_step": median(steps[0] for steps in saves),
+        "ratio": median(steps[0] / alone for alone, steps in pairs),
+        "worst_ratio": median(max(steps) / alone for alone, steps in pairs),
+        "steps_while_writing": median(len(steps) for steps in saves),
+        "cost_in_steps": median(sum(steps) / alone - len(steps) for alone, steps in pairs),
         "waited_for": median(blocking),
     }
 
@@ -107,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--batch-size", type=int, default=4, help="sequences per step [%(default)s]"
     )
-    parser.add_argument("--pairs", type=int, default=5, help="pairs of steps [%(default)s]")
+    parser.add_argument("--saves", type=int, default=5, help="number of saves [%(default)s]")
     parser.add_argument(
         "--device", default="auto", help="auto, cpu, cuda, cuda:1, ... [%(default)s]"
     )
@@ -120,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
         vocab_size=options.vocab_size,
     )
     device = resolve_device(options.device)
-    print(json.dumps(measure(config, options.batch_size, options.pairs, device), indent=2))
+    print(json.dumps(measure(config, options.batch_size, options.saves, device), indent=2))
     return 0
 
 

@@ -1,61 +1,91 @@
-"""``python -m tools.soak DATA FOLDER``: train with ranks that are killed at random moments.
+"""``python -m tools.soak DATA FOLDER``: training that is killed at random moments loses nothing.
 
-An unbroken run on several ranks comes first. Then a run of the same configuration is killed after a
-random time and resumed, again and again. At the end both must have the same weights, bit for bit,
-and the memory of the ranks must not have grown. By default this takes an hour;
-``--minutes 2 --every 8 20 --steps 400 --eval-every 20`` takes a few minutes.
+For ``--minutes``, a small run trains on two ranks, one of which is killed every 20 to 60 seconds;
+the other one has to end, and the run is resumed. An unbroken run of the same configuration trains
+beside it. At the end, the newest checkpoint of a step that both have saved must be the same, bit
+for bit, and the memory of the unbroken ranks must not have grown.
+
+With ``--kills N`` instead, short runs are killed N times, wherever they are then: in the
+preparation of the data, in a step, in an evaluation, while they save or prune. They must end with
+the weights of an unbroken run. The record of either is JSON on stdout.
 """
 
 import argparse
+import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
+from functools import partial
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file
+import torch
+from torch import Tensor
 
+from benchmarks.machine import machine
 from fastgpt2 import runs
+from fastgpt2.weights import load
+from fastgpt2.weights.safetensors_file import read_safetensors
+from fastgpt2.weights.shards import read_shards
+from tools.kills import GRACE, Job, ended, killed
 
 SHAPE = "--tokenizer=bytes --model=gpt2-nano --block-size=32 --n-layer=2 --n-head=2 --n-embd=32"
 LENGTH = "--batch-size=2 --grad-accum=2 --dropout=0.1 --log-every=5 --sample-tokens=5"
-# a rank's memory may grow by so many megabytes per minute
-MAX_SLOPE = 1.0
+RATE = "--lr=1e-3 --schedule=constant --warmup-steps=10 --device=cpu --dtype=fp32"
+# megabytes a minute that the memory of a rank may grow by, and seconds before it is measured
+MAX_SLOPE, WARM_UP = 1.0, 60.0
+# of both runs with --minutes: more than they reach
+STEPS = 100_000_000
 
 
-def command(ranks: int, flags: list[str]) -> list[str]:
-    """The program that starts ``ranks`` ranks on this machine."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    return [sys.executable, *launcher, "-m", "fastgpt2.train", *flags]
+def flags(*more: str, shard: bool) -> list[str]:
+    """The flags of a new run, but for its folder and its data."""
+    kind = "--shard" if shard else "--no-shard"
+    return [*SHAPE.split(), *LENGTH.split(), *RATE.split(), kind, *more]
 
 
-def begin_flags(data: Path, run: Path, steps: int, eval_every: int) -> list[str]:
-    """The flags of a new run."""
-    own = [f"--steps={steps}", f"--eval-every={eval_every}", "--device=cpu", "--keep-last=2"]
-    return ["--data", str(data), "--out", str(run), *SHAPE.split(), *LENGTH.split(), *own]
-
-
-def next_flags(data: Path, run: Path, steps: int, eval_every: int) -> list[str]:
-    """Flags that resume the run, or begin again if it has no checkpoint."""
+def next_flags(run: Path, begin: list[str]) -> list[str]:
+    """Resume, or begin again where no checkpoint was reached."""
     if run.exists() and runs.saved_steps(run):
         return ["--resume", "--out", str(run)]
-    again = ["--overwrite"] if runs.is_run(run) else []
-    return [*begin_flags(data, run, steps, eval_every), *again]
+    return [*begin, "--overwrite"] if runs.is_run(run) else begin
 
 
-def workers(launcher: int) -> list[int]:
-    """The ranks that a launcher has started."""
-    path = Path(f"/proc/{launcher}/task/{launcher}/children")
-    return (
-        [int(child) for child in path.read_text(encoding="utf-8").split()] if path.exists() else []
+def saved_tensors(checkpoint: Path) -> dict[str, Tensor]:
+    """Weights, moments and states of random numbers, whatever the form of the checkpoint."""
+    if (checkpoint / runs.SHARDS).is_dir():
+        tensors = read_shards(checkpoint / runs.SHARDS, load(checkpoint).config.vocab_size)
+    else:
+        tensors = {
+            name: tensor
+            for file in (runs.MODEL, runs.OPTIMIZER)
+            for name, tensor in read_safetensors(checkpoint / file).items()
+        }
+    return {name: tensor.read() for name, tensor in tensors.items()}
+
+
+def is_same(run: Path, expected: Path, step: int | None = None) -> bool:
+    """Whether two runs have saved the same, bit for bit.
+
+    Args:
+        run: a run folder.
+        expected: another one.
+        step: of the two checkpoints; None means the newest ones.
+    """
+    ours, theirs = (
+        saved_tensors(runs.latest(path) if step is None else runs.step_folder(path, step))
+        for path in (run, expected)
     )
+    # by numpy: the process that compares is forked again, and PyTorch may start threads
+    same = (np.array_equal(ours[name].numpy(), x.numpy()) for name, x in theirs.items())
+    return ours.keys() == theirs.keys() and all(same)
 
 
 def resident(process: int) -> float:
-    """Megabytes of a process's resident memory."""
+    """Megabytes of a process's resident memory; 0 of one that has ended."""
     try:
         pages = int(Path(f"/proc/{process}/statm").read_text(encoding="utf-8").split()[1])
     except (OSError, IndexError):
@@ -64,90 +94,104 @@ def resident(process: int) -> float:
 
 
 def slope(samples: list[tuple[float, float]]) -> float:
-    """Megabytes per minute of (seconds, megabytes), by least squares; 0 for fewer than ten."""
+    """Megabytes a minute, of (seconds, megabytes), by least squares; 0 of fewer than ten."""
     if len(samples) < 10:
         return 0.0
     seconds, megabytes = np.array(samples).T
     return float(np.polyfit(seconds / 60, megabytes, 1)[0])
 
 
-def attempt(flags: list[str], ranks: int, patience: float) -> tuple[int | None, float]:
-    """Start the ranks, and kill one of them after ``patience`` seconds.
+def soaked(
+    whole: Job, job: Job, minutes: float, every: tuple[float, float], moments: random.Random
+) -> dict[str, Any]:
+    """Train for some time with kills, and beside it without.
+
+    Args:
+        whole: is never killed, and keeps all checkpoints.
+        job: the same run; of its ranks one is killed again and again, and the others have to end.
+        minutes: how long.
+        every: the fewest and the most seconds from a start to its kill.
+        moments: the randomness of the kills.
 
     Returns:
-        The exit code, None if the run was killed; and the slope of a rank's memory after its first
-        20 seconds.
+        The number of kills, the last step that was compared, whether it was the same, and the
+        growth of the memory of the unbroken ranks.
     """
-    process = subprocess.Popen(command(ranks, flags), stdout=subprocess.DEVNULL)
+    # what a first optimizer step imports: once for all, before any fork
+    import_module("torch._dynamo")
     began = time.monotonic()
-    samples: list[tuple[float, float]] = []
-    while process.poll() is None and time.monotonic() - began < patience:
-        time.sleep(0.5)
-        children = workers(process.pid)
-        if children and time.monotonic() - began > 20:
-            samples.append((time.monotonic(), resident(children[0])))
-    if process.poll() is not None:
-        return process.returncode, slope(samples)
-    for victim in workers(process.pid)[-1:]:
-        os.kill(victim, signal.SIGKILL)
-    process.wait()
-    return None, slope(samples)
-
-
-def same_weights(run: Path, expected: Path) -> bool:
-    """Whether the newest checkpoints have the same weights and moments, bit for bit."""
-    for name in (runs.MODEL, runs.OPTIMIZER):
-        ours, theirs = (load_file(runs.latest(path) / name) for path in (run, expected))
-        if ours.keys() != theirs.keys():
-            return False
-        if any(not np.array_equal(ours[key], theirs[key]) for key in theirs):
-            return False
-    return True
+    ending = began + minutes * 60
+    kills = 0
+    with whole.started() as unbroken:
+        samples: dict[int, list[tuple[float, float]]] = {child: [] for child in unbroken}
+        while time.monotonic() < ending:
+            with job.started() as ranks:
+                victim = moments.choice(ranks)
+                until = min(time.monotonic() + moments.uniform(*every), ending)
+                while time.monotonic() < until:
+                    assert not ended(victim, 0.5), job.complaints()
+                    if time.monotonic() - began > WARM_UP:
+                        for child, places in samples.items():
+                            places.append((time.monotonic(), resident(child)))
+                kills += until < ending
+                # the last one saves, and so does the unbroken run
+                os.kill(victim, signal.SIGKILL if until < ending else signal.SIGTERM)
+                assert all(ended(child, GRACE) for child in ranks)
+        os.kill(unbroken[0], signal.SIGTERM)
+        assert all(ended(child, GRACE) for child in unbroken)
+    common = set(runs.saved_steps(job.run)) & set(runs.saved_steps(whole.run))
+    last = max(common, default=0)
+    return {
+        "minutes": round((time.monotonic() - began) / 60, 1),
+        "seconds_between_kills": list(every),
+        "kills": kills,
+        "step": last,
+        "different": not last or not is_same(job.run, whole.run, last),
+        "megabytes_per_minute": [round(slope(places), 3) for places in samples.values()],
+        "megabytes": [round(places[-1][1], 1) for places in samples.values() if places],
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns 0 if nothing was lost."""
     parser = argparse.ArgumentParser(prog="python -m tools.soak", description=__doc__)
     parser.add_argument("data", type=Path, help="a text")
-    parser.add_argument("folder", type=Path, help="new folder for both runs")
+    parser.add_argument("folder", type=Path, help="where the runs go; must not exist")
+    parser.add_argument("--minutes", type=float, default=30.0, help="of kills [%(default)s]")
+    parser.add_argument("--every", type=float, nargs=2, default=(20.0, 60.0), help="seconds")
+    parser.add_argument("--kills", type=int, help="so many kills of a short run instead")
     parser.add_argument(
-        "--minutes", type=float, default=30.0, help="minutes of kills [%(default)s]"
+        "--life", type=float, default=2.0, help="of a killed start, seconds, at most"
     )
-    parser.add_argument(
-        "--every", type=float, nargs=2, default=(20.0, 60.0), help="seconds between kills [20 60]"
-    )
-    parser.add_argument("--ranks", type=int, default=2, help="number of processes [%(default)s]")
-    parser.add_argument(
-        "--steps", type=int, default=20_000, help="optimizer steps of both runs [%(default)s]"
-    )
-    parser.add_argument(
-        "--eval-every", type=int, default=200, help="steps between evaluations [%(default)s]"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="seed of the times of the kills [%(default)s]"
-    )
+    parser.add_argument("--ranks", type=int, help="[2; with --kills 1]")
+    parser.add_argument("--shard", action="store_true", help="the ranks share the weights out")
+    parser.add_argument("--steps", type=int, default=400, help="with --kills [%(default)s]")
+    parser.add_argument("--eval-every", type=int, help="[200; with --kills 10]")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments [%(default)s]")
     options = parser.parse_args(argv)
     options.folder.mkdir(parents=True)
+    ranks = options.ranks or (2 if options.kills is None else 1)
+    eval_every = options.eval_every or (200 if options.kills is None else 10)
     moments = random.Random(options.seed)
-    whole, run = options.folder / "whole", options.folder / "killed"
-    size = (options.steps, options.eval_every)
-    subprocess.run(
-        command(options.ranks, begin_flags(options.data, whole, *size)),
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
-    kills, worst, code = 0, 0.0, None
-    ending = time.monotonic() + options.minutes * 60
-    while code is None:
-        late = time.monotonic() > ending
-        patience = float("inf") if late else moments.uniform(*options.every)
-        code, grown = attempt(next_flags(options.data, run, *size), options.ranks, patience)
-        kills += code is None
-        worst = max(worst, grown)
-    same = code == 0 and same_weights(run, whole)
-    print(f"{kills} kills; exit code {code}; weights {'equal' if same else 'DIFFERENT'}")
-    print(f"memory of a rank: {worst:+.2f} MB per minute at most")
-    return 0 if same and worst < MAX_SLOPE else 1
+    short = options.kills is not None
+    steps = f"--steps={options.steps if short else STEPS}"
+    more = flags(f"--eval-every={eval_every}", steps, shard=options.shard)
+
+    def job_in(name: str, keep: int) -> Job:
+        begin = [*more, f"--keep-last={keep}"]
+        return Job(options.folder / name, options.data, ranks, begin, next_flags)
+
+    if short:
+        record = killed(partial(job_in, keep=2), options.kills, moments, is_same, life=options.life)
+        grown = 0.0
+    else:
+        jobs = job_in("whole", keep=1_000_000), job_in("killed", keep=2)
+        record = soaked(*jobs, options.minutes, tuple(options.every), moments)
+        grown = max(record["megabytes_per_minute"])
+    sound = not record["different"] and grown < MAX_SLOPE
+    record |= {"ranks": ranks, "sharded": options.shard, "machine": machine(torch.device("cpu"))}
+    print(json.dumps(record, indent=2))
+    return 0 if sound else 1
 
 
 if __name__ == "__main__":

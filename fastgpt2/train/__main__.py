@@ -21,7 +21,7 @@ from fastgpt2.train.allocator import keep_freed_memory
 from fastgpt2.train.claim import check_outside, claimed, empty, is_empty, new_folder
 from fastgpt2.train.config import TrainConfig, field_types, merge_layers
 from fastgpt2.train.config_file import named_configs, read_config
-from fastgpt2.train.guard import BadStep
+from fastgpt2.train.guard import KeptStep
 from fastgpt2.train.origin import noted_source
 from fastgpt2.train.outcome import Outcome
 from fastgpt2.train.trainer import Trainer
@@ -188,7 +188,7 @@ def _replay(
     if others:
         raise UserError(f"--replay: does not take --{next(iter(others)).replace('_', '-')}")
     place = resolve_device(device)
-    bad = BadStep.load(Path(replay), impl=impl)
+    bad = KeptStep.load(Path(replay), impl=impl)
     bad.model.to(place).train()
     found = bad.first_bad(resolve_dtype(dtype, place))
     if found is not None:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from textwrap import shorten
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
@@ -28,7 +28,7 @@ from fastgpt2 import distributed, runs
 from fastgpt2.config import GPTConfig
 from fastgpt2.devices import device_kind, host_copies, rng_states, set_rng_states
 from fastgpt2.errors import UserError
-from fastgpt2.files import sync, write_text
+from fastgpt2.files import sha256_of, sync, write_text
 from fastgpt2.lora import LoRASettings
 from fastgpt2.model import GPT
 from fastgpt2.train.parallel import placed_like, reshard, whole_weights
@@ -40,8 +40,12 @@ from fastgpt2.weights.adapter import (
     read_adapter,
     write_adapter,
 )
+from fastgpt2.weights.safetensors_file import write_safetensors
 from fastgpt2.weights.shards import WEIGHTS, read_shards
+from fastgpt2.weights.tensors import LazyTensor
 
+# writes tensors into a folder; returns the digests of files, by name, that it knows
+WriteTensors = Callable[[Path], dict[str, str]]
 # AdamW's two, and Muon's
 _MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
@@ -109,33 +113,46 @@ def _has_begun(final: Path) -> bool:
 
 def _writer(
     lora: LoRASettings | None, weights: dict[str, Tensor], tensors: dict[str, Tensor]
-) -> Callable[[Path], None]:
-    """What writes whole tensors into a folder."""
+) -> WriteTensors:
+    """What writes whole tensors into a folder, and returns the digests of its files."""
 
-    def write(folder: Path) -> None:
+    def write(folder: Path) -> dict[str, str]:
         if lora is not None:
             write_adapter(lora, weights, folder)
-        else:
-            save_file(weights, folder / runs.MODEL, metadata={"format": "pt"})
-        save_file(tensors, folder / runs.OPTIMIZER)
+            return {runs.OPTIMIZER: _write_file(folder / runs.OPTIMIZER, tensors)}
+        return {
+            runs.MODEL: _write_file(folder / runs.MODEL, weights, {"format": "pt"}),
+            runs.OPTIMIZER: _write_file(folder / runs.OPTIMIZER, tensors),
+        }
 
     return write
 
 
+def _write_file(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> str:
+    """Write a safetensors file; returns its digest."""
+    digest = hashlib.sha256()
+    lazy = {name: LazyTensor.of(tensor) for name, tensor in tensors.items()}
+    write_safetensors(path, lazy, metadata, also=digest.update)
+    return digest.hexdigest()
+
+
 def _write(
-    final: Path, config: GPTConfig, write_tensors: Callable[[Path], None], record: dict[str, Any]
+    final: Path, config: GPTConfig, write_tensors: WriteTensors, record: dict[str, Any]
 ) -> None:
     """Fill a folder of another name; once all processes have done that, it gets its own."""
     temporary = _hidden(final)
     try:
-        write_tensors(temporary)
+        digests = write_tensors(temporary)
         if distributed.rank():
             return
         write_text(temporary / runs.MODEL_CONFIG, json.dumps(asdict(config), indent=2) + "\n")
-        files = sorted(path for path in temporary.rglob("*") if path.is_file())
-        for path in files:
+        record["sha256"] = {}
+        for path in sorted(path for path in temporary.rglob("*") if path.is_file()):
             sync(path)
-        record["sha256"] = {path.relative_to(temporary).as_posix(): _digest(path) for path in files}
+            name = path.relative_to(temporary).as_posix()
+            record["sha256"][name] = digests.get(name) or sha256_of(path)
         write_text(temporary / runs.STATE, _json(record))
         os.rename(temporary, final)
         sync(final.parent)
@@ -188,16 +205,11 @@ def _check_intact(folder: Path) -> None:
     """Raise ``UserError`` if a file does not have its saved digest; older runs saved none."""
     for name, digest in runs.read_state(folder).get("sha256", {}).items():
         try:
-            found = _digest(folder / name)
+            found = sha256_of(folder / name)
         except OSError as error:
             raise UserError(f"{folder / name}: cannot be read: {error.strerror}") from None
         if found != digest:
             raise UserError(f"{folder / name}: damaged: its sha256 is not the saved one")
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _json(record: dict[str, Any]) -> str:
@@ -206,15 +218,35 @@ def _json(record: dict[str, Any]) -> str:
 
 def prune(run: Path, keep_last: int) -> None:
     """Delete all checkpoints but the best and the newest ``keep_last``, and a crash's leftovers."""
-    keep = {runs.step_folder(run, step) for step in runs.saved_steps(run)[-keep_last:]} | {
-        runs.best(run)
-    }
-    for step in runs.saved_steps(run):
-        if runs.step_folder(run, step) not in keep:
-            # rename first: half a checkpoint must never have a checkpoint's name
-            folder = runs.step_folder(run, step)
-            shutil.rmtree(_hidden(folder), ignore_errors=True)
-            os.rename(folder, _hidden(folder))
+    steps, best = runs.saved_steps(run), runs.best(run)
+    _delete(run, [s for s in steps[:-keep_last] if runs.step_folder(run, s) != best])
+
+
+def newest_before(run: Path, step: int) -> Path | None:
+    """The newest checkpoint of fewer than ``step`` steps; those of more are deleted.
+
+    Args:
+        run: the run folder.
+        step: number of a step that is to be undone, from 1.
+
+    Returns:
+        Its folder; None where there is none, and then nothing is deleted.
+    """
+    steps = runs.saved_steps(run)
+    earlier = [saved for saved in steps if saved < step]
+    if not earlier:
+        return None
+    _delete(run, [saved for saved in steps if saved >= step])
+    return runs.step_folder(run, earlier[-1])
+
+
+def _delete(run: Path, steps: Iterable[int]) -> None:
+    """Delete the checkpoints of these steps, and a crash's leftovers."""
+    for step in steps:
+        # rename first: half a checkpoint must never have a checkpoint's name
+        folder = runs.step_folder(run, step)
+        shutil.rmtree(_hidden(folder), ignore_errors=True)
+        os.rename(folder, _hidden(folder))
     for leftover in (run / "checkpoints").glob(".step_*"):
         shutil.rmtree(leftover)
 
@@ -286,7 +318,7 @@ def load_training_state(folder: Path, model: GPT, optimizer: torch.optim.Optimiz
         for name, parameter in model.named_parameters():
             state: dict[str, Tensor] = {}
             if f"step.{name}" in tensors:
-                state["step"] = tensors[f"step.{name}"].to(parameter.device)
+                state["step"] = tensors[f"step.{name}"].reshape(()).to(parameter.device)
             for moment in _MOMENTS:
                 if f"{moment}.{name}" in tensors:
                     # moments of padded rows are not saved

@@ -14,7 +14,7 @@ from fastgpt2.lora import TARGETS
 from fastgpt2.text.utf8 import is_utf8
 from fastgpt2.train.loggers import LOGGERS
 from fastgpt2.train.remat import REMATS
-from fastgpt2.train.schedules import SCHEDULES
+from fastgpt2.train.schedules import SCHEDULES, learning_rate
 from fastgpt2.train.spikes import ON_SPIKE
 
 # the table of a TOML file with the values for the optimizer Muon
@@ -133,7 +133,7 @@ class TrainConfig:
     on_spike: str = _option(
         "warn",
         "when a loss is far above the previous ones: print a line, or also go back to the last "
-        "checkpoint and skip the data since then",
+        "checkpoint before it and skip the data since then",
         choices=ON_SPIKE,
     )
     shard: bool = _option(
@@ -265,6 +265,23 @@ class TrainConfig:
     def final_lr(self) -> float:
         """The learning rate at the end of the schedule."""
         return self.lr / 10 if self.min_lr is None else self.min_lr
+
+    def learning_rate(self, step: int, progress: float) -> float:
+        """The learning rate of an optimizer step.
+
+        Args:
+            step: its number, from 0.
+            progress: how much of the run is done after the warm-up, 0 to 1.
+        """
+        return learning_rate(
+            self.schedule,
+            step,
+            progress,
+            lr=self.lr,
+            min_lr=self.final_lr,
+            warmup_steps=self.warmup_steps,
+            wsd_decay=self.wsd_decay,
+        )
 
     def total_steps(
         self, blocks_per_epoch: int, *, step: int = 0, blocks: int = 0, ranks: int = 1

@@ -37,6 +37,7 @@ class Console:
         batch_size: int,
         grad_accum: int,
         dtype: torch.dtype,
+        pack: bool,
         kernels: str,
     ) -> None:
         """The data, the model, its memory and its kernels."""
@@ -45,7 +46,7 @@ class Console:
             f"data: {dataset.source}; {len(dataset.train):,} training and {val_tokens:,} "
             f"validation tokens (tokenizer {tokenizer_id})"
         )
-        for line in summary.model_lines(model, optimizer, batch_size, dtype, grad_accum):
+        for line in summary.model_lines(model, optimizer, batch_size, dtype, grad_accum, pack=pack):
             self.notify(line)
         self.notify(f"kernels: {kernels}")
 

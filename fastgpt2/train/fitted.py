@@ -9,7 +9,6 @@ from fastgpt2 import distributed
 from fastgpt2.model import GPT
 from fastgpt2.train.config import TrainConfig
 from fastgpt2.train.memory import largest_batch
-from fastgpt2.train.summary import optimizer_bytes
 
 
 def fitted(
@@ -39,7 +38,7 @@ def fitted(
     ranks = distributed.world_size()
     batch_size, grad_accum = config.split(ranks)
     sequences = batch_size * grad_accum
-    size = largest_batch(model, optimizer_bytes(optimizer), sequences, dtype, notify)
+    size = largest_batch(model, optimizer, sequences, dtype, notify, pack=config.pack)
     return replace(
         config,
         auto_batch_size=False,

@@ -23,18 +23,15 @@ from fastgpt2.devices import autocast, rng_states, set_rng_states
 from fastgpt2.errors import UserError
 from fastgpt2.model import GPT
 from fastgpt2.text.packing import packed
-from fastgpt2.train.state import RunState
-from fastgpt2.train.step import TrainingStep
-
-Batch = tuple[Tensor, Tensor]
+from fastgpt2.train.step import Batch, TrainingStep
 
 # the file in the run folder
 BAD_STEP = "bad_step.safetensors"
 
 
 @dataclass(frozen=True)
-class BadStep:
-    """A step to recompute.
+class KeptStep:
+    """A step that can be recomputed.
 
     Attributes:
         model: in training mode, with the weights that the step began with.
@@ -68,7 +65,7 @@ class BadStep:
         save_file(tensors, path, metadata=metadata)
 
     @classmethod
-    def load(cls, path: Path, **overrides: Any) -> "BadStep":
+    def load(cls, path: Path, **overrides: Any) -> "KeptStep":
         """Read a file that ``save`` has written.
 
         Args:
@@ -121,20 +118,15 @@ class BadStep:
 
 
 def check(
-    training_step: TrainingStep,
-    state: RunState,
-    run: Path,
-    result: tuple[float, float, int],
-    eot: int | None = None,
+    training_step: TrainingStep, last: KeptStep, run: Path, result: tuple[float, float, int]
 ) -> None:
     """Stop a run that has diverged, after saving and naming the cause; all processes call it.
 
     Args:
-        training_step: has counted the bad steps, and has the batches of the last one.
-        state: state of the run.
+        training_step: counts the steps that were not finite.
+        last: the last step that the log knows of, which is recomputed.
         run: the run folder.
         result: loss, norm of the gradient and number of a step.
-        eot: the id that ends a document, if documents are packed into blocks.
 
     Raises:
         UserError: the last steps were not finite.
@@ -143,13 +135,11 @@ def check(
         training_step.check(*result)
     except UserError as error:
         kept = "; the last checkpoint is untouched" if runs.saved_steps(run) else ""
-        random_numbers = state.marked_random_numbers
-        bad = BadStep(state.model, training_step.batches, random_numbers, state.step, eot)
-        found = explain(bad, training_step.dtype, run / BAD_STEP)
+        found = explain(last, training_step.dtype, run / BAD_STEP)
         raise distributed.agreed(UserError(f"{error}{found}{kept}")) from None
 
 
-def explain(bad: BadStep, dtype: torch.dtype, path: Path) -> str:
+def explain(bad: KeptStep, dtype: torch.dtype, path: Path) -> str:
     """The end of the message of a run that diverged; all processes call it.
 
     The first process that finds something saves its part of the step. A sharded model is not

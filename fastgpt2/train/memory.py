@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from fastgpt2 import distributed
@@ -21,6 +22,7 @@ from fastgpt2.kernels.linear_cross_entropy import TORCH_CHUNK_BYTES, TRITON_CHUN
 from fastgpt2.layers import Block
 from fastgpt2.model import GPT
 from fastgpt2.train.compiled import try_out
+from fastgpt2.train.optimizers import moment_bytes, update_bytes
 from fastgpt2.train.parallel import own
 
 # queries of a block of the CPU's attention in bf16, and logits of a tile of its loss, at most
@@ -63,7 +65,12 @@ class _Layer:
     gradients: float
 
 
-def _layer(model: GPT, rows: int, dtype: torch.dtype, gradients: float) -> _Layer:
+def _keeps_input(layer: nn.Module) -> bool:
+    """Whether the backward pass needs what a linear layer read: a matrix of it is trained."""
+    return any(p.requires_grad for p in layer.parameters() if p.dim() == 2)
+
+
+def _layer(model: GPT, rows: int, dtype: torch.dtype, gradients: float, *, pack: bool) -> _Layer:
     config, e = model.config, dtype.itemsize
     C, T, H = config.n_embd, config.block_size, config.n_head
     width = float(rows * T * C * e)
@@ -71,37 +78,54 @@ def _layer(model: GPT, rows: int, dtype: torch.dtype, gradients: float) -> _Laye
     triton = device_kind(model.lm_head.weight.device).cuda
     # copies of attention's and the MLP's weights in the dtype of the computation, if it is not fp32
     copy = C * C * e * (e != 4)
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    # the last one is trained where any is
+    fc, proj = blocks[-1].mlp.c_fc, blocks[-1].mlp.c_proj
     # norm 1, qkv 3, attention 1, stream 2, norm 1; in the MLP its pre-activation, and its GELU
-    own, inner = 8 * width + 4 * copy, (4 if triton else 8) * width + 8 * copy
+    own = (7 + _keeps_input(fc)) * width + 4 * copy
+    inner = (4 if triton or not _keeps_input(proj) else 8) * width + 8 * copy
     if config.resid_p > 0 and not triton:
         own += 2 * rows * T * C * 4
     if config.attn_p > 0:
         own += scores / 8 if triton else 12 * scores
-    # gradients of the hidden layer before and after the GELU, its output on a GPU; the stream's
-    mlp = (13 if triton else 5) * width + 4 * C * C * 4
-    attention = (6 if triton else 11) * width + 8 * C * C * 4
-    if not triton and e == 2 and config.attn_p == 0:
-        attention += 3 * scores / T * min(T, _QUERIES) * e
-    full, blocks = own + inner, [m for m in model.modules() if isinstance(m, Block)]
-    kept = full
+    # gradients of the hidden layer before and after the GELU, its output on a GPU; the stream's;
+    # and of the weights
+    weight = 4 * C * C * 4
+    mlp = (13 if triton else 5) * width + weight * proj.weight.requires_grad
+    attention = (6 if triton else 11) * width
+    attention += weight * (proj.weight.requires_grad + fc.weight.requires_grad)
+    if not triton and config.attn_p == 0:
+        if pack:
+            # what each token sees, added to the scores, and the output without blind tokens
+            own += rows * T * T * e + width
+        elif e == 2:
+            attention += 3 * scores / T * min(T, _QUERIES) * e
+    kept = full = own + inner
     if model.transformer.remat_blocks:
         kept = width
-    elif blocks and blocks[0].remat_mlp:
+    elif blocks[0].remat_mlp:
         kept = own
     return _Layer(full, kept, mlp, attention - inner, gradients)
 
 
 def estimate(
-    model: GPT, moments: int, batch_size: int, dtype: torch.dtype, *, grad_accum: int = 1
+    model: GPT,
+    optimizer: torch.optim.Optimizer,
+    batch_size: int,
+    dtype: torch.dtype,
+    *,
+    grad_accum: int = 1,
+    pack: bool = False,
 ) -> Memory:
     """The memory of each process, from shapes alone.
 
     Args:
         model: on its device; sharded where it will be.
-        moments: bytes of the optimizer's moments, in all processes together if they are sharded.
+        optimizer: of its parameters; its moments need not exist yet.
         batch_size: B, sequences per micro-batch.
         dtype: dtype of the computation.
         grad_accum: micro-batches per step.
+        pack: whether attention is confined to the documents of a block.
     """
     config, e = model.config, dtype.itemsize
     C, L, V = config.n_embd, config.n_layer, config.padded_vocab_size
@@ -109,12 +133,13 @@ def estimate(
     host = device_kind(model.lm_head.weight.device).host
     sharded = isinstance(model, FSDPModule)
     ranks = distributed.world_size()
+    moments = moment_bytes(optimizer)
     weights = 4 * sum(p.numel() for p in model.parameters())
     trained = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     blocks = 4 * sum(p.numel() for p in model.transformer.h.parameters() if p.requires_grad)
     # the checkpoint of a model with adapters has only these
     stored = weights if model.lora is None else trained
-    layer = _layer(model, batch_size, dtype, blocks / L)
+    layer = _layer(model, batch_size, dtype, blocks / L, pack=pack)
     # the residual stream before the first block and after the last one, the gradient of the latter
     base = 3 * N * C * e + (4 * N * C if config.embd_p > 0 and host else 0)
     activations = base + L * layer.kept
@@ -130,18 +155,19 @@ def estimate(
         held = base + head + waiting * layer.kept + (L - waiting) * layer.gradients
         held += layer.full - layer.kept
         stages += [held + layer.mlp, held + layer.attention]
-    gradients, peak = float(trained), max(*stages, float(trained))
     shared = ranks if sharded else 1
+    gradients, passes = trained / shared, max(stages)
     if sharded:
         # embeddings and two blocks are whole, and a block's gradient before it is shared out
         whole = V * C + config.block_size * C + 3 * blocks / L / 4
-        peak += e * whole + (gradients if grad_accum > 1 else 0)
+        passes += e * whole + (trained if grad_accum > 1 else 0)
     elif ranks > 1:
         # DDP keeps its buckets all the time
-        peak = max(stages) - head + trained
-    gradients /= shared
-    peak += (weights + moments) / shared
-    # only the first process copies a replicated model
+        passes += trained - head
+    peak = max(passes, gradients + update_bytes(optimizer)) + (weights + moments) / shared
+    # only the first process copies a replicated model; a part of a sharded one is put into a file's
+    # bytes before these are written, the weights and then the moments
+    copy = (stored + moments + (max(stored, moments) if sharded else 0)) / shared
     return Memory(
         round(weights / shared),
         round(gradients),
@@ -149,7 +175,7 @@ def estimate(
         round(activations),
         round(loss),
         round(peak),
-        round((stored + moments) / shared),
+        round(copy),
     )
 
 
@@ -182,7 +208,13 @@ def available(device: torch.device) -> int:
 
 
 def largest_batch(
-    model: GPT, moments: int, sequences: int, dtype: torch.dtype, notify: Callable[[str], None]
+    model: GPT,
+    optimizer: torch.optim.Optimizer,
+    sequences: int,
+    dtype: torch.dtype,
+    notify: Callable[[str], None],
+    *,
+    pack: bool = False,
 ) -> int:
     """The largest micro-batch that fits, of those that divide ``sequences``.
 
@@ -191,19 +223,23 @@ def largest_batch(
 
     Args:
         model: in training mode, on its device.
-        moments: bytes of the optimizer's moments, which do not exist yet.
+        optimizer: of its parameters, before its first step.
         sequences: sequences per step and process.
         dtype: dtype of the computation.
         notify: shows a line.
+        pack: whether attention is confined to the documents of a block.
 
     Raises:
         UserError: one sequence does not fit.
     """
-    device = model.lm_head.weight.device
+    device, moments = model.lm_head.weight.device, moment_bytes(optimizer)
     held = sum(own(p).nbytes for p in model.parameters())
     free = int(SHARE * (available(device) + held))
     sizes = [size for size in range(sequences, 0, -1) if sequences % size == 0]
-    needs = {s: estimate(model, moments, s, dtype, grad_accum=sequences // s) for s in sizes}
+    needs = {
+        size: estimate(model, optimizer, size, dtype, grad_accum=sequences // size, pack=pack)
+        for size in sizes
+    }
     # on the processor, what a checkpoint is written from lies beside the step
     host = device_kind(device).host
     peaks = {size: need.peak + (need.copy if host else 0) for size, need in needs.items()}

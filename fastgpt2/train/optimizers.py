@@ -1,7 +1,7 @@
 """AdamW for every parameter, or Muon for the matrices of the blocks and AdamW for the rest."""
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -73,6 +73,39 @@ def set_momentum(
             group["momentum"] = start + share * (momentum - start)
 
 
+def moment_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the moments in fp32, of all processes: AdamW keeps two per parameter, Muon one."""
+    return sum(
+        4 * (1 if "momentum" in group else 2) * sum(p.numel() for p in group["params"])
+        for group in optimizer.param_groups
+    )
+
+
+def update_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes that an update takes in one process, beside weights, gradients and moments.
+
+    AdamW computes in place. Muon has, for the matrices of one shape: their gradients with the
+    guard, what the momentum makes of them, both for the whole matrices before and after the
+    iteration, and four of the iteration's square matrices.
+    """
+    peak = 0
+    for group in optimizer.param_groups:
+        for batch in _by_shape(group["params"]) if "momentum" in group else ():
+            part, whole = (sum(x.numel() for x in xs) for xs in ([own(p) for p in batch], batch))
+            gathered = 0 if part == whole else whole
+            squares = sum(min(p.shape) ** 2 for p in batch)
+            peak = max(peak, 4 * (2 * part + gathered + 2 * whole + 4 * squares))
+    return peak
+
+
+def _by_shape(matrices: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Those of one shape, or of its transpose, together."""
+    batches: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
+    for matrix in matrices:
+        batches[min(matrix.shape), max(matrix.shape)].append(matrix)
+    return list(batches.values())
+
+
 class Muon(torch.optim.Muon):
     """PyTorch's Muon, faster on small matrices, and with the guard that fused AdamW has.
 
@@ -91,11 +124,7 @@ class Muon(torch.optim.Muon):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update all matrices once; ``closure`` is not used."""
         for group in self.param_groups:
-            batches: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
-            for p in group["params"]:
-                if p.grad is not None:
-                    batches[min(p.shape), max(p.shape)].append(p)
-            for parameters in batches.values():
+            for parameters in _by_shape([p for p in group["params"] if p.grad is not None]):
                 self._update(parameters, group)
 
     def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:

@@ -24,7 +24,9 @@ def _group_beside(group: dist.ProcessGroup) -> dist.ProcessGroup:
     return beside
 
 
-def staged_shards(tensors: Mapping[str, Tensor], *, on_cuda: bool) -> Callable[[Path], None]:
+def staged_shards(
+    tensors: Mapping[str, Tensor], *, on_cuda: bool
+) -> Callable[[Path], dict[str, str]]:
     """Copy this process's parts into the host's memory; all processes call it.
 
     Args:
@@ -32,9 +34,9 @@ def staged_shards(tensors: Mapping[str, Tensor], *, on_cuda: bool) -> Callable[[
         on_cuda: the parts are on a GPU.
 
     Returns:
-        What writes the copies into ``FOLDER/shards``. All processes call it, in any thread; it
-        ends when the parts of all are on the disk. It raises the first failure on the process
-        that had it, and ``EndedElsewhere`` on the others.
+        What writes the copies into ``FOLDER/shards``, and has no digests of the files. All
+        processes call it, in any thread; it ends when the parts of all are on the disk. It raises
+        the first failure on the process that had it, and ``EndedElsewhere`` on the others.
     """
     stager = DefaultStager(
         StagingOptions(
@@ -48,7 +50,7 @@ def staged_shards(tensors: Mapping[str, Tensor], *, on_cuda: bool) -> Callable[[
     assert isinstance(copies, dict) and dist.group.WORLD is not None
     group = _group_beside(dist.group.WORLD)
 
-    def write(folder: Path) -> None:
+    def write(folder: Path) -> dict[str, str]:
         # weights in files of their own
         files = {name: 1 if name.startswith(WEIGHTS) else 2 for name in copies}
         writer = HuggingFaceStorageWriter(str(folder / runs.SHARDS), files, save_distributed=True)
@@ -60,5 +62,6 @@ def staged_shards(tensors: Mapping[str, Tensor], *, on_cuda: bool) -> Callable[[
             if first != distributed.rank() and isinstance(reason, Exception):
                 raise EndedElsewhere(exit_code(reason)) from None
             raise reason from None
+        return {}
 
     return write

@@ -2,6 +2,7 @@
 
 import math
 from collections import deque
+from collections.abc import Iterable
 from statistics import fmean, stdev
 
 # what a run can do about a spike
@@ -11,10 +12,19 @@ WINDOW, _LEAST, LIMIT = 100, 20, 6.0
 
 
 class Spikes:
-    """The last losses, of which a new one may be an outlier."""
+    """The last losses, of which a new one may be an outlier.
 
-    def __init__(self) -> None:
-        self._losses: deque[float] = deque(maxlen=WINDOW)
+    Args:
+        losses: those before, the newest one last.
+    """
+
+    def __init__(self, losses: Iterable[float] = ()) -> None:
+        self._losses: deque[float] = deque(losses, maxlen=WINDOW)
+
+    @property
+    def losses(self) -> list[float]:
+        """The losses that a new one is compared with."""
+        return list(self._losses)
 
     def score(self, loss: float) -> float | None:
         """(loss - mean) / standard deviation of the losses before, if that is a spike, else None.

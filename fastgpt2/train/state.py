@@ -14,6 +14,7 @@ from fastgpt2.model import GPT
 from fastgpt2.text import BlockStream
 from fastgpt2.train import checkpoint
 from fastgpt2.train.saver import Saver
+from fastgpt2.train.spikes import Spikes
 from fastgpt2.train.step import StepResult
 from fastgpt2.train.validation import Validation
 
@@ -33,6 +34,7 @@ class RunState:
         train_loss: mean loss of the steps between the last two records, nats per token.
         validation: loss of the weights as they are after ``step``; None where it was not measured.
         pending: results of the steps since the last record in the log.
+        spikes: the losses that a new one is compared with.
         saver: writes the checkpoints.
     """
 
@@ -46,6 +48,7 @@ class RunState:
     train_loss: float = math.nan
     validation: Validation | None = None
     pending: list[StepResult] = field(default_factory=list)
+    spikes: Spikes = field(default_factory=Spikes)
     saver: Saver = field(default_factory=Saver)
 
     def __post_init__(self) -> None:
@@ -74,7 +77,7 @@ class RunState:
             set_rng_states(rng, self._device)
 
     def go_back(self, folder: Path) -> None:
-        """Restore the checkpoint in ``folder``, except for the data, which goes on where it is.
+        """Restore the checkpoint in ``folder``; the data and the clock go on where they are.
 
         All processes call it.
 
@@ -84,25 +87,22 @@ class RunState:
         Raises:
             UserError: a file is missing, damaged, or does not fit the run.
         """
-        position = self.loader.state_dict()
+        position, elapsed = self.loader.state_dict(), self.elapsed
         self.pending.clear()
         self.validation = None
         checkpoint.load_weights(folder, self.model)
         self.restore(folder)
         self.loader.load_state_dict(position)
+        # what was undone took time, too: --minutes limit all of it
+        self.elapsed = elapsed
+        # a loss that stays high must not bring the run back for ever
+        self.spikes.clear()
         self.mark()
 
-    def read_pending(self) -> list[tuple[float, float]]:
-        """Loss and gradient norm of each step since the last record, fetched from the device.
-
-        ``train_loss`` becomes the mean of the losses that are finite.
-        """
-        losses = torch.stack([result.loss for result in self.pending]).tolist()
-        norms = torch.stack([result.grad_norm for result in self.pending]).tolist()
-        finite = [loss for loss in losses if math.isfinite(loss)]
-        self.train_loss = sum(finite) / len(finite) if finite else math.nan
-        self.pending.clear()
-        return list(zip(losses, norms, strict=True))
+    def take_pending(self) -> list[StepResult]:
+        """The results of the steps since the last record, which are then no longer pending."""
+        results, self.pending = self.pending, []
+        return results
 
     def save(self, run: Path, keep_last: int) -> None:
         """Begin to write the checkpoint of ``step``, then to delete those no longer kept.
@@ -128,6 +128,7 @@ class RunState:
             "train_loss": _finite_or_none(self.train_loss),
             "validation": None if validation is None else asdict(validation),
             "pending": [[_finite_or_none(x.item()) for x in result] for result in self.pending],
+            "losses": self.spikes.losses,
             **self.fixed,
         }
         write = checkpoint.staged(run, self.step, self.model, self.optimizer, state)
@@ -162,11 +163,13 @@ class RunState:
             for result in state["pending"]:
                 loss, norm = torch.tensor([_or_nan(x) for x in result], device=self._device)
                 self.pending.append(StepResult(loss, norm))
+            # checkpoints of older versions have none
+            self.spikes = Spikes(float(loss) for loss in state.get("losses", ()))
             self.loader.load_state_dict(state["loader"])
             # empty if the dtype needed no loss scale
             if state["scaler"]:
                 self.scaler.load_state_dict(state["scaler"])
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{folder}: damaged state: {error!r}") from None
         checkpoint.load_training_state(folder, self.model, self.optimizer)
         self.mark()

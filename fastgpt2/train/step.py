@@ -58,8 +58,6 @@ class TrainingStep:
         self.dtype = dtype
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         self.skipped = 0
-        # the batches of the last step, in case it has to be recomputed
-        self.batches: Sequence[Batch] = ()
 
     def __call__(self, batches: Sequence[Batch], lr: float) -> StepResult:
         """Train on one micro-batch after another, then update once.
@@ -75,7 +73,6 @@ class TrainingStep:
         """
         # freed only now, so that a diverged run can name the gradient that went bad
         self.optimizer.zero_grad(set_to_none=True)
-        self.batches = batches
         set_learning_rate(self.optimizer, lr)
         # counted on the host, where the reader leaves the batches: no wait for the device
         counts = [int(np.count_nonzero(targets.numpy(force=True) >= 0)) for _, targets in batches]

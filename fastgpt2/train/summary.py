@@ -6,6 +6,7 @@ from fastgpt2.devices import device_name
 from fastgpt2.lora import adapters
 from fastgpt2.model import GPT
 from fastgpt2.train.memory import Memory, estimate
+from fastgpt2.train.optimizers import moment_bytes
 
 _DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -21,14 +22,6 @@ def trained_parameters(model: GPT) -> int:
     wte, config = model.transformer.wte.weight, model.config
     padding = (config.padded_vocab_size - config.vocab_size) * config.n_embd
     return count - padding * wte.requires_grad
-
-
-def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the moments in fp32: AdamW keeps two for each parameter, Muon one."""
-    return sum(
-        4 * (1 if "momentum" in group else 2) * sum(p.numel() for p in group["params"])
-        for group in optimizer.param_groups
-    )
 
 
 def human(count: float, unit: str = "") -> str:
@@ -64,6 +57,8 @@ def model_lines(
     batch_size: int,
     dtype: torch.dtype,
     grad_accum: int = 1,
+    *,
+    pack: bool = False,
 ) -> list[str]:
     """The model, its trained part, its memory and where it runs, one line each."""
     config = model.config
@@ -71,9 +66,9 @@ def model_lines(
     # a checkpoint holds only the adapters, and names the weights that they belong to
     layers = adapters(model).values()
     stored = sum(x.lora_A.numel() + x.lora_B.numel() for x in layers) or parameters
-    trained, moments = trained_parameters(model), optimizer_bytes(optimizer)
+    trained, moments = trained_parameters(model), moment_bytes(optimizer)
     device = model.lm_head.weight.device
-    memory = estimate(model, moments, batch_size, dtype, grad_accum=grad_accum)
+    memory = estimate(model, optimizer, batch_size, dtype, grad_accum=grad_accum, pack=pack)
     share = "all" if trained == parameters else f"{trained / parameters:.3g} of all"
     lines = [
         f"model: {human(parameters)} parameters ({config.n_layer} layers, {config.n_head} heads, "

@@ -2,13 +2,14 @@
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from fastgpt2 import distributed, runs
-from fastgpt2.devices import peak_flops, resolve_device, resolve_dtype, resolve_kernels
+from fastgpt2.devices import resolve_device, resolve_dtype, resolve_kernels
 from fastgpt2.errors import EndedElsewhere, UserError
 from fastgpt2.generate.stream import encode_prompt
 from fastgpt2.model import GPT
@@ -23,7 +24,7 @@ from fastgpt2.train.fitted import fitted
 from fastgpt2.train.folder import begin_folder
 from fastgpt2.train.forward import forward_pass
 from fastgpt2.train.freeze import freeze
-from fastgpt2.train.guard import check
+from fastgpt2.train.guard import KeptStep
 from fastgpt2.train.interrupt import Interrupt, Interrupted
 from fastgpt2.train.metrics import plot
 from fastgpt2.train.optimizers import build_optimizer, set_momentum
@@ -32,10 +33,10 @@ from fastgpt2.train.outcome import Outcome
 from fastgpt2.train.parallel import seed_for_rank, shard, whole_model
 from fastgpt2.train.profiling import StepProfile
 from fastgpt2.train.reader import Reader
+from fastgpt2.train.records import Record, Records
 from fastgpt2.train.remat import set_remat
 from fastgpt2.train.samples import sample
-from fastgpt2.train.schedules import learning_rate, progress
-from fastgpt2.train.spikes import Spikes
+from fastgpt2.train.schedules import progress
 from fastgpt2.train.state import RunState, check_data
 from fastgpt2.train.step import Batch, TrainingStep
 from fastgpt2.train.validation import EVAL_TOKENS, validate
@@ -131,7 +132,7 @@ class Trainer:
         if self.dataset.val is not None:
             check_eval_tokens(self.dataset.val, shape.vocab_size)
         self.tokens_per_step = ranks * self.grad_accum * self.batch_size * shape.block_size
-        self.interrupt, self.spikes = Interrupt(), Spikes()
+        self.interrupt = Interrupt()
         self.profile = StepProfile(config.profile, run, self.device, self.console.say)
         self.training_step = TrainingStep(
             self.model,
@@ -152,6 +153,9 @@ class Trainer:
                 "config": config.to_toml(),
             },
         )
+        self.records = Records(
+            self.state, self.training_step, run, self.console, self.tokens_per_step
+        )
         seed_for_rank(config.seed, 0 if folder is None else runs.read_state(folder)["step"])
         if folder is not None:
             self.state.restore(folder)
@@ -169,7 +173,7 @@ class Trainer:
             return self._run()
 
     def _run(self) -> Outcome:
-        exit_code, ended, config, state = 0, 1, self.config, self.state
+        ended, config, state = 1, self.config, self.state
         distributed.on_rank_0(self._begin_folder)
         self.console.introduce(
             self.dataset,
@@ -179,6 +183,7 @@ class Trainer:
             batch_size=self.batch_size,
             grad_accum=self.grad_accum,
             dtype=self.dtype,
+            pack=config.pack,
             kernels=self.kernels,
         )
         left = 0 if self.total_steps is None else self.total_steps - state.step
@@ -201,27 +206,28 @@ class Trainer:
                 ),
             ):
                 try:
-                    self._loop()
-                    state.settle()
-                except Interrupted as signal:
-                    exit_code = signal.exit_code
-                    self._save_finished_step()
-                    self.console.write(f"stopped by {signal}: step {state.step} is saved")
+                    exit_code = self._until_the_end()
                 except (OSError, EndedElsewhere) as error:
                     # the log could not be written; the disk may still have room for the weights
                     if distributed.is_agreed(error) and distributed.is_by_system(error):
+                        with suppress(OSError, EndedElsewhere):
+                            self._finish_record()
                         self._save_finished_step()
                     raise
             ended = exit_code
         except Exception as error:
-            # plot failed runs too, unless other processes are waiting for this one to end
+            # unless other processes are waiting for this one to end
             if distributed.is_agreed(error):
+                # the first error is the one to say
+                with suppress(Exception):
+                    self.records.finish()
+                # failed runs are drawn too
                 self._plot()
             raise
         finally:
             self.profile.close()
             if distributed.rank() == 0:
-                self.metrics.close(ended)
+                self.records.log.close(ended)
         best = distributed.on_rank_0(lambda: runs.best(self.run_folder))
         return Outcome(
             step=state.step,
@@ -234,8 +240,20 @@ class Trainer:
             drawn=self._plot(),
         )
 
+    def _until_the_end(self) -> int:
+        """Train to the end, or to a signal; returns the exit code."""
+        try:
+            self._loop()
+            self.state.settle()
+            return 0
+        except Interrupted as signal:
+            self._save_finished_step()
+            self.console.write(f"stopped by {signal}: step {self.state.step} is saved")
+            return signal.exit_code
+
     def _save_finished_step(self) -> None:
         """Save the last step that was finished, and wait for it."""
+        self._finish_record()
         self.state.rewind()
         self.state.save(self.run_folder, self.config.keep_last)
         self.state.settle()
@@ -245,35 +263,30 @@ class Trainer:
 
     def _begin_folder(self) -> None:
         """Write the run folder's first files, and open the log."""
-        self.metrics = begin_folder(
+        self.records.log = begin_folder(
             self.run_folder, self.config, self.tokenizer, self.state.step, self.console.say
         )
 
     def _loop(self) -> None:
         config, state = self.config, self.state
-        mark, mark_step = time.perf_counter(), state.step
-        started = mark - state.elapsed
+        self.records.restart()
+        started = time.perf_counter() - state.elapsed
         while True:
+            if self._evaluation_is_due():
+                # this may take the run back, and then nothing is due
+                self._finish_record()
             if self._evaluation_is_due():
                 began = time.perf_counter()
                 self._evaluate()
                 # the speed counts training only
-                mark += time.perf_counter() - began
+                self.records.pause(time.perf_counter() - began)
             if self._progress() >= 1.0:
                 return
             if self.interrupt.save_is_wanted():
                 self._save_finished_step()
                 self.console.write(f"step {state.step} is saved")
             state.mark()
-            lr = learning_rate(
-                config.schedule,
-                state.step,
-                self._progress(),
-                lr=config.lr,
-                min_lr=config.final_lr,
-                warmup_steps=config.warmup_steps,
-                wsd_decay=config.wsd_decay,
-            )
+            lr = config.learning_rate(state.step, self._progress())
             set_momentum(
                 state.optimizer,
                 state.step,
@@ -290,31 +303,45 @@ class Trainer:
                 # minutes decide when the run ends, and must be the same on all processes
                 state.elapsed = distributed.longest(state.elapsed)
             self.console.advance()
-            if state.step % config.log_every == 0 or state.step == 1 or self._progress() >= 1.0:
-                grad_norm = self._read()
-                now = time.perf_counter()
-                speed = (state.step - mark_step) * self.tokens_per_step / (now - mark)
-                self._log(lr, speed, grad_norm)
-                if self._spiked and config.on_spike == "rollback":
-                    self._go_back()
-                    started = now - state.elapsed
-                mark, mark_step = now, state.step
+            # the step before may have left a record: read it now that the device has the next step
+            self._finish_record(self._new_record(batches, lr))
+
+    def _new_record(self, batches: list[Batch], lr: float) -> Record | None:
+        """The record of the step that was just begun, if the log is to have one."""
+        state = self.state
+        if state.step % self.config.log_every and state.step != 1 and self._progress() < 1.0:
+            return None
+        random_numbers = state.marked_random_numbers
+        return Record(
+            state.take_pending(),
+            KeptStep(self.model, batches, random_numbers, state.step, self.eot),
+            lr=lr,
+            tokens=state.tokens,
+            elapsed=state.elapsed,
+        )
+
+    def _finish_record(self, following: Record | None = None) -> None:
+        """Log the record that waits, which may take the run back; ``following`` waits then."""
+        spike = self.records.finish(following)
+        if spike is not None and self.config.on_spike == "rollback":
+            self._go_back(spike)
 
     def _take(self) -> list[Batch]:
         """The micro-batches of a step, unless the last checkpoint could not be written."""
         self.state.saver.look()
         return self.reader.take(self.grad_accum)
 
-    def _go_back(self) -> None:
-        """Go back to the last checkpoint, and on with the data that comes now."""
+    def _go_back(self, spike: int) -> None:
+        """Go back to before step ``spike``, and on with the data that comes now."""
         self.state.settle()
-        if not distributed.on_rank_0(lambda: runs.saved_steps(self.run_folder)):
+        folder = distributed.on_rank_0(lambda: checkpoint.newest_before(self.run_folder, spike))
+        if folder is None:
             self.console.write("there is no checkpoint to go back to")
             return
-        self.state.go_back(distributed.on_rank_0(lambda: runs.latest(self.run_folder)))
+        self.state.go_back(folder)
         # later records are dropped
         distributed.on_rank_0(self._begin_folder)
-        self.spikes.clear()
+        self.records.restart()
         self.console.go_back(self.state.step)
 
     def _evaluation_is_due(self) -> bool:
@@ -323,40 +350,6 @@ class Trainer:
         if state.step == 0 or state.validation is not None:
             return False
         return state.step % self.config.eval_every == 0 or self._progress() >= 1.0
-
-    def _read(self) -> float:
-        """Check the results of the last steps; returns the last gradient norm."""
-        results = self.state.read_pending()
-        self._spiked = False
-        for step, (loss, norm) in enumerate(results, self.state.step - len(results) + 1):
-            check(self.training_step, self.state, self.run_folder, (loss, norm, step), self.eot)
-            score = self.spikes.score(loss)
-            if score is not None:
-                self._spiked = True
-                self.console.write(
-                    f"step {step}: loss {loss:.4f} is a spike, {score:.0f} standard deviations "
-                    "above the losses before"
-                )
-        return results[-1][1]
-
-    def _log(self, lr: float, speed: float, grad_norm: float) -> None:
-        state, peak = self.state, peak_flops(self.device)
-        ranks = distributed.world_size()
-        mfu = None if peak is None else self.model.flops_per_token() * speed / (ranks * peak)
-        self._write(
-            step=state.step,
-            tokens=state.tokens,
-            train_loss=state.train_loss,
-            lr=lr,
-            grad_norm=grad_norm,
-            tokens_per_second=speed,
-            mfu=mfu,
-            elapsed=state.elapsed,
-        )
-        self.console.record(state.train_loss, lr, grad_norm, speed, mfu)
-
-    def _write(self, **record: float | None) -> None:
-        distributed.on_rank_0(lambda: self.metrics.write(**record))
 
     def _evaluate(self) -> None:
         """Score the weights, copy them for the checkpoint, and show what the log has already."""
@@ -373,7 +366,7 @@ class Trainer:
         seconds = time.perf_counter() - began
         if state.validation is not None:
             result = state.validation
-            self._write(
+            self.records.write(
                 step=state.step,
                 tokens=state.tokens,
                 val_loss=result.loss,

@@ -6,7 +6,7 @@ streams. Format: https://huggingface.co/docs/safetensors/index#format
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ NAMED_DTYPES = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in NAMED_DTYPES.items()}
+# bytes that are written at a time
+_PIECE = 2**20
 
 
 def read_safetensors(path: Path) -> dict[str, LazyTensor]:
@@ -85,15 +87,27 @@ def _checked(path: Path, call: Any, *args: str | Path) -> Any:
 
 
 def write_safetensors(
-    path: Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str] | None = None
+    path: Path,
+    tensors: Mapping[str, LazyTensor],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    also: Callable[[bytes | memoryview], None] | None = None,
 ) -> None:
-    """Write ``tensors`` in their order, one in memory at a time.
+    """Write ``tensors``, those of the widest dtype first, one in memory at a time.
 
-    ``path`` must not be visible to any reader yet.
+    Other threads can run while a piece of a tensor is written.
+
+    Args:
+        path: must not be visible to any reader yet.
+        tensors: by name.
+        metadata: texts for the header.
+        also: gets all that is written, piece by piece, such as the ``update`` of a digest.
     """
+    # values then begin at a multiple of their size
+    order = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
-    for name, tensor in tensors.items():
+    for name, tensor in order:
         header[name] = {
             "dtype": NAMES[tensor.dtype],
             "shape": list(tensor.shape),
@@ -104,6 +118,15 @@ def write_safetensors(
     # values start on a multiple of eight bytes
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
-            file.write(as_bytes(tensor.read()))
+
+        def put(data: bytes | memoryview) -> None:
+            # small enough for the processor's cache, which then has it for the digest
+            for begin in range(0, len(data), _PIECE):
+                piece = data[begin : begin + _PIECE]
+                file.write(piece)
+                if also is not None:
+                    also(piece)
+
+        put(len(text).to_bytes(8, "little") + text)
+        for _, tensor in order:
+            put(as_bytes(tensor.read()))

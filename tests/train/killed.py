@@ -1,10 +1,13 @@
-"""Run by test_kill.py: train, and die without warning while a checkpoint is being written.
+"""Run by test_kill.py: train, and die without warning.
 
-``python -m tests.train.killed DATA FOLDER`` makes one run a kill point, ``FOLDER/<point>``, each
-in a process of its own that ends with SIGKILL, and one that nobody kills, ``FOLDER/whole``.
+``python -m tests.train.killed DATA FOLDER`` makes one run for each kill point in the writing of a
+checkpoint, ``FOLDER/<point>``, each in a process of its own that ends with SIGKILL, and one that
+nobody kills, ``FOLDER/whole``. ``FOLDER/random.json`` is the record of kills at random moments.
 """
 
+import json
 import os
+import random
 import shutil
 import signal
 import sys
@@ -14,12 +17,16 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import safetensors.torch
-
 from fastgpt2 import runs
 from fastgpt2.train import checkpoint
 from fastgpt2.train.config import TrainConfig
+from fastgpt2.weights.safetensors_file import write_safetensors
 from tests.train.tiny_run import tiny_train_config, train
+from tools.kills import Job, killed
+from tools.soak import flags, is_same, next_flags
+
+# at random moments
+KILLS = 6
 
 # which checkpoint dies, the one of the second evaluation
 STEP = 4
@@ -41,13 +48,13 @@ def while_writing(file: str) -> Callable[[], None]:
     """Half of a safetensors file reaches the disk."""
 
     def arm() -> None:
-        def save_file(tensors: Any, path: Path, **options: Any) -> None:
-            safetensors.torch.save_file(tensors, path, **options)
+        def write_half(path: Path, *arguments: Any, **options: Any) -> None:
+            write_safetensors(path, *arguments, **options)
             if path.name == file and at_step(path):
                 os.truncate(path, path.stat().st_size // 2)
                 die()
 
-        patch.object(checkpoint, "save_file", save_file).start()
+        patch.object(checkpoint, "write_safetensors", write_half).start()
 
     return arm
 
@@ -105,6 +112,15 @@ def main(data: Path, folder: Path) -> None:
         _, status = os.waitpid(child, 0)
         expected = 0 if name == "whole" else signal.SIGKILL
         assert os.waitstatus_to_exitcode(status) == -expected, name
+    begin = flags("--steps=20", "--eval-every=4", shard=False)
+    record = killed(
+        lambda name: Job(folder / "random" / name, data, 1, begin, next_flags),
+        KILLS,
+        random.Random(),
+        is_same,
+        life=0.5,
+    )
+    (folder / "random.json").write_text(json.dumps(record), encoding="utf-8")
 
 
 if __name__ == "__main__":

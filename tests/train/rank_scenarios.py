@@ -1,6 +1,7 @@
 """The scenarios of test_ranks.py, by name: how many ranks, and what each does."""
 
 import errno
+import json
 import os
 import random
 import signal
@@ -14,10 +15,13 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from torch import Tensor
 
 from fastgpt2.errors import UserError
+from fastgpt2.text import BlockStream
 from tests.faults import failing_disk
 from tests.train.ranks import COMMON, RESTARTS, Fault, at_step, command, main
+from tests.train.step_memory import compared_in_ranks
 
 TWO_BY_TWO = ("--batch-size=2", "--grad-accum=2")
 DROPOUT = "--dropout=0.1"
@@ -34,6 +38,27 @@ def crash() -> None:
 
 def hang() -> None:
     time.sleep(600)
+
+
+def reader_hangs(rank: int) -> None:
+    """On one rank, the data of the second step never comes."""
+    whole, calls = BlockStream.batch_at, 0
+
+    def batch_at(self: BlockStream, place: int) -> tuple[Tensor, Tensor]:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            hang()
+        return whole(self, place)
+
+    if rank == 1:
+        patch.object(BlockStream, "batch_at", batch_at).start()
+
+
+def memory_of_steps(rank: int) -> int:
+    """Says what two processes need for a step, and what is expected."""
+    print(json.dumps(compared_in_ranks()))
+    return 0
 
 
 def dying(rank: int) -> None:
@@ -116,6 +141,11 @@ def scenarios(data: Path, folder: Path) -> dict[str, tuple[int, Callable[[int], 
         "killed": (2, command(begin("killed"), at_step(2, 1, sending(signal.SIGKILL)))),
         "taken": (2, command(begin("adamw --no-shard"))),
         "hangs": (2, command(begin("hangs", "--timeout=5"), at_step(2, 1, hang))),
+        "reader hangs": (
+            2,
+            command(begin("reader hangs", *TWO_BY_TWO, "--timeout=5"), reader_hangs),
+        ),
+        "memory": (2, memory_of_steps),
         # killed at its third step, and started again by torchrun with the same command
         "elastic": (
             2,

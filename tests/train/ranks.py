@@ -7,10 +7,9 @@
 import json
 import os
 import signal
-import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from fastgpt2.train.__main__ import main as train_command
 from fastgpt2.train.step import TrainingStep
+from tools.forked import fork_rank
 
 SHAPE = "--tokenizer=bytes --model=gpt2-nano --block-size=16 --n-layer=2 --n-head=2 --n-embd=16"
 LENGTH = "--steps=4 --warmup-steps=1 --log-every=1 --eval-every=2 --sample-tokens=3"
@@ -51,37 +51,10 @@ def attempted(
 ) -> dict[str, Any]:
     """Exit codes of ``count`` ranks, and what each has said."""
     folder.mkdir(parents=True, exist_ok=True)
-    children = []
-    for rank in range(count):
-        child = os.fork()
-        if child == 0:
-            code = 99
-            try:
-                os.environ.update(
-                    RANK=str(rank),
-                    LOCAL_RANK=str(rank),
-                    WORLD_SIZE=str(count),
-                    MASTER_ADDR="127.0.0.1",
-                    MASTER_PORT=str(port),
-                    TORCHELASTIC_USE_AGENT_STORE="True",
-                    TORCHELASTIC_RESTART_COUNT=str(attempt),
-                )
-                for number, name in ((1, "out"), (2, "err")):
-                    handle = os.open(
-                        folder / f"{name}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-                    )
-                    os.dup2(handle, number)
-                code = body(rank)
-            except SystemExit as exit:
-                code = int(exit.code or 0)
-            except BaseException:
-                traceback.print_exc()
-                code = 1
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
-        children.append(child)
+    children = [
+        fork_rank(partial(body, rank), rank, count, port=port, said=folder, attempt=attempt)
+        for rank in range(count)
+    ]
     codes = ended(children)
     said = {
         name: [(folder / f"{name}.{rank}").read_text(encoding="utf-8") for rank in range(count)]

@@ -153,7 +153,13 @@ def misshape_a_tensor(path: Path) -> None:
     save_file(tensors | {name: torch.zeros(3)}, path)
 
 
-DAMAGES = [truncate, scribble, Path.unlink, drop_a_tensor, misshape_a_tensor]
+def misshape_a_matrix(path: Path) -> None:
+    tensors = load_file(path)
+    name = next(name for name, tensor in tensors.items() if tensor.dim() == 2)
+    save_file(tensors | {name: torch.zeros(3)}, path)
+
+
+DAMAGES = [truncate, scribble, Path.unlink, drop_a_tensor, misshape_a_tensor, misshape_a_matrix]
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +253,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint, "write_safetensors", full)
     with pytest.raises(UserError, match=r"step_00000002: cannot be written: .*No space left"):
         checkpoint.save(tmp_path, 2, model, optimizer, {})
     assert runs.saved_steps(tmp_path) == [1]

@@ -12,16 +12,16 @@ from fastgpt2.devices import rng_states
 from fastgpt2.errors import UserError
 from fastgpt2.model import GPT
 from fastgpt2.train.__main__ import main
-from fastgpt2.train.guard import BAD_STEP, BadStep
+from fastgpt2.train.guard import BAD_STEP, KeptStep
 from tests.tiny_gpt import tiny_batch, tiny_gpt
 from tests.train.tiny_run import make_trainer, tiny_train_config
 
 pytestmark = pytest.mark.usefixtures("no_picture")
 
 
-def bad_step(model: GPT, **fields: Any) -> BadStep:
+def bad_step(model: GPT, **fields: Any) -> KeptStep:
     model.train()
-    return BadStep(model, [tiny_batch(), tiny_batch(seed=2)], rng_states(torch.device("cpu")), 3)
+    return KeptStep(model, [tiny_batch(), tiny_batch(seed=2)], rng_states(torch.device("cpu")), 3)
 
 
 def infinite_output(model: GPT, name: str) -> None:

@@ -11,38 +11,20 @@ import torch
 from fastgpt2.config import GPTConfig
 from fastgpt2.devices import device_kind
 from fastgpt2.errors import UserError
+from fastgpt2.lora import add_lora
 from fastgpt2.model import GPT
-from fastgpt2.train import memory
+from fastgpt2.text.packing import packed
+from fastgpt2.train import checkpoint, memory
 from fastgpt2.train.__main__ import build_parser
 from fastgpt2.train.config import TrainConfig
 from fastgpt2.train.config_file import read_config
 from fastgpt2.train.memory import estimate
+from fastgpt2.train.optimizers import build_optimizer, moment_bytes
 from fastgpt2.train.remat import set_remat
 from fastgpt2.train.step import TrainingStep
-from fastgpt2.train.summary import optimizer_bytes
+from tests.tiny_gpt import gradients, tiny_batch
+from tests.train.step_memory import SMALL, measured
 from tests.train.tiny_run import make_trainer, tiny_train_config
-
-SMALL: dict[str, Any] = dict(
-    n_layer=3, n_head=2, n_embd=32, block_size=64, vocab_size=300, dropout=0.0
-)
-
-
-def measured(step: TrainingStep, batch: tuple[torch.Tensor, torch.Tensor]) -> int:
-    """Bytes at the peak of a step: what was there before it, and what the profiler adds."""
-    step([batch], lr=1e-3)
-    step.optimizer.zero_grad(set_to_none=True)
-    moments = [t for s in step.optimizer.state.values() for t in s.values() if t.dim()]
-    before = sum(t.nbytes for t in (*moments, *step.model.parameters()))
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        step([batch], lr=1e-3)
-    events = profile.profiler.kineto_results.events()
-    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
-    now, peak = 0, 0
-    for _, change in sorted(changes, key=lambda pair: pair[0]):
-        now += int(change)
-        peak = max(peak, now)
-    return int(before + peak)
 
 
 @pytest.mark.parametrize(
@@ -76,10 +58,62 @@ def test_within_15_percent_of_the_peak(
         model, optimizer, dtype=kind, grad_clip=1.0, forward=model, poll=lambda: None
     )
     idx = torch.randint(config.vocab_size, (rows, config.block_size))
-    peak = measured(step, (idx, idx))
-    assert estimate(model, optimizer_bytes(optimizer), rows, kind).peak == pytest.approx(
-        peak, rel=0.15
+    peak = measured(step, [(idx, idx)])
+    assert estimate(model, optimizer, rows, kind).peak == pytest.approx(peak, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows", "optimizer", "rank", "targets", "pack"),
+    [
+        ({"n_embd": 96, "block_size": 16}, 1, "muon", 0, (), False),
+        ({}, 8, "adamw", 4, ("c_attn",), False),
+        (
+            {"n_embd": 128, "block_size": 16},
+            1,
+            "adamw",
+            16,
+            ("c_attn", "c_fc", "mlp.c_proj"),
+            False,
+        ),
+        ({"block_size": 128}, 8, "adamw", 0, (), True),
+    ],
+)
+def test_muon_adapters_and_packed_documents(
+    shape: dict[str, Any],
+    rows: int,
+    optimizer: str,
+    rank: int,
+    targets: tuple[str, ...],
+    pack: bool,
+) -> None:
+    config = GPTConfig(**(SMALL | shape))
+    model = GPT(config)
+    if rank:
+        add_lora(model, rank=rank, targets=targets)
+    made = build_optimizer(model, tiny_train_config(Path(), optimizer=optimizer))
+    forward = packed(model, 0) if pack else model
+    step = TrainingStep(
+        model, made, dtype=torch.float32, grad_clip=1.0, forward=forward, poll=lambda: None
     )
+    idx = torch.randint(1, config.vocab_size, (rows, config.block_size))
+    idx[:, ::17] = 0
+    peak = measured(step, [(idx, idx)])
+    expected = estimate(model, made, rows, torch.float32, pack=pack).peak
+    assert expected == pytest.approx(peak, rel=0.15)
+
+
+def test_the_copy_for_a_checkpoint(tmp_path: Path) -> None:
+    model = GPT(GPTConfig(**SMALL))
+    optimizer = build_optimizer(model, tiny_train_config(Path(), optimizer="muon"))
+    gradients(model, *tiny_batch(B=2))
+    optimizer.step()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        write = checkpoint.staged(tmp_path, 1, model, optimizer, {})
+    events = profile.profiler.kineto_results.events()
+    copied = sum(e.nbytes() for e in events if e.name() == "[memory]")
+    write()
+    assert estimate(model, optimizer, 1, torch.float32).copy == pytest.approx(copied, rel=0.15)
 
 
 def test_auto_finds_the_largest_micro_batch_that_fits_and_keeps_the_tokens_of_a_step(
@@ -88,10 +122,10 @@ def test_auto_finds_the_largest_micro_batch_that_fits_and_keeps_the_tokens_of_a_
     whole = tiny_train_config(data, batch_size=12, grad_accum=2, steps=2, dropout=0.0)
     auto = TrainConfig.from_layers(asdict(whole), {"batch_size": "auto"})
     plain = make_trainer(whole, tmp_path / "whole")
-    moments = optimizer_bytes(plain.state.optimizer)
+    optimizer = plain.state.optimizer
     held = sum(p.nbytes for p in plain.model.parameters())
-    memory_of_8 = estimate(plain.model, moments, 8, torch.float32)
-    assert memory_of_8.copy == held + moments
+    memory_of_8 = estimate(plain.model, optimizer, 8, torch.float32)
+    assert memory_of_8.copy == held + moment_bytes(optimizer)
     need = memory_of_8.peak + memory_of_8.copy
     # room for 8 of the 24 sequences, and not for 12
     monkeypatch.setattr(memory, "available", lambda device: math.ceil(need / memory.SHARE) - held)
@@ -130,6 +164,7 @@ def test_auto_on_the_command_line_and_in_a_file(
 def test_a_gpu_tries_what_the_estimate_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """The trial finds no room for the first two sizes."""
     model = GPT(GPTConfig(**SMALL))
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
     tried: list[int] = []
 
     def fits(model: GPT, moments: int, size: int, dtype: torch.dtype) -> bool:
@@ -141,6 +176,6 @@ def test_a_gpu_tries_what_the_estimate_says(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(memory, "available", lambda device: 2**40)
     monkeypatch.setattr(memory, "_fits", fits)
     said: list[str] = []
-    assert memory.largest_batch(model, 0, 12, torch.float32, said.append) == 3
+    assert memory.largest_batch(model, optimizer, 12, torch.float32, said.append) == 3
     assert tried == [12, 6, 4, 3]
     assert "batch size: 3 x 4 sequences" in said[0]

@@ -215,6 +215,21 @@ def test_a_rank_that_hangs_is_named_with_its_stack(ranks: Ranks) -> None:
     assert "in hang" in said
 
 
+def test_a_reader_that_hangs_is_shown_with_its_stack(ranks: Ranks) -> None:
+    assert ranks.outcomes["reader hangs"]["codes"] == [75, 75]
+    said = "\n".join(ranks.complaints("reader hangs"))
+    assert "rank 1 has not moved on for 5 s" in said and "rank 0 has not" not in said
+    assert "its reader is here" in said.partition("rank 1 has not")[2] and "in hang" in said
+
+
+def test_the_estimate_of_the_memory_of_two_ranks(ranks: Ranks) -> None:
+    """Replicated and sharded, with AdamW and with Muon."""
+    assert ranks.outcomes["memory"]["codes"] == [0, 0], ranks.outcomes["memory"]
+    for said in ranks.outcomes["memory"]["out"]:
+        for case in json.loads(said):
+            assert case["estimate"] == pytest.approx(case["measured"], rel=0.15), case
+
+
 def test_one_rank_speaks(ranks: Ranks) -> None:
     ranks.run(PAIR)
     first, second = ranks.outcomes[PAIR]["out"]

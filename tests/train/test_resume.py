@@ -110,7 +110,10 @@ def test_stopped_again_and_again(whole: Path, data: Path, tmp_path: Path) -> Non
 
 
 def test_killed_between_checkpoints(whole: Path, data: Path, tmp_path: Path) -> None:
-    """Everything after the last checkpoint is done again, and recorded once."""
+    """Everything after the last checkpoint is redone, and recorded once.
+
+    The record of step 4 waits for the end of step 5, in which the process fails.
+    """
     config = tiny_train_config(data)
     first = make_trainer(config, tmp_path)
 
@@ -118,7 +121,7 @@ def test_killed_between_checkpoints(whole: Path, data: Path, tmp_path: Path) -> 
         raise ZeroDivisionError
 
     step = first.training_step
-    step.forward = on_call(11, die, step.forward)
+    step.forward = on_call(9, die, step.forward)
     with pytest.raises(ZeroDivisionError):
         first.run()
     assert runs.latest(tmp_path).name == "step_00000003"

@@ -1,5 +1,7 @@
 """A checkpoint is a copy, written by a thread while training goes on."""
 
+import os
+import sys
 import threading
 import time
 from pathlib import Path
@@ -80,7 +82,7 @@ def test_a_checkpoint_that_fails_ends_the_run_at_the_next_step(
             trainer.state.saver._thread.join()  # type: ignore[union-attr]
         return take()
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint, "write_safetensors", full)
     monkeypatch.setattr(trainer, "_take", take_after_failure)
     with pytest.raises(UserError, match=r"step_00000002: cannot be written: .*No space left"):
         trainer.run()
@@ -133,3 +135,15 @@ def test_an_error_waits_and_a_second_signal_does_not(
         raise error
     assert bool(done) == waits
     go_on.set()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities on Linux alone")
+def test_the_thread_that_writes_lets_others_go_first() -> None:
+    def niceness() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    found: list[int] = []
+    saver, before = Saver(), niceness()
+    saver.begin(lambda: found.append(niceness()))
+    saver.wait()
+    assert found == [min(before + 10, 19)] and niceness() == before
