@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from fastgpt2 import distributed
-from fastgpt2.devices import device_kind, peak_flops
+from fastgpt2.devices import HostCopy, peak_flops
 from fastgpt2.train.console import Console
 from fastgpt2.train.guard import KeptStep, check
 from fastgpt2.train.loggers import Log
@@ -45,12 +45,7 @@ class Record:
     ) -> None:
         self.last, self.lr, self.tokens, self.elapsed = last, lr, tokens, elapsed
         values = torch.stack([value for result in results for value in result])
-        on_cuda = device_kind(values.device).cuda
-        self._values = values.to("cpu", non_blocking=on_cuda)
-        self._copied: torch.cuda.Event | None = None
-        if on_cuda:
-            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._copied.record(torch.cuda.current_stream(values.device))
+        self._copy = HostCopy(values)
         self._moment = time.perf_counter()
 
     def read(self) -> tuple[list[tuple[float, float]], float]:
@@ -60,10 +55,9 @@ class Record:
             Loss in nats per token and gradient norm of each step, and the moment at which the
             device had computed them.
         """
-        if self._copied is not None:
-            self._copied.synchronize()
+        pairs = self._copy.wait().view(-1, 2).tolist()
+        if self._copy.is_asynchronous:
             self._moment = time.perf_counter()
-        pairs = self._values.view(-1, 2).tolist()
         return [(loss, norm) for loss, norm in pairs], self._moment
 
 

@@ -15,7 +15,7 @@ from torch import nn
 import fastgpt2
 from fastgpt2.errors import UserError
 from fastgpt2.integrations import _obstacle
-from fastgpt2.integrations.huggingface import explain_model
+from fastgpt2.integrations.huggingface import LayerNorm, explain_model
 from tests.integrations.tiny_hf import (
     assert_close,
     assert_gradient_close,
@@ -215,3 +215,24 @@ def test_the_config_of_an_attention_module_is_the_models(tmp_path: Path) -> None
     model.config._attn_implementation = "sdpa"
     assert vars(fastgpt2.restore(model).transformer.h[0].attn)["config"] is model.config
     assert_close(model(tokens()).logits, expected)
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.LayerNorm((3, 8)),
+        nn.LayerNorm(8, eps=0.0),
+        nn.LayerNorm(8, elementwise_affine=False),
+        nn.LayerNorm(8, bias=False),
+    ],
+    ids=["two dimensions", "eps 0", "no weight", "no bias"],
+)
+def test_a_layer_norm_of_any_form_is_pytorchs(norm: nn.LayerNorm) -> None:
+    ours = copy.deepcopy(norm)
+    ours.__class__ = LayerNorm
+    results = []
+    for module in (norm, ours):
+        x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        module(x).square().sum().backward()
+        results.append((module(x).detach(), x.grad))
+    torch.testing.assert_close(results[1], results[0], atol=1e-5, rtol=1e-5)

@@ -93,8 +93,10 @@ def test_a_stale_list_and_a_wrong_call_are_refused(
 def test_every_op_has_mutants() -> None:
     ops = {getattr(kernels, name) for name in kernels.__all__} - {kernels.Impl}
     homes = {op.__module__.rpartition(".")[2] for op in ops} - {"backend"}
-    # attention has one more implementation than the others, and a step in C++ is not an op
-    assert homes | {"blocked_attention", "decode_step"} == set(load_mutants())
+    # attention has one more implementation than the others, linear_fp8 rounds by a kernel of its
+    # own, and a step in C++ is not an op
+    parts = {"blocked_attention", "quantize_fp8", "decode_step"}
+    assert homes | parts == set(load_mutants())
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastgpt2 import runs
 from fastgpt2.devices import rng_states
 from fastgpt2.errors import UserError
 from fastgpt2.model import GPT
@@ -86,6 +87,27 @@ def test_a_diverged_run_keeps_its_step(
     # the fault was not in the weights: without its hook the step is finite
     assert main(["--replay", str(kept), "--device=cpu"]) == 0
     assert "everything is finite" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("steps", [0, 6], ids=["no checkpoint", "a checkpoint"])
+def test_the_last_checkpoint_is_mentioned_where_there_is_one(
+    data: Path, tmp_path: Path, steps: int
+) -> None:
+    trainer = make_trainer(
+        tiny_train_config(data, steps=30, eval_every=4 if steps else 100), tmp_path
+    )
+    passes = 0
+
+    def hook(module: GPT, inputs: object, output: Any) -> Any:
+        nonlocal passes
+        passes += module.training
+        return output * torch.inf if passes > steps else output
+
+    trainer.model.transformer.h[0].register_forward_hook(hook)
+    with pytest.raises(UserError) as error:
+        trainer.run()
+    assert ("the last checkpoint is untouched" in str(error.value)) is (steps > 0)
+    assert bool(runs.saved_steps(tmp_path)) is (steps > 0)
 
 
 def test_replay_finds_a_fault_of_the_weights(
