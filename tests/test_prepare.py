@@ -182,3 +182,23 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
         grown.append(int(result.stdout.splitlines()[-1]))
     # kilobytes: six times the text, 96 MB of ids, and hardly more memory
     assert grown[1] < grown[0] + 8_000
+
+
+_KILLED = """
+import multiprocessing, os, signal, sys
+from concurrent.futures import ProcessPoolExecutor
+from fastgpt2.text.tokenizing import _start_worker
+
+context = multiprocessing.get_context("spawn")
+pool = ProcessPoolExecutor(1, context, initializer=_start_worker, initargs=(sys.argv[1],))
+print(pool.submit(os.getpid).result(), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_worker_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
+    save_tokenizer(CharTokenizer("abc"), tmp_path)
+    command = [sys.executable, "-c", _KILLED, str(tmp_path)]
+    # the worker holds the other end of this pipe: a worker that stays means a timeout here
+    killed = subprocess.run(command, stdout=subprocess.PIPE, check=False, timeout=30)
+    assert killed.returncode == -signal.SIGKILL and int(killed.stdout) > 0

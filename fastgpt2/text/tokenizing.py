@@ -1,6 +1,7 @@
 """Encode pieces of text, with several processes."""
 
 import multiprocessing
+import os
 import signal
 import sys
 import threading
@@ -130,7 +131,16 @@ def _start_worker(tokenizer_folder: str) -> None:
     global _tokenizer
     # Windows inherits no mask
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _tokenizer = load_tokenizer(tokenizer_folder)
+
+
+def _end_with_parent() -> None:
+    # a process that is killed tells its workers nothing, and they would wait for text for ever
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _encode(text: str) -> NDArray[Any]:
