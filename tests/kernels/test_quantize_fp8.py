@@ -97,6 +97,18 @@ def test_a_bound_that_is_given_is_the_scale(format: torch.dtype) -> None:
         _assert_defined(x, format, torch.tensor(bound, device=DEVICE))
 
 
+def test_the_scale_has_the_definitions_last_bit() -> None:
+    """Numbers that (1 / a) m and m / a scale to different sides of a tie."""
+    largest, found = torch.finfo(E4M3).max, 0
+    for bound in torch.rand(20, generator=torch.Generator().manual_seed(0)) * 4 + 1:
+        scale, other = 1 / bound * largest, torch.tensor(largest) / bound
+        # between 1 and 1.125, the next number of the format; a tie goes to 1
+        x = (1.0625 / scale * (1 + torch.arange(-4, 5) * 2.0**-23))[None]
+        found += int(((x * scale).to(E4M3).float() != (x * other).to(E4M3).float()).sum())
+        _assert_defined(x.to(DEVICE), E4M3, bound.to(DEVICE))
+    assert found
+
+
 @FORMAT
 @pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_not_hidden(bad: float, format: torch.dtype) -> None:

@@ -68,7 +68,7 @@ MUTANTS = [
         _KERNEL,
         "(tl.div_rn(1.0, amax) * m)",
         "tl.div_rn(m, amax)",
-        (_BITS,),
+        (f"{_TESTS}::test_the_scale_has_the_definitions_last_bit",),
         "another scale in the last bit",
     ),
     Mutant(
