@@ -154,7 +154,6 @@ def races(settings: Settings) -> list[Race]:
     half = replace(exact, dtype=torch.bfloat16)
     few = sizes.decodes[:1]
     narrow = replace(half if on_gpu else exact, int8=True)
-    int8 = [(narrow, "decode", B) for B in (few if dry else sizes.decodes)]
     rounds: list[tuple[Place, str, int]] = []
     if on_gpu:
         rounds += [(half, "prefill", B) for B in sizes.prefills]
@@ -164,7 +163,7 @@ def races(settings: Settings) -> list[Race]:
         rounds += [(exact, "decode", B) for B in sizes.decodes]
         fast = compute_dtype(settings.scale) == torch.bfloat16
         rounds += [(half, "decode", B) for B in (sizes.decodes if fast else few)]
-    rounds += int8
+    rounds += [(narrow, "decode", B) for B in (few if dry else sizes.decodes)]
     if not dry:
         rounds.append((replace(exact, config=SMALL), "decode", 1))
     players = {place: Players(place, checked) for place, _, _ in rounds}

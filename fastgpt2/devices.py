@@ -209,6 +209,30 @@ def host_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return copies
 
 
+class HostCopy:
+    """A copy to the host that has begun: only ``wait`` waits for the device.
+
+    Args:
+        values: on any device.
+
+    Attributes:
+        is_asynchronous: whether the device may still be computing the values.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self.is_asynchronous = device_kind(values.device).cuda
+        self._values = values.to("cpu", non_blocking=self.is_asynchronous)
+        if self.is_asynchronous:
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._copied.record(torch.cuda.current_stream(values.device))
+
+    def wait(self) -> Tensor:
+        """The values, without waiting for what the device has been given since."""
+        if self.is_asynchronous:
+            self._copied.synchronize()
+        return self._values
+
+
 def spare_gpu_memory(device: torch.device) -> int:
     """Bytes of a CUDA GPU that this process may still use, including its allocator's cache."""
     free, _ = torch.cuda.mem_get_info(device)
@@ -235,27 +259,3 @@ def peak_flops(device: torch.device) -> float | None:
         if re.search(rf"\b{entry}\b", name):
             return tflops * 1e12
     return None
-
-
-class HostCopy:
-    """A copy to the host that has begun: only ``wait`` waits for the device.
-
-    Args:
-        values: on any device.
-
-    Attributes:
-        is_asynchronous: whether the device may still be computing the values.
-    """
-
-    def __init__(self, values: torch.Tensor) -> None:
-        self.is_asynchronous = device_kind(values.device).cuda
-        self._values = values.to("cpu", non_blocking=self.is_asynchronous)
-        if self.is_asynchronous:
-            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._copied.record(torch.cuda.current_stream(values.device))
-
-    def wait(self) -> torch.Tensor:
-        """The values, without waiting for what the device has been given since."""
-        if self.is_asynchronous:
-            self._copied.synchronize()
-        return self._values

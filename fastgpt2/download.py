@@ -1,7 +1,6 @@
 """One file from the network: several mirrors, resume, checksum, and never half a file."""
 
 import contextlib
-import hashlib
 import http.client
 import os
 import socket
@@ -20,7 +19,7 @@ from typing import Any, BinaryIO
 from tqdm import tqdm
 
 from fastgpt2.errors import UserError
-from fastgpt2.files import sync, write_text
+from fastgpt2.files import sha256_of, sync, write_text
 
 CHUNK = 1 << 16
 # a server that sends less than this within one time limit is abandoned
@@ -110,12 +109,7 @@ def download(
 def _is_good(path: Path, sha256: str | None, size: int | None) -> bool:
     if not path.is_file() or (size is not None and path.stat().st_size != size):
         return False
-    return sha256 is None or _digest(path) == sha256
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256 is None or sha256_of(path) == sha256
 
 
 @contextlib.contextmanager
@@ -180,7 +174,7 @@ class _File:
         problem = None
         if self.size is not None and self.part_size != self.size:
             problem = f"expected {self.size} bytes, got {self.part_size}"
-        elif self.sha256 is not None and (got := _digest(self.part)) != self.sha256:
+        elif self.sha256 is not None and (got := sha256_of(self.part)) != self.sha256:
             problem = f"expected sha256 {self.sha256}, got {got}"
         if problem:
             self.part.unlink()

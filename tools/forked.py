@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 
@@ -29,6 +30,8 @@ def fork_rank(
         said: a folder; ``out.RANK`` and ``err.RANK`` in it get what the rank prints.
         attempt: how many times the ranks have been started before.
     """
+    # what a first optimizer step imports: once for all, before the first fork
+    import_module("torch._dynamo")
     child = os.fork()
     if child:
         return child

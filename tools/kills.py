@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -201,8 +200,6 @@ def killed(
     Returns:
         The numbers of kills, in all and by place, of runs, and of those that differ.
     """
-    # what a first optimizer step imports: once for all, before any fork
-    import_module("torch._dynamo")
     whole = job_in("whole")
     whole.finish()
     places: Counter[str] = Counter()

@@ -17,7 +17,6 @@ import random
 import signal
 import time
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +116,6 @@ def soaked(
         The number of kills, the last step that was compared, whether it was the same, and the
         growth of the memory of the unbroken ranks.
     """
-    # what a first optimizer step imports: once for all, before any fork
-    import_module("torch._dynamo")
     began = time.monotonic()
     ending = began + minutes * 60
     kills = 0

@@ -1,6 +1,5 @@
 """HellaSwag and LAMBADA (OpenAI's variant), from their published JSON Lines files."""
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from fastgpt2 import units
 from fastgpt2.download import DownloadError, cache_dir, download
 from fastgpt2.errors import UserError
 from fastgpt2.evaluate.continuations import Likelihoods, Request, score_continuations
-from fastgpt2.files import parse_json
+from fastgpt2.files import parse_json, sha256_of
 from fastgpt2.model import GPT
 from fastgpt2.text.corpora import RemoteText
 from fastgpt2.text.encoding import Tokenizer
@@ -166,8 +165,7 @@ def is_published(task: Task, path: Path) -> bool:
     if not path.is_file():
         # a pipe can be read only once, and the examples were read from it
         return False
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == task.remote.sha256
+    return sha256_of(path) == task.remote.sha256
 
 
 def read_examples(task: Task, path: Path, limit: int | None = None) -> list[Example]:

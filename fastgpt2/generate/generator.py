@@ -112,7 +112,9 @@ class Generator:
         self.keep = kept_tokens(model, window)
         self._proposer: Draft | PromptLookup | None = None
         if draft is not None:
-            self._proposer = Draft(draft, model, batch_size, proposals, compile=compile)
+            self._proposer = Draft(
+                draft, model, batch_size, proposals, compile=compile, notify=notify
+            )
         elif prompt_lookup:
             # more tokens than the window holds would never be accepted
             self._proposer = PromptLookup(min(prompt_lookup, block_size))

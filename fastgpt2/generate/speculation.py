@@ -6,7 +6,7 @@ p is the model's. The first one that is rejected is redrawn from max(0, p - q), 
 token has the distribution p. Greedy decoding accepts a proposal if it is the best token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -119,13 +119,21 @@ class Draft:
         batch_size: number of rows.
         count: the most tokens to propose.
         compile: whether to compile a step for it, if possible.
+        notify: as for ``Slots``.
 
     Raises:
         UserError: the vocabularies differ.
     """
 
     def __init__(
-        self, model: GPT, target: GPT, batch_size: int, count: int, *, compile: bool = False
+        self,
+        model: GPT,
+        target: GPT,
+        batch_size: int,
+        count: int,
+        *,
+        compile: bool = False,
+        notify: Callable[[str], None] | None = None,
     ) -> None:
         theirs, ours = model.config.vocab_size, target.config.vocab_size
         if theirs != ours:
@@ -133,7 +141,9 @@ class Draft:
         if model.config.block_size < 4:
             raise UserError("draft: its block_size must be 4 or more")
         self.model = model.eval()
-        self.slots = Slots(model, batch_size, model.config.block_size, compile=compile)
+        self.slots = Slots(
+            model, batch_size, model.config.block_size, compile=compile, notify=notify
+        )
         self.count = min(count, model.config.block_size // 4)
         # begin of the draft's context in a row's ids, and the tokens in its cache
         self._starts = [0] * batch_size

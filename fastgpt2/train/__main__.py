@@ -380,9 +380,9 @@ def _report(outcome: Outcome, folder: Path, prompt: str) -> None:
     curves = f"; curves: {folder / 'loss.png'}" if outcome.drawn else ""
     print(f"best checkpoint: step {outcome.best_step:,}{curves}")
     if outcome.exit_code:
-        print(f"continue with: python -m fastgpt2.train --out {quoted(str(folder))} --resume")
+        print(f"continue with: python -m fastgpt2.train --out {quoted(folder)} --resume")
     said = "" if prompt == "\n" else f" --prompt {quoted(prompt)}"
-    print(f"generate with: python -m fastgpt2.generate --run {quoted(str(folder))}{said}")
+    print(f"generate with: python -m fastgpt2.generate --run {quoted(folder)}{said}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from fastgpt2 import distributed
 from fastgpt2.model import GPT
 from fastgpt2.text.dataset import Dataset
 from fastgpt2.train import summary
+from fastgpt2.train.memory import Memory
 from fastgpt2.train.validation import Validation
 
 
@@ -33,11 +34,9 @@ class Console:
         tokenizer_id: str,
         model: GPT,
         optimizer: torch.optim.Optimizer,
+        memory: Memory,
         *,
-        batch_size: int,
-        grad_accum: int,
         dtype: torch.dtype,
-        pack: bool,
         kernels: str,
     ) -> None:
         """The data, the model, its memory and its kernels."""
@@ -46,7 +45,7 @@ class Console:
             f"data: {dataset.source}; {len(dataset.train):,} training and {val_tokens:,} "
             f"validation tokens (tokenizer {tokenizer_id})"
         )
-        for line in summary.model_lines(model, optimizer, batch_size, dtype, grad_accum, pack=pack):
+        for line in summary.model_lines(model, optimizer, memory, dtype):
             self.notify(line)
         self.notify(f"kernels: {kernels}")
 

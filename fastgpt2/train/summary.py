@@ -5,7 +5,7 @@ import torch
 from fastgpt2.devices import device_name
 from fastgpt2.lora import adapters
 from fastgpt2.model import GPT
-from fastgpt2.train.memory import Memory, estimate
+from fastgpt2.train.memory import Memory
 from fastgpt2.train.optimizers import moment_bytes
 
 _DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -52,13 +52,7 @@ def memory_line(memory: Memory) -> str:
 
 
 def model_lines(
-    model: GPT,
-    optimizer: torch.optim.Optimizer,
-    batch_size: int,
-    dtype: torch.dtype,
-    grad_accum: int = 1,
-    *,
-    pack: bool = False,
+    model: GPT, optimizer: torch.optim.Optimizer, memory: Memory, dtype: torch.dtype
 ) -> list[str]:
     """The model, its trained part, its memory and where it runs, one line each."""
     config = model.config
@@ -68,7 +62,6 @@ def model_lines(
     stored = sum(x.lora_A.numel() + x.lora_B.numel() for x in layers) or parameters
     trained, moments = trained_parameters(model), moment_bytes(optimizer)
     device = model.lm_head.weight.device
-    memory = estimate(model, optimizer, batch_size, dtype, grad_accum=grad_accum, pack=pack)
     share = "all" if trained == parameters else f"{trained / parameters:.3g} of all"
     lines = [
         f"model: {human(parameters)} parameters ({config.n_layer} layers, {config.n_head} heads, "

@@ -26,6 +26,7 @@ from fastgpt2.train.forward import forward_pass
 from fastgpt2.train.freeze import freeze
 from fastgpt2.train.guard import KeptStep
 from fastgpt2.train.interrupt import Interrupt, Interrupted
+from fastgpt2.train.memory import estimate
 from fastgpt2.train.metrics import plot
 from fastgpt2.train.optimizers import build_optimizer, set_momentum
 from fastgpt2.train.origin import open_origin
@@ -180,10 +181,15 @@ class Trainer:
             self.tokenizer_id,
             self.model,
             state.optimizer,
-            batch_size=self.batch_size,
-            grad_accum=self.grad_accum,
+            estimate(
+                self.model,
+                state.optimizer,
+                self.batch_size,
+                self.dtype,
+                grad_accum=self.grad_accum,
+                pack=config.pack,
+            ),
             dtype=self.dtype,
-            pack=config.pack,
             kernels=self.kernels,
         )
         left = 0 if self.total_steps is None else self.total_steps - state.step

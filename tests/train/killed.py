@@ -12,7 +12,6 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -22,6 +21,7 @@ from fastgpt2.train import checkpoint
 from fastgpt2.train.config import TrainConfig
 from fastgpt2.weights.safetensors_file import write_safetensors
 from tests.train.tiny_run import tiny_train_config, train
+from tools.forked import fork_rank
 from tools.kills import Job, killed
 from tools.soak import flags, is_same, next_flags
 
@@ -99,19 +99,19 @@ POINTS: dict[str, Callable[[], None]] = {
 
 
 def main(data: Path, folder: Path) -> None:
-    # what a first optimizer step imports: once for all
-    import_module("torch._dynamo")
     for name, arm in POINTS.items():
-        # nothing has been computed yet, so no thread is lost in the fork
-        child = os.fork()
-        if child == 0:
+
+        def body(name: str = name, arm: Callable[[], None] = arm) -> int:
             arm()
             patch("fastgpt2.train.trainer.plot").start()
             train(kill_config(data), folder / name)
-            os._exit(0)
-        _, status = os.waitpid(child, 0)
+            return 0
+
+        # nothing has been computed yet, so no thread is lost in the fork
+        _, status = os.waitpid(fork_rank(body, 0, 1, port=None, said=folder), 0)
         expected = 0 if name == "whole" else signal.SIGKILL
-        assert os.waitstatus_to_exitcode(status) == -expected, name
+        code, said = os.waitstatus_to_exitcode(status), (folder / "err.0").read_text("utf-8")
+        assert code == -expected, f"{name}: {said}"
     begin = flags("--steps=20", "--eval-every=4", shard=False)
     record = killed(
         lambda name: Job(folder / "random" / name, data, 1, begin, next_flags),

@@ -10,7 +10,6 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -112,7 +111,5 @@ def at_step(number: int, on_rank: int, action: Callable[[], None]) -> Fault:
 
 
 def main(scenarios: dict[str, tuple[int, Callable[[int], int]]], folder: Path) -> None:
-    # what a first optimizer step imports: once for all
-    import_module("torch._dynamo")
     outcomes = {name: in_ranks(n, body, folder / name) for name, (n, body) in scenarios.items()}
     (folder / "outcomes.json").write_text(json.dumps(outcomes), encoding="utf-8")

@@ -13,6 +13,7 @@ from fastgpt2.train.__main__ import main
 from fastgpt2.train.config import TrainConfig
 from fastgpt2.train.config_file import read_config
 from fastgpt2.train.freeze import freeze
+from fastgpt2.train.memory import estimate
 from fastgpt2.train.optimizers import build_optimizer, moment_bytes
 from fastgpt2.train.step import TrainingStep
 from fastgpt2.train.summary import model_lines, trained_parameters
@@ -106,7 +107,8 @@ def test_the_frozen_have_no_state_no_decay_and_no_part_in_the_norm(optimizer: st
     moments = [t for s in step.optimizer.state.values() for t in s.values() if t.dim()]
     assert moment_bytes(step.optimizer) == sum(t.nbytes for t in moments)
     assert trained_parameters(model) == sum(before[name].numel() for name in trained)
-    lines = model_lines(model, step.optimizer, 1, torch.float32)
+    memory = estimate(model, step.optimizer, 1, torch.float32)
+    lines = model_lines(model, step.optimizer, memory, torch.float32)
     assert any(line.startswith("trained: ") and "optimizer" in line for line in lines)
 
 
