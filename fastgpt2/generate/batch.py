@@ -17,12 +17,12 @@ from fastgpt2.generate.checks import (
     as_ids,
     check_prompt,
     evaluating,
-    is_count,
     row_generator,
     split_stops,
+    stops_of,
 )
 from fastgpt2.generate.generator import Generator
-from fastgpt2.generate.processors import Processor, require
+from fastgpt2.generate.processors import Processor, is_count, plain, require
 from fastgpt2.generate.request import likeliest
 from fastgpt2.generate.sampling import Sampling
 from fastgpt2.generate.slots import Slots
@@ -55,8 +55,10 @@ def generate(
     compile: bool = False,
 ) -> Tensor | list[list[int]]:
     """See ``GPT.generate``."""
-    rows = _rows(prompts, attention_mask)
-    stop_ids, stop_texts = split_stops(model, stop)
+    rows, stops = _rows(prompts, attention_mask), stops_of(stop)
+    max_new_tokens, num_beams, best_of = map(plain, (max_new_tokens, num_beams, best_of))
+    temperature, top_k, seed = plain(temperature), plain(top_k), plain(seed)
+    stop_ids, stop_texts = split_stops(model, stops)
     if stop_texts:
         raise UserError("generate: stop takes token ids; for strings use Generator, or the command")
     counts = (("max_new_tokens", max_new_tokens, 0), ("num_beams", num_beams, 1))
@@ -64,6 +66,8 @@ def generate(
         require(name, value, is_count(value, least), f"an integer of {least} or more")
     if best_of > 1 and (temperature == 0 or num_beams > 1):
         raise UserError("best_of: greedy decoding and beams write the same text each time")
+    if num_beams == 1 and (length_penalty != 1.0 or early_stopping):
+        raise UserError("length_penalty and early_stopping are for beams; give num_beams")
     longest = max(len(row) for row in rows) + max(max_new_tokens, 1) - 1
     size = max(1, min(model.config.block_size, longest))
     if num_beams > 1:
@@ -117,7 +121,6 @@ def generate(
     if not isinstance(prompts, Tensor):
         return [[*row, *text] for row, text in zip(rows, texts, strict=True)]
     # rows that stopped early are filled with the first stop id
-    stops = [stop] if isinstance(stop, int) else list(stop)
     T, fill = max(map(len, texts)), stops[0] if stops else 0
     padded = [[*text, *[fill] * (T - len(text))] for text in texts]
     new = torch.tensor(padded, dtype=prompts.dtype, device=prompts.device)
@@ -164,10 +167,11 @@ def beam_sampling(
     Raises:
         UserError: one of them is for drawing, and beams draw nothing.
     """
-    drawing = [p for p in processors if getattr(p, "warps", False)]
+    sampling = Sampling(0.0, None, processors)
+    drawing = any(getattr(p, "warps", False) for p in sampling.processors)
     if temperature not in (0, 1) or top_k is not None or drawing:
         raise UserError("beams draw nothing: they take no temperature, top_k, top_p or similar")
-    return Sampling(0.0, None, processors)
+    return sampling
 
 
 def _rows(prompts: Prompts, mask: Tensor | None) -> list[list[int]]:
@@ -177,8 +181,11 @@ def _rows(prompts: Prompts, mask: Tensor | None) -> list[list[int]]:
         UserError: there are none, or a shape or the mask is not as it should be.
     """
     if isinstance(prompts, Tensor):
-        if prompts.dim() != 2 or prompts.is_floating_point():
-            raise UserError(f"prompts must be ids of shape (B, T), got {tuple(prompts.shape)}")
+        if prompts.dim() != 2 or prompts.dtype not in (torch.int32, torch.int64):
+            raise UserError(
+                "prompts must be int32 or int64 ids of shape (B, T), got "
+                f"{str(prompts.dtype).removeprefix('torch.')} of shape {tuple(prompts.shape)}"
+            )
         rows: list[list[int]] = prompts.tolist()
     else:
         rows = [as_ids(row) for row in prompts]

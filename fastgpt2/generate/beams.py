@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fastgpt2.errors import UserError
-from fastgpt2.generate.checks import check_prompt, is_count, kept_tokens
-from fastgpt2.generate.processors import is_number, require
+from fastgpt2.generate.checks import check_prompt, evaluating, kept_tokens
+from fastgpt2.generate.processors import is_count, is_number, plain, require
 from fastgpt2.generate.sampling import Sampling
 from fastgpt2.generate.slots import Slots
 
@@ -65,9 +65,12 @@ class BeamSearch:
         length_penalty: float = 1.0,
         early_stopping: bool = False,
     ) -> None:
+        num_beams, length_penalty = plain(num_beams), plain(length_penalty)
         require("num_beams", num_beams, is_count(num_beams, 1), "an integer of 1 or more")
         fine = is_number(length_penalty) and abs(length_penalty) <= 30
         require("length_penalty", length_penalty, fine, "in [-30, 30]")
+        if not isinstance(early_stopping, bool):
+            raise UserError(f"early_stopping must be true or false, got {early_stopping!r:.80}")
         self.slots, self.num_beams, self.window = slots, num_beams, window
         self.keep = kept_tokens(slots.model, window)
         self.length_penalty, self.early_stopping = length_penalty, early_stopping
@@ -98,6 +101,17 @@ class BeamSearch:
         require(
             "max_new_tokens", max_new_tokens, is_count(max_new_tokens, 0), "an integer of 0 or more"
         )
+        with evaluating(self.slots.model):
+            return self._search(prompt, max_new_tokens, sampling, stop, ended)
+
+    def _search(
+        self,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        sampling: Sampling,
+        stop: frozenset[int],
+        ended: Callable[[list[int]], bool] | None,
+    ) -> list[Beam]:
         limit = "length"
         # the last token is never fed
         room = self.slots.model.config.block_size + 1 - len(prompt)
@@ -158,8 +172,7 @@ class BeamSearch:
         of_the_model = log_probs.flatten()
         if not log_probs.amax(dim=-1).isfinite().all():
             raise UserError("the logits are not finite: damaged weights, or too large for fp16")
-        for edit in sampling.edits:
-            log_probs = edit(ids, log_probs)
+        log_probs = sampling.process(ids, log_probs)
         scores = torch.tensor([text.score for text in running], device=logits.device)
         flat = (log_probs + scores[:, None]).flatten()
         # enough for num_beams running texts, even if the best candidates all stop

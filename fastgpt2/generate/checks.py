@@ -9,7 +9,7 @@ import torch
 
 from fastgpt2.config import GPTConfig
 from fastgpt2.errors import UserError
-from fastgpt2.generate.processors import require
+from fastgpt2.generate.processors import is_count, plain, require
 from fastgpt2.model import GPT
 
 Stop = str | int | Iterable[str | int]
@@ -25,11 +25,6 @@ class Configured(Protocol):
         """Its shape."""
 
 
-def is_count(value: Any, least: int) -> bool:
-    """Whether ``value`` is an integer of ``least`` or more."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
 def as_ids(prompt: Any) -> list[int]:
     """Token ids as a list; NumPy's integers and a tensor's become Python's.
 
@@ -43,13 +38,20 @@ def as_ids(prompt: Any) -> list[int]:
     return ids
 
 
+def stops_of(stop: Stop) -> list[str | int]:
+    """One stop or several, as a list; NumPy's integers and a tensor's become Python's."""
+    stop = plain(stop)
+    several = isinstance(stop, Iterable) and not isinstance(stop, str)
+    return [plain(item) for item in stop] if several else [stop]  # type: ignore[list-item, union-attr]
+
+
 def split_stops(model: Configured, stop: Stop) -> tuple[frozenset[int], frozenset[str]]:
     """The ids and the strings that end a text, each once.
 
     Raises:
         UserError: one is empty, not in the vocabulary, or neither.
     """
-    stops = list(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else [stop]
+    stops = stops_of(stop)
     for item in stops:
         if isinstance(item, bool) or not isinstance(item, str | int):
             raise UserError(f"stop: expected token ids and strings, got {item!r:.80}")
@@ -95,13 +97,20 @@ def evaluating(model: GPT) -> Iterator[None]:
 
 
 def kept_tokens(model: GPT, window: str) -> int:
-    """How many tokens are kept when a text outgrows the window."""
+    """How many tokens are kept when a text outgrows the window.
+
+    Raises:
+        UserError: there is no such policy.
+    """
+    if window not in WINDOWS:
+        raise UserError(f"window must be one of {', '.join(WINDOWS)}, got {window!r:.80}")
     block_size = model.config.block_size
     return block_size if window == "crop" else max(1, block_size // 2)
 
 
 def row_generator(device: torch.device, seed: int | None) -> torch.Generator:
     """A source of random numbers for one row; None means a new seed."""
+    seed = plain(seed)
     if seed is not None:
         require("seed", seed, is_count(seed, 0) and seed < 2**63, "an integer in [0, 2^63)")
     generator = torch.Generator(device)

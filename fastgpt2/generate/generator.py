@@ -8,51 +8,31 @@ the other rows: lengths, random numbers and processors are its own.
 """
 
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from fastgpt2.errors import UserError
 from fastgpt2.generate.ahead import AHEAD, Ahead, may_run_ahead
 from fastgpt2.generate.checks import (
-    WINDOWS,
     Stop,
     as_ids,
     check_prompt,
     evaluating,
-    is_count,
     kept_tokens,
     row_generator,
     split_stops,
 )
-from fastgpt2.generate.processors import InVocabulary, Processor, require
+from fastgpt2.generate.chooser import Chooser, Row
+from fastgpt2.generate.processors import Processor, is_count, plain, require
 from fastgpt2.generate.request import Request, Stream
-from fastgpt2.generate.sampling import Sampling, allows_some, draw, log_probs_of, may_follow
+from fastgpt2.generate.sampling import Sampling, may_follow
 from fastgpt2.generate.slots import Slots
-from fastgpt2.generate.speculation import Draft, PromptLookup, Proposal, verify
+from fastgpt2.generate.speculation import Draft, PromptLookup, Proposal
 from fastgpt2.generate.text import TextPieces, encode_prompt
 from fastgpt2.model import GPT
 from fastgpt2.text.encoding import Tokenizer
-
-
-@dataclass(eq=False)
-class Row:
-    """An active request.
-
-    Attributes:
-        stream: the request's output.
-        ids: the prompt and the tokens after it.
-        start: index in ``ids`` at which the model's context begins.
-        follows: the stream whose text it continues.
-    """
-
-    stream: Stream
-    ids: list[int]
-    start: int = 0
-    follows: Stream | None = None
 
 
 class Generator:
@@ -98,18 +78,20 @@ class Generator:
         notify: Callable[[str], None] | None = None,
     ) -> None:
         block_size = model.config.block_size
-        size = block_size if size is None else size
+        size = block_size if size is None else plain(size)
+        batch_size, prompt_lookup = plain(batch_size), plain(prompt_lookup)
         require("batch_size", batch_size, is_count(batch_size, 1), "an integer of 1 or more")
-        require("size", size, 1 <= size <= block_size, f"in [1, {block_size}]")
+        require("size", size, is_count(size, 1) and size <= block_size, f"in [1, {block_size}]")
         require("prompt_lookup", prompt_lookup, is_count(prompt_lookup, 0), "0 or more")
         require("proposals", proposals, is_count(proposals, 1), "1 or more")
-        if window not in WINDOWS:
-            raise UserError(f"window must be one of {', '.join(WINDOWS)}, got {window!r:.80}")
         if draft is not None and prompt_lookup:
             raise UserError("draft and prompt_lookup exclude each other")
-        self.model, self.tokenizer = model, tokenizer
+        if draft is not None and not isinstance(draft, GPT):
+            raise UserError(f"draft: expected a GPT, got {draft!r:.80}")
+        self.model, self.tokenizer, self._draft = model, tokenizer, draft
         self.batch_size, self.window = batch_size, window
         self.keep = kept_tokens(model, window)
+        self._chooser = Chooser(None if tokenizer is None else tokenizer.vocab_size)
         self._proposer: Draft | PromptLookup | None = None
         if draft is not None:
             self._proposer = Draft(
@@ -120,7 +102,8 @@ class Generator:
             self._proposer = PromptLookup(min(prompt_lookup, block_size))
         # a pass writes as many keys into every row as the longest proposal needs
         spare = 0 if self._proposer is None else self._proposer.count
-        self.slots = Slots(model, batch_size, size + spare, compile=compile, notify=notify)
+        with evaluating(model):
+            self.slots = Slots(model, batch_size, size + spare, compile=compile, notify=notify)
         self._rows: list[Row] = []
         self._waiting: deque[Row] = deque()
         # the text that is still in the cache's first row after the last active row has left
@@ -162,7 +145,7 @@ class Generator:
         Raises:
             UserError: an argument is out of its range, or the prompt cannot be continued.
         """
-        ids = self._encode(prompt, follows)
+        ids, max_new_tokens = self._encode(prompt, follows), plain(max_new_tokens)
         is_text = isinstance(prompt, str) if as_text is None else as_text
         if is_text and self.tokenizer is None:
             raise UserError("prompt: text needs a tokenizer; give one, or token ids")
@@ -177,7 +160,7 @@ class Generator:
             is_count(max_new_tokens, 0),
             "an integer of 0 or more",
         )
-        sampling = Sampling(temperature, top_k, tuple(processors))
+        sampling = Sampling(temperature, top_k, processors)
         if generator is None:
             generator = row_generator(self.slots.device, seed)
         request = Request(tuple(ids), max_new_tokens, sampling, stop_ids, generator, log_probs)
@@ -213,7 +196,19 @@ class Generator:
 
     @torch.no_grad()
     def step(self) -> bool:
-        """One pass of the model for the active rows; False if there was nothing to do."""
+        """One pass of the model for the active rows; False if there was nothing to do.
+
+        After an error or Ctrl-C in the middle of it, the next pass goes on correctly. An error that
+        a request causes, by its processors or by logits that are not finite, ends that request
+        alone: its stream raises it.
+        """
+        try:
+            return self._step()
+        except BaseException:
+            self._forget()
+            raise
+
+    def _step(self) -> bool:
         self._leave()
         while self._waiting and len(self._rows) < self.batch_size:
             row = self._waiting.popleft()
@@ -222,7 +217,7 @@ class Generator:
                 self._enter(len(self._rows) - 1)
         if not self._rows:
             return False
-        with evaluating(self.model):
+        with evaluating(self.model), evaluating(self._draft or self.model):
             self._slide()
             fresh = [len(self._pending(i)) > 1 for i in range(len(self._rows))]
             if any(fresh):
@@ -233,10 +228,26 @@ class Generator:
         self._leave()
         return True
 
+    def _forget(self) -> None:
+        """Drop what a pass that was cut short has left in the caches."""
+        self._left = None
+        for i, row in enumerate(self._rows):
+            held = len(row.ids) - 1 - row.start
+            self.slots.cut([max(0, min(self.slots.lengths[i], held))], i)
+            if isinstance(self._proposer, Draft):
+                self._proposer.reset(i)
+
     def run(self) -> None:
-        """Finish every request."""
+        """Finish every request.
+
+        Raises:
+            Exception: the first error of a request, after all have ended.
+        """
+        rows = [*self._rows, *self._waiting]
         while self.step():
             pass
+        for row in rows:
+            row.stream.check()
 
     def _pending(self, i: int) -> list[int]:
         """The tokens of row i that the cache does not hold yet."""
@@ -295,14 +306,14 @@ class Generator:
         logits = self.slots.feed(0, tokens, every=True)
         with self.slots.choosing():
             for row, proposal, row_logits in zip(rows, proposals, logits, strict=True):
-                self._verify(row, proposal, row_logits[: len(proposal.tokens) + 1])
+                self._chooser.verify(row, proposal, row_logits[: len(proposal.tokens) + 1])
         self.slots.cut([len(row.ids) - 1 - row.start for row in rows])
 
     def _extend(self, first: int, tokens: list[list[int]]) -> None:
         """One more token for each of some adjacent rows, after tokens that the cache lacks."""
         logits = self.slots.feed(first, tokens)
         with self.slots.choosing():
-            self._choose(self._rows[first : first + len(tokens)], logits)
+            self._chooser.extend(self._rows[first : first + len(tokens)], logits)
 
     def _spare(self, row: Row) -> int:
         """How many tokens the row may get after the next one, before it ends or slides."""
@@ -314,83 +325,15 @@ class Generator:
         """Some tokens for every row; those after the end of a text are dropped."""
         rows, requests = self._rows, [row.stream.request for row in self._rows]
         count = min(AHEAD, 1 + min(self._spare(row) for row in rows))
-        process = partial(self._process, requests[0].sampling, [])
+        process = partial(self._chooser.process, requests[0].sampling, [])
         ahead = Ahead(self.slots, requests, [row.ids[-1] for row in rows], count, process)
         for step, (tokens, best) in enumerate(zip(ahead.tokens, ahead.best, strict=True)):
             for i, allowed in enumerate(may_follow(best)):
                 if rows[i].stream.finish_reason is None:
-                    self._append(rows[i], tokens[i] if allowed else None, None)
+                    rows[i].append(tokens[i] if allowed else None, None)
                     if rows[i].stream.finish_reason is not None:
                         ahead.rewind(i, step + 1)
         self.slots.cut([len(row.ids) - 1 - row.start for row in rows])
-
-    def _verify(self, row: Row, proposal: Proposal, logits: Tensor) -> None:
-        """Append the proposed tokens that are accepted, and one more."""
-        request = row.stream.request
-        processed = [
-            self._process(request.sampling, [[*row.ids, *proposal.tokens[:j]]], logits[j : j + 1])
-            for j in range(len(logits))
-        ]
-        chosen = verify(request, proposal, torch.cat(processed))
-        values = log_probs_of(logits[: len(chosen)], chosen) if request.log_probs else None
-        for j, id_ in enumerate(chosen):
-            self._append(row, id_, None if values is None else values[j])
-
-    def _process(self, sampling: Sampling, ids: list[list[int]], logits: Tensor) -> Tensor:
-        """The logits to draw from, for rows of one length."""
-        seen = torch.tensor(ids, device=logits.device) if sampling.reads_ids else logits
-        if self.tokenizer is not None:
-            logits = InVocabulary(self.tokenizer.vocab_size)(seen, logits)
-        processed = sampling.process(seen, logits)
-        if processed.shape != logits.shape:
-            raise UserError(
-                f"processors: expected logits of shape {tuple(logits.shape)}, "
-                f"got {tuple(processed.shape)}"
-            )
-        return processed
-
-    def _choose(self, rows: list[Row], logits: Tensor) -> None:
-        """The next token of each row, from its logits (rows, V)."""
-        groups: dict[tuple[Hashable, ...], list[int]] = {}
-        for i, row in enumerate(rows):
-            sampling = row.stream.request.sampling
-            length = len(row.ids) if sampling.reads_ids else 0
-            groups.setdefault((length, *sampling.key), []).append(i)
-        chosen: list[int | None] = [None] * len(rows)
-        for members in groups.values():
-            sampling = rows[members[0]].stream.request.sampling
-            some = logits if len(members) == len(rows) else logits[members]
-            processed = self._process(sampling, [rows[i].ids for i in members], some)
-            tokens = _pick(processed, [rows[i].stream.request for i in members])
-            for i, id_ in zip(members, tokens, strict=True):
-                chosen[i] = id_
-        wanted = any(row.stream.request.log_probs for row in rows)
-        values = log_probs_of(logits, chosen) if wanted else None
-        for i, (row, id_) in enumerate(zip(rows, chosen, strict=True)):
-            keep = values is not None and row.stream.request.log_probs
-            self._append(row, id_, values[i] if values is not None and keep else None)
-
-    def _append(self, row: Row, id_: int | None, log_prob: float | None) -> None:
-        if row.stream.finish_reason is not None:
-            return
-        if id_ is None:
-            row.stream._finish("no token left")
-            return
-        row.ids.append(id_)
-        row.stream._push(id_, log_prob)
-
-
-def _pick(processed: Tensor, requests: list[Request]) -> list[int | None]:
-    """A token for each row of processed logits; None where every token is forbidden."""
-    allowed = allows_some(processed)
-    if requests[0].sampling.is_greedy:
-        tokens = processed.argmax(dim=-1).tolist()
-    elif all(request.generator is requests[0].generator for request in requests):
-        tokens = draw(processed, requests[0].generator)[:, 0].tolist()
-    else:
-        drawn = [draw(processed[i : i + 1], r.generator) for i, r in enumerate(requests)]
-        tokens = torch.cat(drawn)[:, 0].tolist()
-    return [id_ if fine else None for id_, fine in zip(tokens, allowed, strict=True)]
 
 
 def _runs(flags: list[bool]) -> list[tuple[int, int]]:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from fastgpt2.generate.beams import Beam, BeamSearch
-from fastgpt2.generate.checks import evaluating
 from fastgpt2.generate.generator import Generator
 from fastgpt2.generate.inputs import Job
 from fastgpt2.generate.processors import InVocabulary, Processor
@@ -134,9 +133,13 @@ def run(
             return
         poll()
         engine.step()
-        events = [_event(task) for task in active]
+        failed = [stream for task in active for stream in task.streams if stream.error is not None]
+        events = [_event(task) for task in active if not {*failed} & {*task.streams}]
         active = [event.task for event in events if event.result is None]
         yield from events
+        # what the other rows have is not lost
+        for stream in failed:
+            stream.check()
 
 
 def submit(engine: Generator, job: Job, seed: int, follows: Stream | None = None) -> Stream:
@@ -273,14 +276,13 @@ class _Beams:
         stop_ids, stops = _stop_ids(job, tokenizer), _stop_texts(job)
         known = InVocabulary(tokenizer.vocab_size)
         edits: list[Processor] = [*options.processors(len(ids), stop_ids), known]
-        with evaluating(model):
-            return search.search(
-                ids,
-                options.max_new_tokens,
-                sampling=Sampling(0.0, None, edits),
-                stop=stop_ids,
-                ended=lambda new: any(stop in tokenizer.decode(new) for stop in stops),
-            )
+        return search.search(
+            ids,
+            options.max_new_tokens,
+            sampling=Sampling(0.0, None, edits),
+            stop=stop_ids,
+            ended=lambda new: any(stop in tokenizer.decode(new) for stop in stops),
+        )
 
 
 def _stop_ids(job: Job, tokenizer: Tokenizer) -> frozenset[int]:

@@ -6,7 +6,6 @@ from typing import Any, Self
 
 from fastgpt2.config import unknown_key
 from fastgpt2.errors import UserError
-from fastgpt2.generate.checks import is_count
 from fastgpt2.generate.processors import (
     FrequencyPenalty,
     LogitBias,
@@ -18,19 +17,21 @@ from fastgpt2.generate.processors import (
     RepetitionPenalty,
     TopP,
     Typical,
+    is_count,
     is_number,
     require,
 )
 from fastgpt2.generate.sampling import Sampling
 
 DEFAULT_TEMPERATURE = 0.8
-# by the option that gives its value; penalties come first, then those that keep likely tokens
+# by the option that gives its value, in transformers' order: the bias, penalties, and then those
+# that keep likely tokens
 _PROCESSORS: dict[str, Any] = {
+    "logit_bias": LogitBias,
     "repetition_penalty": RepetitionPenalty,
     "presence_penalty": PresencePenalty,
     "frequency_penalty": FrequencyPenalty,
     "no_repeat_ngram": NoRepeatNgram,
-    "logit_bias": LogitBias,
     "top_p": TopP,
     "min_p": MinP,
     "typical": Typical,

@@ -9,8 +9,10 @@ rows of unequal length can share a call.
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,13 +28,32 @@ def require(name: str, value: float, fine: bool, expected: str) -> None:
         raise UserError(f"{name} must be {expected}, got {value!r:.80}")
 
 
+def plain(value: Any) -> Any:
+    """A number of NumPy's, or a tensor without dimensions, as Python's; all else as it is."""
+    is_scalar = isinstance(value, np.generic) or (isinstance(value, Tensor) and not value.dim())
+    return value.item() if is_scalar else value
+
+
 def is_number(value: object) -> bool:
     """Whether ``value`` is a number that fp32 can compute with: within 1e30."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1e30
 
 
+def is_count(value: Any, least: int) -> bool:
+    """Whether ``value`` is an integer of ``least`` or more."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+class _Options:
+    """A dataclass whose numbers are Python's, whatever kind of number they were given as."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):  # type: ignore[arg-type]
+            object.__setattr__(self, field.name, plain(getattr(self, field.name)))
+
+
 @dataclass(frozen=True)
-class Temperature:
+class Temperature(_Options):
     """logits / temperature, with the largest at 0; at 0 only the best token is left.
 
     Raises:
@@ -44,6 +65,7 @@ class Temperature:
     reads_ids = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         fine = is_number(self.temperature) and self.temperature >= 0
         require("temperature", self.temperature, fine, "0 or more")
 
@@ -59,7 +81,7 @@ class Temperature:
 
 
 @dataclass(frozen=True)
-class TopK:
+class TopK(_Options):
     """Keep the k most likely tokens, and those equal to the k-th (Fan et al., 2018).
 
     Raises:
@@ -71,7 +93,8 @@ class TopK:
     reads_ids = False
 
     def __post_init__(self) -> None:
-        fine = isinstance(self.k, int) and self.k >= 1
+        super().__post_init__()
+        fine = is_count(self.k, 1)
         require("top_k", self.k, fine, "an integer of 1 or more")
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
@@ -87,7 +110,7 @@ _LIKELIEST = 4096
 
 
 @dataclass(frozen=True)
-class TopP:
+class TopP(_Options):
     """Keep the smallest set of likely tokens whose probability reaches p (Holtzman et al., 2020).
 
     The most likely token is always kept.
@@ -101,14 +124,16 @@ class TopP:
     reads_ids = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require("top_p", self.p, is_number(self.p) and 0 <= self.p <= 1, "in [0, 1]")
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
         """Scores ``logits`` (B, V) of the token after ``ids`` (B, T), changed as said above."""
         # sorting GPT-2's vocabulary takes a processor 5 ms, finding its likeliest tokens 1
-        if logits.dtype != torch.float32 or not device_kind(logits.device).host:
+        pays = logits.shape[-1] > _LIKELIEST and device_kind(logits.device).host
+        if not pays or logits.dtype != torch.float32:
             return self._sorted(logits)
-        best, order = logits.topk(min(_LIKELIEST, logits.shape[-1]), dim=-1)
+        best, order = logits.topk(_LIKELIEST, dim=-1)
         probs = logits.softmax(dim=-1).gather(1, order)
         before = probs.cumsum(dim=-1) - probs
         kept = best.masked_fill(before >= self.p, -torch.inf)
@@ -126,7 +151,7 @@ class TopP:
 
 
 @dataclass(frozen=True)
-class MinP:
+class MinP(_Options):
     """Keep the tokens at least p times as likely as the best one (Nguyen et al., 2024).
 
     Raises:
@@ -138,6 +163,7 @@ class MinP:
     reads_ids = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require("min_p", self.p, is_number(self.p) and 0 <= self.p <= 1, "in [0, 1]")
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
@@ -147,7 +173,7 @@ class MinP:
 
 
 @dataclass(frozen=True)
-class Typical:
+class Typical(_Options):
     """Keep the tokens whose surprise is nearest to the entropy, up to the mass p.
 
     Meister et al., "Locally typical sampling", 2022: sorted by | -log p(x) - H |.
@@ -161,6 +187,7 @@ class Typical:
     reads_ids = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require("typical", self.p, is_number(self.p) and 0 < self.p <= 1, "in (0, 1]")
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
@@ -177,7 +204,7 @@ class Typical:
 
 
 @dataclass(frozen=True)
-class RepetitionPenalty:
+class RepetitionPenalty(_Options):
     """Divide the positive logits of tokens in ``ids`` by the penalty, multiply the negative ones.
 
     The prompt counts. Keskar et al., "CTRL", 2019.
@@ -189,6 +216,7 @@ class RepetitionPenalty:
     penalty: float
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         fine = is_number(self.penalty) and self.penalty >= 1e-30
         require("repetition_penalty", self.penalty, fine, "a positive number")
 
@@ -199,13 +227,19 @@ class RepetitionPenalty:
         return logits.scatter(1, ids, torch.where(seen < 0, seen * penalty, seen / penalty))
 
 
+def _require_ids(name: str, ids: Iterable[int], logits: Tensor) -> None:
+    V, largest = logits.shape[-1], max(ids)
+    if largest >= V:
+        raise UserError(f"{name}: id {largest} is not in [0, {V}), the vocabulary")
+
+
 def _counts(ids: Tensor, logits: Tensor) -> Tensor:
     """(B, V): how often each token occurs in ``ids``."""
     return torch.zeros_like(logits).scatter_add_(1, ids, torch.ones_like(ids, dtype=logits.dtype))
 
 
 @dataclass(frozen=True)
-class PresencePenalty:
+class PresencePenalty(_Options):
     """Subtract the penalty from the logit of every token in ``ids``, the prompt included.
 
     Raises:
@@ -215,15 +249,16 @@ class PresencePenalty:
     penalty: float
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require("presence_penalty", self.penalty, is_number(self.penalty), "a finite number")
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
         """Scores ``logits`` (B, V) of the token after ``ids`` (B, T), changed as said above."""
-        return logits - float(self.penalty) * (_counts(ids, logits) > 0)
+        return logits - float(self.penalty) * _counts(ids, logits).clamp(max=1.0)
 
 
 @dataclass(frozen=True)
-class FrequencyPenalty:
+class FrequencyPenalty(_Options):
     """Subtract the penalty once for each time the token occurs in ``ids``, the prompt included.
 
     Raises:
@@ -233,6 +268,7 @@ class FrequencyPenalty:
     penalty: float
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require("frequency_penalty", self.penalty, is_number(self.penalty), "a finite number")
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
@@ -241,7 +277,7 @@ class FrequencyPenalty:
 
 
 @dataclass(frozen=True)
-class NoRepeatNgram:
+class NoRepeatNgram(_Options):
     """Forbid every token that would complete an n-gram that already occurs in ``ids``.
 
     Raises:
@@ -251,7 +287,8 @@ class NoRepeatNgram:
     n: int
 
     def __post_init__(self) -> None:
-        fine = isinstance(self.n, int) and self.n >= 1
+        super().__post_init__()
+        fine = is_count(self.n, 1)
         require("no_repeat_ngram", self.n, fine, "an integer of 1 or more")
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
@@ -274,16 +311,20 @@ class LogitBias:
         bias: token id to bias.
 
     Raises:
-        UserError: an id is negative, or a bias is NaN or +inf. When it is called: an id is not in
-            the vocabulary.
+        UserError: it is not a mapping, an id is negative, or a bias is NaN or +inf. When it is
+            called: an id is not in the vocabulary.
     """
 
     bias: Mapping[int, float]
     reads_ids = False
 
     def __post_init__(self) -> None:
-        for id_, value in self.bias.items():
-            require("logit_bias: an id", id_, isinstance(id_, int) and id_ >= 0, "0 or more")
+        fine = isinstance(self.bias, Mapping)
+        require("logit_bias", self.bias, fine, "a mapping of token ids to numbers")
+        bias = {plain(id_): plain(value) for id_, value in self.bias.items()}
+        object.__setattr__(self, "bias", bias)
+        for id_, value in bias.items():
+            require("logit_bias: an id", id_, is_count(id_, 0), "0 or more")
             fine = is_number(value) or value == -math.inf
             require(f"logit_bias: the bias of {id_}", value, fine, "a finite number, or -inf")
 
@@ -291,10 +332,7 @@ class LogitBias:
         """Scores ``logits`` (B, V) of the token after ``ids`` (B, T), changed as said above."""
         if not self.bias:
             return logits
-        if max(self.bias) >= logits.shape[-1]:
-            raise UserError(
-                f"logit_bias: id {max(self.bias)} is not in [0, {logits.shape[-1]}), the vocabulary"
-            )
+        _require_ids("logit_bias", self.bias, logits)
         index = torch.tensor(list(self.bias), device=logits.device)
         biases = [float(value) for value in self.bias.values()]
         values = torch.tensor(biases, device=logits.device, dtype=logits.dtype)
@@ -322,21 +360,29 @@ class InVocabulary:
 
 
 @dataclass(frozen=True)
-class MinLength:
+class MinLength(_Options):
     """Forbid the tokens that end a text until ``ids``, prompt included, is ``length`` long.
 
+    Args:
+        length: of the prompt and what follows.
+        stop: the ids that end a text, or a single one.
+
     Raises:
-        UserError: the length is not an integer of 0 or more.
+        UserError: the length or an id is not an integer of 0 or more. When it is called: an id is
+            not in the vocabulary.
     """
 
     length: int
     stop: int | Iterable[int]
 
     def __post_init__(self) -> None:
-        fine = isinstance(self.length, int) and self.length >= 0
+        super().__post_init__()
+        fine = is_count(self.length, 0)
         require("min_length", self.length, fine, "an integer of 0 or more")
-        stop = (self.stop,) if isinstance(self.stop, int) else tuple(self.stop)
+        stop = (self.stop,) if isinstance(self.stop, int) else tuple(map(plain, self.stop))
         object.__setattr__(self, "stop", stop)
+        for id_ in stop:
+            require("min_length: a stop id", id_, is_count(id_, 0), "0 or more")
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
         """Scores ``logits`` (B, V) of the token after ``ids`` (B, T), changed as said above."""
@@ -344,4 +390,5 @@ class MinLength:
         assert isinstance(stop, tuple)
         if ids.shape[1] >= self.length or not stop:
             return logits
+        _require_ids("min_length: stop", stop, logits)
         return logits.index_fill(1, torch.tensor(stop, device=logits.device), -torch.inf)

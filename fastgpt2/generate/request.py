@@ -46,7 +46,8 @@ class Stream:
             and processors.
         finish_reason: ``length`` (max_new_tokens), ``stop`` (a stop id or string), ``window`` (the
             window is full and does not slide), ``no token left`` (every one is forbidden),
-            ``cancelled``, or None while it goes on.
+            ``cancelled``, ``error``, or None while it goes on.
+        error: what ended it with ``error``; iterating and ``wait`` raise it.
         start: index in prompt and ``ids`` at which the model's context begins, once it has ended.
     """
 
@@ -62,6 +63,7 @@ class Stream:
         self.text = ""
         self.log_probs: list[float] = []
         self.finish_reason: str | None = None
+        self.error: Exception | None = None
         self._pieces, self._advance = pieces, advance
         # the log-probability of the stop id
         self._end: float | None = None
@@ -72,6 +74,7 @@ class Stream:
             while self._queue:
                 yield self._queue.popleft()
             if self.finish_reason is not None:
+                self.check()
                 return
             self._advance()
 
@@ -85,7 +88,13 @@ class Stream:
         """Run until this request is finished, and return it."""
         while self.finish_reason is None:
             self._advance()
+        self.check()
         return self
+
+    def check(self) -> None:
+        """Raise the error that has ended the request, if one has."""
+        if self.error is not None:
+            raise self.error
 
     def poll(self) -> list[str | int]:
         """The pieces since the last call, without waiting for more."""
@@ -96,6 +105,11 @@ class Stream:
     def cancel(self) -> None:
         """End the request; its row becomes free."""
         self._finish("cancelled")
+
+    def _fail(self, error: Exception) -> None:
+        if self.finish_reason is None:
+            self.error = error
+            self._finish("error")
 
     def _finish(self, reason: str) -> None:
         if self.finish_reason is not None:

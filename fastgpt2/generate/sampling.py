@@ -1,7 +1,7 @@
 """From logits to the next token: temperature, processors, and the draw."""
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastgpt2.errors import UserError
-from fastgpt2.generate.processors import Processor, Temperature, TopK
+from fastgpt2.generate.processors import Processor, Temperature, TopK, plain
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Sampling:
             temperature and top_k, and only if a token is drawn.
 
     Raises:
-        UserError: the temperature is negative or not finite, top_k is below 1, or a processor
-            cannot be called.
+        UserError: the temperature is negative or not finite, top_k is below 1, or the processors
+            are not a list of callables.
     """
 
     temperature: float = 1.0
@@ -35,6 +35,11 @@ class Sampling:
     warps: tuple[Processor, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        several = isinstance(self.processors, Iterable)
+        if not several:
+            raise UserError(f"processors: expected a list of them, got {self.processors!r:.80}")
+        object.__setattr__(self, "temperature", plain(self.temperature))
+        object.__setattr__(self, "processors", tuple(self.processors))
         warps: list[Processor] = [Temperature(self.temperature)]
         if self.top_k is not None:
             warps.append(TopK(self.top_k))
@@ -71,10 +76,19 @@ class Sampling:
 
         Returns:
             (B, V) fp32.
+
+        Raises:
+            UserError: a processor returns anything else.
         """
         logits = logits.float()
         for processor in (*self.edits, *self.warps):
-            logits = processor(ids, logits)
+            found = processor(ids, logits)
+            if not isinstance(found, Tensor) or found.shape != logits.shape:
+                got = tuple(found.shape) if isinstance(found, Tensor) else f"{found!r:.80}"
+                raise UserError(
+                    f"processors: expected logits of shape {tuple(logits.shape)}, got {got}"
+                )
+            logits = found
         return logits
 
 

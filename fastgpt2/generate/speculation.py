@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from fastgpt2.errors import UserError
+from fastgpt2.generate.checks import evaluating
 from fastgpt2.generate.request import Request
 from fastgpt2.generate.sampling import allows_some, draw
 from fastgpt2.generate.slots import Slots
 from fastgpt2.model import GPT
 
 if TYPE_CHECKING:
-    from fastgpt2.generate.generator import Row
+    from fastgpt2.generate.chooser import Row
 
 # numbers of last tokens that a lookup searches for, the longest first
 _NGRAMS = (3, 2, 1)
@@ -140,10 +141,11 @@ class Draft:
             raise UserError(f"draft: its vocabulary has {theirs} ids, the model's {ours}")
         if model.config.block_size < 4:
             raise UserError("draft: its block_size must be 4 or more")
-        self.model = model.eval()
-        self.slots = Slots(
-            model, batch_size, model.config.block_size, compile=compile, notify=notify
-        )
+        self.model = model
+        with evaluating(model):
+            self.slots = Slots(
+                model, batch_size, model.config.block_size, compile=compile, notify=notify
+            )
         self.count = min(count, model.config.block_size // 4)
         # begin of the draft's context in a row's ids, and the tokens in its cache
         self._starts = [0] * batch_size
@@ -170,9 +172,9 @@ class Draft:
             logits = self.slots.feed(0, last)
             with self.slots.choosing():
                 for i, row in enumerate(rows):
-                    if k < counts[i]:
+                    if k < counts[i] and row.stream.finish_reason is None:
                         self._draw(row, tokens[i], probs[i], logits[i : i + 1])
-                        last[i] = tokens[i][-1:]
+                        last[i] = (tokens[i] or row.ids)[-1:]
         for i, row in enumerate(rows):
             self._fed[i] = [] if not counts[i] else [*row.ids[self._starts[i] :], *tokens[i][:-1]]
         return [
@@ -182,10 +184,14 @@ class Draft:
 
     @staticmethod
     def _draw(row: "Row", tokens: list[int], probs: list[Tensor], logits: Tensor) -> None:
-        """One more token of a row, as its request draws them."""
+        """One more token of a row, as its request draws them; its own error ends the row alone."""
         request = row.stream.request
         ids = torch.tensor([[*row.ids, *tokens]], device=logits.device)
-        processed = request.sampling.process(ids, logits)
+        try:
+            processed = request.sampling.process(ids, logits)
+        except Exception as error:
+            row.stream._fail(error)
+            return
         if request.sampling.is_greedy:
             tokens.append(int(processed.argmax()))
         else:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from transformers.generation import logits_process as theirs
 
 from fastgpt2 import generate as ours
 from fastgpt2.errors import UserError
+from fastgpt2.generate.options import Options
+from tests.test_model_transformers import theirs as of_transformers
+from tests.tiny_gpt import tiny_gpt
 
 V = 61
 
@@ -74,6 +78,57 @@ def test_top_p_needs_not_sort_a_whole_vocabulary(p: float) -> None:
     assert torch.equal(torch.cat(alone), result)
 
 
+@pytest.mark.parametrize("p", [0.0, 0.3, 0.5, 0.9])
+def test_of_equal_tokens_top_p_keeps_those_that_theirs_keeps(p: float) -> None:
+    logits = torch.stack([torch.zeros(V), torch.arange(V) % 2.0, torch.arange(V) % 3.0])
+    ids = torch.zeros(3, 1, dtype=torch.int64)
+    assert torch.equal(ours.TopP(p)(ids, logits), theirs.TopPLogitsWarper(p)(ids, logits))
+
+
+def test_options_compose_in_the_order_of_theirs() -> None:
+    """A bias comes before the penalty for repetitions: then the penalty sees it."""
+    model = tiny_gpt(1, block_size=32).eval()
+    bias = {15: 8.0, 42: 7.0, 3: 6.0}
+    options = Options().replaced({"repetition_penalty": 3.0, "logit_bias": bias})
+    expected = of_transformers(model).generate(
+        torch.tensor([[5]]),
+        max_new_tokens=9,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        repetition_penalty=3.0,
+        sequence_bias=[[[id_], value] for id_, value in bias.items()],
+    )
+    result = model.generate([[5]], 9, temperature=0, processors=options.processors())
+    assert result == expected.tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_logits_keep_their_dtype(dtype: torch.dtype) -> None:
+    ids, logits = inputs(2, 4, 0)
+    for ours_, _ in PAIRS.values():
+        assert ours_(ids, logits.to(dtype)).dtype == dtype
+    for penalty in (ours.PresencePenalty(0.3), ours.FrequencyPenalty(0.3)):
+        assert penalty(ids, logits.to(dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize("number", [np.int64(3), torch.tensor(3), np.array(3)[()]])
+def test_numbers_of_numpy_and_torch(number: Any) -> None:
+    ids, logits = inputs(2, 9, 0)
+    half = np.float32(0.5)
+    for processor, expected in (
+        (ours.TopK(number), ours.TopK(3)),
+        (ours.NoRepeatNgram(number), ours.NoRepeatNgram(3)),
+        (ours.MinLength(10, [number]), ours.MinLength(10, 3)),
+        (ours.LogitBias({number: half}), ours.LogitBias({3: 0.5})),
+        (ours.Temperature(half), ours.Temperature(0.5)),
+        (ours.MinP(torch.tensor(0.5)), ours.MinP(0.5)),
+        (ours.RepetitionPenalty(half), ours.RepetitionPenalty(0.5)),
+    ):
+        assert processor == expected
+        assert torch.equal(processor(ids, logits), expected(ids, logits))
+
+
 def test_presence_and_frequency_follow_their_formulas() -> None:
     ids, logits = torch.tensor([[3, 3, 5]]), torch.zeros(1, 7)
     assert ours.PresencePenalty(0.5)(ids, logits).tolist() == [[0, 0, 0, -0.5, 0, -0.5, 0]]
@@ -102,6 +157,13 @@ def test_greedy_leaves_the_best_token_alone() -> None:
         (lambda: ours.LogitBias({1: math.nan}), "the bias of 1 must be a finite number, or -inf"),
         (lambda: ours.MinLength(-1, 5), "min_length must be an integer of 0 or more"),
         (lambda: ours.TopK(True), "top_k must be an integer of 1 or more, got True"),
+        (lambda: ours.TopK(torch.tensor(True)), "top_k must be an integer of 1 or more, got True"),
+        (lambda: ours.NoRepeatNgram(True), "no_repeat_ngram must be an integer of 1 or more"),
+        (lambda: ours.Temperature(np.float32("nan")), "temperature must be 0 or more, got nan"),
+        (lambda: ours.MinLength(3, [-1]), "min_length: a stop id must be 0 or more, got -1"),
+        (lambda: ours.MinLength(3, ["a"]), "min_length: a stop id must be 0 or more, got 'a'"),
+        (lambda: ours.LogitBias([(3, 1.0)]), "logit_bias must be a mapping of token ids"),
+        (lambda: ours.LogitBias({True: 1.0}), "logit_bias: an id must be 0 or more, got True"),
     ],
 )
 def test_bad_options_are_named(make: Callable[[], object], message: str) -> None:
@@ -112,6 +174,11 @@ def test_bad_options_are_named(make: Callable[[], object], message: str) -> None
 def test_a_bias_outside_the_vocabulary() -> None:
     with pytest.raises(UserError, match=r"id 61 is not in \[0, 61\)"):
         ours.LogitBias({61: 1.0})(*inputs(1, 2, 0))
+
+
+def test_a_stop_outside_the_vocabulary() -> None:
+    with pytest.raises(UserError, match=r"id 61 is not in \[0, 61\)"):
+        ours.MinLength(9, [3, 61])(*inputs(1, 2, 0))
 
 
 @pytest.mark.parametrize("value", [10**25, 1e25])

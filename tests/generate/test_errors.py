@@ -1,0 +1,169 @@
+"""A request that fails fails alone, and a pass that is cut short leaves the caches usable."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fastgpt2.errors import UserError
+from fastgpt2.generate import Generator, TopP
+from fastgpt2.generate.request import Stream
+from fastgpt2.model import GPT
+from tests.tiny_gpt import tiny_gpt
+
+PROMPTS = [[1, 2, 3], [4, 5], [6, 7, 8, 9], [4, 5]]
+# what the second request gets
+FAILING = 1
+
+
+class Fails:
+    """A processor that raises when a text of its row's has three tokens more than the prompt."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
+        if ids.shape[1] >= self.length and bool((ids[:, 0] == PROMPTS[FAILING][0]).any()):
+            raise ValueError("this request")
+        return logits
+
+
+def submit_all(generator: Generator, processor: Any) -> list[Stream]:
+    """The prompts but the last, all with the same processor: they share its calls."""
+    return [
+        generator.submit(prompt, 8, seed=i, processors=[processor])
+        for i, prompt in enumerate(PROMPTS[:3])
+    ]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+@pytest.mark.parametrize("aid", ["none", "draft", "lookup"])
+def test_the_other_streams_go_on(batch_size: int, aid: str) -> None:
+    model = tiny_gpt(block_size=32)
+    aids: dict[str, dict[str, Any]] = {
+        "none": {},
+        "draft": {"draft": tiny_gpt(1, block_size=32)},
+        "lookup": {"prompt_lookup": 2},
+    }
+    plain: Any = lambda ids, logits: logits  # noqa: E731
+    expected = submit_all(Generator(model, batch_size=1, **aids[aid]), plain)
+    generator = Generator(model, batch_size=batch_size, **aids[aid])
+    streams = submit_all(generator, Fails(5))
+    # one after another, so that lengths differ and calls are shared only by some
+    with pytest.raises(ValueError, match="this request"):
+        generator.run()
+    for i, (stream, other) in enumerate(zip(streams, expected, strict=True)):
+        other.wait()
+        if i == FAILING:
+            assert stream.finish_reason == "error" and stream.ids == other.ids[: len(stream.ids)]
+            with pytest.raises(ValueError, match="this request"):
+                stream.wait()
+            with pytest.raises(ValueError, match="this request"):
+                list(stream)
+        else:
+            assert (stream.ids, stream.finish_reason) == (other.ids, "length")
+
+
+def test_of_rows_that_share_a_call_only_one_fails() -> None:
+    generator = Generator(tiny_gpt(), batch_size=2)
+    processor = Fails(3)
+    first, second = (generator.submit(p, 4, seed=1, processors=[processor]) for p in ([4], [5]))
+    with pytest.raises(ValueError, match="this request"):
+        generator.run()
+    assert (first.finish_reason, second.finish_reason) == ("error", "length")
+    assert second.ids == Generator(tiny_gpt()).submit([5], 4, seed=1).wait().ids
+
+
+@pytest.mark.parametrize("lookup", [0, 2])
+def test_a_pass_that_is_interrupted_can_be_repeated(
+    lookup: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_gpt(block_size=32)
+    generator = Generator(model, batch_size=2, prompt_lookup=lookup)
+    streams = [generator.submit(p, 9, temperature=0.0) for p in PROMPTS]
+    choose, calls = generator._chooser.extend, [0]
+
+    def interrupted(*arguments: Any) -> None:
+        calls[0] += 1
+        if calls[0] % 3 == 2:
+            raise KeyboardInterrupt
+        choose(*arguments)
+
+    monkeypatch.setattr(generator._chooser, "extend", interrupted)
+    while any(stream.finish_reason is None for stream in streams):
+        try:
+            generator.step()
+        except KeyboardInterrupt:
+            calls.append(0)
+    assert len(calls) > 2
+    assert [[*p, *s.ids] for p, s in zip(PROMPTS, streams, strict=True)] == [
+        model.generate([prompt], 9, temperature=0.0)[0] for prompt in PROMPTS
+    ]
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"draft": True}])
+def test_a_model_in_training_mode_generates_without_dropout(options: dict[str, Any]) -> None:
+    model = tiny_gpt(dropout=0.5).train()
+    draft = tiny_gpt(1, dropout=0.5).train()
+    if "draft" in options:
+        options = {"draft": draft, "temperature": 0.0}
+    text = model.generate([[1, 2, 3]], 9, **options)
+    assert model.training and draft.training and draft.transformer.h[0].training
+    model.eval(), draft.eval()
+    assert text == model.generate([[1, 2, 3]], 9, **options)
+
+
+SCALARS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "integers": (
+        {"seed": np.int64(3), "top_k": np.int32(5), "temperature": np.float32(0.5)},
+        {"seed": 3, "top_k": 5, "temperature": 0.5},
+    ),
+    "tensors": (
+        {"seed": torch.tensor(3), "top_k": torch.tensor(5), "temperature": torch.tensor(0.5)},
+        {"seed": 3, "top_k": 5, "temperature": 0.5},
+    ),
+    "stops": ({"seed": 3, "stop": torch.tensor([28, 0])}, {"seed": 3, "stop": [28, 0]}),
+    "a stop": ({"seed": 3, "stop": np.int64(28)}, {"seed": 3, "stop": 28}),
+    "beams": ({"num_beams": np.int64(3)}, {"num_beams": 3}),
+    "processors": (
+        {"seed": 3, "processors": (TopP(np.float32(0.5)),)},
+        {"seed": 3, "processors": [TopP(0.5)]},
+    ),
+}
+
+
+@pytest.mark.parametrize(("given", "plain"), SCALARS.values(), ids=SCALARS)
+def test_numbers_of_numpy_and_torch(given: dict[str, Any], plain: dict[str, Any]) -> None:
+    model = tiny_gpt()
+    for n in (np.int64(6), torch.tensor(6)):
+        assert model.generate([[1]], n, **given) == model.generate([[1]], 6, **plain)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: m.generate([[1]], 1, processors=TopP(0.5)), "processors: expected a list"),
+        (lambda m: m.generate([[1]], 1, processors=None), "processors: expected a list"),
+        (
+            lambda m: m.generate([[1]], 1, processors=[lambda ids, logits: None]),
+            r"processors: expected logits of shape \(1, 61\), got None",
+        ),
+        (
+            lambda m: m.generate([[1]], 1, num_beams=2, processors=[lambda ids, logits: None]),
+            r"processors: expected logits of shape \(1, 61\), got None",
+        ),
+        (lambda m: m.generate([[1]], 1, num_beams=2, window="wrap"), "window must be one of slide"),
+        (lambda m: m.generate([[1]], 1, length_penalty=2.0), "are for beams; give num_beams"),
+        (lambda m: m.generate([[1]], 1, num_beams=2, early_stopping="never"), "true or false"),
+        (lambda m: m.generate([[1]], 1, draft="gpt2"), "draft: expected a GPT, got 'gpt2'"),
+        (lambda m: m.generate(torch.ones(1, 2).byte(), 1), r"int32 or int64 ids .* got uint8"),
+        (lambda m: m.generate(torch.ones(1, 2).bool(), 1), r"int32 or int64 ids .* got bool"),
+        (lambda m: m.generate([[1]], True), "max_new_tokens must be an integer"),
+    ],
+)
+def test_mistakes_are_named(call: Any, message: str) -> None:
+    model: GPT = tiny_gpt()
+    with pytest.raises(UserError, match=message):
+        call(model)
