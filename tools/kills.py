@@ -103,7 +103,7 @@ class Job:
         patch("fastgpt2.train.trainer.plot", lambda *_: False).start()
         if self._ranks == 1 and not self._tokens.exists():
             text, out = str(self._text), str(self._tokens)
-            # other processes would take seconds to start, and most kills would come before they have
+            # other processes would start for seconds, and most kills would come before they have
             flags = ["--tokenizer=bytes", "--workers=1"]
             code = prepare.main(["--data", text, "--out", out, *flags])
             if code:

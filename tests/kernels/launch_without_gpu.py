@@ -36,7 +36,7 @@ SIZES = (
 )
 DECODE_BATCHES = (1, 16)
 # what is registered with it lasts as long as it does
-PRODUCTS = torch.library.Library("aten", "IMPL")
+PRODUCTS = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
 
 
 class AbsentGPU:
@@ -60,9 +60,10 @@ class AbsentGPU:
 
 def leave_out_products() -> None:
     """Products between the kernels are memory as it comes: some CPUs take half a minute in bf16."""
-    PRODUCTS.impl("mm", lambda a, b: a.new_empty(a.shape[0], b.shape[1]), "CPU")
-    PRODUCTS.impl("mm.out", lambda a, b, out: out, "CPU")
-    PRODUCTS.impl("addmm", lambda c, a, b, **_: a.new_empty(a.shape[0], b.shape[1]), "CPU")
+    register: Any = PRODUCTS.impl
+    register("mm", lambda a, b: a.new_empty(a.shape[0], b.shape[1]), "CPU")
+    register("mm.out", lambda a, b, out: out, "CPU")
+    register("addmm", lambda c, a, b, **_: a.new_empty(a.shape[0], b.shape[1]), "CPU")
 
 
 def launch_everything(arch: str, dtype: torch.dtype, sizes: Sequence[Sizes]) -> dict[str, int]:
