@@ -40,9 +40,9 @@ def as_ids(prompt: Any) -> list[int]:
 
 def stops_of(stop: Stop) -> list[str | int]:
     """One stop or several, as a list; NumPy's integers and a tensor's become Python's."""
-    stop = plain(stop)
-    several = isinstance(stop, Iterable) and not isinstance(stop, str)
-    return [plain(item) for item in stop] if several else [stop]  # type: ignore[list-item, union-attr]
+    value: Any = plain(stop)
+    several = isinstance(value, Iterable) and not isinstance(value, str)
+    return [plain(item) for item in value] if several else [value]
 
 
 def split_stops(model: Configured, stop: Stop) -> tuple[frozenset[int], frozenset[str]]:

@@ -48,7 +48,8 @@ class _Options:
     """A dataclass whose numbers are Python's, whatever kind of number they were given as."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):  # type: ignore[arg-type]
+        options: Any = self
+        for field in fields(options):
             object.__setattr__(self, field.name, plain(getattr(self, field.name)))
 
 
@@ -319,8 +320,10 @@ class LogitBias:
     reads_ids = False
 
     def __post_init__(self) -> None:
-        fine = isinstance(self.bias, Mapping)
-        require("logit_bias", self.bias, fine, "a mapping of token ids to numbers")
+        if not isinstance(self.bias, Mapping):
+            raise UserError(
+                f"logit_bias must be a mapping of token ids to numbers, got {self.bias!r:.80}"
+            )
         bias = {plain(id_): plain(value) for id_, value in self.bias.items()}
         object.__setattr__(self, "bias", bias)
         for id_, value in bias.items():

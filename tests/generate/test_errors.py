@@ -115,6 +115,7 @@ def test_a_model_in_training_mode_generates_without_dropout(options: dict[str, A
     assert text == model.generate([[1, 2, 3]], 9, **options)
 
 
+HALF: Any = np.float32(0.5)
 SCALARS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "integers": (
         {"seed": np.int64(3), "top_k": np.int32(5), "temperature": np.float32(0.5)},
@@ -128,7 +129,7 @@ SCALARS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "a stop": ({"seed": 3, "stop": np.int64(28)}, {"seed": 3, "stop": 28}),
     "beams": ({"num_beams": np.int64(3)}, {"num_beams": 3}),
     "processors": (
-        {"seed": 3, "processors": (TopP(np.float32(0.5)),)},
+        {"seed": 3, "processors": (TopP(HALF),)},
         {"seed": 3, "processors": [TopP(0.5)]},
     ),
 }

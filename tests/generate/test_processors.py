@@ -25,6 +25,11 @@ def inputs(B: int, T: int, seed: int) -> tuple[Tensor, Tensor]:
     return ids, 3.0 * torch.randn(B, V, generator=generator)
 
 
+def odd(value: Any) -> Any:
+    """A value of another type than a processor declares."""
+    return value
+
+
 PAIRS: dict[str, tuple[Any, Any]] = {
     "temperature": (ours.Temperature(0.7), theirs.TemperatureLogitsWarper(0.7)),
     "top-k": (ours.TopK(7), theirs.TopKLogitsWarper(7)),
@@ -115,14 +120,14 @@ def test_logits_keep_their_dtype(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("number", [np.int64(3), torch.tensor(3), np.array(3)[()]])
 def test_numbers_of_numpy_and_torch(number: Any) -> None:
     ids, logits = inputs(2, 9, 0)
-    half = np.float32(0.5)
+    half: Any = np.float32(0.5)
     for processor, expected in (
         (ours.TopK(number), ours.TopK(3)),
         (ours.NoRepeatNgram(number), ours.NoRepeatNgram(3)),
         (ours.MinLength(10, [number]), ours.MinLength(10, 3)),
         (ours.LogitBias({number: half}), ours.LogitBias({3: 0.5})),
         (ours.Temperature(half), ours.Temperature(0.5)),
-        (ours.MinP(torch.tensor(0.5)), ours.MinP(0.5)),
+        (ours.MinP(odd(torch.tensor(0.5))), ours.MinP(0.5)),
         (ours.RepetitionPenalty(half), ours.RepetitionPenalty(0.5)),
     ):
         assert processor == expected
@@ -157,12 +162,18 @@ def test_greedy_leaves_the_best_token_alone() -> None:
         (lambda: ours.LogitBias({1: math.nan}), "the bias of 1 must be a finite number, or -inf"),
         (lambda: ours.MinLength(-1, 5), "min_length must be an integer of 0 or more"),
         (lambda: ours.TopK(True), "top_k must be an integer of 1 or more, got True"),
-        (lambda: ours.TopK(torch.tensor(True)), "top_k must be an integer of 1 or more, got True"),
+        (
+            lambda: ours.TopK(odd(torch.tensor(True))),
+            "top_k must be an integer of 1 or more, got True",
+        ),
         (lambda: ours.NoRepeatNgram(True), "no_repeat_ngram must be an integer of 1 or more"),
-        (lambda: ours.Temperature(np.float32("nan")), "temperature must be 0 or more, got nan"),
+        (
+            lambda: ours.Temperature(odd(np.float32("nan"))),
+            "temperature must be 0 or more, got nan",
+        ),
         (lambda: ours.MinLength(3, [-1]), "min_length: a stop id must be 0 or more, got -1"),
-        (lambda: ours.MinLength(3, ["a"]), "min_length: a stop id must be 0 or more, got 'a'"),
-        (lambda: ours.LogitBias([(3, 1.0)]), "logit_bias must be a mapping of token ids"),
+        (lambda: ours.MinLength(3, odd(["a"])), "min_length: a stop id must be 0 or more, got 'a'"),
+        (lambda: ours.LogitBias(odd([(3, 1.0)])), "logit_bias must be a mapping of token ids"),
         (lambda: ours.LogitBias({True: 1.0}), "logit_bias: an id must be 0 or more, got True"),
     ],
 )
