@@ -13,13 +13,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-
-from tqdm import tqdm
 
 import tests.kernels.mutants as package
 from tests.kernels.mutants import Mutant, StaleMutant, mutate
@@ -117,10 +115,14 @@ def judge_unmutated(tree: Path, op: str, mutants: Sequence[Mutant]) -> Verdict:
     return Verdict(op, "(unmutated)", "ERROR", f"pytest exit code {code} without any edit")
 
 
-def judge_all(mutants: dict[str, list[Mutant]], jobs: int, root: Path = ROOT) -> list[Verdict]:
-    """One verdict a mutant and one an op for its unmutated run, in ``jobs`` copies of the tree."""
-    tasks: list[tuple[str, Mutant | None]] = [(op, None) for op in mutants]
-    tasks += [(op, mutant) for op, listed in mutants.items() for mutant in listed]
+def judge_all(
+    mutants: dict[str, list[Mutant]], jobs: int, root: Path = ROOT
+) -> Iterator[Verdict]:
+    """Judge in ``jobs`` copies of the tree; yields verdicts as they come, in the lists' order.
+
+    There is one per op for its unmutated run, then one per mutant.
+    """
+    tasks = [(op, mutant) for op, listed in mutants.items() for mutant in (None, *listed)]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
         trees: SimpleQueue[Path] = SimpleQueue()
         for job in range(jobs):
@@ -139,11 +141,11 @@ def judge_all(mutants: dict[str, list[Mutant]], jobs: int, root: Path = ROOT) ->
             finally:
                 trees.put(tree)
 
-        return list(tqdm(pool.map(work, tasks), total=len(tasks), unit="mutant"))
+        yield from pool.map(work, tasks)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Judge the mutants, print a table, return the exit code."""
+    """Judge the mutants, print each verdict at once, return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m tests.kernels.mutants.run")
     parser.add_argument("--op", action="append", default=[], help="only this op; repeatable")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="copies at work")
@@ -156,10 +158,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if options.sample is not None:
         mutants = {op: spread(listed, options.sample) for op, listed in mutants.items()}
-    verdicts = judge_all(mutants, options.jobs)
-    for verdict in sorted(verdicts, key=lambda v: v.op):
-        print(f"{verdict.op:24} {verdict.name:40} {verdict.outcome:9} {verdict.detail}")
-    outcomes = [verdict.outcome for verdict in verdicts]
+    outcomes = []
+    for verdict in judge_all(mutants, options.jobs):
+        line = f"{verdict.op:24} {verdict.name:40} {verdict.outcome:9} {verdict.detail}"
+        print(line.rstrip(), flush=True)
+        outcomes.append(verdict.outcome)
     killed, survived = outcomes.count("killed"), outcomes.count("SURVIVED")
     print(f"{killed} killed, {survived} survived, {outcomes.count('ERROR')} errors")
     if "ERROR" in outcomes:
