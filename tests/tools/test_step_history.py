@@ -24,7 +24,6 @@ def test_a_dry_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, seen = tmp_path / "history.json", tmp_path / "seen"
-    monkeypatch.setattr(step_history, "FORMS", ("eager",))
     program = tmp_path / "program.py"
     # says first which package it runs
     program.write_text(
@@ -34,10 +33,12 @@ def test_a_dry_run(
         encoding="utf-8",
     )
     monkeypatch.setattr(step_history, "_PROGRAM", program)
-    assert step_history.main(["HEAD", "--out", str(out), *DRY]) == 0
+    assert step_history.main(["HEAD", "--form", "eager", "--out", str(out), *DRY]) == 0
     (run,) = json.loads(out.read_text(encoding="utf-8"))["runs"]
     assert run["commit"] == _head() and len(run["seconds"]) == 1 and run["seconds"][0] > 0
-    assert f"{run['commit']:10} " in capsys.readouterr().out
+    head, row = capsys.readouterr().out.splitlines()
+    assert head.split() == ["commit", "eager"]
+    assert row.startswith(f"{run['commit']:10} ")
     assert str(ROOT) not in seen.read_text(encoding="utf-8")
 
 
