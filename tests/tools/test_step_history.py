@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.benchmarks.dry import ROOT
-from tools import step_history
+from tools import step_history, step_of_commit
 
 pytestmark = pytest.mark.skipif(
     not (ROOT / ".git").exists(), reason="this tree is not a clone: it has no history"
@@ -40,6 +40,17 @@ def test_a_dry_run(
     assert head.split() == ["commit", "eager"]
     assert row.startswith(f"{run['commit']:10} ")
     assert str(ROOT) not in seen.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("files", [["train/allocator.py"], ["train.py", "training/allocator.py"]])
+def test_the_allocator_is_found_in_every_version(files: list[str], tmp_path: Path) -> None:
+    assert step_of_commit.allocator_module(tmp_path) is None
+    for file in files:
+        path = tmp_path / file
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    found = step_of_commit.allocator_module(tmp_path)
+    assert found == f"fastgpt2.{Path(files[-1]).parent.name}.allocator"
 
 
 @pytest.mark.parametrize(
