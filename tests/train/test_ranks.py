@@ -32,8 +32,10 @@ class Ranks:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        text = (folder / "outcomes.json").read_text(encoding="utf-8")
-        self.outcomes: dict[str, Any] = json.loads(text)
+        self.outcomes: dict[str, Any] = {
+            path.parent.name: json.loads(path.read_text(encoding="utf-8"))
+            for path in folder.glob("*/outcome.json")
+        }
 
     def run(self, name: str) -> Path:
         outcome = self.outcomes[name]
