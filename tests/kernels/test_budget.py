@@ -85,7 +85,7 @@ def test_written_inputs_are_rejected() -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_op_gets_its_inputs_as_they_are_laid_out(layout: str) -> None:
     x = lay_out(torch.randn(6, 40), layout)
-    strides = []
+    strides: list[tuple[int, ...]] = []
 
     def op(impl: str, x: Tensor) -> Tensor:
         strides.append(x.stride())

@@ -148,7 +148,9 @@ def judge_all(mutants: dict[str, list[Mutant]], jobs: int, root: Path = ROOT) ->
 
     There is one per op for its unmutated run, then one per mutant.
     """
-    tasks = [(op, mutant) for op, listed in mutants.items() for mutant in (None, *listed)]
+    tasks: list[tuple[str, Mutant | None]] = []
+    for op, listed in mutants.items():
+        tasks += [(op, None), *((op, mutant) for mutant in listed)]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
         trees: SimpleQueue[Path] = SimpleQueue()
         for job in range(jobs):
