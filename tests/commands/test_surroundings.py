@@ -72,7 +72,7 @@ def test_training_without_streams_and_without_a_home(
 ) -> None:
     if os.name == "nt":
         pytest.skip("needs a POSIX shell")
-    names = ("PATH", "TIKTOKEN_CACHE_DIR", "LD_LIBRARY_PATH")
+    names = ("PATH", "TIKTOKEN_CACHE_DIR", "LD_LIBRARY_PATH", "OMP_NUM_THREADS")
     environment = {name: os.environ[name] for name in names if name in os.environ}
     environment |= {"PYTHONPATH": os.pathsep.join(os.path.abspath(p) for p in sys.path)}
     command = [sys.executable, "-m", "fastgpt2.train", "--data", data, "--out", "run", *TINY]
