@@ -33,13 +33,15 @@ def _mutant(name: str, old: str, new: str, test: str = TEST) -> Mutant:
 def test_killed_survived_and_broken(tree: Path) -> None:
     mutants = [
         _mutant("wrong", "x * 2", "x * 3"),
+        _mutant("crashing", "x * 2", "__import__('os').abort()"),
         _mutant("harmless", "y + 0", "y - 0"),
         _mutant("no_such_test", "x * 2", "x * 4", "tests/test_double.py::test_gone"),
     ]
     verdicts = list(judge_all({"double": mutants}, 2, tree))
     outcomes = {verdict.name: verdict.outcome for verdict in verdicts}
     assert outcomes["wrong"] == "killed"
-    assert f"by {TEST}" in {verdict.detail for verdict in verdicts}
+    assert outcomes["crashing"] == "killed"
+    assert {f"by {TEST}", "by a crash, SIGABRT"} <= {verdict.detail for verdict in verdicts}
     assert outcomes["harmless"] == "SURVIVED"
     # the unmutated run asks for the missing test, too
     assert outcomes["no_such_test"] == outcomes["(unmutated)"] == "ERROR"

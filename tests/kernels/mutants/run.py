@@ -114,6 +114,9 @@ def run_tests(tree: Path, tests: Iterable[str]) -> tuple[int, str]:
     process.join()
     if process.exitcode == -signal.SIGXCPU:
         return _FAILED, f"no end within {_LIMIT_S} s of a processor"
+    if process.exitcode < 0:
+        # an edit that writes beyond its memory may end the whole process
+        return _FAILED, f"a crash, {signal.Signals(-process.exitcode).name}"
     lines = output.read_text(encoding="utf-8").splitlines()
     failed = next((line for line in lines if line.startswith("FAILED ")), "")
     return process.exitcode, failed.removeprefix("FAILED ").partition(" - ")[0]
