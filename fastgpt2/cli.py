@@ -52,6 +52,27 @@ def _write(message: str, file: Any) -> None:
         file.write(message)
 
 
+def file_name(text: str) -> str:
+    """The value of a flag that names a file or a folder; the ``type`` of such a flag.
+
+    Args:
+        text: what the command line has.
+
+    Raises:
+        ArgumentTypeError: it is empty, as an unset variable of a shell is, or holds a NUL.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    if "\0" in text:
+        raise argparse.ArgumentTypeError(f"must not hold a NUL character, got {text!r}")
+    return text
+
+
+def file_path(text: str) -> Path:
+    """As ``file_name``, for a flag whose value is a ``Path``."""
+    return Path(file_name(text))
+
+
 def check_counts(options: argparse.Namespace, *names: str) -> None:
     """These options are 1 or more.
 
@@ -87,6 +108,12 @@ def run(name: str, body: Callable[[], int | None], *, steady: bool = False) -> i
         steady: the work matters more than its output: a failing stdout does not end it either.
     """
     open_missing_streams()
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        # a library of PyTorch's ends the process there
+        _say(f"fastgpt2 {name}: error: the working folder has been deleted; cd to another one")
+        return 2
     for stream in (sys.stdout, sys.stderr):
         # a generated character that the terminal's encoding lacks must not end the program
         if isinstance(stream, io.TextIOWrapper):

@@ -16,6 +16,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # `-n auto` starts a process per core: more threads would only wait for each other. The library
     # reads this once, when torch is loaded; the programs that tests start inherit it.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # until all tests are imported, nothing is garbage
+    gc.disable()
 
 import torch
 
@@ -58,6 +60,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_finish() -> None:
     """What was imported stays: no search for garbage has to go through it again."""
     gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
