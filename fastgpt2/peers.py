@@ -93,6 +93,7 @@ class Watch:
     def __init__(self) -> None:
         self._key = f"fastgpt2/{distributed.attempt()}"
         self._store = None if distributed.world_size() == 1 else distributed.job_store()
+        self._lost = False
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._main = threading.get_ident()
@@ -111,22 +112,35 @@ class Watch:
             time.sleep(0.05)
         if found is not None or self._store is None:
             return found
-        with suppress(RuntimeError), self._lock:
+        with self._asking():
             if self._store.add(f"{self._key}/failures", 1) == 1:
                 self._store.set(f"{self._key}/failed", str(code))
                 return None
-        # another one was faster, or took the store with it
-        return self._found() or code
+        # if the store is there, another one was faster. Without torchrun, the first process keeps
+        # the store and has said why it ended. A store of torchrun goes with its whole machine:
+        # one process of each other machine says that
+        speaks = self._lost and distributed.is_elastic() and distributed.local_rank() == 0
+        return None if speaks else self._found() or code
 
     def stop(self) -> None:
         """End the thread."""
         self._stopped.set()
         self._thread.join()
 
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        """Within the block, the store may be asked, or turn out to have gone away."""
+        try:
+            with self._lock:
+                yield
+        except RuntimeError:
+            # is not asked again: each time PyTorch shows a screenful of C++
+            self._lost = True
+
     def _found(self) -> int | None:
-        # a store that has gone away says nothing
-        with suppress(RuntimeError), self._lock:
-            if self._store is not None and self._store.check([f"{self._key}/failed"]):
+        with self._asking():
+            known = self._store is not None and not self._lost
+            if known and self._store.check([f"{self._key}/failed"]):
                 return int(self._store.get(f"{self._key}/failed"))
         return None
 

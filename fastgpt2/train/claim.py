@@ -1,18 +1,23 @@
 """The run folder belongs to one process at a time: claimed before anything slow."""
 
 import os
+import secrets
 import shutil
+import socket
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from itertools import count
 from pathlib import Path
 
-from fastgpt2 import runs
+from fastgpt2 import distributed, runs
 from fastgpt2.errors import UserError
 from fastgpt2.files import lock_file
 
 LOCK = ".lock"
+# seconds until another machine sees a new file, at most
+_PATIENCE = 5.0
 
 
 @contextmanager
@@ -41,6 +46,43 @@ def claimed(folder: Path, *, made: bool = False) -> Iterator[None]:
             # only an empty folder is removed
             with suppress(OSError):
                 folder.rmdir()
+
+
+def check_shared(folder: Path) -> None:
+    """Check that all processes of the job see the claimed folder; all call it.
+
+    Args:
+        folder: the run folder, which the first process has claimed.
+
+    Raises:
+        UserError: this process sees another folder of that name, or none.
+        EndedElsewhere: that happened to another process.
+    """
+    if distributed.world_size() == 1:
+        return
+    mark = distributed.on_rank_0(lambda: _marked(folder))
+    distributed.together(lambda: _find(folder, mark))
+
+
+def _marked(folder: Path) -> str:
+    """What was written into the claim, to be recognised."""
+    mark = secrets.token_hex(16)
+    (folder / LOCK).write_text(mark, encoding="ascii")
+    return mark
+
+
+def _find(folder: Path, mark: str) -> None:
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        with suppress(OSError):
+            if (folder / LOCK).read_text(encoding="ascii", errors="replace") == mark:
+                return
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"--out {folder}: process {distributed.rank()} (on {socket.gethostname()}) does "
+                "not see the folder of process 0; it must be on a disk that all machines share"
+            )
+        time.sleep(0.1)
 
 
 def new_folder(name: str) -> Path:

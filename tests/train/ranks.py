@@ -29,7 +29,7 @@ COMMON = [*SHAPE.split(), *LENGTH.split(), *SCHEDULE.split(), *MACHINE.split()]
 # seconds from the failure of one rank to the end of the others; torchrun has 30
 PATIENCE = 8.0
 # how often the ranks of a scenario are started again
-RESTARTS = {"elastic": 1, "soak": 5}
+RESTARTS = {"elastic": 1}
 
 Fault = Callable[[int], None]
 
