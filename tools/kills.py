@@ -131,11 +131,22 @@ class Job:
             for child in children:
                 _kill(child)
 
-    def finish(self) -> None:
-        """Start once more, and let it come to its end."""
+    def finish(self) -> float:
+        """Start once more, and let it come to its end.
+
+        Returns:
+            Megabytes by which the memory of a rank has grown in the second half of the time, at
+            most.
+        """
+        samples: list[list[float]] = []
         with self.started() as children:
+            while not all(ended(child, 0.05) for child in children):
+                samples.append([resident(child) for child in children])
             codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         assert not any(codes), self.complaints()
+        half = len(samples) // 2
+        peaks = (tuple(map(max, zip(*part, strict=True))) for part in (samples[:half], samples))
+        return max((after - before for before, after in zip(*peaks, strict=True)), default=0.0)
 
     def kill(self, moments: random.Random, life: float) -> list[str] | None:
         """Start, and kill after a random time.
@@ -172,6 +183,15 @@ def ended(child: int, seconds: float) -> bool:
     return True
 
 
+def resident(process: int) -> float:
+    """Megabytes of a process's resident memory; 0 of one that has ended."""
+    try:
+        pages = int(Path(f"/proc/{process}/statm").read_text(encoding="utf-8").split()[1])
+    except (OSError, IndexError):
+        return 0.0
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
 def _kill(child: int) -> None:
     # one that has been waited for is gone, and its number may be another process's
     with suppress(ChildProcessError):
@@ -198,10 +218,11 @@ def killed(
         life: seconds from a start to its kill, at most.
 
     Returns:
-        The numbers of kills, in all and by place, of runs, and of those that differ.
+        The numbers of kills, in all and by place, of runs, and of those that differ; and the
+        growth of the memory of the unbroken run, in megabytes.
     """
     whole = job_in("whole")
-    whole.finish()
+    grown = whole.finish()
     places: Counter[str] = Counter()
     count, finished, bad = 0, 0, 0
     while count < kills:
@@ -212,4 +233,10 @@ def killed(
         job.finish()
         bad += not is_same(job.run, whole.run)
         finished += 1
-    return {"kills": count, "places": dict(places), "runs": finished, "different": bad}
+    return {
+        "kills": count,
+        "places": dict(places),
+        "runs": finished,
+        "different": bad,
+        "megabytes": round(grown, 1),
+    }
