@@ -206,7 +206,7 @@ def killed(
     moments: random.Random,
     is_same: Callable[[Path, Path], bool],
     *,
-    life: float,
+    life: float | None,
 ) -> dict[str, Any]:
     """Kill a run ``kills`` times, and compare what it comes to with an unbroken one.
 
@@ -215,19 +215,22 @@ def killed(
         kills: how many times; more runs than one where they end earlier.
         moments: the randomness of the kills.
         is_same: whether two runs have the same weights.
-        life: seconds from a start to its kill, at most.
+        life: seconds from a start to its kill, at most; None: as long as the unbroken run takes, so
+            that the kills are spread over all of it on any machine.
 
     Returns:
         The numbers of kills, in all and by place, of runs, and of those that differ; and the
         growth of the memory of the unbroken run, in megabytes.
     """
     whole = job_in("whole")
+    began = time.monotonic()
     grown = whole.finish()
+    longest = time.monotonic() - began if life is None else life
     places: Counter[str] = Counter()
     count, finished, bad = 0, 0, 0
     while count < kills:
         job = job_in(f"killed_{finished}")
-        while count < kills and (found := job.kill(moments, life)) is not None:
+        while count < kills and (found := job.kill(moments, longest)) is not None:
             count += 1
             places.update(found)
         job.finish()

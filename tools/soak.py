@@ -151,7 +151,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--every", type=float, nargs=2, default=(20.0, 60.0), help="seconds")
     parser.add_argument("--kills", type=int, help="so many kills of a short run instead")
     parser.add_argument(
-        "--life", type=float, default=2.0, help="of a killed start, seconds, at most"
+        "--life",
+        type=float,
+        help="of a killed start, seconds, at most [what the unbroken run takes]",
     )
     parser.add_argument("--ranks", type=int, help="[2; with --kills 1]")
     parser.add_argument("--shard", action="store_true", help="the ranks share the weights out")
