@@ -20,6 +20,7 @@ from pkgutil import resolve_name
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from fastgpt2 import prepare
@@ -145,8 +146,10 @@ class Job:
             codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         assert not any(codes), self.complaints()
         half = len(samples) // 2
-        peaks = (tuple(map(max, zip(*part, strict=True))) for part in (samples[:half], samples))
-        return max((after - before for before, after in zip(*peaks, strict=True)), default=0.0)
+        if not half:
+            return 0.0
+        before, after = (np.max(part, axis=0) for part in (samples[:half], samples))
+        return float(np.max(after - before))
 
     def kill(self, moments: random.Random, life: float) -> list[str] | None:
         """Start, and kill after a random time.

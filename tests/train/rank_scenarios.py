@@ -129,7 +129,8 @@ def infinite_mlp(rank: int) -> None:
     """On one rank, the first block's MLP computes no finite number."""
 
     def prepared(forward: Any, model: GPT, *arguments: Any, **options: Any) -> Any:
-        model.transformer.h[0].mlp.register_forward_hook(lambda module, inputs, out: out * math.inf)
+        mlp = model.get_submodule("transformer.h.0.mlp")
+        mlp.register_forward_hook(lambda module, inputs, out: out * math.inf)
         return forward_pass(forward, model, *arguments, **options)
 
     if rank == 1:
@@ -165,12 +166,12 @@ def machine_dies(folder: Path) -> Fault:
     """The machine of one rank, on which torchrun keeps the store, dies in its second step."""
     address = folder / "port"
 
-    def keep(rank: int) -> None:
+    def keep(parent: int) -> None:
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         with atomic_path(address) as temporary:
             temporary.write_text(str(store.port), encoding="ascii")
         # until rank 1 kills this process, or has ended
-        while os.getppid() == rank:
+        while os.getppid() == parent:
             time.sleep(0.1)
         os._exit(0)
 

@@ -25,6 +25,12 @@ ROOT = Path(__file__).parents[2]
 
 KINDS = [(optimizer, kind) for optimizer in ("adamw", "muon") for kind in ("--no-shard", "--shard")]
 
+# what two GPUs run
+ON_GPUS = (
+    *(f"{optimizer} {kind}" for optimizer, kind in KINDS),
+    *("adamw alone", "muon alone", "killed", "hangs"),
+)
+
 # a step of four micro-batches, by one process and by two
 ALONE, PAIR = "adamw alone", "adamw --no-shard"
 
@@ -148,14 +154,28 @@ def test_every_command_opens_shards(ranks: Ranks, tmp_path: Path) -> None:
     assert all(x.equal(weights[name]) for name, x in model.named_parameters())
 
 
-def test_a_damaged_shard_falls_back_to_the_checkpoint_before(ranks: Ranks, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["changed", "cut off", "gone", "of another run", "foreign"])
+def test_a_damaged_shard_falls_back_to_the_checkpoint_before(
+    ranks: Ranks, tmp_path: Path, damage: str
+) -> None:
     run = shutil.copytree(ranks.run("adamw --shard"), tmp_path / "run")
     assert runs.read_state(runs.latest(run))["format"] == 2
-    shard = next((runs.latest(run) / runs.SHARDS).iterdir())
-    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    shard = min((runs.latest(run) / runs.SHARDS).iterdir())
+    other = runs.latest(ranks.run("adamw --shard dropout")) / runs.SHARDS / shard.name
+    content, reason = shard.read_bytes(), "damaged: its sha256 is not the saved one"
+    if damage == "gone":
+        shard.unlink()
+        reason = "cannot be read: No such file or directory"
+    elif damage == "foreign":
+        shard = shard.with_name("left_over.safetensors")
+        shard.write_bytes(content)
+        reason = "not a file of this checkpoint"
+    else:
+        changed = {"changed": content[:-1] + b"?", "cut off": content[:-9]}
+        shard.write_bytes(changed.get(damage, other.read_bytes()))
     said: list[str] = []
     assert checkpoint.newest_intact(run, said.append).name == "step_00000002"
-    assert len(said) == 1 and f"{shard}: damaged: its sha256 is not the saved one" in said[0]
+    assert len(said) == 1 and f"{shard}: {reason}" in said[0]
     assert said[0].endswith("going on from step_00000002 instead")
 
 
@@ -297,14 +317,21 @@ def test_a_machine_that_dies_with_the_store_is_said(ranks: Ranks) -> None:
     assert len(errors) == 1 and "has ended without a word" in errors[0]
 
 
+def assert_two_devices_equal_one(ranks: Ranks) -> None:
+    for optimizer, kind in KINDS:
+        run, alone = (ranks.run(f"{optimizer} {form}") for form in (kind, "alone"))
+        assert_equal_to_rounding(run, alone)
+    assert ranks.outcomes["killed"]["codes"][1] == -9
+    assert ranks.outcomes["hangs"]["codes"] == [75, 75]
+
+
+def test_the_gpu_form_is_sound_on_cpus(ranks: Ranks) -> None:
+    """What the next test asserts of GPUs and NCCL, of the same scenarios on CPUs and gloo."""
+    assert set(ON_GPUS) <= set(ranks.outcomes)
+    assert_two_devices_equal_one(ranks)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_equal_one(data: Path, tmp_path: Path) -> None:
-    names = [f"{optimizer} {kind}" for optimizer, kind in KINDS]
-    alone = {name: f"{name.split()[0]} alone" for name in names}
-    chosen = (*names, *dict.fromkeys(alone.values()), "killed", "hangs")
-    ranks = run_scenarios(data, tmp_path, *chosen, device="cuda")
-    for name in names:
-        assert_equal_to_rounding(ranks.run(name), ranks.run(alone[name]))
-    assert ranks.outcomes["killed"]["codes"][1] == -9
-    assert ranks.outcomes["hangs"]["codes"] == [75, 75]
+    assert_two_devices_equal_one(run_scenarios(data, tmp_path, *ON_GPUS, device="cuda"))
