@@ -2,9 +2,14 @@
 
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
+
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
+    # a run starts many processes, and each would compile every module that it imports
+    sys.dont_write_bytecode = False
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # `-n auto` starts a process per core: more threads would only wait for each other. The library

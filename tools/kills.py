@@ -104,7 +104,9 @@ class Job:
         patch("fastgpt2.train.trainer.plot", lambda *_: False).start()
         if self._ranks == 1 and not self._tokens.exists():
             text, out = str(self._text), str(self._tokens)
-            code = prepare.main(["--data", text, "--out", out, "--tokenizer=bytes"])
+            # other processes would start for seconds, and most kills would come before they have
+            flags = ["--tokenizer=bytes", "--workers=1"]
+            code = prepare.main(["--data", text, "--out", out, *flags])
             if code:
                 return code
         data = self._text if self._ranks > 1 else self._tokens
