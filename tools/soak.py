@@ -26,6 +26,8 @@ from torch import Tensor
 
 from benchmarks.machine import machine
 from fastgpt2 import runs
+from fastgpt2.cli import Parser
+from fastgpt2.cli import run as run_command
 from fastgpt2.weights import load
 from fastgpt2.weights.safetensors_file import read_safetensors
 from fastgpt2.weights.shards import read_shards
@@ -144,7 +146,7 @@ def soaked(
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns 0 if nothing was lost."""
-    parser = argparse.ArgumentParser(prog="python -m tools.soak", description=__doc__)
+    parser = Parser(prog="python -m tools.soak", description=__doc__)
     parser.add_argument("data", type=Path, help="a text")
     parser.add_argument("folder", type=Path, help="where the runs go; must not exist")
     parser.add_argument("--minutes", type=float, default=30.0, help="of kills [%(default)s]")
@@ -161,6 +163,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--eval-every", type=int, help="[200; with --kills 10]")
     parser.add_argument("--seed", type=int, default=0, help="of the moments [%(default)s]")
     options = parser.parse_args(argv)
+    return run_command("soak", lambda: _body(options))
+
+
+def _body(options: argparse.Namespace) -> int:
     options.folder.mkdir(parents=True)
     ranks = options.ranks or (2 if options.kills is None else 1)
     eval_every = options.eval_every or (200 if options.kills is None else 10)

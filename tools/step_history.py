@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=4, help="timed steps per process [4]")
     parser.add_argument("--scale", default="cpu", choices=list(SCALES), help="sizes [%(default)s]")
     options = parser.parse_args(arguments)
-    return run_command("step_history", lambda: _body(options))
+    return run_command("step_history", lambda: _body(options), steady=True)
 
 
 def _body(options: argparse.Namespace) -> int:

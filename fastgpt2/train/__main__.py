@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgpt2 import distributed, runs
-from fastgpt2.cli import Parser, quoted
+from fastgpt2.cli import Parser, file_name, quoted
 from fastgpt2.cli import run as run_command
 from fastgpt2.devices import device_kind, resolve_device, resolve_dtype
 from fastgpt2.errors import UserError
@@ -54,7 +54,10 @@ def _number_or_auto(text: str) -> int | str:
         raise argparse.ArgumentTypeError(f"expected a number or auto, got {text!r}") from None
 
 
-_OWN_TYPES: dict[str, Any] = {"batch_size": _number_or_auto}
+_OWN_TYPES: dict[str, Any] = {
+    "batch_size": _number_or_auto,
+    **dict.fromkeys(("data", "vocab_dir", "init_from"), file_name),
+}
 
 # fixed for a whole run: they decide what its weights and its data stream mean
 _FIXED = (
@@ -91,7 +94,7 @@ class Plan:
     config: TrainConfig
     folder: Path
     named: str | None
-    made: bool
+    made: tuple[Path, ...]
     resume: bool
     overwrite: bool
 
@@ -110,14 +113,18 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--config",
         metavar="NAME|FILE",
+        type=file_name,
         help=f"{', '.join(named_configs())}, or a TOML file [cuda where there is a GPU, else cpu]",
     )
-    run.add_argument("--out", metavar="DIR", help="run folder [a new one under runs/]")
+    run.add_argument(
+        "--out", metavar="DIR", type=file_name, help="run folder [a new one under runs/]"
+    )
     run.add_argument("--resume", action="store_true", help="continue the run in --out")
     run.add_argument("--overwrite", action="store_true", help="first delete everything in --out")
     run.add_argument(
         "--replay",
         metavar="FILE",
+        type=file_name,
         help="repeat a saved step whose loss was not finite; --device, --dtype and --impl apply",
     )
     types = field_types()
@@ -218,9 +225,10 @@ def _plan(arguments: dict[str, Any]) -> Plan:
     if out is None:
         base = _base(name, arguments)
         config = _configuration(base, arguments, resume=False)
-        folder = new_folder(Path(name or "default").stem)
+        made = new_folder(Path(name or "default").stem)
+        folder = made[0]
     else:
-        folder = Path(out)
+        folder, made = Path(out), ()
         if not is_utf8(out):
             raise UserError(f"--out {out}: must be UTF-8 text for the library safetensors")
         if folder.exists() and not folder.is_dir():
@@ -231,7 +239,7 @@ def _plan(arguments: dict[str, Any]) -> Plan:
         if resume:
             _check_unchanged(base, arguments)
         config = _configuration(base, arguments, resume=resume)
-    return Plan(config, folder, name, made=out is None, resume=resume, overwrite=overwrite)
+    return Plan(config, folder, name, made=made, resume=resume, overwrite=overwrite)
 
 
 def _claim(stack: ExitStack, plan: Plan) -> None:

@@ -2,12 +2,12 @@
 
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from types import FrameType
 from typing import Any, Self
 
 from fastgpt2 import distributed
+from fastgpt2.cli import handled
 
 # Windows has no SIGHUP and no SIGUSR1
 _ENDING = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
@@ -25,25 +25,12 @@ class Interrupted(Exception):
         self.exit_code = 128 + number
 
 
-@contextmanager
-def nothing_to_save() -> Iterator[None]:
+def nothing_to_save() -> AbstractContextManager[None]:
     """Within the block, SIGUSR1 does nothing, where it would end the process.
 
     It asks for a checkpoint, and there is none to save before the training and after it.
     """
-    previous = {}
-    try:
-        for number in _SAVING:
-            if signal.getsignal(number) is signal.SIG_DFL:
-                previous[number] = signal.signal(number, lambda *_: None)
-    except ValueError:
-        # outside the main thread Python allows no signal handlers: the caller handles signals
-        pass
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    return handled(["SIGUSR1"], lambda *_: None)
 
 
 class Interrupt:
