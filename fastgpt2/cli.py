@@ -139,7 +139,7 @@ def handled(
         names: of signals; one that the system does not have is left out.
         handler: gets the number of the signal.
     """
-    previous = {}
+    previous: dict[int, Any] = {}
     try:
         for number in (getattr(signal, name) for name in names if hasattr(signal, name)):
             if signal.getsignal(number) is signal.SIG_DFL:
@@ -150,8 +150,8 @@ def handled(
     try:
         yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number, before in previous.items():
+            signal.signal(number, before)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

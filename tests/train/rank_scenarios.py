@@ -31,7 +31,14 @@ from tests.train.step_memory import compared_in_ranks
 TWO_BY_TWO = ("--batch-size=2", "--grad-accum=2")
 DROPOUT = "--dropout=0.1"
 # losses that hardly change
-STEADY = ("--batch-size=2", "--steps=36", "--eval-every=30", "--lr=1e-4", "--sample-tokens=0")
+STEADY = (
+    "--optimizer=muon",
+    "--batch-size=2",
+    "--steps=36",
+    "--eval-every=30",
+    "--lr=1e-4",
+    "--sample-tokens=0",
+)
 MUON = ("--optimizer=muon", "--lr=1e-3", "--muon-warmup-steps=2")
 
 
@@ -215,7 +222,7 @@ def scenarios(data: Path, folder: Path) -> dict[str, tuple[int, Callable[[int], 
         return command(["--resume", "--out", str(folder / name / "run"), *more])
 
     def mixture(name: str) -> list[str]:
-        _, _, *rest = begin(name, "--eval-every=1", "--pack")
+        _, _, *rest = begin(name, "--eval-every=1", "--pack", "--optimizer=muon")
         return ["--data", f"{data}:0.3", f"{documents(folder / 'documents.jsonl')}:0.7", *rest]
 
     stop = at_step(3, 1, sending(signal.SIGTERM))

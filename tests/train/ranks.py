@@ -22,7 +22,7 @@ from tools.forked import fork_rank
 
 SHAPE = "--tokenizer=bytes --model=gpt2-nano --block-size=16 --n-layer=2 --n-head=2 --n-embd=16"
 LENGTH = "--steps=4 --warmup-steps=1 --log-every=1 --eval-every=2 --sample-tokens=3"
-SCHEDULE = "--lr=1e-2 --schedule=constant"
+SCHEDULE = "--optimizer=adamw --lr=1e-2 --schedule=constant"
 MACHINE = f"--device={os.environ.get('RANKS_DEVICE', 'cpu')} --dtype=fp32 --keep-last=9"
 COMMON = [*SHAPE.split(), *LENGTH.split(), *SCHEDULE.split(), *MACHINE.split()]
 
