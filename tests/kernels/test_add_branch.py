@@ -71,10 +71,12 @@ def test_bias_keeps_its_own_dtype() -> None:
 
 def test_bias_gradient_is_summed_in_fp32() -> None:
     inputs = _inputs(4096, 3, torch.float16)
-    bias = inputs["branch_bias"].requires_grad_()
+    # in fp32, so that the gradient shows every bit that a program's sum has lost
+    bias = inputs["branch_bias"].float().requires_grad_()
     y = add_branch(inputs["x"], inputs["branch"], bias, impl="triton")
-    (dbias,) = torch.autograd.grad(y, bias, torch.ones_like(y))
-    assert torch.equal(dbias, torch.full_like(dbias, 4096.0))
+    # fp16 holds this number, but not three times as much
+    (dbias,) = torch.autograd.grad(y, bias, torch.full_like(y, 1.0 + 2.0**-10))
+    assert torch.equal(dbias, torch.full_like(dbias, 4100.0))
 
 
 def test_without_dropout_one_gradient_serves_x_and_branch() -> None:
