@@ -6,8 +6,8 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -122,23 +122,36 @@ def run(name: str, body: Callable[[], int | None], *, steady: bool = False) -> i
         return _run(name, body)
 
 
-@contextmanager
-def _signals_raise() -> Iterator[None]:
+def _signals_raise() -> AbstractContextManager[None]:
     """Within the block SIGTERM and SIGHUP raise ``Stopped``; one that is ignored stays ignored."""
-    previous = {}
+    # torchrun ends processes that wait for each other: they would not see an exception
+    names = () if "RANK" in os.environ else ("SIGTERM", "SIGHUP")
+    return handled(names, _stop)
+
+
+@contextmanager
+def handled(
+    names: Iterable[str], handler: Callable[[int, FrameType | None], None]
+) -> Iterator[None]:
+    """Within the block these signals go to ``handler``, if they have their default action now.
+
+    Args:
+        names: of signals; one that the system does not have is left out.
+        handler: gets the number of the signal.
+    """
+    previous: dict[int, Any] = {}
     try:
-        for number in (getattr(signal, n) for n in ("SIGTERM", "SIGHUP") if hasattr(signal, n)):
-            # torchrun ends processes that wait for each other: they would not see an exception
-            if "RANK" not in os.environ and signal.getsignal(number) is signal.SIG_DFL:
-                previous[number] = signal.signal(number, _stop)
+        for number in (getattr(signal, name) for name in names if hasattr(signal, name)):
+            if signal.getsignal(number) is signal.SIG_DFL:
+                previous[number] = signal.signal(number, handler)
     except ValueError:
         # outside the main thread Python allows no signal handlers: the caller handles signals
         pass
     try:
         yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number, before in previous.items():
+            signal.signal(number, before)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

@@ -81,7 +81,7 @@ def measure(
         run = Path(folder)
 
         def save(number: int) -> None:
-            saver.begin(checkpoint.staged(run, number, model, optimizer, {}))
+            saver.begin(checkpoint.staged(run, number, model, optimizer, {}), aside=True)
 
         def save_and_train(number: int) -> None:
             save(number)

@@ -18,10 +18,11 @@ from fastgpt2.text.mixture import absolute_item, item_paths
 from fastgpt2.text.utf8 import is_utf8
 from fastgpt2.train import summary
 from fastgpt2.train.allocator import keep_freed_memory
-from fastgpt2.train.claim import check_outside, claimed, empty, is_empty, new_folder
+from fastgpt2.train.claim import check_outside, check_shared, claimed, empty, is_empty, new_folder
 from fastgpt2.train.config import TrainConfig, field_types, merge_layers
 from fastgpt2.train.config_file import named_configs, read_config
 from fastgpt2.train.guard import KeptStep
+from fastgpt2.train.interrupt import nothing_to_save
 from fastgpt2.train.origin import noted_source
 from fastgpt2.train.outcome import Outcome
 from fastgpt2.train.trainer import Trainer
@@ -179,6 +180,7 @@ def _train(arguments: dict[str, Any]) -> int:
     )
     speaks = distributed.launched_rank() == 0
     with (
+        nothing_to_save(),
         silent(not speaks, errors=False),
         distributed.process_group(kind),
         failing_together() as watch,
@@ -186,6 +188,7 @@ def _train(arguments: dict[str, Any]) -> int:
     ):
         plan = distributed.on_rank_0(lambda: _plan(dict(arguments)))
         distributed.on_rank_0(lambda: _claim(stack, plan))
+        check_shared(plan.folder)
         return _train_in(plan, watch)
 
 

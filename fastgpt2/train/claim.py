@@ -2,18 +2,23 @@
 
 import os
 import re
+import secrets
 import shutil
+import socket
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from itertools import count
 from pathlib import Path
 
-from fastgpt2 import runs
+from fastgpt2 import distributed, runs
 from fastgpt2.errors import UserError
 from fastgpt2.files import lock_file, new_folders, remove_empty
 
 LOCK = ".lock"
+# seconds until another machine sees a new file, at most
+_PATIENCE = 5.0
 # what is mounted where, a line each; the fifth word is the place
 MOUNTS = Path("/proc/self/mountinfo")
 
@@ -42,6 +47,43 @@ def claimed(folder: Path, *, made: Iterable[Path] = ()) -> Iterator[None]:
                 os.close(handle)
     finally:
         remove_empty(made)
+
+
+def check_shared(folder: Path) -> None:
+    """Check that all processes of the job see the claimed folder; all call it.
+
+    Args:
+        folder: the run folder, which the first process has claimed.
+
+    Raises:
+        UserError: this process sees another folder of that name, or none.
+        EndedElsewhere: that happened to another process.
+    """
+    if distributed.world_size() == 1:
+        return
+    mark = distributed.on_rank_0(lambda: _marked(folder))
+    distributed.together(lambda: _find(folder, mark))
+
+
+def _marked(folder: Path) -> str:
+    """What was written into the claim, to be recognised."""
+    mark = secrets.token_hex(16)
+    (folder / LOCK).write_text(mark, encoding="ascii")
+    return mark
+
+
+def _find(folder: Path, mark: str) -> None:
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        with suppress(OSError):
+            if (folder / LOCK).read_text(encoding="ascii", errors="replace") == mark:
+                return
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"--out {folder}: process {distributed.rank()} (on {socket.gethostname()}) does "
+                "not see the folder of process 0; it must be on a disk that all machines share"
+            )
+        time.sleep(0.1)
 
 
 def new_folder(name: str) -> tuple[Path, ...]:
