@@ -288,4 +288,5 @@ def test_whether_kernels_are_interpreted_is_decided_in_few_places() -> None:
         "conftest.py",
         "kernels/budget.py",
         "kernels/test_report.py",
+        "tools/test_saved_whole.py",
     }

@@ -164,8 +164,9 @@ class TestLogits:
         model = tiny_gpt(n_layer=1, n_head=1, n_embd=1056, block_size=2, vocab_size=5).eval()
         mlp = "transformer.h.0.mlp"
         model.get_parameter(f"{mlp}.c_fc.weight").data.zero_()
-        model.get_parameter(f"{mlp}.c_fc.bias").data.fill_(5)
-        # every feature is now the sum of 4,224 equal numbers, or its negative
+        model.get_parameter(f"{mlp}.c_fc.bias").data.fill_(1e-4)
+        # every feature is now 4,224 equal numbers' sum, or its negative, and about what it is
+        # added to
         signs = torch.randn(1056, 1, generator=torch.Generator().manual_seed(3)).sign()
         model.get_parameter(f"{mlp}.c_proj.weight").data[:] = signs
         model.quantize("int8")

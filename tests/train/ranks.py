@@ -22,16 +22,16 @@ from tools.forked import fork_rank
 
 SHAPE = "--tokenizer=bytes --model=gpt2-nano --block-size=16 --n-layer=2 --n-head=2 --n-embd=16"
 LENGTH = "--steps=4 --warmup-steps=1 --log-every=1 --eval-every=2 --sample-tokens=3"
-SCHEDULE = "--lr=1e-2 --schedule=constant"
+SCHEDULE = "--optimizer=adamw --lr=1e-2 --schedule=constant"
 MACHINE = f"--device={os.environ.get('RANKS_DEVICE', 'cpu')} --dtype=fp32 --keep-last=9"
 COMMON = [*SHAPE.split(), *LENGTH.split(), *SCHEDULE.split(), *MACHINE.split()]
 
 # seconds from the failure of one rank to the end of the others; torchrun has 30
 PATIENCE = 8.0
 # how often the ranks of a scenario are started again
-RESTARTS = {"elastic": 1, "soak": 5}
+RESTARTS = {"elastic": 1}
 # no other scenario needs their runs, and they mostly wait: they run beside the others
-ASIDE = ("hangs", "reader hangs", "soak")
+ASIDE = ("hangs", "reader hangs")
 
 Fault = Callable[[int], None]
 

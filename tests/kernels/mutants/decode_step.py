@@ -76,9 +76,9 @@ MUTANTS = [
         new="SEGMENT = 512 * AT_ONCE;",
     ),
     products(
-        name="a_segment_ends_the_row",
-        old="while (c + STEP <= C) {",
-        new="if (c + STEP <= C) {",
+        name="a_segment_replaces_the_one_before",
+        old="totals[i] += sum(s[0][0]",
+        new="totals[i] = sum(s[0][0]",
     ),
     products(
         name="scales_of_the_first_row",
@@ -99,11 +99,6 @@ MUTANTS = [
         name="the_last_numbers_of_a_row_are_forgotten",
         old="    if (i == n) return;\n    Vec rest",
         new="    if (i <= n) return;\n    Vec rest",
-    ),
-    vectors(
-        name="a_register_too_many",
-        old="for (; i + LANES <= n; i += LANES) work",
-        new="for (; i + LANES < n + LANES; i += LANES) work",
     ),
     vectors(
         name="another_exponential",
