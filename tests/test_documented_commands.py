@@ -122,7 +122,9 @@ def test_its_program_accepts_it(module: str, arguments: list[str]) -> None:
         check_flags(flags)
         options_of(flags)
     if module == "fastgpt2.train":
-        given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(flags).items()}
+        given: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in vars(flags).items()
+        }
         name = given.pop("config", None)
         settings = {k: v for k, v in given.items() if k in TrainConfig.__dataclass_fields__}
         _configuration(_base(name, settings), settings, resume=False)

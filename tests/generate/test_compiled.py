@@ -13,6 +13,7 @@ from torch import Tensor
 from fastgpt2.compiler import compiler_obstacle, host_compiler
 from fastgpt2.generate import Generator
 from fastgpt2.generate import compiled as compiled_module
+from fastgpt2.generate.chooser import Chooser
 from fastgpt2.generate.compiled import MAX_TOKENS, pays
 from fastgpt2.generate.slots import Slots
 from fastgpt2.kernels.cpu import build
@@ -372,13 +373,13 @@ class TestBuilding:
 def test_tokens_are_chosen_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between compiled steps no other thread is woken; prompts and callers have all of them."""
     seen: list[int] = []
-    draw = Generator._choose
+    draw = Chooser.extend
 
-    def watched(self: Generator, *rest: Any) -> None:
+    def watched(self: Chooser, *rest: Any) -> None:
         seen.append(torch.get_num_threads())
         draw(self, *rest)
 
-    monkeypatch.setattr(Generator, "_choose", watched)
+    monkeypatch.setattr(Chooser, "extend", watched)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:

@@ -138,7 +138,8 @@ SCALARS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize(("given", "plain"), SCALARS.values(), ids=SCALARS)
 def test_numbers_of_numpy_and_torch(given: dict[str, Any], plain: dict[str, Any]) -> None:
     model = tiny_gpt()
-    for n in (np.int64(6), torch.tensor(6)):
+    numbers: list[Any] = [np.int64(6), torch.tensor(6)]
+    for n in numbers:
         assert model.generate([[1]], n, **given) == model.generate([[1]], 6, **plain)
 
 
