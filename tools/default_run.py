@@ -55,7 +55,7 @@ def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
             share = round(reached["seconds"] / end["seconds"], 3) if reached else None
             pairs.append({"seed": seed, "adamw": end, "muon": reached or muon[-1], "share": share})
     shares = [pair["share"] for pair in pairs]
-    return {"pairs": pairs, "share_of_seconds": median(shares) if all(shares) else None}
+    return {"pairs": pairs, "share_of_seconds": median(shares) if shares and all(shares) else None}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
