@@ -6,8 +6,8 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -52,6 +52,27 @@ def _write(message: str, file: Any) -> None:
         file.write(message)
 
 
+def file_name(text: str) -> str:
+    """The value of a flag that names a file or a folder; the ``type`` of such a flag.
+
+    Args:
+        text: what the command line has.
+
+    Raises:
+        ArgumentTypeError: it is empty, as an unset variable of a shell is, or holds a NUL.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    if "\0" in text:
+        raise argparse.ArgumentTypeError(f"must not hold a NUL character, got {text!r}")
+    return text
+
+
+def file_path(text: str) -> Path:
+    """As ``file_name``, for a flag whose value is a ``Path``."""
+    return Path(file_name(text))
+
+
 def check_counts(options: argparse.Namespace, *names: str) -> None:
     """These options are 1 or more.
 
@@ -87,6 +108,12 @@ def run(name: str, body: Callable[[], int | None], *, steady: bool = False) -> i
         steady: the work matters more than its output: a failing stdout does not end it either.
     """
     open_missing_streams()
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        # a library of PyTorch's ends the process there
+        _say(f"fastgpt2 {name}: error: the working folder has been deleted; cd to another one")
+        return 2
     for stream in (sys.stdout, sys.stderr):
         # a generated character that the terminal's encoding lacks must not end the program
         if isinstance(stream, io.TextIOWrapper):
@@ -95,23 +122,36 @@ def run(name: str, body: Callable[[], int | None], *, steady: bool = False) -> i
         return _run(name, body)
 
 
-@contextmanager
-def _signals_raise() -> Iterator[None]:
+def _signals_raise() -> AbstractContextManager[None]:
     """Within the block SIGTERM and SIGHUP raise ``Stopped``; one that is ignored stays ignored."""
-    previous = {}
+    # torchrun ends processes that wait for each other: they would not see an exception
+    names = () if "RANK" in os.environ else ("SIGTERM", "SIGHUP")
+    return handled(names, _stop)
+
+
+@contextmanager
+def handled(
+    names: Iterable[str], handler: Callable[[int, FrameType | None], None]
+) -> Iterator[None]:
+    """Within the block these signals go to ``handler``, if they have their default action now.
+
+    Args:
+        names: of signals; one that the system does not have is left out.
+        handler: gets the number of the signal.
+    """
+    previous: dict[int, Any] = {}
     try:
-        for number in (getattr(signal, n) for n in ("SIGTERM", "SIGHUP") if hasattr(signal, n)):
-            # torchrun ends processes that wait for each other: they would not see an exception
-            if "RANK" not in os.environ and signal.getsignal(number) is signal.SIG_DFL:
-                previous[number] = signal.signal(number, _stop)
+        for number in (getattr(signal, name) for name in names if hasattr(signal, name)):
+            if signal.getsignal(number) is signal.SIG_DFL:
+                previous[number] = signal.signal(number, handler)
     except ValueError:
         # outside the main thread Python allows no signal handlers: the caller handles signals
         pass
     try:
         yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number, before in previous.items():
+            signal.signal(number, before)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

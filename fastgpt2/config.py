@@ -9,6 +9,8 @@ from fastgpt2.errors import UserError
 # fastgpt2.kernels.linear_fp8 needs widths that are multiples of this
 FP8_MULTIPLE = 16
 IMPLS = ("auto", "triton", "torch", "reference")
+# more blocks would only fill the memory; GPT-2 XL has 48
+MAX_LAYERS = 16_384
 # forms of fastgpt2.kernels.gelu
 GELUS = ("tanh", "erf")
 
@@ -73,6 +75,10 @@ class GPTConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UserError(f"GPTConfig: {name} must be a positive integer, got {value!r}")
+        if self.n_layer > MAX_LAYERS:
+            raise UserError(
+                f"GPTConfig: n_layer must be at most {MAX_LAYERS:,}, got {self.n_layer}"
+            )
         if self.n_embd % self.n_head:
             raise UserError(
                 f"GPTConfig: n_embd must be a multiple of n_head, "

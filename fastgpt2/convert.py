@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastgpt2.cli import Parser, run
+from fastgpt2 import streams
+from fastgpt2.cli import Parser, file_name, file_path, run
 from fastgpt2.errors import UserError
 from fastgpt2.files import write_text
 from fastgpt2.quantize import KINDS
@@ -46,9 +47,14 @@ def build_parser() -> argparse.ArgumentParser:
         description="Convert a GPT-2 between formats; the format of SRC is detected.",
     )
     parser.add_argument(
-        "src", metavar="SRC", help=f"run folder, a folder or file, or one of {', '.join(RELEASES)}"
+        "src",
+        metavar="SRC",
+        type=file_name,
+        help=f"run folder, a folder or file, or one of {', '.join(RELEASES)}",
     )
-    parser.add_argument("dst", metavar="DST", type=Path, help="new folder, .pt file or .bin file")
+    parser.add_argument(
+        "dst", metavar="DST", type=file_path, help="new folder, .pt file or .bin file"
+    )
     parser.add_argument("--to", required=True, choices=FORMATS, help="format of DST")
     parser.add_argument(
         "--dtype", choices=ROUNDED_TO, help="round the weights to this dtype [unchanged]"
@@ -89,7 +95,14 @@ def convert(
         notes.extend(_carry_tokenizer(folder, target, to))
 
     total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
-    with tqdm(total=total, unit="B", unit_scale=True, desc=str(dst), leave=False) as bar:
+    with tqdm(
+        total=total,
+        unit="B",
+        unit_scale=True,
+        desc=str(dst),
+        leave=False,
+        delay=streams.BAR_DELAY,
+    ) as bar:
         written = save(
             _counted(checkpoint, bar.update),
             dst,

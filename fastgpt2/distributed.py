@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -111,6 +112,11 @@ def launched_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1")) if is_launched() else 1
 
 
+def local_rank() -> int:
+    """Number of this process among those of its machine, from 0."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def local_device(name: str) -> str:
     """The device of this process: of several on one machine, each takes one GPU.
 
@@ -131,7 +137,7 @@ def local_device(name: str) -> str:
             raise EndedElsewhere(2)
         raise UserError(f"device {name!r}: each process takes a GPU of its own; give cuda")
     if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
-        index, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        index, count = local_rank(), torch.cuda.device_count()
         if index > count:
             raise EndedElsewhere(2)
         if index == count:
@@ -188,6 +194,31 @@ def gather(items: list[Any]) -> list[Any]:
     lists: list[list[Any]] = [[] for _ in range(world_size())]
     dist.all_gather_object(lists, items)
     return [item for part in lists for item in part]
+
+
+def check_same(what: str, mine: str) -> None:
+    """Refuse to go on if a process has something else than the first one; all call it.
+
+    Args:
+        what: it is called so in the error.
+        mine: stands for what this process has, as a digest does.
+
+    Raises:
+        UserError: on the first process that differs.
+        EndedElsewhere: on the others, then.
+    """
+    every = gather([mine])
+    other = next((number for number, theirs in enumerate(every) if theirs != every[0]), None)
+    if other is None:
+        return
+    if other != rank():
+        raise agreed(EndedElsewhere(2))
+    raise agreed(
+        UserError(
+            f"{what}: process {other} (on {socket.gethostname()}) has {mine}, process 0 has "
+            f"{every[0]}; all processes need the same"
+        )
+    )
 
 
 def on_rank_0(work: Callable[[], Result]) -> Result:

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
+from fastgpt2 import streams
 from fastgpt2.errors import UserError
 from fastgpt2.files import sha256_of, sync, write_text
 
@@ -212,6 +213,7 @@ class _File:
                     unit="B",
                     unit_scale=True,
                     disable=not self.progress,
+                    delay=streams.BAR_DELAY,
                 ) as bar:
                     _copy(response, file, bar, self.timeout)
         if total is not None and self.part_size != total:

@@ -5,8 +5,8 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,42 +18,82 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary file beside ``path`` that takes its place when the block ends without error.
 
     The bytes are on the disk (fsync) before the rename, so that a crash at any moment leaves
-    either the old file or the new one. On an error the temporary file is removed.
+    either the old file or the new one. On an error the temporary file is removed. A link stays one:
+    what it points to is replaced.
+
+    Raises:
+        UserError: ``path`` is a device, a pipe or a socket, which cannot be replaced.
     """
-    temporary = _beside(path)
-    try:
-        temporary.touch(exist_ok=False)
-        yield temporary
-        sync(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync(path.parent)
+    path = Path(os.path.realpath(path))
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UserError(f"{path}: is not a regular file")
+    temporary = _hidden(path)
+    with new_folders(path.parent):
+        try:
+            temporary.touch(exist_ok=False)
+            yield temporary
+            sync(temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync(path.parent)
 
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside ``path`` that becomes it when the block ends without error.
+    """A temporary folder that becomes ``path`` when the block ends without error.
 
-    All in it is on the disk (fsync) before the rename. On an error it is removed.
+    All in it is on the disk (fsync) before the rename. On an error it is removed. An empty folder
+    that is there already stays, and gets the content: it may be a mount point, a link, or ``.``.
 
     Raises:
         UserError: ``path`` exists and is not empty.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    there = path.exists()
+    if there and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path}: exists already and is not empty")
-    temporary = _beside(path)
+    # a rename is one step only within a file system, and a folder may be mounted
+    temporary = _hidden(Path(os.path.realpath(path)) / "content" if there else path)
+    with new_folders(temporary.parent):
+        try:
+            temporary.mkdir()
+            yield temporary
+            for entry in (*temporary.rglob("*"), temporary):
+                sync(entry)
+            if there:
+                _move_up(temporary)
+            else:
+                os.rename(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        sync(temporary.parent)
+
+
+@contextmanager
+def new_folders(path: Path) -> Iterator[None]:
+    """Create ``path`` and the folders above it; after the block, those still empty are removed.
+
+    Only folders that were not there before are removed.
+    """
+    # the innermost first
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
-        temporary.mkdir()
-        yield temporary
-        for entry in (*temporary.rglob("*"), temporary):
-            sync(entry)
-        if path.exists():
-            path.rmdir()
-        os.rename(temporary, path)
+        path.mkdir(parents=True, exist_ok=True)
+        yield
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    sync(path.parent)
+        remove_empty(missing)
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove those of the folders that are empty.
+
+    Args:
+        folders: an inner one before the outer one.
+    """
+    for folder in folders:
+        # one that holds something cannot be removed
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -116,7 +156,22 @@ def lock_file(handle: int) -> None:
         return
 
 
-def _beside(path: Path) -> Path:
-    # the same folder is the same file system, where a rename is one step
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+def _move_up(folder: Path) -> None:
+    """Move all that ``folder`` holds into the folder around it, or nothing."""
+    moved: list[Path] = []
+    # the file that makes the content complete was written last
+    entries = sorted(folder.iterdir(), key=lambda entry: entry.stat().st_mtime_ns)
+    try:
+        for entry in entries:
+            os.rename(entry, folder.parent / entry.name)
+            moved.append(folder.parent / entry.name)
+    except BaseException:
+        for entry in moved:
+            os.rename(entry, folder / entry.name)
+        raise
+
+
+def _hidden(path: Path) -> Path:
+    """A new hidden name beside ``path``, in the same folder and so on the same file system."""
+    # a name may have 255 bytes, and a character of it four
+    return path.with_name(f".{path.name[:50]}.{secrets.token_hex(4)}.tmp")

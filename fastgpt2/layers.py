@@ -33,7 +33,7 @@ from fastgpt2.kernels import (
     stream_layer_norm,
     tied_embedding,
 )
-from fastgpt2.plain import call, is_plain
+from fastgpt2.plain import call, is_plain, replaceable
 
 # output of attention or MLP, (B, T, C), and its bias (C,) if that is not added yet
 Branch = tuple[Tensor, Tensor | None]
@@ -82,6 +82,7 @@ def _with_bias(branch: Branch) -> Tensor:
     return out if bias is None else out + bias.to(out.dtype)
 
 
+@replaceable
 class CausalSelfAttention(nn.Module):
     """Multi-head attention of each token to itself and the tokens before it."""
 
@@ -135,6 +136,7 @@ class CausalSelfAttention(nn.Module):
         return out.reshape(B, T, three_C // 3)
 
 
+@replaceable
 class MLP(nn.Module):
     """Two linear layers with a GELU between them, four times as wide inside."""
 
@@ -169,6 +171,7 @@ class MLP(nn.Module):
         return project_without_bias(proj, hidden, fp8=fp8, impl=impl)
 
 
+@replaceable
 class Block(nn.Module):
     """One pre-LayerNorm transformer block: x + attention(norm(x)), then x + MLP(norm(x))."""
 
@@ -283,6 +286,7 @@ def _embedding(rows: int, width: int) -> nn.Embedding:
     return nn.Embedding(rows, width, _weight=given if given.is_meta else None)
 
 
+@replaceable
 class Transformer(nn.Module):
     """Everything before the head: token and position embeddings, blocks, final LayerNorm."""
 

@@ -93,6 +93,7 @@ class Watch:
     def __init__(self) -> None:
         self._key = f"fastgpt2/{distributed.attempt()}"
         self._store = None if distributed.world_size() == 1 else distributed.job_store()
+        self._lost = False
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._main = threading.get_ident()
@@ -107,26 +108,41 @@ class Watch:
             wait: the error looks like the end of another process, which may be about to say why.
         """
         deadline = time.monotonic() + (_GRACE / 2 if wait else 0.0)
-        while (found := self._found()) is None and time.monotonic() < deadline:
+        while (found := self._found()) is None and not self._lost and time.monotonic() < deadline:
             time.sleep(0.05)
         if found is not None or self._store is None:
             return found
-        with suppress(RuntimeError), self._lock:
-            if self._store.add(f"{self._key}/failures", 1) == 1:
-                self._store.set(f"{self._key}/failed", str(code))
-                return None
-        # another one was faster, or took the store with it
-        return self._found() or code
+        if not self._lost:
+            with self._asking():
+                if self._store.add(f"{self._key}/failures", 1) == 1:
+                    self._store.set(f"{self._key}/failed", str(code))
+                    return None
+        # if the store is there, another one was faster. Without torchrun, the first process keeps
+        # the store and has said why it ended. A store of torchrun goes with its whole machine:
+        # one process of each other machine says that
+        speaks = self._lost and distributed.is_elastic() and distributed.local_rank() == 0
+        return None if speaks else self._found() or code
 
     def stop(self) -> None:
         """End the thread."""
         self._stopped.set()
         self._thread.join()
 
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        """Within the block, the store may be asked, or turn out to have gone away."""
+        try:
+            with self._lock:
+                yield
+        except RuntimeError:
+            # is not asked again: each time PyTorch shows a screenful of C++
+            self._lost = True
+
     def _found(self) -> int | None:
-        # a store that has gone away says nothing
-        with suppress(RuntimeError), self._lock:
-            if self._store is not None and self._store.check([f"{self._key}/failed"]):
+        if self._store is None or self._lost:
+            return None
+        with self._asking():
+            if self._store.check([f"{self._key}/failed"]):
                 return int(self._store.get(f"{self._key}/failed"))
         return None
 
@@ -147,16 +163,16 @@ class Watch:
         stack = "" if frame is None else "".join(traceback.format_stack(frame))
         stack += _reader_stack()
         mine = f"{distributed.agreements()}\n{stack}"
-        reports: dict[int, str] = {0: mine}
+        reports: dict[int, str] = {distributed.rank(): mine}
         if self._store is not None:
-            with self._lock:
+            with self._asking():
                 self._store.set(f"{self._key}/stuck/{distributed.rank()}", mine)
                 if self._store.add(f"{self._key}/reports", 1) > 1:
                     # another process reports; it ends this one
                     return
             # the others find out at nearly the same time
             time.sleep(4 * _INTERVAL)
-            reports = self._reports()
+            reports |= self._reports()
         counts = {rank: int(report.partition("\n")[0]) for rank, report in reports.items()}
         for rank in range(distributed.world_size()):
             if rank not in reports:
@@ -170,7 +186,7 @@ class Watch:
     def _reports(self) -> dict[int, str]:
         assert self._store is not None
         found = {}
-        with self._lock:
+        with self._asking():
             for rank in range(distributed.world_size()):
                 key = f"{self._key}/stuck/{rank}"
                 if self._store.check([key]):

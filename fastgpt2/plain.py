@@ -5,14 +5,30 @@ what the call of a module does. Whoever reads ``layer.weight`` and never calls `
 all of them by. So the model asks here first, and calls the module itself where anything is unusual.
 """
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as torch_module
 
+Kind = TypeVar("Kind", bound=nn.Module)
+
 _HALVES = (torch.float16, torch.bfloat16)
+# what the call of an instance runs, unless a tool has put its own function there
+_FORWARDS: dict[type[nn.Module], Any] = {
+    kind: kind.forward for kind in (nn.Linear, nn.Embedding, nn.LayerNorm)
+}
+
+
+def replaceable(kind: type[Kind]) -> type[Kind]:
+    """A class decorator: a kernel stands in for this class's ``forward``, and for no other.
+
+    Args:
+        kind: the class, as it is defined.
+    """
+    _FORWARDS[kind] = kind.forward
+    return kind
 
 
 def obstacle(module: nn.Module, kind: type[nn.Module]) -> str | None:
@@ -30,6 +46,8 @@ def obstacle(module: nn.Module, kind: type[nn.Module]) -> str | None:
         return "it has hooks"
     if "forward" in own or own.get("_compiled_call_impl") is not None:
         return "its forward has been replaced"
+    if kind.forward is not _FORWARDS[kind]:
+        return f"the forward of {kind.__name__} has been replaced"
     if (
         torch_module._global_forward_hooks
         or torch_module._global_forward_pre_hooks

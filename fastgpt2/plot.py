@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgpt2 import runs
-from fastgpt2.cli import Parser
+from fastgpt2.cli import Parser, file_path
 from fastgpt2.cli import run as run_command
 from fastgpt2.errors import UserError
 from fastgpt2.picture import draw, printable
@@ -25,11 +25,11 @@ def build_parser() -> argparse.ArgumentParser:
         description="Compare runs: loss against tokens, steps and time; learning rate, gradient "
         "norm and tokens per second.",
     )
-    parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="run folder")
+    parser.add_argument("runs", metavar="RUN", type=file_path, nargs="+", help="run folder")
     parser.add_argument(
         "--out",
         metavar="FILE",
-        type=Path,
+        type=file_path,
         default=Path("runs.png"),
         help="the picture, .png or .svg [runs.png]",
     )

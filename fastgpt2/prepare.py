@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastgpt2.cli import Parser, quoted, run
+from fastgpt2.cli import Parser, file_name, quoted, run
 from fastgpt2.errors import UserError
 from fastgpt2.files import atomic_folder
 from fastgpt2.text.corpora import VAL_FRACTION, load_corpus, split_pieces
@@ -33,6 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--data",
         nargs="+",
+        type=file_name,
         metavar="WHAT",
         help="files (text, .jsonl, .parquet; .gz and .zst of text and .jsonl), folders, patterns, "
         "names of corpora, a folder of token shards, or token files of llm.c or nanoGPT",
@@ -44,7 +45,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="key of a JSON line, or column of a Parquet table, with the text [%(default)s]",
     )
     parser.add_argument(
-        "--out", required=True, metavar="DIR", help="new folder; it appears when it is complete"
+        "--out",
+        required=True,
+        metavar="DIR",
+        type=file_name,
+        help="new folder; it appears when it is complete",
     )
     parser.add_argument(
         "--part",
@@ -78,7 +83,10 @@ def build_parser() -> argparse.ArgumentParser:
         "val.bin [%(default)s]",
     )
     parser.add_argument(
-        "--vocab-dir", metavar="DIR", help="folder with GPT-2's encoder.json and vocab.bpe"
+        "--vocab-dir",
+        metavar="DIR",
+        type=file_name,
+        help="folder with GPT-2's encoder.json and vocab.bpe",
     )
     parser.add_argument(
         "--val-fraction",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastgpt2.errors import UserError
 from fastgpt2.kernels.linear_int8 import linear_int8
-from fastgpt2.plain import obstacle
+from fastgpt2.plain import obstacle, replaceable
 
 KINDS = ("int8",)
 _LARGEST = 127
@@ -88,6 +88,7 @@ class _Quantized(nn.Module):
         return self
 
 
+@replaceable
 class QuantizedEmbedding(_Quantized):
     """Rows of a table: s_v q_v."""
 
@@ -96,6 +97,7 @@ class QuantizedEmbedding(_Quantized):
         return F.embedding(idx, self.weight).float() * self.scales[idx][..., None]
 
 
+@replaceable
 class QuantizedLinear(_Quantized):
     """y = s (q x) + b, with the product accumulated in fp32.
 

@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any, TextIO
 
+# seconds before a progress bar is shown: the line of an error that comes at once stands alone
+BAR_DELAY = 1.0
+
 
 class SteadyStream:
     """A text stream whose failures are silent: a write after the first one goes nowhere.

@@ -26,6 +26,7 @@ import pkgutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from functools import lru_cache
@@ -36,6 +37,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from fastgpt2 import cli
+from fastgpt2.download import cache_dir
 from fastgpt2.errors import UserError
 from fastgpt2.files import write_text
 from fastgpt2.kernels.gpus import ARCHITECTURES, GPUS
@@ -105,8 +107,7 @@ def _resources(task: Task) -> "dict[str, Any]":
     """Fields of ``Resources``, or ``{"error": ...}``, from the cache or from the compiler."""
     from fastgpt2.kernels.jit.compile import compile_case
 
-    root = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-    entry = root / "fastgpt2" / "kernels" / f"{task.binary}.json"
+    entry = cache_dir() / "kernels" / f"{task.binary}.json"
     if entry.exists() and not task.anew:
         found: dict[str, Any] = json.loads(entry.read_text(encoding="utf-8"))
         return found
@@ -116,7 +117,9 @@ def _resources(task: Task) -> "dict[str, Any]":
         # whatever the compiler throws belongs into the table, and fails the check
         return {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"}
     found = asdict(resources)
-    write_text(entry, json.dumps(found))
+    # a cache that cannot be written saves no time, and costs nothing else
+    with suppress(OSError):
+        write_text(entry, json.dumps(found))
     return found
 
 
@@ -262,19 +265,20 @@ def _body(options: argparse.Namespace) -> int:
         print("\n".join([*found, f"{len(rows)} kernels checked, {len(found)} worse than expected"]))
         return 1 if found else 0
     text = render(rows, gpus, _DETAILED if whole else archs)
-    print(text)
     if whole:
         write_text(REPORT, text)
     if options.update:
         others = {key: row for key, row in expected.items() if arch_of(key) not in archs}
         write_text(file, _as_lines(dict(sorted((others | expectation(rows)).items(), key=_place))))
+    # what took minutes is saved before it is shown
+    print(text)
     return 1 if any(row.error for row in rows) else 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     options = _parse(arguments)
-    return cli.run("kernels.report", lambda: _body(options))
+    return cli.run("kernels.report", lambda: _body(options), steady=not options.check)
 
 
 if __name__ == "__main__":

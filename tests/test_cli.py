@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -73,6 +74,16 @@ def test_closed_pipe_is_quiet() -> None:
         process.stdout.close()
         assert process.wait(30) == 141
         assert process.stderr.read() == b""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a folder in use cannot be deleted")
+def test_a_working_folder_that_was_deleted_is_one_line(tmp_path: Path) -> None:
+    code = "import os, sys; os.rmdir(os.getcwd()); from fastgpt2.cli import run; "
+    code += "sys.exit(run('x', lambda: print('never')))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True)
+    assert done.returncode == 2 and not done.stdout
+    said = b"fastgpt2 x: error: the working folder has been deleted; cd to another one\n"
+    assert done.stderr == said
 
 
 HELP = "from fastgpt2.cli import Parser; Parser(prog='fastgpt2 x').parse_args(['--help'])"

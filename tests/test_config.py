@@ -14,6 +14,8 @@ from fastgpt2.model import GPT
     ("fields", "message"),
     [
         ({"n_layer": 0}, "GPTConfig: n_layer must be a positive integer, got 0"),
+        # each block takes a while to make
+        ({"n_layer": 2**31}, "GPTConfig: n_layer must be at most 16,384, got 2147483648"),
         ({"n_head": -1}, "GPTConfig: n_head must be a positive integer, got -1"),
         ({"vocab_size": 2.5}, "GPTConfig: vocab_size must be a positive integer, got 2.5"),
         ({"block_size": True}, "GPTConfig: block_size must be a positive integer, got True"),

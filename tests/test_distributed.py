@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,14 +14,28 @@ from tests.evaluate.small import HELLASWAG, TEXT, byte_gpt, save_run, write_line
 
 # both evaluations in one start of Python, in the group that torchrun's variables describe
 SCRIPT = """
+import os
 import sys
+from functools import partial
+from pathlib import Path
+from torch.distributed import TCPStore
 from fastgpt2.evaluate.__main__ import main
 from fastgpt2.evaluate import report
 from fastgpt2.distributed import process_group
+from tools.forked import fork_rank
+
 report.draw_text_scores = report.draw_metrics = lambda *arguments: None
-with process_group():
-    for line in sys.argv[1:]:
-        assert main(line.split()) == 0
+folder, *lines = sys.argv[1:]
+
+def evaluate():
+    with process_group():
+        return max(main(line.split()) for line in lines)
+
+store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+ranks = [
+    fork_rank(evaluate, rank, 2, port=store.port, said=Path(folder)) for rank in range(2)
+]
+assert not any(os.waitpid(rank, 0)[1] for rank in ranks)
 """
 
 
@@ -35,6 +48,7 @@ def numbers(value: Any) -> list[float]:
     return [value] if isinstance(value, int | float) else []
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_two_processes_equal_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = save_run(byte_gpt(), tmp_path / "run")
     # nothing that is there twice, so that the worst tokens have no ties
@@ -45,26 +59,21 @@ def test_two_processes_equal_one(tmp_path: Path, capsys: pytest.CaptureFixture[s
     for name, line in zip(("text1", "task1"), lines, strict=True):
         assert main(f"{line} --out {tmp_path / name}".split()) == 0
     alone = capsys.readouterr().out
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     commands = [
         f"{line} --out {tmp_path / name}"
         for name, line in zip(("text2", "task2"), lines, strict=True)
     ]
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, *commands],
-            env=os.environ | group | {"RANK": str(rank), "PYTHONPATH": os.pathsep.join(sys.path)},
-            stdout=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
-        )
-        for rank in range(2)
-    ]
-    outputs = [process.communicate(timeout=200)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(tmp_path), *commands],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        timeout=200,
+        check=False,
+    )
+    outputs, errors = (
+        [(tmp_path / f"{name}.{rank}").read_text(encoding="utf-8") for rank in range(2)]
+        for name in ("out", "err")
+    )
+    assert done.returncode == 0, errors
     assert "processes: 2" in outputs[0]
     # the tables are the same, and one process alone prints them
     tables = [[x for x in out.splitlines() if x.startswith("|")] for out in (alone, outputs[0])]

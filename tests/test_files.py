@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fastgpt2.errors import UserError
-from fastgpt2.files import atomic_folder, atomic_path, write_text
+from fastgpt2.files import atomic_folder, atomic_path, new_folders, write_text
 
 
 def test_new_content_appears_only_at_the_end(tmp_path: Path) -> None:
@@ -93,3 +93,78 @@ def test_an_error_leaves_no_folder(tmp_path: Path) -> None:
         (temporary / "file").write_bytes(b"x")
         raise ZeroDivisionError
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links")
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "place").mkdir()
+    (tmp_path / "place" / "file").write_bytes(b"old")
+    (tmp_path / "file").symlink_to("place/file")
+    write_text(tmp_path / "file", "new")
+    assert (tmp_path / "file").is_symlink()
+    assert (tmp_path / "place" / "file").read_bytes() == b"new"
+    (tmp_path / "link").symlink_to("folder")
+    (tmp_path / "folder").mkdir()
+    with atomic_folder(tmp_path / "link") as temporary:
+        (temporary / "inner").mkdir()
+        (temporary / "inner" / "file").write_bytes(b"x")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "folder" / "inner" / "file").read_bytes() == b"x"
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder", "link", "place"]
+
+
+def test_the_working_folder_may_be_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with atomic_folder(Path(".")) as temporary:
+        (temporary / "a").write_bytes(b"a")
+        (temporary / "b").mkdir()
+    assert sorted(os.listdir(".")) == sorted(os.listdir(tmp_path)) == ["a", "b"]
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_folder_that_is_filled_gets_all_or_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n: int
+) -> None:
+    rename, done = os.rename, []
+
+    def failing(source: Path, target: Path) -> None:
+        done.append(target)
+        if len(done) == n:
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    (tmp_path / "folder").mkdir()
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(OSError, match="Input"), atomic_folder(tmp_path / "folder") as temporary:
+        for name in "ab":
+            (temporary / name).write_bytes(b"x")
+    assert os.listdir(tmp_path / "folder") == []
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes as files")
+def test_a_device_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe: is not a regular file"):
+        write_text(tmp_path / "pipe", "x")
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_new_folders_that_stay_empty_are_removed(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    for path in (tmp_path / "a" / "b", tmp_path / "mine" / "c"):
+        with pytest.raises(ZeroDivisionError), new_folders(path):
+            assert path.is_dir()
+            raise ZeroDivisionError
+        with pytest.raises(ZeroDivisionError), atomic_path(path / "file"):
+            raise ZeroDivisionError
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine"]
+    with new_folders(tmp_path / "a" / "b" / "c"):
+        (tmp_path / "a" / "file").touch()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "file", "mine"]
+
+
+def test_a_name_may_be_as_long_as_the_system_allows(tmp_path: Path) -> None:
+    write_text(tmp_path / ("n" * 255), "x")
+    with atomic_folder(tmp_path / ("é" * 120)) as temporary:
+        (temporary / "file").touch()
+    assert sorted(map(len, os.listdir(tmp_path))) == [120, 255]

@@ -13,6 +13,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
+from fastgpt2.layers import MLP, CausalSelfAttention
 from tests.tiny_gpt import gradients, tiny_batch, tiny_gpt
 
 LAYERS = (
@@ -51,6 +52,25 @@ def test_a_hook_fires_and_changes_what_follows(name: str, training: bool) -> Non
     handle.remove()
     assert torch.equal(model(idx, targets)[1], before)
     assert "every module is plain" in model.explain()
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.LayerNorm, nn.Linear, CausalSelfAttention, MLP])
+def test_a_forward_replaced_in_the_class_counts(
+    kind: type[nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As tools that count or patch operations do, for all instances at once."""
+    model, (idx, targets) = tiny_gpt(), tiny_batch()
+    before, forward = model(idx, targets)[1], kind.forward
+
+    def halved(self: nn.Module, *arguments: Any, **named: Any) -> Any:
+        out = forward(self, *arguments, **named)
+        return (out[0] * 0.5, *out[1:]) if isinstance(out, tuple) else out * 0.5
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "forward", halved)
+        assert not torch.allclose(model(idx, targets)[1], before, rtol=1e-3)
+        assert f"the forward of {kind.__name__} has been replaced" in model.explain()
+    assert torch.equal(model(idx, targets)[1], before)
 
 
 def test_called_modules_compute_what_the_kernels_do() -> None:

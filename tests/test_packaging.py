@@ -98,6 +98,10 @@ def test_wheel_in_an_empty_environment(checkout: Path, tmp_path: Path) -> None:
     installed = next(environment.glob("lib/python*/site-packages"))
     assert (installed / "fastgpt2" / "py.typed").is_file()
     assert not (installed / "kernels").exists()
+    # what is compiled where it runs
+    code = {path.name for path in (ROOT / "kernels" / "cpu").glob("*.[ch]*")}
+    assert "products.h" in code
+    assert {path.name for path in (installed / "fastgpt2/kernels/cpu").glob("*.[ch]*")} == code
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from fastgpt2 import streams
 from fastgpt2.prepare import main, prepare
 from fastgpt2.text import CharTokenizer, GPT2Tokenizer, save_tokenizer
 from fastgpt2.text.prepared import open_prepared
@@ -28,8 +29,12 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_command_writes_a_folder_that_reads_back(
-    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(streams, "BAR_DELAY", 0.0)
     out = tmp_path / "new" / "tokens"
     args = ["--data", str(text), "--out", str(out), "--tokenizer", "bytes", "--workers", "1"]
     assert main([*args, "--shard-tokens", "10000", "--val-fraction", "0.25"]) == 0

@@ -64,6 +64,6 @@ def test_the_commands_install_the_tested_versions(file: str) -> None:
     # a command may go on in the next line
     text = (ROOT / file).read_text(encoding="utf-8").replace("\\\n", "")
     # into an environment of the command's own
-    found = re.findall(r"venv/bin/(?:python -m )?pip install .*-e .*", text)
+    found = re.findall(r"venv/bin/(?:python -m |uv )?pip install .*-e .*", text)
     assert found
     assert all("-c constraints.txt" in line for line in found)

@@ -25,6 +25,7 @@ from unittest.mock import patch
 
 import torch
 
+from fastgpt2 import cli
 from fastgpt2.config import GPTConfig
 from fastgpt2.errors import UserError
 from fastgpt2.generate import Generator, LogitBias, MinLength, NoRepeatNgram, TopK, TopP
@@ -293,7 +294,7 @@ def fuzz(first: int, count: int, say: Callable[[str], None] = print) -> Counter[
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m tools.fuzz_generate", description=__doc__)
+    parser = cli.Parser(prog="python -m tools.fuzz_generate", description=__doc__)
     parser.add_argument(
         "--first", type=int, default=0, metavar="N", help="number of the first request [0]"
     )
@@ -301,6 +302,10 @@ def main(argv: list[str] | None = None) -> int:
         "--count", type=int, default=10_000, metavar="N", help="number of requests [10000]"
     )
     arguments = parser.parse_args(argv)
+    return cli.run("fuzz_generate", lambda: _body(arguments))
+
+
+def _body(arguments: argparse.Namespace) -> int:
     begin = time.perf_counter()
     ends = fuzz(arguments.first, arguments.count, partial(print, flush=True))
     seconds = time.perf_counter() - begin

@@ -20,6 +20,7 @@ from pkgutil import resolve_name
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from fastgpt2 import prepare
@@ -103,7 +104,9 @@ class Job:
         patch("fastgpt2.train.trainer.plot", lambda *_: False).start()
         if self._ranks == 1 and not self._tokens.exists():
             text, out = str(self._text), str(self._tokens)
-            code = prepare.main(["--data", text, "--out", out, "--tokenizer=bytes"])
+            # other processes would start for seconds, and most kills would come before they have
+            flags = ["--tokenizer=bytes", "--workers=1"]
+            code = prepare.main(["--data", text, "--out", out, *flags])
             if code:
                 return code
         data = self._text if self._ranks > 1 else self._tokens
@@ -131,11 +134,24 @@ class Job:
             for child in children:
                 _kill(child)
 
-    def finish(self) -> None:
-        """Start once more, and let it come to its end."""
+    def finish(self) -> float:
+        """Start once more, and let it come to its end.
+
+        Returns:
+            Megabytes by which the memory of a rank has grown in the second half of the time, at
+            most.
+        """
+        samples: list[list[float]] = []
         with self.started() as children:
+            while not all(ended(child, 0.05) for child in children):
+                samples.append([resident(child) for child in children])
             codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         assert not any(codes), self.complaints()
+        half = len(samples) // 2
+        if not half:
+            return 0.0
+        before, after = (np.max(part, axis=0) for part in (samples[:half], samples))
+        return float(np.max(after - before))
 
     def kill(self, moments: random.Random, life: float) -> list[str] | None:
         """Start, and kill after a random time.
@@ -172,6 +188,15 @@ def ended(child: int, seconds: float) -> bool:
     return True
 
 
+def resident(process: int) -> float:
+    """Megabytes of a process's resident memory; 0 of one that has ended."""
+    try:
+        pages = int(Path(f"/proc/{process}/statm").read_text(encoding="utf-8").split()[1])
+    except (OSError, IndexError):
+        return 0.0
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
 def _kill(child: int) -> None:
     # one that has been waited for is gone, and its number may be another process's
     with suppress(ChildProcessError):
@@ -186,7 +211,7 @@ def killed(
     moments: random.Random,
     is_same: Callable[[Path, Path], bool],
     *,
-    life: float,
+    life: float | None,
 ) -> dict[str, Any]:
     """Kill a run ``kills`` times, and compare what it comes to with an unbroken one.
 
@@ -195,21 +220,31 @@ def killed(
         kills: how many times; more runs than one where they end earlier.
         moments: the randomness of the kills.
         is_same: whether two runs have the same weights.
-        life: seconds from a start to its kill, at most.
+        life: seconds from a start to its kill, at most; None: as long as the unbroken run takes, so
+            that the kills are spread over all of it on any machine.
 
     Returns:
-        The numbers of kills, in all and by place, of runs, and of those that differ.
+        The numbers of kills, in all and by place, of runs, and of those that differ; and the
+        growth of the memory of the unbroken run, in megabytes.
     """
     whole = job_in("whole")
-    whole.finish()
+    began = time.monotonic()
+    grown = whole.finish()
+    longest = time.monotonic() - began if life is None else life
     places: Counter[str] = Counter()
     count, finished, bad = 0, 0, 0
     while count < kills:
         job = job_in(f"killed_{finished}")
-        while count < kills and (found := job.kill(moments, life)) is not None:
+        while count < kills and (found := job.kill(moments, longest)) is not None:
             count += 1
             places.update(found)
         job.finish()
         bad += not is_same(job.run, whole.run)
         finished += 1
-    return {"kills": count, "places": dict(places), "runs": finished, "different": bad}
+    return {
+        "kills": count,
+        "places": dict(places),
+        "runs": finished,
+        "different": bad,
+        "megabytes": round(grown, 1),
+    }

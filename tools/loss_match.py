@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--device", default="auto", metavar="NAME", help="auto, cpu, cuda, ... [auto]"
     )
     options = parser.parse_args(arguments)
-    return run_command("loss_match", lambda: _body(options))
+    return run_command("loss_match", lambda: _body(options), steady=True)
 
 
 def _body(options: argparse.Namespace) -> int:

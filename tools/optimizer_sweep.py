@@ -20,6 +20,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks.machine import machine
+from fastgpt2.cli import Parser
+from fastgpt2.cli import run as run_command
 from fastgpt2.errors import UserError
 from fastgpt2.files import atomic_path, write_text
 from fastgpt2.model import GPT
@@ -131,13 +133,17 @@ def draw(record: dict[str, Any], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the missing settings; write ``sweep.json`` and ``sweep.png``."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(prog="python -m tools.optimizer_sweep", description=__doc__)
     parser.add_argument("text", help="tinyshakespeare.txt, or the corpus's name")
     parser.add_argument("folder", type=Path, help="folder of sweep.json and sweep.png")
     parser.add_argument(
         "--picture", action="store_true", help="only draw sweep.png from sweep.json"
     )
     args = parser.parse_args(argv)
+    return run_command("optimizer_sweep", lambda: _body(args), steady=True)
+
+
+def _body(args: argparse.Namespace) -> int:
     path = args.folder / "sweep.json"
     record: dict[str, Any] = {"machine": machine(torch.device("cpu")), "runs": []}
     if path.exists():

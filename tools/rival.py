@@ -116,7 +116,7 @@ def own_rows(text: str) -> list[Row]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m tools.rival",
         description="Compile a rival's Triton kernel for sm_90 and print its row beside ours.",
     )

@@ -21,6 +21,8 @@ from statistics import median
 
 import torch
 
+from fastgpt2.cli import Parser
+from fastgpt2.cli import run as run_command
 from fastgpt2.config import GPTConfig
 from fastgpt2.devices import resolve_device, resolve_dtype
 from fastgpt2.model import GPT
@@ -79,7 +81,7 @@ def measure(
         run = Path(folder)
 
         def save(number: int) -> None:
-            saver.begin(checkpoint.staged(run, number, model, optimizer, {}))
+            saver.begin(checkpoint.staged(run, number, model, optimizer, {}), aside=True)
 
         def save_and_train(number: int) -> None:
             save(number)
@@ -118,7 +120,7 @@ def measure(
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns 0."""
-    parser = argparse.ArgumentParser(prog="python -m tools.save_cost", description=__doc__)
+    parser = Parser(prog="python -m tools.save_cost", description=__doc__)
     parser.add_argument("--n-layer", type=int, default=6, help="number of blocks [%(default)s]")
     parser.add_argument("--n-embd", type=int, default=384, help="width C [%(default)s]")
     parser.add_argument("--block-size", type=int, default=256, help="context length [%(default)s]")
@@ -131,6 +133,10 @@ def main(argv: list[str] | None = None) -> int:
         "--device", default="auto", help="auto, cpu, cuda, cuda:1, ... [%(default)s]"
     )
     options = parser.parse_args(argv)
+    return run_command("save_cost", lambda: _body(options))
+
+
+def _body(options: argparse.Namespace) -> int:
     config = GPTConfig(
         n_layer=options.n_layer,
         n_head=max(options.n_embd // 64, 1),

@@ -4,10 +4,13 @@ Prints the tables of ``docs/scaling.md``; ``--write`` puts them there. A step is
 computation, and communication that is not hidden behind computation.
 """
 
-import argparse
 import math
 from dataclasses import dataclass
 from pathlib import Path
+
+from fastgpt2.cli import Parser
+from fastgpt2.cli import run as run_command
+from fastgpt2.files import write_text
 
 PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
 BEGIN, END = "<!-- tables: python -m tools.scaling --write -->\n", "<!-- end of tables -->\n"
@@ -240,17 +243,19 @@ def tables(machine: Machine | None = None) -> str:
     return "\n".join([*check_table(machine), "", *scaling_table(machine), ""])
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Entry point."""
-    parser = argparse.ArgumentParser(prog="python -m tools.scaling", description=__doc__)
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parser = Parser(prog="python -m tools.scaling", description=__doc__)
     parser.add_argument("--write", action="store_true", help=f"write them into {PAGE.name}")
-    if not parser.parse_args(argv).write:
-        print(tables())
-        return
+    options = parser.parse_args(argv)
+    return run_command("scaling", _write if options.write else lambda: print(tables()))
+
+
+def _write() -> None:
     text = PAGE.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}{tables()}{END}{rest.split(END)[1]}", encoding="utf-8")
+    write_text(PAGE, f"{before}{BEGIN}{tables()}{END}{rest.split(END)[1]}")
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

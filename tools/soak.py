@@ -7,7 +7,7 @@ for bit, and the memory of the unbroken ranks must not have grown.
 
 With ``--kills N`` instead, short runs are killed N times, wherever they are then: in the
 preparation of the data, in a step, in an evaluation, while they save or prune. They must end with
-the weights of an unbroken run. The record of either is JSON on stdout.
+the weights of an unbroken run, whose memory must not have grown. The record of either is JSON.
 """
 
 import argparse
@@ -26,16 +26,20 @@ from torch import Tensor
 
 from benchmarks.machine import machine
 from fastgpt2 import runs
+from fastgpt2.cli import Parser
+from fastgpt2.cli import run as run_command
 from fastgpt2.weights import load
 from fastgpt2.weights.safetensors_file import read_safetensors
 from fastgpt2.weights.shards import read_shards
-from tools.kills import GRACE, Job, ended, killed
+from tools.kills import GRACE, Job, ended, killed, resident
 
 SHAPE = "--tokenizer=bytes --model=gpt2-nano --block-size=32 --n-layer=2 --n-head=2 --n-embd=32"
 LENGTH = "--batch-size=2 --grad-accum=2 --dropout=0.1 --log-every=5 --sample-tokens=5"
 RATE = "--lr=1e-3 --schedule=constant --warmup-steps=10 --device=cpu --dtype=fp32"
 # megabytes a minute that the memory of a rank may grow by, and seconds before it is measured
 MAX_SLOPE, WARM_UP = 1.0, 60.0
+# megabytes that it may grow by in the second half of a short run
+MAX_GROWTH = 16.0
 # of both runs with --minutes: more than they reach
 STEPS = 100_000_000
 
@@ -81,15 +85,6 @@ def is_same(run: Path, expected: Path, step: int | None = None) -> bool:
     # by numpy: the process that compares is forked again, and PyTorch may start threads
     same = (np.array_equal(ours[name].numpy(), x.numpy()) for name, x in theirs.items())
     return ours.keys() == theirs.keys() and all(same)
-
-
-def resident(process: int) -> float:
-    """Megabytes of a process's resident memory; 0 of one that has ended."""
-    try:
-        pages = int(Path(f"/proc/{process}/statm").read_text(encoding="utf-8").split()[1])
-    except (OSError, IndexError):
-        return 0.0
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def slope(samples: list[tuple[float, float]]) -> float:
@@ -151,14 +146,16 @@ def soaked(
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns 0 if nothing was lost."""
-    parser = argparse.ArgumentParser(prog="python -m tools.soak", description=__doc__)
+    parser = Parser(prog="python -m tools.soak", description=__doc__)
     parser.add_argument("data", type=Path, help="a text")
     parser.add_argument("folder", type=Path, help="where the runs go; must not exist")
     parser.add_argument("--minutes", type=float, default=30.0, help="of kills [%(default)s]")
     parser.add_argument("--every", type=float, nargs=2, default=(20.0, 60.0), help="seconds")
     parser.add_argument("--kills", type=int, help="so many kills of a short run instead")
     parser.add_argument(
-        "--life", type=float, default=2.0, help="of a killed start, seconds, at most"
+        "--life",
+        type=float,
+        help="of a killed start, seconds, at most [what the unbroken run takes]",
     )
     parser.add_argument("--ranks", type=int, help="[2; with --kills 1]")
     parser.add_argument("--shard", action="store_true", help="the ranks share the weights out")
@@ -166,6 +163,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--eval-every", type=int, help="[200; with --kills 10]")
     parser.add_argument("--seed", type=int, default=0, help="of the moments [%(default)s]")
     options = parser.parse_args(argv)
+    return run_command("soak", lambda: _body(options))
+
+
+def _body(options: argparse.Namespace) -> int:
     options.folder.mkdir(parents=True)
     ranks = options.ranks or (2 if options.kills is None else 1)
     eval_every = options.eval_every or (200 if options.kills is None else 10)
@@ -180,12 +181,12 @@ def main(argv: list[str] | None = None) -> int:
 
     if short:
         record = killed(partial(job_in, keep=2), options.kills, moments, is_same, life=options.life)
-        grown = 0.0
+        is_steady = record["megabytes"] < MAX_GROWTH
     else:
         jobs = job_in("whole", keep=1_000_000), job_in("killed", keep=2)
         record = soaked(*jobs, options.minutes, tuple(options.every), moments)
-        grown = max(record["megabytes_per_minute"])
-    sound = not record["different"] and grown < MAX_SLOPE
+        is_steady = max(record["megabytes_per_minute"]) < MAX_SLOPE
+    sound = not record["different"] and is_steady
     record |= {"ranks": ranks, "sharded": options.shard, "machine": machine(torch.device("cpu"))}
     print(json.dumps(record, indent=2))
     return 0 if sound else 1

@@ -154,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--one", choices=CONTENDERS, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    return run_command("step_budget", lambda: _body(options))
+    return run_command("step_budget", lambda: _body(options), steady=options.one is None)
 
 
 def _body(options: argparse.Namespace) -> int:

@@ -1,7 +1,7 @@
 """``python -m tools.step_history --out FILE COMMIT ...``: time a training step at each commit.
 
 Trains GPT-2 124M with the package of each commit, eager and compiled, alternating in separate
-processes. Prints a table of milliseconds and writes JSON.
+processes. Prints a table of medians in milliseconds, and writes every step's time as JSON.
 """
 
 import argparse
@@ -47,12 +47,13 @@ def check_out(commit: str, folder: Path) -> tuple[str, str]:
 
 
 def table(runs: Sequence[dict[str, Any]]) -> str:
-    """Medians over the processes of each commit."""
-    lines = [" ".join([f"{'commit':10}", *(f"{form:>11}" for form in FORMS)])]
+    """Medians over the processes of each commit, a column for each form."""
+    forms = list(dict.fromkeys(run["form"] for run in runs))
+    lines = [" ".join([f"{'commit':10}", *(f"{form:>11}" for form in forms)])]
     for name in dict.fromkeys(run["commit"] for run in runs):
         own = [run for run in runs if run["commit"] == name]
         found = [
-            [s for run in own if run["form"] == form for s in run["seconds"]] for form in FORMS
+            [s for run in own if run["form"] == form for s in run["seconds"]] for form in forms
         ]
         lines.append(" ".join([f"{name:10}", *(f"{median(s) * 1e3:8.0f} ms" for s in found)]))
     return "\n".join(lines)
@@ -66,11 +67,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--dtype", default="bf16", choices=list(STEP_DTYPES), help="compute dtype [%(default)s]"
     )
+    parser.add_argument(
+        "--form", action="append", choices=FORMS, help="only this one; repeatable [both]"
+    )
     parser.add_argument("--turns", type=int, default=2, help="processes per commit and form [2]")
     parser.add_argument("--steps", type=int, default=4, help="timed steps per process [4]")
     parser.add_argument("--scale", default="cpu", choices=list(SCALES), help="sizes [%(default)s]")
     options = parser.parse_args(arguments)
-    return run_command("step_history", lambda: _body(options))
+    return run_command("step_history", lambda: _body(options), steady=True)
 
 
 def _body(options: argparse.Namespace) -> int:
@@ -83,7 +87,8 @@ def _body(options: argparse.Namespace) -> int:
             folder = Path(temporary, str(number))
             folder.mkdir()
             trees.append((folder, *check_out(commit, folder)))
-        plan = [(form, *tree) for _ in range(options.turns) for tree in trees for form in FORMS]
+        forms = options.form or FORMS
+        plan = [(form, *tree) for _ in range(options.turns) for tree in trees for form in forms]
         for form, folder, name, subject in tqdm(plan):
             # -P: do not import the modules beside the program, which are not of that commit
             command = [sys.executable, "-P", str(_PROGRAM), form, *own]

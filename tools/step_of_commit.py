@@ -6,12 +6,14 @@ program times all versions. Prints the seconds of each step as JSON.
 
 import json
 import sys
-from importlib import import_module, util
+from importlib import import_module
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
 
+import fastgpt2
 from fastgpt2 import GPT, GPTConfig
 
 # GPT-2 124M as the suite trains it, and a tiny one: fields, batch, tokens
@@ -22,11 +24,19 @@ SCALES: dict[str, tuple[dict[str, Any], int, int]] = {
 STEP_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
+def allocator_module(package: Path) -> str | None:
+    """The module that sets the host's allocator, wherever this version keeps it; None without."""
+    # before it was `train`, the folder was `training`, beside a file of the other name
+    found = [path.parent.name for path in package.glob("train*/allocator.py")]
+    return f"fastgpt2.{found[0]}.allocator" if found else None
+
+
 def measure(compiled: bool, dtype: torch.dtype, steps: int, scale: str) -> list[float]:
     """Seconds of each step of the package that this process imports."""
-    if util.find_spec("fastgpt2.train.allocator") is not None:
+    allocator = allocator_module(Path(fastgpt2.__file__).parent)
+    if allocator is not None:
         # as the training command does
-        import_module("fastgpt2.train.allocator").keep_freed_memory()
+        import_module(allocator).keep_freed_memory()
     fields, B, T = SCALES[scale]
     torch.manual_seed(0)
     model = GPT(GPTConfig(**fields))

@@ -100,9 +100,14 @@ def race(text: Path, nanogpt: Path, seeds: int, record: dict[str, Any], out: Pat
             for who, (command, at) in sorted(programs.items(), reverse=seed % 2 == 0):
                 points = curve(command, at)
                 record["runs"].append({"who": who, "seed": seed, "curve": points})
-                record["summary"] = summary(record["runs"])
-                write_text(out, json.dumps(record, indent=1) + "\n")
+                save(record, out)
                 print(f"seed {seed}, {who}: {points[-1]}", flush=True)
+
+
+def save(record: dict[str, Any], out: Path) -> None:
+    """Write all runs so far, with their summary."""
+    record["summary"] = summary(record["runs"])
+    write_text(out, json.dumps(record, indent=1) + "\n")
 
 
 def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -131,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the JSON to write")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="pairs of runs [3]")
     options = parser.parse_args(arguments)
-    return run_command("to_loss", lambda: _body(options))
+    return run_command("to_loss", lambda: _body(options), steady=True)
 
 
 def _body(options: argparse.Namespace) -> int:

@@ -26,6 +26,8 @@ from benchmarks.op_case import OpCase
 from benchmarks.op_race import Judge, works
 from benchmarks.ops import op_cases
 from benchmarks.timing import DRY_FLUSH_BYTES, FLUSH_BYTES, ROUNDS, Clock, Work
+from fastgpt2.cli import Parser
+from fastgpt2.cli import run as run_command
 from fastgpt2.files import write_text
 from fastgpt2.kernels import tuning
 
@@ -190,7 +192,7 @@ def _row(trial: Trial, won: bool) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; exit code 1 if a config of the table itself fails."""
-    parser = argparse.ArgumentParser(prog="python -m tools.tune")
+    parser = Parser(prog="python -m tools.tune")
     parser.add_argument("--out", type=Path, required=True, help="folder for tune.json, tuning.json")
     parser.add_argument("--op", action="append", help="only this op; repeatable")
     parser.add_argument(
@@ -200,6 +202,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--dry", action="store_true", help="tiny sizes, any machine; times mean nothing"
     )
     options = parser.parse_args(arguments)
+    return run_command("tune", lambda: _body(options), steady=True)
+
+
+def _body(options: argparse.Namespace) -> int:
     torch.manual_seed(0)
     scale = Scale.DRY if options.dry else Scale.CUDA
     tuner = Tuner(scale, options.seconds)

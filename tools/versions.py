@@ -123,7 +123,7 @@ def run_pair(pair: Pair, folder: Path, jobs: int) -> str:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m tools.versions",
         description="Test the kernels with every supported pair of PyTorch and Triton.",
     )
@@ -138,11 +138,11 @@ def _body(options: argparse.Namespace) -> int:
     folder = options.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     # the committed report is that of the tested pair
-    report = REPORT.read_bytes()
+    report = REPORT.read_text(encoding="utf-8")
     try:
         faults = {pair: run_pair(pair, folder, options.jobs) for pair in pairs}
     finally:
-        REPORT.write_bytes(report)
+        write_text(REPORT, report)
     for pair, fault in faults.items():
         print(f"{pair.name}: {fault or 'passes'}")
     return 1 if any(faults.values()) else 0
@@ -151,7 +151,7 @@ def _body(options: argparse.Namespace) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     options = _parse(arguments)
-    return cli.run("tools.versions", lambda: _body(options))
+    return cli.run("tools.versions", lambda: _body(options), steady=True)
 
 
 if __name__ == "__main__":

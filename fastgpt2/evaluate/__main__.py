@@ -2,14 +2,13 @@
 
 import argparse
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from fastgpt2 import distributed
-from fastgpt2.cli import Parser
+from fastgpt2.cli import Parser, file_name, file_path
 from fastgpt2.cli import run as run_command
 from fastgpt2.config import IMPLS
 from fastgpt2.devices import (
@@ -22,6 +21,7 @@ from fastgpt2.devices import (
 )
 from fastgpt2.errors import UserError
 from fastgpt2.evaluate import report
+from fastgpt2.evaluate.bars import progress
 from fastgpt2.evaluate.data import SPLITS, Documents, Ids, Shards, Text, open_data
 from fastgpt2.evaluate.detokenizers import DETOKENIZERS
 from fastgpt2.evaluate.perplexity import score_text
@@ -34,6 +34,7 @@ from fastgpt2.evaluate.tasks import (
     score_task,
 )
 from fastgpt2.evaluate.windows import Windows
+from fastgpt2.files import new_folders
 from fastgpt2.opener import OpenedModel, open_model
 from fastgpt2.text import IdTokenizer, Tokenizer, get_tokenizer
 from fastgpt2.text.documents import TEXT_COLUMN
@@ -55,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
         "models",
         nargs="+",
         metavar="MODEL",
+        type=file_name,
         help="run folder, a folder or file in any format that convert reads, or one of "
         + ", ".join(RELEASES),
     )
@@ -66,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--data",
         nargs="+",
         metavar="WHAT",
+        type=file_name,
         help="files (text, .jsonl, .parquet; .gz and .zst of text and .jsonl), folders, patterns, "
         "names of corpora, a folder of token shards, or token files of llm.c or nanoGPT; for a "
         "task, its JSON Lines file [downloaded]",
@@ -74,7 +77,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--limit", type=int, metavar="N", help="score only the first N tokens or examples [all]"
     )
     what.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder for a JSON record, a table and a picture"
+        "--out",
+        type=file_path,
+        metavar="DIR",
+        help="folder for a JSON record, a table and a picture",
     )
     text = parser.add_argument_group("text")
     text.add_argument(
@@ -113,7 +119,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     models.add_argument(
         "--vocab-dir",
-        type=Path,
+        type=file_path,
         metavar="DIR",
         help="folder with GPT-2's encoder.json and vocab.bpe",
     )
@@ -157,10 +163,10 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     device = of_this_process(resolve_device(arguments.device))
     dtype = resolve_dtype(arguments.dtype, device)
     resolve_kernels(device, dtype, arguments.impl)
-    if arguments.out is not None:
-        report.check_folder(arguments.out)
     run = _evaluate_text if arguments.task == "text" else _evaluate_task
-    run(arguments, device, dtype)
+    # a folder that cannot be created is refused before any work is done
+    with nullcontext() if arguments.out is None else new_folders(arguments.out):
+        run(arguments, device, dtype)
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -303,9 +309,7 @@ def _text_protocol(
 
 
 def _with_bar(candidates: list[OpenedModel]) -> Iterator[OpenedModel]:
-    with tqdm(
-        candidates, unit="model", leave=False, disable=True if distributed.rank() else None
-    ) as bar:
+    with progress(candidates, None, "model") as bar:
         for candidate in bar:
             bar.set_description(candidate.name)
             yield candidate

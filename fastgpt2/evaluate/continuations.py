@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from fastgpt2 import distributed
 from fastgpt2.errors import UserError
+from fastgpt2.evaluate.bars import progress
 from fastgpt2.evaluate.scoring import score
 from fastgpt2.evaluate.windows import Window, make_batch
 from fastgpt2.model import GPT
@@ -63,9 +63,7 @@ def score_continuations(
     order = np.argsort(-lengths, kind="stable")
     nll, misses = np.zeros(len(requests)), np.zeros(len(requests))
     starts = distributed.share(len(requests), batch_size)
-    for start in tqdm(
-        starts, "scoring", unit="batch", leave=False, disable=True if distributed.rank() else None
-    ):
+    for start in progress(starts, "scoring", "batch"):
         chosen = order[start : start + batch_size]
         # join the requests of a batch into one text, with a window per request
         ends = np.cumsum(lengths[chosen]).tolist()

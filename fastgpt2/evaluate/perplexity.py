@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from fastgpt2 import distributed, units
+from fastgpt2.evaluate.bars import progress
 from fastgpt2.evaluate.data import Text
 from fastgpt2.evaluate.scoring import TokenScores, score
 from fastgpt2.evaluate.windows import Windows, make_batch
@@ -135,9 +135,7 @@ def score_text(
     token_bytes = text.token_bytes()
     tally = _Tally(windows.context)
     starts = distributed.share(len(windows), batch_size)
-    for start in tqdm(
-        starts, "scoring", unit="batch", leave=False, disable=True if distributed.rank() else None
-    ):
+    for start in progress(starts, "scoring", "batch"):
         batch = [windows[k] for k in range(start, min(start + batch_size, len(windows)))]
         idx, targets = make_batch(text.tokens, batch)
         scores = score(model, idx, targets, dtype)

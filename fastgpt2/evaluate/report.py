@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastgpt2.errors import UserError
 from fastgpt2.evaluate.perplexity import TextScore
 from fastgpt2.evaluate.picture import draw_metrics, draw_text_scores
 from fastgpt2.evaluate.tasks import Metrics
@@ -80,14 +79,6 @@ def write_task_report(
     _write(folder, protocol, records)
     _write_markdown(folder, protocol, task_table(results))
     draw_metrics(folder / "evaluation.png", results, protocol["task"], chance)
-
-
-def check_folder(folder: Path) -> None:
-    """Refuse a folder that cannot be created, before any work is done."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {folder}: {error.strerror}") from None
 
 
 def _text_record(score: TextScore) -> dict[str, Any]:

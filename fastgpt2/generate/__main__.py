@@ -6,7 +6,7 @@ from itertools import tee
 
 import torch
 
-from fastgpt2.cli import Parser
+from fastgpt2.cli import Parser, file_name
 from fastgpt2.cli import run as run_command
 from fastgpt2.config import IMPLS
 from fastgpt2.devices import DTYPES, dtype_notice, resolve_device, resolve_dtype, resolve_kernels
@@ -51,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--run",
         required=True,
         metavar="MODEL",
+        type=file_name,
         help="run folder, a folder or file in any format that convert reads, or one of "
         + ", ".join(RELEASES),
     )
@@ -64,6 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--input",
         metavar="FILE",
+        type=file_name,
         help="many prompts: one per line, or JSON Lines with 'prompt' or 'ids', optionally 'id', "
         "and options by the names of their flags ('max_new_tokens', 'stop', ...); - is stdin",
     )
@@ -81,6 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     out.add_argument(
         "--output",
         metavar="FILE",
+        type=file_name,
         help="JSON Lines, each as soon as it is ready: text, ids, log-probabilities, finish "
         "reason; - is stdout [plain text to stdout]",
     )
@@ -159,6 +162,7 @@ def build_parser() -> argparse.ArgumentParser:
     ends.add_argument(
         "--draft",
         metavar="MODEL",
+        type=file_name,
         help="a smaller model that proposes tokens: the same text, faster",
     )
     ends.add_argument(
@@ -175,7 +179,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--tokenizer", choices=("gpt2", "bytes"), help="for a model without a tokenizer"
     )
     model.add_argument(
-        "--vocab-dir", metavar="DIR", help="folder with GPT-2's encoder.json and vocab.bpe"
+        "--vocab-dir",
+        metavar="DIR",
+        type=file_name,
+        help="folder with GPT-2's encoder.json and vocab.bpe",
     )
     machine = parser.add_argument_group("machine")
     machine.add_argument(

@@ -23,8 +23,9 @@ from fastgpt2.generate.step import Matrix, Norm, Weights
 from fastgpt2.kernels.cpu import build
 from fastgpt2.model import GPT
 
-# more tokens at once are faster by a library's matrix products
-MAX_TOKENS = 32
+# more tokens at once are faster by a library's matrix products; it has none of int8, and a prompt
+# of 1,000 tokens spends its time in attention
+MAX_TOKENS, MAX_TOKENS_INT8 = 32, 2048
 _NAME = "decode_step"
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 # bytes of weights that are worth a thread: starting one takes some 30 us
@@ -101,6 +102,9 @@ class CompiledStep:
     Args:
         library: what ``load_library`` gives.
         weights: the model's; ``fits`` says whether this step knows them.
+
+    Attributes:
+        max_tokens: how many tokens at once it is meant for.
     """
 
     def __init__(self, library: ctypes.CDLL, weights: Weights) -> None:
@@ -126,6 +130,8 @@ class CompiledStep:
             cache_kind=_KINDS[dtype],
             erf=weights.approximate == "none",
         )
+        is_int8 = weights.head.weight.dtype == torch.int8
+        self.max_tokens = MAX_TOKENS_INT8 if is_int8 else MAX_TOKENS
         self._dtype, self._vocabulary = dtype, weights.tokens.weight.shape[0]
         self._features = weights.head.weight.shape[0]
         size = sum(p.numel() * p.element_size() for p in _matrices(weights))
@@ -151,7 +157,7 @@ class CompiledStep:
         """Logits after T more tokens of each of B rows, whose keys and values go into the cache.
 
         Args:
-            tokens: B lists of T, at most ``MAX_TOKENS`` together.
+            tokens: B lists of T, at most ``max_tokens`` together.
             wanted: whose logits, as numbers below B T.
             lengths: (B,) int64, how many tokens of each row are in the cache.
             kv: of each layer (2, rows, H, S, D), keys and values, written from ``lengths`` on.

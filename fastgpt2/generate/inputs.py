@@ -13,6 +13,7 @@ from fastgpt2.generate.options import Options
 from fastgpt2.generate.processors import require
 from fastgpt2.generate.text import encode_prompt
 from fastgpt2.opener import OpenedModel
+from fastgpt2.text.pipes import waiting_for
 from fastgpt2.text.utf8 import Utf8Decoder
 
 
@@ -97,7 +98,8 @@ def _read(source: str) -> str:
         data = getattr(sys.stdin, "buffer", sys.stdin).read()
         data = data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data
     else:
-        data = Path(source).read_bytes()
+        with waiting_for(source):
+            data = Path(source).read_bytes()
     try:
         return Utf8Decoder(source).decode(data, final=True)
     except UserError as error:

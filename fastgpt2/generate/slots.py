@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from fastgpt2.generate.compiled import MAX_TOKENS, CompiledStep, load_library, one_thread
+from fastgpt2.generate.compiled import CompiledStep, load_library, one_thread
 from fastgpt2.generate.gpu_step import gpu_weights_of
 from fastgpt2.generate.graph import Choice, graph_step
 from fastgpt2.generate.step import logits_after, weights_of
@@ -87,8 +87,9 @@ class Slots:
                 self.graph = self._graph if self._graph.refresh() else None
         padded = [[*ids, *[0] * (T - len(ids))] for ids in tokens]
         plain = not autocasts(self.device)
-        if self.compiled is not None and plain and len(tokens) * T <= MAX_TOKENS:
-            return self._compiled_step(first, padded, counts, every)
+        step = self.compiled if plain else None
+        if step is not None and len(tokens) * T <= step.max_tokens:
+            return self._compiled_step(step, first, padded, counts, every)
         if not is_new and plain and self.graph is not None:
             logits = self.graph.logits_after(first, [ids[0] for ids in tokens])
             self._count(first, stop, 1)
@@ -117,17 +118,21 @@ class Slots:
         return CompiledStep(self._library, weights)
 
     def _compiled_step(
-        self, first: int, tokens: list[list[int]], counts: list[int], every: bool
+        self,
+        step: CompiledStep,
+        first: int,
+        tokens: list[list[int]],
+        counts: list[int],
+        every: bool,
     ) -> Tensor:
         """``feed`` by the compiled step, for lists of one length."""
-        assert self.compiled is not None
         B, T = len(tokens), len(tokens[0])
         if max(self.lengths[first : first + B]) + T > self.cache.size:
             raise IndexError(f"{T} more tokens do not fit into rows of {self.cache.size}")
         wanted = [*range(B * T)] if every else [i * T + n - 1 for i, n in enumerate(counts)]
         kv = [layer.kv for layer in self.cache.layers]
         lengths = self.cache.lengths[first : first + B]
-        logits = self.compiled(tokens, wanted, lengths, kv, first)
+        logits = step(tokens, wanted, lengths, kv, first)
         self._grow(first, counts)
         return logits.view(B, T, -1) if every else logits
 

@@ -1,7 +1,6 @@
 """Where training text comes from: files, folders, patterns, and a few corpora known by name."""
 
 import codecs
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -23,6 +22,7 @@ from fastgpt2.text.documents import (
 )
 from fastgpt2.text.matches import files_below, matching_files
 from fastgpt2.text.own_files import without_runs
+from fastgpt2.text.pipes import read_once
 from fastgpt2.text.utf8 import Utf8Decoder
 
 # share of the text kept for validation, as in nanoGPT
@@ -181,7 +181,7 @@ def _resolve(item: str, text_column: str) -> Sequence[Document | Records]:
     elif path.is_file():
         files = [path]
     elif path.exists():
-        return [_read_once(item)]
+        return [Document(item, read_once(item))]
     else:
         files = matching_files(item)
         if not files:
@@ -204,24 +204,8 @@ def corpus_paths(item: str) -> list[Path]:
         return []
     path = Path(item)
     if path.is_dir():
-        return [path, *files_below(path)]
-    return [path] if path.exists() else list(matching_files(item))
-
-
-def _read_once(item: str) -> Document:
-    """Read a pipe or a terminal (process substitution, /dev/stdin) now: it can be read only once.
-
-    Raises:
-        UserError: it cannot be read, or is another kind of device, which might never end.
-    """
-    path = Path(item)
-    try:
-        with path.open("rb") as file:
-            if path.is_fifo() or file.isatty() or os.path.samefile(item, os.devnull):
-                return Document(item, file.read())
-            raise UserError(f"data: {item} is a device, not a text")
-    except OSError as error:
-        raise UserError(f"data: cannot read {item}: {error.strerror}") from None
+        return [path, *without_runs(files_below(path))]
+    return [path] if path.exists() else without_runs(matching_files(item))
 
 
 def _not_there(item: str) -> UserError:

@@ -181,7 +181,8 @@ class Records:
                 kind = "null" if value is None else type(value).__name__
                 raise UserError(f"data: {where}: {self.column!r} must be text, got {kind}")
             try:
-                yield value.encode("utf-8")
+                # a byte-order mark is a file's, not the text's
+                yield value.removeprefix("\ufeff").encode("utf-8")
             except UnicodeEncodeError:
                 raise UserError(
                     f"data: {where}: {self.column!r} has a lone surrogate, which is not text"

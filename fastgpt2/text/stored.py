@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from fastgpt2 import streams
 from fastgpt2.errors import UserError
 
 DType = np.dtype[Any]
@@ -219,7 +220,9 @@ def verifying(total: int) -> "tqdm[Any]":
     Args:
         total: number of ids.
     """
-    return tqdm(total=total, desc="verifying", unit="token", unit_scale=True, delay=2.0)
+    return tqdm(
+        total=total, desc="verifying", unit="token", unit_scale=True, delay=streams.BAR_DELAY
+    )
 
 
 def _read_at(file: Any, offset: int, count: int) -> bytes:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from fastgpt2 import streams
 from fastgpt2.errors import UserError
 from fastgpt2.text.corpora import Piece
 from fastgpt2.text.encoding import Tokenizer
@@ -55,7 +56,9 @@ def write_pieces(
     """
     dtype = dtype_for(tokenizer.vocab_size)
     began, done = time.perf_counter(), 0
-    with tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing") as bar:
+    with tqdm(
+        total=total, unit="B", unit_scale=True, desc="tokenizing", delay=streams.BAR_DELAY
+    ) as bar:
         for piece, ids in _encoded(pieces, folder, tokenizer, workers):
             if piece.after_document and tokenizer.eot is not None:
                 writer.write(piece.split, np.array([tokenizer.eot], dtype), 0)

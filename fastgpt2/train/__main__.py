@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgpt2 import distributed, runs
-from fastgpt2.cli import Parser, quoted
+from fastgpt2.cli import Parser, file_name, quoted
 from fastgpt2.cli import run as run_command
 from fastgpt2.devices import device_kind, resolve_device, resolve_dtype
 from fastgpt2.errors import UserError
@@ -18,10 +18,11 @@ from fastgpt2.text.mixture import absolute_item, item_paths
 from fastgpt2.text.utf8 import is_utf8
 from fastgpt2.train import summary
 from fastgpt2.train.allocator import keep_freed_memory
-from fastgpt2.train.claim import check_outside, claimed, empty, is_empty, new_folder
+from fastgpt2.train.claim import check_outside, check_shared, claimed, empty, is_empty, new_folder
 from fastgpt2.train.config import TrainConfig, field_types, merge_layers
 from fastgpt2.train.config_file import named_configs, read_config
 from fastgpt2.train.guard import KeptStep
+from fastgpt2.train.interrupt import nothing_to_save
 from fastgpt2.train.origin import noted_source
 from fastgpt2.train.outcome import Outcome
 from fastgpt2.train.trainer import Trainer
@@ -53,7 +54,10 @@ def _number_or_auto(text: str) -> int | str:
         raise argparse.ArgumentTypeError(f"expected a number or auto, got {text!r}") from None
 
 
-_OWN_TYPES: dict[str, Any] = {"batch_size": _number_or_auto}
+_OWN_TYPES: dict[str, Any] = {
+    "batch_size": _number_or_auto,
+    **dict.fromkeys(("data", "vocab_dir", "init_from"), file_name),
+}
 
 # fixed for a whole run: they decide what its weights and its data stream mean
 _FIXED = (
@@ -90,7 +94,7 @@ class Plan:
     config: TrainConfig
     folder: Path
     named: str | None
-    made: bool
+    made: tuple[Path, ...]
     resume: bool
     overwrite: bool
 
@@ -109,14 +113,18 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--config",
         metavar="NAME|FILE",
+        type=file_name,
         help=f"{', '.join(named_configs())}, or a TOML file [cuda where there is a GPU, else cpu]",
     )
-    run.add_argument("--out", metavar="DIR", help="run folder [a new one under runs/]")
+    run.add_argument(
+        "--out", metavar="DIR", type=file_name, help="run folder [a new one under runs/]"
+    )
     run.add_argument("--resume", action="store_true", help="continue the run in --out")
     run.add_argument("--overwrite", action="store_true", help="first delete everything in --out")
     run.add_argument(
         "--replay",
         metavar="FILE",
+        type=file_name,
         help="repeat a saved step whose loss was not finite; --device, --dtype and --impl apply",
     )
     types = field_types()
@@ -172,6 +180,7 @@ def _train(arguments: dict[str, Any]) -> int:
     )
     speaks = distributed.launched_rank() == 0
     with (
+        nothing_to_save(),
         silent(not speaks, errors=False),
         distributed.process_group(kind),
         failing_together() as watch,
@@ -179,6 +188,7 @@ def _train(arguments: dict[str, Any]) -> int:
     ):
         plan = distributed.on_rank_0(lambda: _plan(dict(arguments)))
         distributed.on_rank_0(lambda: _claim(stack, plan))
+        check_shared(plan.folder)
         return _train_in(plan, watch)
 
 
@@ -215,9 +225,10 @@ def _plan(arguments: dict[str, Any]) -> Plan:
     if out is None:
         base = _base(name, arguments)
         config = _configuration(base, arguments, resume=False)
-        folder = new_folder(Path(name or "default").stem)
+        made = new_folder(Path(name or "default").stem)
+        folder = made[0]
     else:
-        folder = Path(out)
+        folder, made = Path(out), ()
         if not is_utf8(out):
             raise UserError(f"--out {out}: must be UTF-8 text for the library safetensors")
         if folder.exists() and not folder.is_dir():
@@ -228,7 +239,7 @@ def _plan(arguments: dict[str, Any]) -> Plan:
         if resume:
             _check_unchanged(base, arguments)
         config = _configuration(base, arguments, resume=resume)
-    return Plan(config, folder, name, made=out is None, resume=resume, overwrite=overwrite)
+    return Plan(config, folder, name, made=made, resume=resume, overwrite=overwrite)
 
 
 def _claim(stack: ExitStack, plan: Plan) -> None:

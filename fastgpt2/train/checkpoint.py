@@ -78,7 +78,7 @@ def staged(
     writes = distributed.rank() == 0
     if distributed.on_rank_0(lambda: _has_begun(final)):
         # the other files stay as they are, and so do their digests
-        return (lambda: _write_state_anew(final, record)) if writes else _nothing
+        return (lambda: _write_state_anew(final, record)) if writes else lambda: None
     # the optimizer knows the shards alone
     reshard(model)
     tensors = _training_tensors(model, optimizer)
@@ -88,15 +88,11 @@ def staged(
         write_shards = staged_shards(parts | tensors, on_cuda=on_cuda)
         return lambda: _write(final, model.config, write_shards, record)
     if not writes:
-        return _nothing
+        return lambda: None
     # a model with adapters saves only these
     weights = whole_weights(model) if model.lora is None else adapter_weights(model)
     write_files = _writer(model.lora, host_copies(weights), host_copies(tensors))
     return lambda: _write(final, model.config, write_files, record)
-
-
-def _nothing() -> None:
-    """What a process writes of whole files, if it is not the first one."""
 
 
 def _has_begun(final: Path) -> bool:
@@ -202,8 +198,12 @@ def newest_intact(run: Path, notify: Callable[[str], None]) -> Path:
 
 
 def _check_intact(folder: Path) -> None:
-    """Raise ``UserError`` if a file does not have its saved digest; older runs saved none."""
-    for name, digest in runs.read_state(folder).get("sha256", {}).items():
+    """Raise ``UserError`` if a file has another digest than was saved, or is a foreign shard."""
+    saved = runs.read_state(folder).get("sha256", {})
+    shards = {path.relative_to(folder).as_posix() for path in (folder / runs.SHARDS).glob("*")}
+    if foreign := sorted(shards - saved.keys()):
+        raise UserError(f"{folder / foreign[0]}: not a file of this checkpoint")
+    for name, digest in saved.items():
         try:
             found = sha256_of(folder / name)
         except OSError as error:

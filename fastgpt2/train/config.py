@@ -168,6 +168,9 @@ class TrainConfig:
         _check(self, "wsd_decay", 0 < self.wsd_decay <= 1, "in (0, 1]")
         if self.optimizer == "muon":
             _check(self, "lr", self.lr > 0, "greater than 0 with the optimizer muon")
+            # the schedule multiplies lr: the other rate is stored as a multiple of it
+            share = math.isfinite(self.muon_lr / self.lr)
+            _check(self, "muon_lr", share, f"a multiple of lr ({self.lr:g}) that a float can hold")
         self._check_lora()
         if unknown := [name for name in self.loggers if name not in LOGGERS]:
             raise UserError(f"config: log must be of {', '.join(LOGGERS)}, got {unknown[0]!r}")
@@ -192,6 +195,7 @@ class TrainConfig:
             # a file's name may hold bytes that are not text, which TOML cannot store
             for text in value if isinstance(value, tuple) else (value,):
                 _check(self, item.name, not isinstance(text, str) or is_utf8(text), "UTF-8 text")
+        _check(self, "epochs", self.epochs is None or self.epochs < 2**63, "below 2^63")
         if self.steps is None and self.epochs is None and self.minutes is None:
             raise UserError("config: give a length of training: steps, epochs or minutes")
 

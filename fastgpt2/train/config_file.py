@@ -8,6 +8,7 @@ from typing import Any
 
 from fastgpt2.config import unknown_key
 from fastgpt2.errors import UserError
+from fastgpt2.text.pipes import waiting_for
 from fastgpt2.train.config import MUON_TABLE, field_types
 
 _TYPE_NAMES: dict[type, str] = {
@@ -42,7 +43,8 @@ def read_config(name_or_path: str) -> dict[str, Any]:
     elif path.is_file() or path.is_fifo():
         try:
             # some editors begin a file with a byte-order mark, which TOML does not allow
-            text = path.read_text(encoding="utf-8-sig")
+            with waiting_for(name_or_path):
+                text = path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError:
             raise UserError(f"{path}: not UTF-8 text") from None
         except OSError as error:

@@ -7,7 +7,7 @@ from typing import Any, Self
 import torch
 from tqdm import tqdm
 
-from fastgpt2 import distributed
+from fastgpt2 import distributed, streams
 from fastgpt2.model import GPT
 from fastgpt2.text.dataset import Dataset
 from fastgpt2.train import summary
@@ -64,6 +64,7 @@ class Console:
             file=sys.stderr,
             dynamic_ncols=True,
             disable=not self._speaks,
+            delay=streams.BAR_DELAY,
             # a log file gets a line every few seconds, not ten per second
             mininterval=0.1 if sys.stderr.isatty() else 10.0,
         )

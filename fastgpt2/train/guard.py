@@ -23,6 +23,7 @@ from fastgpt2.devices import autocast, rng_states, set_rng_states
 from fastgpt2.errors import UserError
 from fastgpt2.model import GPT
 from fastgpt2.text.packing import packed
+from fastgpt2.train.parallel import own, reshard, whole_weights
 from fastgpt2.train.step import Batch, TrainingStep
 
 # the file in the run folder
@@ -47,14 +48,14 @@ class KeptStep:
     step: int
     eot: int | None = None
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, weights: Mapping[str, Tensor]) -> None:
         """Write everything into one file, which ``load`` reads.
 
         Args:
             path: a safetensors file.
+            weights: those of the model, whole.
         """
-        weights = self.model.state_dict()
-        tensors = {f"model.{k}": v for k, v in weights.items() if k != "lm_head.weight"}
+        tensors = {f"model.{name}": weight for name, weight in weights.items()}
         for i, (idx, targets) in enumerate(self.batches):
             tensors |= {f"idx.{i}": idx.contiguous(), f"targets.{i}": targets.contiguous()}
         tensors |= {f"rng.{name}": state for name, state in self.random_numbers.items()}
@@ -93,10 +94,15 @@ class KeptStep:
     def first_bad(self, dtype: torch.dtype) -> str | None:
         """Recompute it; returns the first output or gradient that is not finite, None if all are.
 
+        All processes of a sharded model call it; each looks at its own batches.
+
         Args:
             dtype: dtype of the computation.
         """
         model = self.model
+        # the parts of a sharded model need each other, whatever one process has found
+        goes_on = isinstance(model, FSDPModule)
+        reshard(model)
         device = model.lm_head.weight.device
         before = rng_states(device)
         set_rng_states(self.random_numbers, device)
@@ -107,14 +113,14 @@ class KeptStep:
                     with autocast(device, dtype):
                         loss = forward(idx.to(device), targets.to(device))[1]
                     assert loss is not None
-                    if not findings:
+                    if goes_on or not findings:
                         torch.autograd.backward(loss)
-                    if findings:
-                        return findings[0]
+                    if findings and not goes_on:
+                        break
         finally:
             model.zero_grad(set_to_none=True)
             set_rng_states(before, device)
-        return None
+        return findings[0] if findings else None
 
 
 def check(
@@ -142,23 +148,22 @@ def check(
 def explain(bad: KeptStep, dtype: torch.dtype, path: Path) -> str:
     """The end of the message of a run that diverged; all processes call it.
 
-    The first process that finds something saves its part of the step. A sharded model is not
-    examined: its modules only work together with those of the other processes.
+    The first process that finds something saves its part of the step, with the whole weights.
 
     Args:
         bad: the step.
         dtype: dtype of the computation.
         path: where the step is saved.
     """
-    if isinstance(bad.model, FSDPModule):
-        return ""
-    found = bad.first_bad(dtype)
-    first = next((r for r, x in enumerate(distributed.gather([found])) if x), None)
+    every = distributed.gather([bad.first_bad(dtype)])
+    first = next((rank for rank, found in enumerate(every) if found), None)
     if first is None:
         return "; a second pass, module by module, was finite"
+    found = every[first]
+    weights = whole_weights(bad.model)
     if first == distributed.rank():
         try:
-            bad.save(path)
+            bad.save(path, weights)
         except (OSError, SafetensorError) as error:
             return f"; not finite first: {found}; the step could not be kept: {error}"
     return f"; not finite first: {found}; --replay {path} runs the step again"
@@ -194,7 +199,8 @@ def _watched(model: nn.Module) -> Iterator[list[str]]:
 
     with ExitStack() as stack:
         for name, parameter in model.named_parameters():
-            if not torch.isfinite(parameter).all():
+            # of a shard, this process's part
+            if not torch.isfinite(own(parameter)).all():
                 findings.append(f"the weight {name}")
             if parameter.requires_grad:
                 handle = parameter.register_hook(gradient_of(name))  # type: ignore[no-untyped-call]

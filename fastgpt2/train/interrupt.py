@@ -1,14 +1,19 @@
 """Ctrl-C and the signals that end a job lead to a checkpoint, so that nothing is lost."""
 
 import signal
+import time
+from contextlib import AbstractContextManager
 from types import FrameType
 from typing import Any, Self
 
 from fastgpt2 import distributed
+from fastgpt2.cli import handled
 
 # Windows has no SIGHUP and no SIGUSR1
 _ENDING = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
 _SAVING = [signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []
+# seconds in which torchrun passes on a signal that this process has got already
+_ECHO = 2.0
 
 
 class Interrupted(Exception):
@@ -20,16 +25,27 @@ class Interrupted(Exception):
         self.exit_code = 128 + number
 
 
+def nothing_to_save() -> AbstractContextManager[None]:
+    """Within the block, SIGUSR1 does nothing, where it would end the process.
+
+    It asks for a checkpoint, and there is none to save before the training and after it.
+    """
+    return handled(["SIGUSR1"], lambda *_: None)
+
+
 class Interrupt:
     """Within the block, the first SIGINT, SIGTERM or SIGHUP is remembered; a second acts at once.
 
     SIGUSR1 asks for a checkpoint without ending the run. All processes obey a signal that one of
     them got: ``poll`` and ``save_is_wanted`` are called at the same places in each. A signal that
-    was ignored when the block began, as nohup does with SIGHUP, stays ignored.
+    was ignored when the block began, as nohup does with SIGHUP, stays ignored. Under torchrun, the
+    same signal again within two seconds is the same one: Slurm sends it to all processes of a job,
+    and torchrun, which gets it too, passes it on.
     """
 
     def __init__(self) -> None:
         self._received: int | None = None
+        self._moment = 0.0
         self._save = False
         self._previous: dict[int, Any] = {}
 
@@ -60,8 +76,14 @@ class Interrupt:
         return bool(wanted)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        self._received = number
-        self._restore()
+        now = time.monotonic()
+        if self._received is None:
+            self._received, self._moment = number, now
+            if not distributed.is_elastic():
+                self._restore()
+        elif number != self._received or now - self._moment > _ECHO:
+            self._restore()
+            signal.raise_signal(number)
 
     def _ask_for_save(self, number: int, frame: FrameType | None) -> None:
         self._save = True

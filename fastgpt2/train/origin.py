@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from fastgpt2 import distributed
 from fastgpt2.errors import UserError
 from fastgpt2.lora import add_lora
 from fastgpt2.model import GPT
@@ -77,7 +78,8 @@ def open_origin(config: TrainConfig) -> Origin:
         config: the run's; its tokenizer serves weights that come without one.
 
     Raises:
-        UserError: no such model, or the run wants another shape or tokenizer than it has.
+        UserError: no such model, the run wants another shape or tokenizer than it has, or another
+            process of the job has found other weights.
     """
     assert config.init_from is not None
     given: Tokenizer | None = None
@@ -117,6 +119,7 @@ def open_origin(config: TrainConfig) -> Origin:
         init_from=noted_source(config.init_from),
         init_sha256=weights_sha256(opened.path),
     )
+    distributed.check_same("--init-from", f"weights {resolved.init_sha256}")
     return Origin(resolved, opened)
 
 

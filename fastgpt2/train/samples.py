@@ -3,6 +3,7 @@
 import torch
 
 from fastgpt2.devices import autocast
+from fastgpt2.errors import UserError
 from fastgpt2.generate.stream import stream_text
 from fastgpt2.model import GPT
 from fastgpt2.text import Tokenizer
@@ -11,6 +12,9 @@ from fastgpt2.train.config import TrainConfig
 
 def sample(model: GPT, tokenizer: Tokenizer, config: TrainConfig, dtype: torch.dtype) -> str:
     """The run's prompt and the model's continuation; the model is in training mode afterwards.
+
+    If there is none, because the logits are not finite, it is the reason: the run's guard decides
+    what becomes of such weights.
 
     Args:
         model: the model, not sharded.
@@ -29,6 +33,9 @@ def sample(model: GPT, tokenizer: Tokenizer, config: TrainConfig, dtype: torch.d
             top_k=50,
             seed=config.seed,
         )
-        text = config.sample_prompt + "".join(pieces)
+        try:
+            text = config.sample_prompt + "".join(pieces)
+        except UserError as error:
+            text = f"no sample: {error}"
     model.train()
     return text

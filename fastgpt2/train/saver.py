@@ -9,9 +9,9 @@ from typing import Self
 
 from fastgpt2.errors import EndedElsewhere
 
-# added to the niceness of the thread that writes: beside a thread of the training, the scheduler of
-# Linux gives it about a tenth of a core
-_NICER = 10
+# niceness of a thread that steps aside: beside a thread of the training, the scheduler of Linux
+# gives it about a seventieth of a core, and the moments that the training leaves
+_ASIDE = 19
 
 
 class Saver:
@@ -34,16 +34,19 @@ class Saver:
         if self._thread is not None and (kind is None or issubclass(kind, Exception)):
             self._thread.join()
 
-    def begin(self, work: Callable[[], None]) -> None:
+    def begin(self, work: Callable[[], None], *, aside: bool) -> None:
         """Start the work; what was begun before has been waited for.
 
         Args:
             work: may raise, which ``look`` or ``wait`` says.
+            aside: it takes so long that other threads are to go first. A short one would only keep
+                them waiting, as when it has a lock of theirs.
         """
         assert self._thread is None
 
         def run() -> None:
-            _step_aside()
+            if aside:
+                _step_aside()
             try:
                 work()
             except Exception as error:
@@ -81,5 +84,4 @@ def _step_aside() -> None:
     this thread, it has the processor to itself.
     """
     if sys.platform == "linux":
-        nice = os.getpriority(os.PRIO_PROCESS, 0) + _NICER
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), min(nice, 19))
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _ASIDE)

@@ -13,10 +13,14 @@ from fastgpt2.errors import UserError
 from fastgpt2.model import GPT
 from fastgpt2.text import BlockStream
 from fastgpt2.train import checkpoint
+from fastgpt2.train.parallel import own
 from fastgpt2.train.saver import Saver
 from fastgpt2.train.spikes import Spikes
 from fastgpt2.train.step import StepResult
 from fastgpt2.train.validation import Validation
+
+# bytes of this process's weights: to write these and their moments takes a tenth of a second
+_MANY = 2**25
 
 
 @dataclass
@@ -138,7 +142,8 @@ class RunState:
             if distributed.rank() == 0:
                 checkpoint.prune(run, keep_last)
 
-        self.saver.begin(write_and_prune)
+        weights = sum(own(parameter).nbytes for parameter in self.model.parameters())
+        self.saver.begin(write_and_prune, aside=weights >= _MANY)
 
     def settle(self) -> None:
         """Wait until what was begun is saved. All processes call it.

@@ -89,6 +89,7 @@ class Trainer:
         )
         self.tokenizer = self.dataset.tokenizer
         self.tokenizer_id = f"{self.tokenizer.name} {self.tokenizer.fingerprint}"
+        distributed.check_same("data", f"tokenizer {self.tokenizer_id}, ids {self.dataset.digest}")
         self.eot = self.tokenizer.eot if config.pack else None
         if config.pack and self.eot is None:
             raise UserError(

@@ -51,7 +51,8 @@ def detect(path: Path) -> tuple[str, Path]:
         if path.is_file():
             return _detect_file(path)
         if not path.is_dir():
-            raise UserError(f"{path}: no such file or folder")
+            what = "is a device, a pipe or a socket" if path.exists() else "no such file or folder"
+            raise UserError(f"{path}: {what}")
         names = {entry.name for entry in path.iterdir()}
         if runs.MODEL_CONFIG in names or runs.CHECKPOINTS in names:
             return "fastgpt2", path

@@ -35,7 +35,10 @@ def library_path(name: str, compiler: str, folder: Path) -> Path:
     # the compiler's version and the processor's instructions
     macros = _run([compiler, *_FLAGS, "-dM", "-E", "-x", "c++", os.devnull])
     digest = hashlib.sha256()
-    for part in (source(name).read_bytes(), " ".join(_FLAGS).encode(), macros):
+    # headers are few: any of them may be included
+    sources = (source(name), *sorted(source(name).parent.glob("*.h")))
+    code = [path.read_bytes() for path in sources]
+    for part in (*code, " ".join(_FLAGS).encode(), macros):
         digest.update(hashlib.sha256(part).digest())
     return folder / f"{name}-{digest.hexdigest()[:16]}.so"
 

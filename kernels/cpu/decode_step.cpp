@@ -1,11 +1,12 @@
 // One decoding step of GPT-2 on a processor: T tokens of each of B rows in, logits out. T is 1, or
-// more for a short prompt and for tokens that were proposed.
+// more for a prompt and for tokens that were proposed.
 //
-// A step reads every weight once and does little else, so memory is the limit: all of it is one
-// call, and a weight meets all rows while it is in a register. Threads share the features of each
-// product and the heads of attention, and wait for each other four times per layer. Weights are
-// fp32, bf16 or int8 with a scale per feature; all else is fp32, and so is every sum. The graph is
-// OpenAI's, as in fastgpt2/generate/step.py, which prepares the arguments.
+// A step reads every weight once; of one row it does little else, so memory is the limit, and all
+// of it is one call. Threads share the features of each product and the heads of attention, and wait
+// for each other after each: four times per layer. Several rows are also prepared for a product by
+// parts, which takes up to four waits more. Weights are fp32, bf16 or int8 with a scale per feature;
+// products.h says how they are multiplied. All else is fp32. The graph is OpenAI's, as in
+// fastgpt2/generate/step.py.
 // N = B T tokens, C width, F features, H heads, D head size, S keys of the cache, V vocabulary.
 
 #include <algorithm>
@@ -14,109 +15,13 @@
 #include <cstdint>
 #include <cstring>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
+#include "products.h"
+#include "vectors.h"
 
 namespace {
-
-#if defined(__AVX512F__)
-constexpr int LANES = 16;
-#elif defined(__AVX2__)
-constexpr int LANES = 8;
-#else
-constexpr int LANES = 4;
-#endif
-// a vector register of fp32
-typedef float Vec __attribute__((vector_size(4 * LANES)));
-typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
-
-struct Bf16 {
-    uint16_t bits;
-};
-
-template <class W>
-float widen(W x) { return x; }
-float widen(Bf16 x) {
-    uint32_t bits = uint32_t(x.bits) << 16;
-    float out;
-    std::memcpy(&out, &bits, sizeof out);
-    return out;
-}
-
-// the nearest bf16, ties to even
-void store(float x, Bf16* to) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    to->bits = uint16_t(x == x ? rounded : 0x7fc0);
-}
-void store(float x, float* to) { *to = x; }
-
-Vec load(const float* from) {
-    Vec out;
-    std::memcpy(&out, from, sizeof out);
-    return out;
-}
-
-#if defined(__AVX512F__)
-Vec load(const int8_t* from) {
-    __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-    return Vec(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)));
-}
-Vec load(const Bf16* from) {
-    __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-    return Vec(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16)));
-}
-#elif defined(__AVX2__)
-Vec load(const int8_t* from) {
-    __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
-    return Vec(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)));
-}
-Vec load(const Bf16* from) {
-    __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-    return Vec(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16)));
-}
-#else
-Vec load(const int8_t* from) {
-    Vec out;
-    for (int i = 0; i < LANES; i++) out[i] = from[i];
-    return out;
-}
-Vec load(const Bf16* from) {
-    Ints out;
-    for (int i = 0; i < LANES; i++) out[i] = int32_t(uint32_t(from[i].bits) << 16);
-    return Vec(out);
-}
-#endif
-
-#if defined(__AVX512F__)
-float sum(Vec x) { return _mm512_reduce_add_ps(__m512(x)); }
-#elif defined(__AVX2__)
-float sum(Vec x) {
-    __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-}
-#else
-float sum(Vec x) { return (x[0] + x[2]) + (x[1] + x[3]); }
-#endif
-
-// sum_i a_i b_i over n
-template <class E>
-float dot(const E* a, const float* b, int64_t n) {
-    Vec even = {}, odd = {};
-    int64_t i = 0;
-    for (; i + 2 * LANES <= n; i += 2 * LANES) {
-        even += load(a + i) * load(b + i);
-        odd += load(a + i + LANES) * load(b + i + LANES);
-    }
-    float out = sum(even + odd);
-    for (; i < n; i++) out += widen(a[i]) * b[i];
-    return out;
-}
 
 // Threads of one step wait here for the others.
 class Barrier {
@@ -143,14 +48,6 @@ class Barrier {
 };
 
 }  // namespace
-
-// y_nf = scale_f sum_c weight_fc x_nc + bias_f
-struct Matrix {
-    const void* weight;
-    const float* scale;  // null for 1
-    const float* bias;   // null for 0
-    int64_t features, width;
-};
 
 struct Norm {
     const float* weight;
@@ -191,117 +88,77 @@ struct Step {
 
 namespace {
 
-// [first, stop) of what one thread does of n things
-struct Part {
-    int64_t first, stop;
-    Part(int64_t n, int64_t thread, int64_t threads)
-        : first(n * thread / threads), stop(n * (thread + 1) / threads) {}
-};
-
-// what a product does with what is there
-enum Write { REPLACE, ADD };
-
-// FEATURES features of ROWS rows
-template <int FEATURES, int ROWS, class W>
-void tile(const Matrix& m, int64_t f, int64_t n, const float* x, float* out, Write how) {
-    const int64_t C = m.width;
-    const W* weight = static_cast<const W*>(m.weight) + f * C;
-    x += n * C;
-    // sums that do not wait for each other, in registers if none of this is a loop
-    constexpr int SUMS = ROWS == 1 ? 4 : 4 / ROWS, STEP = SUMS * LANES;
-    Vec sums[FEATURES][ROWS][SUMS] = {};
-    int64_t c = 0;
-    for (; c + STEP <= C; c += STEP) {
-        // a stream of fp32 is all that the processor foresees: narrow weights are asked for 8 KB
-        // ahead, and of two streams the next two features
-        if (FEATURES > 1)
-            for (int i = 0; i < FEATURES; i++) __builtin_prefetch(weight + (i + FEATURES) * C + c);
-        else if (sizeof(W) < sizeof(float))
-            __builtin_prefetch(reinterpret_cast<const char*>(weight + c) + 8192);
-#pragma GCC unroll 4
-        for (int k = 0; k < SUMS; k++) {
-            const float* columns = x + c + k * LANES;
-#pragma GCC unroll 2
-            for (int i = 0; i < FEATURES; i++) {
-                const Vec w = load(weight + i * C + c + k * LANES);
-#pragma GCC unroll 4
-                for (int j = 0; j < ROWS; j++) sums[i][j][k] += w * load(columns + j * C);
-            }
-        }
-    }
-    for (int i = 0; i < FEATURES; i++) {
-        const float scale = m.scale ? m.scale[f + i] : 1, bias = m.bias ? m.bias[f + i] : 0;
-        for (int j = 0; j < ROWS; j++) {
-            Vec total = sums[i][j][0];
-            for (int k = 1; k < SUMS; k++) total += sums[i][j][k];
-            float value = sum(total);
-            for (int64_t rest = c; rest < C; rest++)
-                value += widen(weight[i * C + rest]) * x[j * C + rest];
-            float& y = out[(n + j) * m.features + f + i];
-            y = value * scale + bias + (how == ADD ? y : 0);
-        }
-    }
+// (x - mean) rstd weight + bias of one row, x (C,)
+void normalize(const Norm& norm, const float* x, float* out, int64_t C) {
+    double total = 0, squares = 0;
+    for (int64_t c = 0; c < C; c++) total += x[c];
+    const float mean = float(total / double(C));
+    for (int64_t c = 0; c < C; c++) squares += double(x[c] - mean) * (x[c] - mean);
+    const float rstd = float(1 / std::sqrt(squares / double(C) + norm.eps));
+    for (int64_t c = 0; c < C; c++)
+        out[c] = (x[c] - mean) * rstd * norm.weight[c] + (norm.bias ? norm.bias[c] : 0);
 }
 
-// a product, x (N, C) -> out (N, F): this thread's features
-template <class W>
-void product(const Matrix& m, const float* x, int64_t N, Part part, float* out, Write how) {
-    for (int64_t f = part.first; f < part.stop; f += 2) {
-        // the weights come from memory once, then from the nearest cache
-        const int64_t features = std::min<int64_t>(2, part.stop - f);
-        int64_t n = 0;
-        if (features == 2) {
-            for (; n + 4 <= N; n += 4) tile<2, 4, W>(m, f, n, x, out, how);
-            for (; n + 2 <= N; n += 2) tile<2, 2, W>(m, f, n, x, out, how);
-        }
-        for (; n < N; n++)
-            for (int64_t i = 0; i < features; i++) tile<1, 1, W>(m, f + i, n, x, out, how);
+// GELU of n numbers, in place; the tanh form by an exponential: tanh(u) = 1 - 2 / (exp(2 u) + 1)
+void gelu(float* x, int64_t n, bool erf) {
+    if (erf) {
+        for (int64_t i = 0; i < n; i++) x[i] *= 0.5f * (1 + std::erf(x[i] * 0.70710678f));
+        return;
     }
+    each(x, n, [&](int64_t i, Vec v, int64_t count) {
+        const Vec u = 0.79788456f * (v + 0.044715f * v * v * v);
+        const Vec y = v * (1 - 1 / (exponential(2 * u) + 1));
+        std::memcpy(x + i, &y, count * sizeof(float));
+    });
 }
 
-// (x - mean) rstd weight + bias, x (N, C)
-void normalize(const Norm& norm, const float* x, float* out, int64_t N, int64_t C) {
-    for (int64_t n = 0; n < N; n++, x += C, out += C) {
-        double total = 0, squares = 0;
-        for (int64_t c = 0; c < C; c++) total += x[c];
-        const float mean = float(total / double(C));
-        for (int64_t c = 0; c < C; c++) squares += double(x[c] - mean) * (x[c] - mean);
-        const float rstd = float(1 / std::sqrt(squares / double(C) + norm.eps));
-        for (int64_t c = 0; c < C; c++) {
-            out[c] = (x[c] - mean) * rstd * norm.weight[c] + (norm.bias ? norm.bias[c] : 0);
-        }
-    }
-}
-
-// the tanh form by an exponential: tanh(u) = 1 - 2 / (exp(2 u) + 1)
-float gelu(float x, bool erf) {
-    if (erf) return 0.5f * x * (1 + std::erf(x * 0.70710678f));
-    const float u = 0.79788456f * (x + 0.044715f * x * x * x);
-    return x * (1 - 1 / (std::exp(2 * u) + 1));
+// sum_s probs_s v_s / total over n keys, COUNT registers of v's D columns
+template <int COUNT, class E>
+void weigh(const E* v, const float* probs, int64_t n, int64_t D, float total, float* out) {
+    Vec sums[COUNT] = {};
+    for (int64_t s = 0; s < n; s++)
+#pragma GCC unroll 8
+        for (int k = 0; k < COUNT; k++) sums[k] += load(v + s * D + k * LANES) * probs[s];
+#pragma GCC unroll 8
+    for (int k = 0; k < COUNT; k++) sums[k] /= total;
+    std::memcpy(out, sums, sizeof sums);
 }
 
 // softmax(q k^T / sqrt(D)) v over n keys: k and v (n, D), out (D,)
 template <class E>
-void attend(const float* q, const E* k, const E* v, int64_t n, int64_t D, float* probs, float* out) {
+void attend(const float* q, const E* k, const E* v, int64_t n, int64_t D, float* probs,
+            float* out) {
     const float scale = float(1 / std::sqrt(double(D)));
     float largest = -INFINITY, total = 0;
     for (int64_t s = 0; s < n; s++) {
         probs[s] = dot(k + s * D, q, D) * scale;
         largest = std::fmax(largest, probs[s]);
     }
-    for (int64_t s = 0; s < n; s++) total += probs[s] = std::exp(probs[s] - largest);
+    each(probs, n, [&](int64_t s, Vec scores, int64_t count) {
+        const Vec weights = exponential(scores - largest);
+        std::memcpy(probs + s, &weights, count * sizeof(float));
+    });
+    for (int64_t s = 0; s < n; s++) total += probs[s];
     int64_t d = 0;
-    for (; d + LANES <= D; d += LANES) {
-        Vec sums = {};
-        for (int64_t s = 0; s < n; s++) sums += load(v + s * D + d) * probs[s];
-        sums /= total;
-        std::memcpy(out + d, &sums, sizeof sums);
-    }
+    for (; d + 8 * LANES <= D; d += 8 * LANES) weigh<8>(v + d, probs, n, D, total, out + d);
+    for (; d + LANES <= D; d += LANES) weigh<1>(v + d, probs, n, D, total, out + d);
     for (; d < D; d++) {
         out[d] = 0;
         for (int64_t s = 0; s < n; s++) out[d] += widen(v[s * D + d]) * probs[s];
         out[d] /= total;
     }
+}
+
+// numbers of N rows as a product reads them: fp32, and int16 with scales
+int64_t prepared_of(const Model& model, int64_t N) {
+    const int64_t C = model.tokens.width, F = model.layers[0].fc.features;
+    return N * (C + 1) + (N * std::max(C, F) + 1) / 2;
+}
+
+// numbers that a step writes before what is each thread's own
+int64_t shared_of(const Model& model, const Step& step) {
+    const int64_t C = model.tokens.width, F = model.layers[0].fc.features, N = step.B * step.T;
+    return N * (5 * C + F) + (N == 1 ? step.threads : 1) * prepared_of(model, N);
 }
 
 // what one thread does of a step; W of weights, E of positions, keys and values
@@ -310,15 +167,40 @@ void run(const Model& model, const Step& step, Barrier& barrier, int64_t thread)
     const int64_t B = step.B, T = step.T, N = B * T, S = step.S;
     const int64_t C = model.tokens.width, H = model.n_head, D = C / H;
     const int64_t F = model.layers[0].fc.features;
-    // shared, one after the other
+    constexpr bool INT8 = std::is_same_v<W, int8_t>;
+    // shared by all threads
     float* x = step.space;
     float* qkv = x + N * C;
     float* heads = qkv + N * 3 * C;
     float* hidden = heads + N * C;
+    // what a product reads: each thread prepares a lone row for itself, and a part of several rows
+    // for all
+    const bool alone = N == 1;
+    float* rows = hidden + N * F + (alone ? thread * prepared_of(model, N) : 0);
+    float* scales = rows + N * C;
+    int16_t* rounded = reinterpret_cast<int16_t*>(scales + N);
     // this thread's own
-    float* normalized = hidden + N * F + thread * (N * C + S);
-    float* probs = normalized + N * C;
+    float* probs = step.space + shared_of(model, step) + thread * S;
     auto part = [&](int64_t count) { return Part(count, thread, step.threads); };
+    auto mine = [&](int64_t count) { return alone ? Part(count, 0, 1) : part(count); };
+    auto prepared = [&](const float* from, int64_t count, int64_t width) {
+        Rows<W> out;
+        if constexpr (INT8) {
+            narrow(from, width, mine(count), rounded, scales);
+            out = {rounded, scales};
+        } else {
+            out = {from, nullptr};
+        }
+        if (!alone && (INT8 || from == rows)) barrier.wait();
+        return out;
+    };
+    // LayerNorm of some rows of x
+    auto normalized = [&](const Norm& norm, const int64_t* which, int64_t count) {
+        const Part own = mine(count);
+        for (int64_t i = own.first; i < own.stop; i++)
+            normalize(norm, x + (which ? which[i] : i) * C, rows + i * C, C);
+        return prepared(rows, count, C);
+    };
 
     const Part columns = part(C), features = part(F), pairs = part(B * H);
     for (int64_t n = 0; n < N; n++) {
@@ -334,8 +216,7 @@ void run(const Model& model, const Step& step, Barrier& barrier, int64_t thread)
     barrier.wait();
     for (int64_t i = 0; i < model.n_layer; i++) {
         const Layer& layer = model.layers[i];
-        normalize(layer.norm_1, x, normalized, N, C);
-        product<W>(layer.qkv, normalized, N, part(3 * C), qkv, REPLACE);
+        product<W>(layer.qkv, normalized(layer.norm_1, nullptr, N), N, part(3 * C), qkv, REPLACE);
         barrier.wait();
         for (int64_t pair = pairs.first; pair < pairs.stop; pair++) {
             const int64_t b = pair / H, h = pair % H, held = step.lengths[b];
@@ -351,21 +232,17 @@ void run(const Model& model, const Step& step, Barrier& barrier, int64_t thread)
             }
         }
         barrier.wait();
-        product<W>(layer.proj, heads, N, columns, x, ADD);
+        product<W>(layer.proj, prepared(heads, N, C), N, columns, x, ADD);
         barrier.wait();
-        normalize(layer.norm_2, x, normalized, N, C);
-        product<W>(layer.fc, normalized, N, features, hidden, REPLACE);
+        product<W>(layer.fc, normalized(layer.norm_2, nullptr, N), N, features, hidden, REPLACE);
         for (int64_t n = 0; n < N; n++)
-            for (int64_t f = features.first; f < features.stop; f++)
-                hidden[n * F + f] = gelu(hidden[n * F + f], model.erf);
+            gelu(hidden + n * F + features.first, features.stop - features.first, model.erf);
         barrier.wait();
-        product<W>(layer.out, hidden, N, columns, x, ADD);
+        product<W>(layer.out, prepared(hidden, N, F), N, columns, x, ADD);
         barrier.wait();
     }
-    for (int64_t i = 0; i < step.n_wanted; i++)
-        normalize(model.norm, x + step.wanted[i] * C, normalized + i * C, 1, C);
-    const Part vocabulary = part(model.head.features);
-    product<W>(model.head, normalized, step.n_wanted, vocabulary, step.logits, REPLACE);
+    const Rows<W> last = normalized(model.norm, step.wanted, step.n_wanted);
+    product<W>(model.head, last, step.n_wanted, part(model.head.features), step.logits, REPLACE);
 }
 
 template <class W, class E>
@@ -384,9 +261,7 @@ extern "C" {
 
 // numbers that a step writes beside its logits
 int64_t space_of(const Model* model, const Step* step) {
-    const int64_t C = model->tokens.width, F = model->layers[0].fc.features;
-    const int64_t N = step->B * step->T;
-    return N * (5 * C + F) + step->threads * (N * C + step->S);
+    return shared_of(*model, *step) + step->threads * step->S;
 }
 
 void decode_step(const Model* model, const Step* step) {

@@ -109,7 +109,7 @@ def _load_stats(stats_ptrs, first, row, mask):
 
 @triton.jit
 def _rescaled(dv, dropout):
-    """What dropout multiplies the kept probabilities by, once for all of them."""
+    """dv times dropout's factor, applied once to the sum instead of to every probability."""
     if dropout is not None:
         dv *= 1.0 / (1.0 - dropout[1])
     return dv
@@ -193,10 +193,10 @@ def launch_bwd(
     """dqkv (B, T, 3C), side by side as in qkv."""
     dqkv = qkv.new_empty(qkv.shape)
     if dqkv.numel() > 0:
-        # .sum() and the like hand down one number with strides of zero
+        # the gradient of .sum() is one number with strides of zero
         tensors = ((qkv, dqkv), (out, dout.contiguous()), (lse, torch.empty_like(lse)))
         options = (bits, segment_ids, key_range, n_head, dropout_p, scale)
-        # in this order: the second reads the delta of the first
+        # the order matters: the second kernel reads the first one's delta
         launch(_attention_bwd_dq_kernel, "attention_bwd_dq", "BLOCK_M", tensors, qkv, *options)
         launch(_attention_bwd_dkv_kernel, "attention_bwd_dkv", "BLOCK_N", tensors, qkv, *options)
     return dqkv

@@ -25,9 +25,9 @@ from fastgpt2.kernels.jit.launch import noting
 
 SAFE_PTXAS = (13, 1)
 HOPPER = (9, 0)
-# several tiles of every kernel: whole ones; a rest, of a length that is a multiple of 16, one that
-# makes a stride a multiple of 16, and an odd one; one token. Triton builds a binary for each, and
-# all are checked at once, because a length is not known when compiling.
+# several tiles of every kernel: whole tiles; an incomplete last tile, where T is a multiple of 16,
+# where it makes a stride a multiple of 16, and where it is odd; a single token. Triton builds a
+# binary for each, and all are checked at once: a length is not known when compiling
 LENGTHS = (512, 528, 504, 501, 1)
 # tolerance, relative to the gradients' norm: 16-bit rounding errs by half a percent, lost registers
 # by far more
@@ -40,7 +40,7 @@ class Kind(NamedTuple):
     Attributes:
         dtype: of queries, keys and values.
         D: the head size.
-        n_head: H, because Triton builds binaries of their own for 1 and for multiples of 16.
+        n_head: H, because Triton builds separate binaries for 1 and for multiples of 16.
         segments: dtype of the segment ids, None without them.
         key_range: dtype of the key range, None without it.
         dropout: whether there is any.

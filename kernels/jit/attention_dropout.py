@@ -49,7 +49,7 @@ def bit_rows(bits_ptr, b_h, queries, T, EVEN: tl.constexpr):
     """Pointers to the words of each query's row, for the head ``b H + h``."""
     words = tl.cdiv(T, WORD)
     if not EVEN:
-        # rows after T have no words: the last one's are as good
+        # rows after T have no words: read those of the last row
         queries = tl.minimum(queries, T - 1)
     return bits_ptr + b_h * T * words + queries * words
 

@@ -23,9 +23,9 @@ from fastgpt2.kernels.cases import CompileCase
 from fastgpt2.kernels.jit import compile as offline
 from fastgpt2.kernels.jit.launch import COMPILER_OPTIONS
 
-# what names a case, and the work that its binary is judged by: not in the binary
+# fields that do not affect the binary: its names, and the work that it is judged by
 _BESIDE = {"kernel", "name", "config", "wants_mma", "flops", "bytes", "work", "per_sm"}
-# what Triton's own version stands for, and Python's
+# modules that the versions of Triton and Python stand for
 _KNOWN_MODULES = ("triton", "math")
 
 

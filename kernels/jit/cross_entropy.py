@@ -102,7 +102,7 @@ def _write_gradient(
     whole = V // BLOCK_V * BLOCK_V
     offs = tl.arange(0, BLOCK_V)
     if kept:
-        # from the end: what has been read last is likeliest to be still in cache
+        # start at the end: what was read last is likeliest to be in cache
         last = whole + offs
         z = tl.load(row_ptr + last, mask=last < V_padded, other=0.0).to(tl.float32)
         dz = _gradient_tile(z, last, target, statistics, factors)
@@ -112,7 +112,7 @@ def _write_gradient(
             z = tl.load(row_ptr + start + offs).to(tl.float32)
             dz = _gradient_tile(z, offs, target - start, statistics, factors)
             tl.store(drow_ptr + start + offs, dz)
-    # an ignored row, or more padding than the last tile holds
+    # zeros for an ignored row, or for more padding than the last tile holds
     for start in range(tl.where(kept, whole + BLOCK_V, 0), V_padded, BLOCK_V):
         zeros = tl.zeros([BLOCK_V], tl.float32)
         tl.store(drow_ptr + start + offs, zeros, mask=offs < V_padded - start)
@@ -138,8 +138,8 @@ def _cross_entropy_fwd_kernel(
     row_ptr = logits_ptr + row * row_strides[0]
     target = tl.load(targets_ptr + row)
     kept = target != ignore_index
-    # no token id: the loss is NaN, and nothing outside the row is read. In place, this must come
-    # before the first write: the statistics' reductions over all warps lie in between
+    # a target that is not a token id gives NaN, and nothing outside the row is read. In place, this
+    # load must precede the first write: the statistics' reductions over all warps lie between them
     valid = (target >= 0) & (target < V)
     picked = tl.load(row_ptr + target, mask=valid, other=float("nan")).to(tl.float32)
     m, log2_sum, total = _row_statistics(row_ptr, kept, V, V_padded, SMOOTHED, VECTOR, BLOCK_V)

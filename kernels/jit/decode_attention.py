@@ -29,9 +29,9 @@ from fastgpt2.kernels.cases import SIZES, CompileCase, Work, case, configs
 from fastgpt2.kernels.jit.launch import launch_kernel
 from fastgpt2.kernels.jit.primitives import HIDDEN, LOG2E, LOWEST, load_tile, store_tile
 
-# fewer keys are read sooner than a second kernel is launched
+# reading so few keys takes less time than launching a second kernel
 WHOLE_KEYS = 256
-# keys of the cache per share once they are divided: one tile, so that batch 1 fills the GPU
+# minimum keys of the cache per share: one tile, so that batch 1 fills the GPU
 SHARE_KEYS = 64
 PROGRAMS_PER_MULTIPROCESSOR = 4
 # parts that the merging program holds in registers
@@ -121,7 +121,7 @@ def _decode_attention_kernel(
     top = tl.max(m, 0)
     weight = tl.exp2(m - top)
     whole = tl.sum(total * weight, 0)
-    # no key at all: zeros
+    # without a key the output is zero
     out = tl.sum(acc * weight[:, None], 0) / tl.where(whole == 0.0, 1.0, whole)
     slot = (share * tl.num_programs(2) + token) * tl.num_programs(0) + h
     store_tile(out_ptr + slot * D, out[None, :], row, 0, 1, D)

@@ -102,7 +102,7 @@ def launch_fwd(
     dropout_p: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """x (B, T, C) in ``dtype``; idx and positions (B, T) are contiguous, positions None count."""
+    """x (B, T, C) in ``dtype``; idx and positions (B, T) are contiguous, None for 0 ... T-1."""
     (B, T), C = idx.shape, wte.shape[1]
     x = wte.new_empty(B, T, C, dtype=dtype)
     if x.numel() > 0:

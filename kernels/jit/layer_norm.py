@@ -301,7 +301,7 @@ def _case(
 
 
 def compile_cases(arch: str) -> list[CompileCase]:
-    """Both kernels at the width of each shape class, in the variants that come to run with it."""
+    """Both kernels at the width of each shape class, in the variants that run with it."""
     cases = []
     for op in ("layer_norm_fwd", "layer_norm_bwd"):
         for limits, config in configs(op, arch):

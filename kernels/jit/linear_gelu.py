@@ -84,7 +84,7 @@ def _linear_gelu_fwd_kernel(
         z = tl.dot(x, w, z, input_precision="tf32" if TF32 else "ieee")
         x_ptrs += BLOCK_K * x_strides[1]
         w_ptrs += BLOCK_K * weight_strides[1]
-    # half the columns at a time: the GELU of a whole tile does not fit in the registers
+    # finish half the columns at a time: the GELU of a whole tile does not fit in the registers
     HALF: tl.constexpr = BLOCK_N // 2
     left, right = tl.split(tl.reshape(z, [BLOCK_M, 2, HALF]).permute(0, 2, 1))
     start = first_m * F + first_n

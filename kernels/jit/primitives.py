@@ -22,7 +22,7 @@ def allows_tf32(x: Tensor) -> bool:
 
     Triton does not compile a product in TF32 for a GPU that has none.
     """
-    # one answer for the dtypes that it does not concern, so that they compile once
+    # the same answer for every other dtype, so that a kernel compiles once
     asked = x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
     return asked and has_tf32(tuning.arch_of(x.device))
 
@@ -46,7 +46,7 @@ def keep_words(dropout, rows, width, groups):
 @triton.jit
 def load_tile(ptr, rows, row_stride, n_rows, D: tl.constexpr, EVEN: tl.constexpr):
     """[rows, D padded] of an (n_rows, D) matrix, zero beyond D; EVEN: no row is beyond n_rows."""
-    # what tl.dot takes: at least 16, a power of two
+    # tl.dot takes powers of two from 16 on
     BLOCK_D: tl.constexpr = max(16, triton.next_power_of_2(D))
     cols = tl.arange(0, BLOCK_D)
     ptrs = ptr + rows[:, None] * row_stride + cols[None, :]

@@ -77,7 +77,7 @@ def _quantize_fp8_kernel(
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
     x = _load(x_ptr, x_stride, offs_n, offs_c, N, C)
-    # as PyTorch divides by a tensor: the same bits
+    # divide as PyTorch divides by a tensor, for the same bits
     q = (x * (tl.div_rn(1.0, amax) * m)).to(FORMAT)
     mask_c = offs_c < C
     if straight_ptr is not None:

@@ -70,7 +70,7 @@ def _column_sum_kernel(partial_ptr, out_ptrs, P, C, BLOCK_P: tl.constexpr, BLOCK
         offsets = (which * P + offs_p)[:, None] * C + offs_c[None, :]
         sums += tl.load(partial_ptr + offsets, mask=(offs_p < P)[:, None] & mask_c, other=0.0)
     total = tl.sum(sums, axis=0)
-    # the outputs may differ in dtype: which one is meant has to be a branch
+    # the outputs may differ in dtype, so choosing one takes a branch
     for k in tl.static_range(len(out_ptrs)):
         if which == k:
             tl.store(out_ptrs[k] + offs_c, total, mask=mask_c)

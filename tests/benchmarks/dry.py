@@ -12,6 +12,20 @@ ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_"
     "DRY": "1",
     "PYTHON": sys.executable,
 }
+QUICK = ("-m", "tests.benchmarks.quickened")
+
+
+def quick_python(folder: Path) -> str:
+    """An interpreter of Python whose interpreter of kernels is quick."""
+    path = folder / "python"
+    # the summary interprets none, and would wait for Triton
+    text = f"""#!/bin/sh
+    [ "$2" = benchmarks.summary ] || set -- {" ".join(QUICK)} "$@"
+    exec "{sys.executable}" "$@"
+    """
+    path.write_text(text, encoding="utf-8")
+    path.chmod(0o755)
+    return str(path)
 
 
 def on_gpu(folder: Path, *stages: str, **environment: str) -> "subprocess.CompletedProcess[str]":
@@ -29,7 +43,7 @@ def bench(*arguments: str) -> "subprocess.CompletedProcess[str]":
     """``pytest --benchmark-only --scale dry`` in a process of its own."""
     command = ["-m", "pytest", "-p", "no:cacheprovider", "-q", "--benchmark-only", "--scale", "dry"]
     return subprocess.run(
-        [sys.executable, *command, *arguments],
+        [sys.executable, *QUICK, *command, *arguments],
         cwd=ROOT,
         env=ENVIRONMENT,
         capture_output=True,

@@ -11,7 +11,7 @@ from benchmarks.bench_train_step import peak_memory, workloads
 from benchmarks.harness import Scale
 from benchmarks.ops import op_cases
 from benchmarks.results import Entry, Run
-from tests.benchmarks.dry import ROOT, bench, on_gpu
+from tests.benchmarks.dry import ROOT, bench, on_gpu, quick_python
 from tools import exercise
 
 # in no stage of on_gpu.sh
@@ -22,7 +22,8 @@ NOT_ON_GPU = ("bench_growth.py", "bench_load.py", "bench_data.py")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a dry run of two stages leaves, and one of the whole suite."""
     out = tmp_path_factory.mktemp("gpu")
-    done = on_gpu(out, "decode", "tune")
+    python = quick_python(tmp_path_factory.mktemp("python"))
+    done = on_gpu(out, "decode", "tune", PYTHON=python)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "decode fp32" in done.stdout and "tuning, fastest" in done.stdout
     # generation has been run by the script

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from fastgpt2 import streams
 from fastgpt2.config import GPTConfig
 from fastgpt2.convert import main as convert
 from fastgpt2.evaluate import report
@@ -49,8 +50,11 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def small_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is tested is how files are written, not what six panels show."""
-    monkeypatch.setattr(report, "draw_text_scores", lambda *_: True)
+    for name in ("draw_text_scores", "draw_metrics"):
+        monkeypatch.setattr(report, name, lambda *_: True)
     monkeypatch.setattr("fastgpt2.plot.paint_runs", lambda _: new_figure(0.2, 0.2))
+    # bars are shown from the beginning, and may fail
+    monkeypatch.setattr(streams, "BAR_DELAY", 0.0)
 
 
 def ids(folder: Path) -> list[list[int]]:
@@ -78,9 +82,9 @@ def plotted(run: Path, out: Path, kind: str) -> int:
     return plot([str(run), "--out", str(out / f"runs.{kind}")])
 
 
-def evaluated(model: Path, text: Path, out: Path) -> int:
-    flags = ["--tokenizer=bytes", "--device=cpu", "--limit=20"]
-    return evaluate([str(model), "--data", str(text), "--out", str(out), *flags])
+def evaluated(model: Path, data: Path, out: Path, task: str) -> int:
+    flags = ["--tokenizer=bytes", "--device=cpu", "--limit=20", f"--task={task}"]
+    return evaluate([str(model), "--data", str(data), "--out", str(out), *flags])
 
 
 COMMANDS = {
@@ -88,7 +92,8 @@ COMMANDS = {
     "prepare in parts": "parts",
     **{f"convert {to}": to for to in ("hf", "nanogpt", "llmc", "openai", "fastgpt2")},
     "convert int8": "int8",
-    "evaluate": "",
+    "evaluate": "text",
+    "evaluate task": "lambada",
     **{f"plot {kind}": kind for kind in ("png", "svg")},
 }
 # one for each way of writing
@@ -105,13 +110,17 @@ def case(
     """Name, the command with everything but the place of its result, the check of that."""
     kind, to, text = request.param.split()[0], COMMANDS[request.param], Path(data)
     if kind == "evaluate":
-        assert evaluated(model, text, tmp_path / "sound") == 0
+        if to != "text":
+            text = tmp_path / "task.jsonl"
+            text.write_text('{"text": "the last word"}\n', encoding="utf-8")
+        command = partial(evaluated, model, text, task=to)
+        assert command(tmp_path / "sound") == 0
         files = {path.name: path.read_bytes() for path in (tmp_path / "sound").iterdir()}
 
         def same_report(out: Path) -> None:
             assert all(path.read_bytes() == files[path.name] for path in out.iterdir())
 
-        return kind, partial(evaluated, model, text), same_report
+        return kind, command, same_report
     if kind == "plot":
 
         def whole_picture(out: Path) -> None:

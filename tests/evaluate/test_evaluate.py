@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from fastgpt2 import streams
 from fastgpt2.evaluate import report
 from fastgpt2.evaluate.__main__ import main
 from fastgpt2.text import BytesTokenizer, GPT2Tokenizer, save_tokenizer
@@ -97,6 +98,10 @@ def test_progress_is_shown_on_a_terminal(
     assert main(arguments) == 0
     assert "scoring" not in capsys.readouterr().err
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    # what ends in a second needs no bar
+    assert main(arguments) == 0
+    assert "scoring" not in capsys.readouterr().err
+    monkeypatch.setattr(streams, "BAR_DELAY", 0.0)
     assert main(arguments) == 0
     err = capsys.readouterr().err
     assert "scoring: " in err and "batch" in err and "model" in err
@@ -193,7 +198,7 @@ def test_mistakes_are_one_line(
     assert "line 1: Expecting value" in message(run, *task, "--data", data)
     assert "takes one file" in message(run, *task, "--data", data, data)
     assert "--stride is for text" in message(run, *task, "--data", data, "--stride", "3")
-    assert f"--out {data}" in message(run, "--data", data, "--out", data)
+    assert f"{data}: File exists" in message(run, "--data", data, "--out", data)
     assert "invalid choice: 'winogrande'" in message(run, "--task", "winogrande")
     (tmp_path / "one").write_bytes(b"x")
     assert "1 tokens, at least 2" in message(run, "--data", str(tmp_path / "one"))

@@ -1,6 +1,7 @@
 """The step in C++: the logits and texts of the model itself, in every form; where it cannot be."""
 
 import copy
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from fastgpt2.generate.compiled import MAX_TOKENS, pays
 from fastgpt2.generate.slots import Slots
 from fastgpt2.kernels.cpu import build
 from fastgpt2.model import GPT
+from fastgpt2.quantize import QuantizedLinear
 from tests.tiny_gpt import tiny_gpt
 
 CPU = torch.device("cpu")
@@ -41,8 +43,11 @@ FORMS: dict[str, Callable[[], GPT]] = {
     "padded vocabulary": lambda: tiny_gpt(vocab_size=61),
     # no multiple of a processor's vectors
     "odd sizes": lambda: tiny_gpt(n_embd=33, n_head=3, vocab_size=37),
+    # whose values do not fit into the registers at once
+    "wide head": lambda: tiny_gpt(n_embd=80, n_head=1),
     "int8": lambda: tiny_gpt().quantize("int8"),
-    "int8, odd sizes": lambda: tiny_gpt(n_embd=33, n_head=3).quantize("int8"),
+    # a rest of every kind, and more than nothing before it
+    "int8, odd sizes": lambda: tiny_gpt(n_embd=99, n_head=3).quantize("int8"),
 }
 WEIGHT = "transformer.h.0.mlp.c_fc.weight"
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10]]
@@ -66,6 +71,24 @@ def libraries(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def model() -> GPT:
     """One layer, and positions enough for texts of different lengths."""
     return tiny_gpt(n_layer=1, n_head=2, n_embd=16, block_size=200).eval()
+
+
+def as_the_step_reads(model: GPT) -> GPT:
+    """The model; of int8, with what its matrices read rounded to int16 by a scale per row."""
+
+    def rounded(_: torch.nn.Module, rows: tuple[Tensor]) -> Tensor:
+        scales = rows[0].abs().amax(-1, keepdim=True) / 32767
+        return (rows[0] / scales).round() * scales
+
+    model = copy.deepcopy(model)
+    for layer in model.modules():
+        if isinstance(layer, QuantizedLinear):
+            layer.register_forward_pre_hook(rounded)
+    return model
+
+
+def rms(x: Tensor) -> float:
+    return x.float().square().mean().sqrt().item()
 
 
 def texts_of(rows: int, length: int) -> list[list[int]]:
@@ -102,8 +125,67 @@ class TestLogits:
             new = [text[start : start + count] for text in texts]
             logits = slots.feed(0, new, every=True)
             expected = gold[:, start : start + count]
-            torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-5)
+            if form.startswith("int8"):
+                # nine products after each other, whose rows are rounded by 2^-15 / sqrt(12) of a
+                # largest entry that is about three times the others
+                assert rms(logits - expected) < 1e-4 * rms(expected)
+            else:
+                torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-5)
             start += count
+
+    @pytest.mark.parametrize("width", [64, 99])
+    def test_int8_meets_rows_rounded_to_int16(self, width: int) -> None:
+        model = tiny_gpt(n_embd=width, n_head=1).eval().quantize("int8")
+        texts = texts_of(7, 9)
+        slots = compiled_slots(model, 7, 9)
+        slots.feed(0, texts)
+        cache = model.make_cache(7, 9)
+        with torch.no_grad():
+            as_the_step_reads(model).hidden_states(torch.tensor(texts), cache)
+        # the first product's; later ones would read other roundings of what is not quite the same
+        expected, found = cache.layers[0].kv, slots.cache.layers[0].kv
+        assert rms(found - expected) < 5e-6 * rms(expected)
+
+    @pytest.mark.parametrize("width", [80, 99])
+    def test_int8_of_one_row_is_that_of_many(self, width: int) -> None:
+        """Bit for bit, at any number of tokens: integers' sums are exact."""
+        model = tiny_gpt(n_embd=width, n_head=1).eval().quantize("int8")
+        texts = texts_of(7, 9)
+        together = compiled_slots(model, 7, 16).feed(0, texts, every=True)
+        alone = compiled_slots(model, 1, 16)
+        for text, expected in zip(texts, together, strict=True):
+            alone.cut([0])
+            for start, count in ((0, 1), (1, 2), (3, 6)):
+                logits = alone.feed(0, [text[start : start + count]], every=True)
+                assert torch.equal(logits[0], expected[start : start + count])
+
+    def test_long_rows_of_the_largest_integers(self) -> None:
+        """Their sums fit into 32 bits only if they are taken out of the registers in between."""
+        model = tiny_gpt(n_layer=1, n_head=1, n_embd=1056, block_size=2, vocab_size=5).eval()
+        mlp = "transformer.h.0.mlp"
+        model.get_parameter(f"{mlp}.c_fc.weight").data.zero_()
+        model.get_parameter(f"{mlp}.c_fc.bias").data.fill_(1e-4)
+        # every feature is now 4,224 equal numbers' sum, or its negative, and about what it is
+        # added to
+        signs = torch.randn(1056, 1, generator=torch.Generator().manual_seed(3)).sign()
+        model.get_parameter(f"{mlp}.c_proj.weight").data[:] = signs
+        model.quantize("int8")
+        texts = [[token] for token in range(5)]
+        gold = uncached(model, texts)[:, 0]
+        logits = compiled_slots(model, 5, 2).feed(0, texts)
+        torch.testing.assert_close(logits, gold, atol=1e-3 * gold.abs().max().item(), rtol=0)
+
+    def test_int8_of_rows_that_are_zero_or_not_finite(self) -> None:
+        model = tiny_gpt(bias=False).eval()
+        model.get_parameter("transformer.h.0.ln_1.weight").data.zero_()
+        model.get_parameter("transformer.wpe.weight").data[1, 3] = torch.inf
+        model.quantize("int8")
+        texts = texts_of(3, 2)
+        logits = compiled_slots(model, 3, 4).feed(0, texts, every=True)
+        # the first token's alone: elsewhere 0 times infinity reaches it
+        gold = uncached(model, [text[:1] for text in texts])[:, 0]
+        assert rms(logits[:, 0] - gold) < 1e-4 * rms(gold)
+        assert logits[:, 1].isnan().all()
 
     def test_rows_of_unequal_length(self) -> None:
         model, texts = tiny_gpt().eval(), texts_of(3, 12)
@@ -144,9 +226,16 @@ class TestLogits:
     ) -> None:
         model = tiny_gpt(block_size=200).eval()
         texts, slots = texts_of(3, MAX_TOKENS), compiled_slots(model, 3, 200)
-        monkeypatch.setattr(Slots, "_compiled_step", None)
-        logits = slots.feed(0, texts)
+        short = compiled_slots(copy.deepcopy(model).quantize("int8"), 3, 200)
+        with monkeypatch.context() as patch:
+            patch.setattr(Slots, "_compiled_step", None)
+            logits = slots.feed(0, texts)
+            # but there is none for int8
+            with pytest.raises(TypeError, match="NoneType"):
+                short.feed(0, texts)
         torch.testing.assert_close(logits, uncached(model, texts)[:, -1], atol=2e-5, rtol=1e-5)
+        gold = uncached(short.model, texts)[:, -1]
+        assert rms(short.feed(0, texts) - gold) < 1e-4 * rms(gold)
 
     def test_it_follows_the_weights(self) -> None:
         model, texts = tiny_gpt().eval(), texts_of(1, 6)
@@ -216,12 +305,17 @@ class TestBuilding:
         monkeypatch.setattr(build, "_run", lambda c: run(c).replace(b"__VERSION__", b"__OTHER__"))
         assert build.library_path("decode_step", compiler, tmp_path) != here
         monkeypatch.setattr(build, "_run", run)
-        changed = tmp_path / "decode_step.cpp"
-        changed.write_text(
-            build.source("decode_step").read_text("utf-8") + "\n// changed\n", "utf-8"
-        )
-        monkeypatch.setattr(build, "source", lambda name: changed)
-        assert build.library_path("decode_step", compiler, tmp_path) != here
+        # and of what is included
+        code = [*build.source("decode_step").parent.glob("*.[ch]*")]
+        assert len(code) > 1
+        copies = [Path(shutil.copy(path, tmp_path)) for path in code]
+        monkeypatch.setattr(build, "source", lambda name: tmp_path / f"{name}.cpp")
+        for path in copies:
+            assert build.library_path("decode_step", compiler, tmp_path) == here
+            before = path.read_text("utf-8")
+            path.write_text(before + "\n// changed\n", "utf-8")
+            assert build.library_path("decode_step", compiler, tmp_path) != here
+            path.write_text(before, "utf-8")
 
     @needs_compiler
     def test_a_folder_that_cannot_be_written(

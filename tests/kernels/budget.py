@@ -109,8 +109,9 @@ def run_with_gradients(
 
     The upstream gradients are cast to each output's dtype.
     """
+    # not cloned: a copy of a strided view has no strides
     leaves = {
-        name: x.detach().clone().requires_grad_(upstream is not None and x.is_floating_point())
+        name: x.detach().requires_grad_(upstream is not None and x.is_floating_point())
         for name, x in inputs.items()
     }
     outputs = as_tuple(op(impl, **leaves))

@@ -71,10 +71,13 @@ def test_bias_keeps_its_own_dtype() -> None:
 
 def test_bias_gradient_is_summed_in_fp32() -> None:
     inputs = _inputs(4096, 3, torch.float16)
-    bias = inputs["branch_bias"].requires_grad_()
+    # in fp32, so that the gradient shows every bit that a program's sum has lost
+    bias = inputs["branch_bias"].float().requires_grad_()
     y = add_branch(inputs["x"], inputs["branch"], bias, impl="triton")
-    (dbias,) = torch.autograd.grad(y, bias, torch.ones_like(y))
-    assert torch.equal(dbias, torch.full_like(dbias, 4096.0))
+    # fp16 holds each of these numbers, but few sums of them
+    dy = (1.0 + torch.arange(4096, device=DEVICE) % 7 / 1024.0)[:, None].expand(4096, 3)
+    (dbias,) = torch.autograd.grad(y, bias, dy.half())
+    assert torch.equal(dbias.double(), dy.double().sum(0))
 
 
 def test_without_dropout_one_gradient_serves_x_and_branch() -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastgpt2.kernels.layer_norm import layer_norm
 from tests.kernels import budget
+from tests.kernels.layouts import LAYOUTS, lay_out
 
 # not written out, so that this file does not find itself
 MARK = ".".join(("@pytest", "mark", "gpu"))
@@ -79,6 +80,20 @@ def test_written_inputs_are_rejected() -> None:
     inputs = _inputs(torch.float32)
     with pytest.raises(AssertionError, match="x was written to"):
         budget.check_op(_altered(in_place), inputs, impl="broken")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_op_gets_its_inputs_as_they_are_laid_out(layout: str) -> None:
+    x = lay_out(torch.randn(6, 40), layout)
+    strides: list[tuple[int, ...]] = []
+
+    def op(impl: str, x: Tensor) -> Tensor:
+        strides.append(x.stride())
+        return 2.0 * x
+
+    found = budget.run_with_gradients(op, "torch", {"x": x}, [torch.ones(6, 40)])
+    assert strides == [x.stride()]
+    assert torch.equal(found["dx"], torch.full((6, 40), 2.0)) and not x.requires_grad
 
 
 def test_runs_that_differ_are_rejected() -> None:

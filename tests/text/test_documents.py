@@ -140,6 +140,14 @@ def test_a_wrong_line_is_named(tmp_path: Path, line: bytes, message: str, packed
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("kind", [".jsonl", ".parquet"])
+def test_a_byte_order_mark_is_not_of_the_text(tmp_path: Path, kind: str) -> None:
+    """Texts that were read from files with a mark still begin with it."""
+    path = write(tmp_path, kind, ["\ufefffirst \ufeff", "last"])
+    data = build_dataset(path, "bytes", val_fraction=0.0)
+    assert list(data.train[:]) == ids(["first \ufeff", "last"])
+
+
 @pytest.mark.parametrize("kind", [".gz", ".zst"])
 def test_a_damaged_stream_is_named(tmp_path: Path, kind: str) -> None:
     # three lines in whole streams, then the beginning of another

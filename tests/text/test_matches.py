@@ -3,12 +3,15 @@
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from fastgpt2.errors import UserError
+from fastgpt2.text import pipes
 from fastgpt2.text.corpora import load_corpus
+from fastgpt2.text.pipes import read_once
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege there")
 
@@ -73,6 +76,25 @@ def test_a_pipe_is_read_once() -> None:
     os.close(read)
     # the vocabulary of char, and then the tokens, need the text twice
     assert ["".join(corpus.pieces()) for _ in range(2)] == ["né", "né"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes as files")
+def test_a_pipe_without_a_writer_is_waited_for_aloud(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe, say, writers = tmp_path / "pipe", pipes._say, []
+
+    def said(item: str) -> None:
+        say(item)
+        writers.append(threading.Thread(target=pipe.write_bytes, args=(b"text",)))
+        writers[0].start()
+
+    os.mkfifo(pipe)
+    monkeypatch.setattr(pipes, "PATIENCE", 0.01)
+    monkeypatch.setattr(pipes, "_say", said)
+    assert read_once(str(pipe)) == b"text"
+    writers[0].join()
+    assert capsys.readouterr().err == f"waiting for the end of {pipe} ...\n"
 
 
 @pytest.mark.parametrize(("device", "message"), [("/dev/zero", "device"), ("/dev/null", "empty")])

@@ -46,21 +46,21 @@ def test_a_rival_s_binary_has_the_same_row(rival_file: Path) -> None:
     assert float(split[1]) == 1.0 and float(split[4]) >= 0.5
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (("--kernel", "nothing"), "has no Triton kernel 'nothing'"),
-        (("--kernel", "_scale_kernel", "--argument", "z=i32"), "must be NAME=TYPE or NAME=:VALUE"),
-        (("--kernel", "_scale_kernel", "--argument", "BLOCK=:1 +"), "is not a Python value"),
-    ],
-)
-def test_mistakes_before_a_binary_is_made_are_one_line(
-    rival_file: Path, options: tuple[str, ...], message: str
-) -> None:
-    done = _run(rival_file, *options)
-    assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
-    assert message in line
+MISTAKES = {
+    ("--kernel", "nothing"): "has no Triton kernel 'nothing'",
+    ("--kernel", "_scale_kernel", "--argument", "z=i32"): "must be NAME=TYPE or NAME=:VALUE",
+    ("--kernel", "_scale_kernel", "--argument", "BLOCK=:1 +"): "is not a Python value",
+}
+
+
+def test_mistakes_before_a_binary_is_made_are_one_line(rival_file: Path) -> None:
+    # one process for all: to start it takes seconds
+    calls = [[str(rival_file), *options] for options in MISTAKES]
+    code = f"from tools import rival\nfor call in {calls!r}: print(rival.main(call))"
+    done = run_compiling("-c", code)
+    assert done.stdout.split() == ["2"] * len(MISTAKES), done.stderr
+    for line, message in zip(done.stderr.splitlines(), MISTAKES.values(), strict=True):
+        assert message in line
 
 
 def test_a_file_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.benchmarks.dry import ROOT
-from tools import step_history
+from tools import step_history, step_of_commit
 
 pytestmark = pytest.mark.skipif(
     not (ROOT / ".git").exists(), reason="this tree is not a clone: it has no history"
@@ -24,7 +24,6 @@ def test_a_dry_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, seen = tmp_path / "history.json", tmp_path / "seen"
-    monkeypatch.setattr(step_history, "FORMS", ("eager",))
     program = tmp_path / "program.py"
     # says first which package it runs
     program.write_text(
@@ -34,11 +33,24 @@ def test_a_dry_run(
         encoding="utf-8",
     )
     monkeypatch.setattr(step_history, "_PROGRAM", program)
-    assert step_history.main(["HEAD", "--out", str(out), *DRY]) == 0
+    assert step_history.main(["HEAD", "--form", "eager", "--out", str(out), *DRY]) == 0
     (run,) = json.loads(out.read_text(encoding="utf-8"))["runs"]
     assert run["commit"] == _head() and len(run["seconds"]) == 1 and run["seconds"][0] > 0
-    assert f"{run['commit']:10} " in capsys.readouterr().out
+    head, row = capsys.readouterr().out.splitlines()
+    assert head.split() == ["commit", "eager"]
+    assert row.startswith(f"{run['commit']:10} ")
     assert str(ROOT) not in seen.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("files", [["train/allocator.py"], ["train.py", "training/allocator.py"]])
+def test_the_allocator_is_found_in_every_version(files: list[str], tmp_path: Path) -> None:
+    assert step_of_commit.allocator_module(tmp_path) is None
+    for file in files:
+        path = tmp_path / file
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    found = step_of_commit.allocator_module(tmp_path)
+    assert found == f"fastgpt2.{Path(files[-1]).parent.name}.allocator"
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,10 @@
 
 ``python -m tests.train.killed DATA FOLDER`` makes one run for each kill point in the writing of a
 checkpoint, ``FOLDER/<point>``, each in a process of its own that ends with SIGKILL, and one that
-nobody kills, ``FOLDER/whole``. ``FOLDER/random.json`` is the record of kills at random moments.
+nobody kills, ``FOLDER/whole``.
 """
 
-import json
 import os
-import random
 import shutil
 import signal
 import sys
@@ -22,11 +20,6 @@ from fastgpt2.train.config import TrainConfig
 from fastgpt2.weights.safetensors_file import write_safetensors
 from tests.train.tiny_run import tiny_train_config, train
 from tools.forked import fork_rank
-from tools.kills import Job, killed
-from tools.soak import flags, is_same, next_flags
-
-# at random moments
-KILLS = 6
 
 # which checkpoint dies, the one of the second evaluation
 STEP = 4
@@ -112,15 +105,6 @@ def main(data: Path, folder: Path) -> None:
         expected = 0 if name == "whole" else signal.SIGKILL
         code, said = os.waitstatus_to_exitcode(status), (folder / "err.0").read_text("utf-8")
         assert code == -expected, f"{name}: {said}"
-    begin = flags("--steps=20", "--eval-every=4", shard=False)
-    record = killed(
-        lambda name: Job(folder / "random" / name, data, 1, begin, next_flags),
-        KILLS,
-        random.Random(),
-        is_same,
-        life=0.5,
-    )
-    (folder / "random.json").write_text(json.dumps(record), encoding="utf-8")
 
 
 if __name__ == "__main__":

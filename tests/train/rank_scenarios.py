@@ -2,29 +2,43 @@
 
 import errno
 import json
+import math
 import os
-import random
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from fastgpt2.errors import UserError
-from fastgpt2.text import BlockStream
+from fastgpt2.files import atomic_path
+from fastgpt2.model import GPT
+from fastgpt2.text import BlockStream, Dataset, build_dataset
+from fastgpt2.train.forward import forward_pass
+from fastgpt2.train.step import StepResult, TrainingStep
 from tests.faults import failing_disk
-from tests.train.ranks import COMMON, RESTARTS, Fault, at_step, command, main
+from tests.train.ranks import COMMON, Fault, at_step, command, main
 from tests.train.step_memory import compared_in_ranks
 
 TWO_BY_TWO = ("--batch-size=2", "--grad-accum=2")
 DROPOUT = "--dropout=0.1"
+# losses that hardly change
+STEADY = (
+    "--optimizer=muon",
+    "--batch-size=2",
+    "--steps=36",
+    "--eval-every=30",
+    "--lr=1e-4",
+    "--sample-tokens=0",
+)
 MUON = ("--optimizer=muon", "--lr=1e-3", "--muon-warmup-steps=2")
 
 
@@ -61,14 +75,6 @@ def memory_of_steps(rank: int) -> int:
     return 0
 
 
-def dying(rank: int) -> None:
-    """One rank is killed after a while, wherever it is then; not in the last attempt."""
-    attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-    if rank == attempt % 2 and attempt < RESTARTS["soak"]:
-        wait = random.Random(attempt).uniform(0.05, 1.0)
-        threading.Timer(wait, sending(signal.SIGKILL)).start()
-
-
 def in_first_attempt(fault: Fault) -> Fault:
     def prepare(rank: int) -> None:
         if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
@@ -100,6 +106,108 @@ def compile_in_python(rank: int) -> None:
     patch("fastgpt2.train.compiled.compiler_obstacle", lambda device: None).start()
 
 
+def other_data(path: Path) -> Fault:
+    """On the machine of one rank, the file has another content."""
+
+    def prepare(rank: int) -> None:
+        def build(data: tuple[str, ...], *arguments: Any, **options: Any) -> Dataset:
+            return build_dataset((str(path),), *arguments, **options)
+
+        if rank == 1:
+            path.write_text("the cats sat there\n" * 99, encoding="utf-8")
+            patch("fastgpt2.train.trainer.build_dataset", build).start()
+
+    return prepare
+
+
+def elsewhere(folder: Path) -> Fault:
+    """Each rank has a disk of its own."""
+
+    def prepare(rank: int) -> None:
+        place = folder / f"disk {rank}"
+        place.mkdir(parents=True)
+        os.chdir(place)
+        patch("fastgpt2.train.claim._PATIENCE", 0.2).start()
+
+    return prepare
+
+
+def infinite_mlp(rank: int) -> None:
+    """On one rank, the first block's MLP computes no finite number."""
+
+    def prepared(forward: Any, model: GPT, *arguments: Any, **options: Any) -> Any:
+        mlp = model.get_submodule("transformer.h.0.mlp")
+        mlp.register_forward_hook(lambda module, inputs, out: out * math.inf)
+        return forward_pass(forward, model, *arguments, **options)
+
+    if rank == 1:
+        patch("fastgpt2.train.trainer.forward_pass", prepared).start()
+
+
+def spiking(rank: int) -> None:
+    """The loss of the 33rd step is ten times as large, on all ranks."""
+    whole, calls = TrainingStep.__call__, 0
+
+    def call(self: TrainingStep, *arguments: Any) -> StepResult:
+        nonlocal calls
+        calls += 1
+        result = whole(self, *arguments)
+        return result._replace(loss=result.loss * 10) if calls == 33 else result
+
+    patch.object(TrainingStep, "__call__", call).start()
+
+
+def usr1_early_and_late(rank: int) -> None:
+    """SIGUSR1 to one rank: while it reads the data, and in its first step."""
+
+    def build(*arguments: Any, **options: Any) -> Dataset:
+        sending(signal.SIGUSR1)()
+        return build_dataset(*arguments, **options)
+
+    if rank == 1:
+        patch("fastgpt2.train.trainer.build_dataset", build).start()
+    at_step(1, 1, sending(signal.SIGUSR1))(rank)
+
+
+def machine_dies(folder: Path) -> Fault:
+    """The machine of one rank, on which torchrun keeps the store, dies in its second step."""
+    address = folder / "port"
+
+    def keep(parent: int) -> None:
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        with atomic_path(address) as temporary:
+            temporary.write_text(str(store.port), encoding="ascii")
+        # until rank 1 kills this process, or has ended
+        while os.getppid() == parent:
+            time.sleep(0.1)
+        os._exit(0)
+
+    def prepare(rank: int) -> None:
+        mine = os.getpid()
+        keeper = os.fork() if rank == 1 else None
+        if keeper == 0:
+            keep(mine)
+        while not address.exists():
+            time.sleep(0.01)
+        os.environ["MASTER_PORT"] = address.read_text(encoding="ascii")
+        if keeper is not None:
+
+            def die() -> None:
+                for process in (keeper, mine):
+                    os.kill(process, signal.SIGKILL)
+
+            at_step(2, 1, die)(rank)
+
+    return prepare
+
+
+def documents(path: Path) -> Path:
+    """Short documents, several to a block."""
+    lines = [json.dumps({"text": "dog" * (i % 5 + 1)}) for i in range(300)]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
 def many_characters(path: Path) -> Path:
     """A text of 4,200 characters: a vocabulary that is padded to 4,224 rows."""
     path.write_text("".join(f"{chr(0x4E00 + i)}\n" for i in range(4200)), encoding="utf-8")
@@ -112,6 +220,10 @@ def scenarios(data: Path, folder: Path) -> dict[str, tuple[int, Callable[[int], 
 
     def resume(name: str, *more: str) -> Callable[[int], int]:
         return command(["--resume", "--out", str(folder / name / "run"), *more])
+
+    def mixture(name: str) -> list[str]:
+        _, _, *rest = begin(name, "--eval-every=1", "--pack", "--optimizer=muon")
+        return ["--data", f"{data}:0.3", f"{documents(folder / 'documents.jsonl')}:0.7", *rest]
 
     stop = at_step(3, 1, sending(signal.SIGTERM))
     table: dict[str, tuple[int, Callable[[int], int]]] = {}
@@ -132,10 +244,24 @@ def scenarios(data: Path, folder: Path) -> dict[str, tuple[int, Callable[[int], 
     table |= {
         # the step of "adamw alone" and "adamw --no-shard", split between four
         "4x1": (4, command(begin("4x1", "--batch-size=2"))),
-        # begun by two ranks, ended by one
-        "fewer": (2, command(begin("fewer", *TWO_BY_TWO, "--steps=2"))),
-        "fewer, resumed": (1, resume("fewer", "--steps=4")),
-        "usr1": (2, command(begin("usr1", *TWO_BY_TWO), at_step(1, 1, sending(signal.SIGUSR1)))),
+        # begun by two ranks, resumed by one, ended by three with steps of another size
+        "changed": (2, command([*mixture("changed"), *TWO_BY_TWO, "--shard", "--steps=1"])),
+        "changed, one": (1, resume("changed", "--steps=2")),
+        "changed, three": (
+            3,
+            resume("changed", "--steps=3", "--batch-size=1", "--grad-accum=3", "--no-shard"),
+        ),
+        "steady": (1, command([*mixture("steady"), "--batch-size=8", "--steps=2"])),
+        "steady, more": (1, resume("steady", "--steps=3", "--batch-size=9", "--grad-accum=1")),
+        "usr1": (2, command(begin("usr1", *TWO_BY_TWO), usr1_early_and_late)),
+        "machine": (2, command(begin("machine"), machine_dies(folder / "machine"))),
+        "other data": (2, command(begin("other data"), other_data(folder / "other.txt"))),
+        "own disks": (
+            2,
+            command(
+                ["--data", str(data), "--out", "run", *COMMON], elsewhere(folder / "own disks")
+            ),
+        ),
         "mistake": (2, command(begin("mistake"), at_step(2, 1, fail))),
         "fault": (2, command(begin("fault"), at_step(2, 0, crash))),
         "killed": (2, command(begin("killed"), at_step(2, 1, sending(signal.SIGKILL)))),
@@ -150,11 +276,21 @@ def scenarios(data: Path, folder: Path) -> dict[str, tuple[int, Callable[[int], 
         "elastic": (
             2,
             command(
-                begin("elastic", *TWO_BY_TWO),
+                begin("elastic", *TWO_BY_TWO, "--shard"),
                 in_first_attempt(at_step(3, 1, sending(signal.SIGKILL))),
             ),
         ),
-        "soak": (2, command(begin("soak", *TWO_BY_TWO, DROPOUT), dying)),
+        "diverged": (
+            2,
+            command(
+                begin("diverged", *TWO_BY_TWO, "--shard", "--steps=30", "--eval-every=99"),
+                infinite_mlp,
+            ),
+        ),
+        "spike": (
+            2,
+            command(begin("spike", *STEADY, "--shard", "--on-spike=rollback"), spiking),
+        ),
         "unknown flag": (2, command(["--no-such-flag"])),
     }
     table["compiled"] = (2, command(begin("compiled", *TWO_BY_TWO, "--compile"), compile_in_python))

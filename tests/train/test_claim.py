@@ -53,9 +53,26 @@ def test_twice_in_one_process_and_what_is_left(tmp_path: Path) -> None:
 
 def test_new_folders_are_never_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    folders = [new_folder("x") for _ in range(5)]
-    assert len(set(folders)) == 5
-    assert all(folder.is_dir() for folder in folders)
+    made = [new_folder("x") for _ in range(5)]
+    # the first one has made the folder around them, too
+    assert [len(folders) for folders in made] == [2, 1, 1, 1, 1]
+    assert len({folders[0] for folders in made}) == 5
+    assert all(folders[0].is_dir() for folders in made)
+
+
+def test_what_was_made_for_a_run_that_does_not_begin_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folders = new_folder("x")
+    with claimed(folders[0], made=folders):
+        pass
+    (tmp_path / "mine").mkdir()
+    for run in (Path("a/b/run"), Path("mine/run")):
+        with pytest.raises(ZeroDivisionError), claimed(run):
+            raise ZeroDivisionError
+    # a folder that somebody else has made stays, empty as it is
+    assert os.listdir(tmp_path) == ["mine"]
 
 
 def test_emptying_keeps_the_folder_and_follows_no_link(
@@ -86,3 +103,17 @@ def test_what_a_run_is_made_from_is_not_deleted(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"--overwrite: data .* would be emptied"):
             check_outside(run, [path], "data")
     check_outside(run, [tmp_path, tmp_path / "run2"], "data")
+
+
+def test_what_a_run_reaches_through_the_folder_is_not_deleted(tmp_path: Path) -> None:
+    """The name of the data would lead nowhere after the links are gone."""
+    run, outside = tmp_path / "run", tmp_path / "outside"
+    for folder in (run, outside):
+        folder.mkdir()
+    (outside / "text.txt").touch()
+    (run / "folder").symlink_to(outside)
+    (run / "text.txt").symlink_to(outside / "text.txt")
+    for path in (run / "folder", run / "folder" / "text.txt", run / "text.txt"):
+        with pytest.raises(UserError, match="would be emptied"):
+            check_outside(run, [path], "data")
+    check_outside(run, [outside / "text.txt"], "data")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fastgpt2 import runs
+from fastgpt2 import runs, streams
 from fastgpt2.train import checkpoint
 from fastgpt2.train.__main__ import main
 from tests.faults import SIGNALS, BreakingStream, failing_disk, signal_at
@@ -19,6 +19,12 @@ pytestmark = pytest.mark.usefixtures("no_picture")
 SHAPE = "--tokenizer=bytes --model=gpt2-nano --block-size=8 --n-layer=1 --n-head=1 --n-embd=8"
 LENGTH = "--batch-size=2 --steps=3 --warmup-steps=1 --log-every=1 --eval-every=2 --keep-last=1"
 FLAGS = [*SHAPE.split(), *LENGTH.split(), "--device=cpu", "--sample-tokens=2"]
+
+
+@pytest.fixture(autouse=True)
+def bars(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are shown from the beginning, and may fail."""
+    monkeypatch.setattr(streams, "BAR_DELAY", 0.0)
 
 
 def begin(data: Path, run: Path) -> int:

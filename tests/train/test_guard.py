@@ -70,8 +70,8 @@ def test_a_finite_step_leaves_no_trace() -> None:
     assert not any(m._forward_hooks for m in model.modules())
 
 
-def poisoned(data: Path, run: Path, poison: Callable[[GPT], None]) -> str:
-    trainer = make_trainer(tiny_train_config(data, steps=30, eval_every=100), run)
+def poisoned(data: Path, run: Path, poison: Callable[[GPT], None], **fields: Any) -> str:
+    trainer = make_trainer(tiny_train_config(data, steps=30, **({"eval_every": 100} | fields)), run)
     poison(trainer.model)
     with pytest.raises(UserError) as error:
         trainer.run()
@@ -87,6 +87,17 @@ def test_a_diverged_run_keeps_its_step(
     # the fault was not in the weights: without its hook the step is finite
     assert main(["--replay", str(kept), "--device=cpu"]) == 0
     assert "everything is finite" in capsys.readouterr().out
+
+
+def test_a_sample_that_cannot_be_drawn_leaves_the_last_word_to_the_guard(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def poison(model: GPT) -> None:
+        infinite_output(model, "transformer.h.1.mlp")
+
+    message = poisoned(data, tmp_path, poison, eval_every=2, sample_tokens=3)
+    assert "8 steps in a row" in message and "the output of transformer.h.1.mlp" in message
+    assert "no sample: the logits are not finite" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("steps", [0, 6], ids=["no checkpoint", "a checkpoint"])

@@ -1,10 +1,11 @@
 import os
 import signal
+import time
 from threading import Thread
 
 import pytest
 
-from fastgpt2.train.interrupt import Interrupt, Interrupted
+from fastgpt2.train.interrupt import Interrupt, Interrupted, nothing_to_save
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
@@ -27,6 +28,41 @@ def test_the_second_ctrl_c_acts_at_once() -> None:
     with pytest.raises(KeyboardInterrupt), Interrupt():
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_under_torchrun_the_echo_of_a_signal_is_no_second_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Slurm sends it to all processes of a job, and torchrun then passes on its own."""
+    now = 100.0
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    with pytest.raises(KeyboardInterrupt), Interrupt() as interrupt:
+        os.kill(os.getpid(), signal.SIGINT)
+        now += 1.0
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(Interrupted):
+            interrupt.poll()
+        now += 2.0
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_another_signal_acts_at_once_under_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    with pytest.raises(KeyboardInterrupt), Interrupt():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_save_that_is_asked_for_before_the_training_does_not_end_it() -> None:
+    with nothing_to_save():
+        os.kill(os.getpid(), signal.SIGUSR1)
+        with Interrupt() as interrupt:
+            assert not interrupt.save_is_wanted()
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert interrupt.save_is_wanted()
+        os.kill(os.getpid(), signal.SIGUSR1)
+    assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
 
 
 def test_handlers_are_put_back() -> None:

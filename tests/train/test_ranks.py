@@ -16,12 +16,20 @@ from torch import Tensor
 from fastgpt2 import runs
 from fastgpt2.model import GPT
 from fastgpt2.train import checkpoint
+from fastgpt2.train.__main__ import main as train_command
+from fastgpt2.train.guard import BAD_STEP
 from fastgpt2.weights import load, save
 from tests.train.tiny_run import assert_same_training, measured, saved_tensors
 
 ROOT = Path(__file__).parents[2]
 
 KINDS = [(optimizer, kind) for optimizer in ("adamw", "muon") for kind in ("--no-shard", "--shard")]
+
+# what two GPUs run
+ON_GPUS = (
+    *(f"{optimizer} {kind}" for optimizer, kind in KINDS),
+    *("adamw alone", "muon alone", "killed", "hangs"),
+)
 
 # a step of four micro-batches, by one process and by two
 ALONE, PAIR = "adamw alone", "adamw --no-shard"
@@ -32,8 +40,10 @@ class Ranks:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        text = (folder / "outcomes.json").read_text(encoding="utf-8")
-        self.outcomes: dict[str, Any] = json.loads(text)
+        self.outcomes: dict[str, Any] = {
+            path.parent.name: json.loads(path.read_text(encoding="utf-8"))
+            for path in folder.glob("*/outcome.json")
+        }
 
     def run(self, name: str) -> Path:
         outcome = self.outcomes[name]
@@ -146,14 +156,28 @@ def test_every_command_opens_shards(ranks: Ranks, tmp_path: Path) -> None:
     assert all(x.equal(weights[name]) for name, x in model.named_parameters())
 
 
-def test_a_damaged_shard_falls_back_to_the_checkpoint_before(ranks: Ranks, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["changed", "cut off", "gone", "of another run", "foreign"])
+def test_a_damaged_shard_falls_back_to_the_checkpoint_before(
+    ranks: Ranks, tmp_path: Path, damage: str
+) -> None:
     run = shutil.copytree(ranks.run("adamw --shard"), tmp_path / "run")
     assert runs.read_state(runs.latest(run))["format"] == 2
-    shard = next((runs.latest(run) / runs.SHARDS).iterdir())
-    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    shard = min((runs.latest(run) / runs.SHARDS).iterdir())
+    other = runs.latest(ranks.run("adamw --shard dropout")) / runs.SHARDS / shard.name
+    content, reason = shard.read_bytes(), "damaged: its sha256 is not the saved one"
+    if damage == "gone":
+        shard.unlink()
+        reason = "cannot be read: No such file or directory"
+    elif damage == "foreign":
+        shard = shard.with_name("left_over.safetensors")
+        shard.write_bytes(content)
+        reason = "not a file of this checkpoint"
+    else:
+        changed = {"changed": content[:-1] + b"?", "cut off": content[:-9]}
+        shard.write_bytes(changed.get(damage, other.read_bytes()))
     said: list[str] = []
     assert checkpoint.newest_intact(run, said.append).name == "step_00000002"
-    assert len(said) == 1 and f"{shard}: damaged: its sha256 is not the saved one" in said[0]
+    assert len(said) == 1 and f"{shard}: {reason}" in said[0]
     assert said[0].endswith("going on from step_00000002 instead")
 
 
@@ -188,24 +212,42 @@ def test_each_rank_has_its_own_dropout(ranks: Ranks) -> None:
     assert not tensors["rng.cpu"].equal(tensors["rng.cpu.1"])
 
 
-def test_fewer_processes_go_on_with_the_same_tokens(ranks: Ranks) -> None:
-    assert ranks.outcomes["fewer, resumed"]["codes"] == [0]
-    run = ranks.folder / "fewer" / "run"
-    positions = [
-        json.loads((runs.latest(r) / runs.STATE).read_text(encoding="utf-8"))["loader"]["position"]
-        for r in (run, ranks.run(ALONE))
-    ]
-    assert positions == [32, 32]
-    assert_equal_to_rounding(run, ranks.run(ALONE))
+def test_two_processes_then_one_then_three_go_on_with_the_same_tokens(ranks: Ranks) -> None:
+    """Sharded and not, and at last with other micro-batches; of a mixture of packed documents."""
+    for name in ("changed, one", "changed, three", "steady, more"):
+        assert set(ranks.outcomes[name]["codes"]) == {0}, ranks.outcomes[name]
+    run, expected = ranks.run("changed"), ranks.run("steady")
+    states = [runs.read_state(runs.latest(path)) for path in (run, expected)]
+    assert [state["loader"]["position"] for state in states] == [8 + 8 + 9] * 2
+    assert_weights_close(run, expected)
+    losses = [[r["train_loss"] for r in measured(x) if "train_loss" in r] for x in (run, expected)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 3
 
 
 def test_torchrun_starts_a_killed_job_again(ranks: Ranks) -> None:
-    assert_same_training(ranks.run("elastic"), ranks.run(PAIR))
+    assert_same_training(ranks.run("elastic"), ranks.run("adamw --shard"))
     assert "training: 4 steps (2 done)" in ranks.outcomes["elastic"]["out"][0]
 
 
-def test_ranks_that_are_killed_again_and_again_lose_nothing(ranks: Ranks) -> None:
-    assert_same_training(ranks.run("soak"), ranks.run("adamw --no-shard dropout"))
+def test_a_spike_takes_shards_back(ranks: Ranks) -> None:
+    ranks.run("spike")
+    assert "gone back to step 30" in ranks.outcomes["spike"]["out"][0]
+    state = runs.read_state(runs.latest(ranks.run("spike")))
+    # steps 31 to 34 were computed twice, with other data
+    assert (state["step"], state["loader"]["position"]) == (36, (36 + 4) * 4)
+
+
+def test_a_sharded_run_that_diverges_names_the_module_and_keeps_the_step(
+    ranks: Ranks, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ranks.outcomes["diverged"]["codes"] == [2, 2]
+    errors = [line for line in ranks.complaints("diverged") if "error" in line]
+    kept = ranks.folder / "diverged" / "run" / BAD_STEP
+    found = "not finite first: the output of transformer.h.0.mlp; --replay"
+    assert len(errors) == 1 and f"{found} {kept}" in errors[0]
+    # without the fault of that rank, its step is finite
+    assert train_command(["--replay", str(kept), "--device=cpu"]) == 0
+    assert "everything is finite" in capsys.readouterr().out
 
 
 def test_a_rank_that_hangs_is_named_with_its_stack(ranks: Ranks) -> None:
@@ -249,6 +291,8 @@ def test_sigusr1_to_one_rank_saves_once(ranks: Ranks) -> None:
         ("mistake", 2, "a mistake on this rank"),
         ("taken", 2, "not empty; give --resume or --overwrite"),
         ("unknown flag", 2, "unrecognized arguments: --no-such-flag"),
+        ("other data", 2, "data: process 1 (on "),
+        ("own disks", 2, "--out run: process 1 (on "),
     ],
 )
 def test_a_mistake_is_said_once(ranks: Ranks, name: str, code: int, message: str) -> None:
@@ -269,14 +313,28 @@ def test_a_rank_that_is_killed_ends_the_others(ranks: Ranks) -> None:
     assert len(errors) == 1 and "has ended without a word" in errors[0]
 
 
+def test_a_machine_that_dies_with_the_store_is_said(ranks: Ranks) -> None:
+    assert ranks.outcomes["machine"]["codes"] == [2, -9]
+    # PyTorch says more, in C++
+    errors = [line for line in ranks.complaints("machine") if "fastgpt2 train: error" in line]
+    assert len(errors) == 1 and "has ended without a word" in errors[0]
+
+
+def assert_two_devices_equal_one(ranks: Ranks) -> None:
+    for optimizer, kind in KINDS:
+        run, alone = (ranks.run(f"{optimizer} {form}") for form in (kind, "alone"))
+        assert_equal_to_rounding(run, alone)
+    assert ranks.outcomes["killed"]["codes"][1] == -9
+    assert ranks.outcomes["hangs"]["codes"] == [75, 75]
+
+
+def test_the_gpu_form_is_sound_on_cpus(ranks: Ranks) -> None:
+    """What the next test asserts of GPUs and NCCL, of the same scenarios on CPUs and gloo."""
+    assert set(ON_GPUS) <= set(ranks.outcomes)
+    assert_two_devices_equal_one(ranks)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_equal_one(data: Path, tmp_path: Path) -> None:
-    names = [f"{optimizer} {kind}" for optimizer, kind in KINDS]
-    alone = {name: f"{name.split()[0]} alone" for name in names}
-    chosen = (*names, *dict.fromkeys(alone.values()), "killed", "hangs")
-    ranks = run_scenarios(data, tmp_path, *chosen, device="cuda")
-    for name in names:
-        assert_equal_to_rounding(ranks.run(name), ranks.run(alone[name]))
-    assert ranks.outcomes["killed"]["codes"][1] == -9
-    assert ranks.outcomes["hangs"]["codes"] == [75, 75]
+    assert_two_devices_equal_one(run_scenarios(data, tmp_path, *ON_GPUS, device="cuda"))

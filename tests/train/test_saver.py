@@ -4,6 +4,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -95,7 +96,7 @@ def test_an_error_is_raised_once() -> None:
         raise UserError("full")
 
     saver = Saver()
-    saver.begin(fail)
+    saver.begin(fail, aside=False)
     with pytest.raises(UserError, match="full"):
         saver.wait()
     saver.wait()
@@ -107,7 +108,7 @@ def test_an_error_of_another_process_is_left_to_it() -> None:
         raise EndedElsewhere(2)
 
     saver = Saver()
-    saver.begin(fail)
+    saver.begin(fail, aside=False)
     for _ in range(50):
         saver.look()
         time.sleep(0.001)
@@ -129,7 +130,7 @@ def test_an_error_waits_and_a_second_signal_does_not(
     saver = Saver()
     timer = threading.Timer(0.05, go_on.set)
     with pytest.raises(error), saver:
-        saver.begin(work)
+        saver.begin(work, aside=False)
         if waits:
             timer.start()
         raise error
@@ -138,12 +139,31 @@ def test_an_error_waits_and_a_second_signal_does_not(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities on Linux alone")
-def test_the_thread_that_writes_lets_others_go_first() -> None:
+@pytest.mark.parametrize("aside", [True, False])
+def test_a_thread_that_writes_much_lets_others_go_first(aside: bool) -> None:
     def niceness() -> int:
         return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
 
     found: list[int] = []
     saver, before = Saver(), niceness()
-    saver.begin(lambda: found.append(niceness()))
+    saver.begin(lambda: found.append(niceness()), aside=aside)
     saver.wait()
-    assert found == [min(before + 10, 19)] and niceness() == before
+    assert found == [19 if aside else before] and niceness() == before
+
+
+@pytest.mark.usefixtures("no_picture")
+@pytest.mark.parametrize("many", [1, 10**9])
+def test_a_run_with_many_weights_writes_aside(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, many: int
+) -> None:
+    found: set[bool] = set()
+    begin = Saver.begin
+
+    def watched(self: Saver, work: Callable[[], None], *, aside: bool) -> None:
+        found.add(aside)
+        begin(self, work, aside=aside)
+
+    monkeypatch.setattr(Saver, "begin", watched)
+    monkeypatch.setattr("fastgpt2.train.state._MANY", many)
+    make_trainer(tiny_train_config(data, steps=1), tmp_path / "run").run()
+    assert found == {many == 1}

@@ -128,6 +128,11 @@ def test_a_pipe_is_read_and_a_folder_refused(tmp_path: Path) -> None:
         ({"steps": None}, "give a length of training: steps, epochs or minutes"),
         ({"steps": 0}, "steps must be greater than 0, got 0"),
         ({"epochs": float("inf")}, "epochs must be finite, got inf"),
+        ({"epochs": 1e308}, "epochs must be below 2^63, got 1e+308"),
+        (
+            {"optimizer": "muon", "lr": 5e-324},
+            "muon_lr must be a multiple of lr (4.94066e-324) that a float can hold, got 0.02",
+        ),
         ({"minutes": float("nan")}, "minutes must be greater than 0, got nan"),
         ({"lr": float("nan")}, "lr must be 0 or more, got nan"),
         ({"lr": float("inf")}, "lr must be finite, got inf"),

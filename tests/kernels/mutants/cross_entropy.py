@@ -83,10 +83,10 @@ MUTANTS = [
         (f"{_TESTS}::test_ignored_rows_and_padding_get_zero_gradients",),
     ),
     Mutant(
-        "ignored_rows_get_a_gradient",
+        "ignored_rows_unwritten",
         _KERNEL,
-        "    if kept:\n",
-        "    if V > 0:\n",
+        "range(tl.where(kept, whole + BLOCK_V, 0), V_padded",
+        "range(whole + BLOCK_V, V_padded",
         (f"{_TESTS}::test_ignored_rows_and_padding_get_zero_gradients",),
     ),
     Mutant(

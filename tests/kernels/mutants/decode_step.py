@@ -6,47 +6,119 @@ from tests.kernels.mutants import Mutant
 
 TESTS = ("tests/generate/test_compiled.py",)
 step = partial(Mutant, path="kernels/cpu/decode_step.cpp", tests=TESTS)
+products = partial(Mutant, path="kernels/cpu/products.h", tests=TESTS)
+vectors = partial(Mutant, path="kernels/cpu/vectors.h", tests=TESTS)
 
 MUTANTS = [
-    step(
+    vectors(
         name="bf16_is_cut_off",
         old="uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;",
         new="uint32_t rounded = (bits + 0xffff) >> 16;",
     ),
-    step(
+    vectors(
         name="the_rest_of_a_dot_is_forgotten",
         old="    for (; i < n; i++) out += widen(a[i]) * b[i];\n",
         new="",
     ),
-    step(
+    products(
         name="the_rest_of_a_product_is_forgotten",
-        old="            for (int64_t rest = c; rest < C; rest++)",
-        new="            for (int64_t rest = c; rest < 0; rest++)",
+        old="j < ROWS && c < C; j++",
+        new="j < ROWS && c < 0; j++",
     ),
-    step(
+    products(
         name="scales_of_the_feature_before",
         old="m.scale ? m.scale[f + i] : 1",
         new="m.scale ? m.scale[f] : 1",
     ),
-    step(
+    products(
         name="a_bias_is_left_out",
-        old="y = value * scale + bias +",
-        new="y = value * scale +",
+        old="units * scale + bias;",
+        new="units * scale;",
     ),
-    step(
+    products(
         name="the_residual_is_left_out",
         old="(how == ADD ? y : 0)",
         new="0",
     ),
-    step(
+    products(
         name="rows_after_four_are_the_first_again",
-        old="x += n * C;",
-        new="x += n % 4 * C;",
+        old="x.values + n * C;",
+        new="x.values + n % 4 * C;",
+    ),
+    products(
+        name="the_last_feature_of_an_odd_number",
+        old="const int64_t features = std::min<int64_t>(FEATURES, part.stop - f);",
+        new="const int64_t features = (part.stop - f) / FEATURES * FEATURES;",
+    ),
+    products(
+        name="integers_are_cut_off",
+        old="const Vec rounded = entries * inverse + ROUND;",
+        new="const Vec rounded = entries * inverse - 0.4999f + ROUND;",
+    ),
+    products(
+        name="a_scale_of_14_bits",
+        old="scales[n] = largest / 32767;",
+        new="scales[n] = largest / 8191;",
+    ),
+    products(
+        name="the_largest_of_positive_numbers",
+        old="Ints(entries) & 0x7fffffff;",
+        new="Ints(entries);",
+    ),
+    products(
+        name="nan_is_smaller_than_any",
+        old="bits = std::max(bits, sizes[i]);",
+        new="if (sizes[i] <= 0x7f7fffff) bits = std::max(bits, sizes[i]);",
+    ),
+    products(
+        name="sums_of_integers_overflow",
+        old="SEGMENT = 256 * AT_ONCE;",
+        new="SEGMENT = 512 * AT_ONCE;",
+    ),
+    products(
+        name="a_segment_replaces_the_one_before",
+        old="totals[i] += sum(s[0][0]",
+        new="totals[i] = sum(s[0][0]",
+    ),
+    products(
+        name="scales_of_the_first_row",
+        old="std::memcpy(&units, x.scales + n, ROWS",
+        new="std::memcpy(&units, x.scales, ROWS",
+    ),
+    products(
+        name="only_the_first_of_one_rows_sums",
+        old="s[j][0] += s[j][k];",
+        new="s[j][0] += 0 * s[j][k];",
+    ),
+    products(
+        name="a_step_of_other_columns_for_another_number_of_rows",
+        old="STEP = 4 * K::AT_ONCE;",
+        new="STEP = SUMS * K::AT_ONCE;",
+    ),
+    vectors(
+        name="the_last_numbers_of_a_row_are_forgotten",
+        old="    if (i == n) return;\n    Vec rest",
+        new="    if (i <= n) return;\n    Vec rest",
+    ),
+    vectors(
+        name="another_exponential",
+        old="1 / 24.0f",
+        new="1 / 23.0f",
+    ),
+    vectors(
+        name="exponentials_of_very_small_numbers_wrap_around",
+        old="    x = x < low ? low : x;\n",
+        new="",
     ),
     step(
-        name="the_last_feature_of_an_odd_number",
-        old="const int64_t features = std::min<int64_t>(2, part.stop - f);",
-        new="const int64_t features = (part.stop - f) / 2 * 2;",
+        name="values_of_the_key_before",
+        old="load(v + s * D + k * LANES) * probs[s]",
+        new="load(v + s * D + k * LANES) * probs[s ? s - 1 : 0]",
+    ),
+    step(
+        name="threads_multiply_rows_that_are_not_prepared",
+        old="if (!alone && (INT8 || from == rows)) barrier.wait();",
+        new="",
     ),
     step(
         name="eps_is_added_to_the_deviation",
@@ -59,7 +131,7 @@ MUTANTS = [
         new="squares += double(x[c]) * x[c];",
     ),
     step(name="another_gelu", old="0.044715f", new="0.045f"),
-    step(name="one_gelu_for_all", old="if (erf) return", new="if (false) return"),
+    step(name="one_gelu_for_all", old="if (erf) {", new="if (false) {"),
     step(
         name="scores_are_not_scaled",
         old="probs[s] = dot(k + s * D, q, D) * scale;",
@@ -92,7 +164,7 @@ MUTANTS = [
     ),
     step(
         name="logits_of_another_token",
-        old="x + step.wanted[i] * C",
+        old="x + (which ? which[i] : i) * C",
         new="x + i * C",
     ),
     step(

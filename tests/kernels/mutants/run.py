@@ -7,19 +7,23 @@ Exit code 1 if a mutant survives, 2 if the list itself is wrong.
 
 import argparse
 import importlib
+import multiprocessing
 import os
 import pkgutil
+import resource
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Any
 
-from tqdm import tqdm
+import pytest
 
 import tests.kernels.mutants as package
 from tests.kernels.mutants import Mutant, StaleMutant, mutate
@@ -27,8 +31,8 @@ from tests.spread import spread
 
 ROOT = Path(__file__).resolve().parents[3]
 _COPIED = ("fastgpt2", "kernels", "tests", "pyproject.toml")
-# far above what any of the named tests needs: a mutant that loops forever counts as killed
-_TIMEOUT_S = 300
+# of processor time, far above what the named tests need: a mutant that loops forever is killed
+_LIMIT_S = 300
 # pytest's exit codes
 _PASSED, _FAILED = 0, 1
 
@@ -74,23 +78,48 @@ def copy_tree(root: Path, target: Path) -> None:
             shutil.copy2(source, target / name)
 
 
-def run_tests(tree: Path, tests: Iterable[str]) -> tuple[int, str]:
-    """pytest's exit code on these node ids, run inside ``tree``, and the test that failed."""
-    environment = os.environ | {
+@lru_cache
+def _forks() -> Any:
+    """Processes forked from one that has imported what is not mutated: half of a test's time."""
+    os.environ |= {
         "OMP_NUM_THREADS": "1",
         # a mutated file may have the size and the second of the file it replaces
         "PYTHONDONTWRITEBYTECODE": "1",
-        "PYTHONPATH": str(tree),
     }
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
-    try:
-        done = subprocess.run(
-            command, cwd=tree, env=environment, capture_output=True, text=True, timeout=_TIMEOUT_S
-        )
-    except subprocess.TimeoutExpired:
-        return _FAILED, f"no end within {_TIMEOUT_S} s"
-    failed = (line for line in done.stdout.splitlines() if line.startswith("FAILED "))
-    return done.returncode, next(failed, "").removeprefix("FAILED ").partition(" - ")[0]
+    context = multiprocessing.get_context("forkserver")
+    # the first decides whether kernels are interpreted, before triton is imported
+    context.set_forkserver_preload(["tests.conftest", "triton", "torch._dynamo", "hypothesis"])
+    return context
+
+
+def _pytest(tree: Path, tests: Sequence[str], output: Path) -> None:
+    """Run pytest on the tree's files in this process, and exit with its code."""
+    resource.setrlimit(resource.RLIMIT_CPU, (_LIMIT_S, _LIMIT_S))
+    with output.open("w", encoding="utf-8") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
+        del sys.modules[name]
+    sys.path[:] = [str(tree), *(path for path in sys.path if Path(path) != ROOT)]
+    os.environ["PYTHONPATH"] = str(tree)
+    os.chdir(tree)
+    sys.exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests]))
+
+
+def run_tests(tree: Path, tests: Iterable[str]) -> tuple[int, str]:
+    """pytest's exit code on these node ids, run inside ``tree``, and the test that failed."""
+    output = tree / "output.txt"
+    process = _forks().Process(target=_pytest, args=(tree, list(dict.fromkeys(tests)), output))
+    process.start()
+    process.join()
+    if process.exitcode == -signal.SIGXCPU:
+        return _FAILED, f"no end within {_LIMIT_S} s of a processor"
+    if process.exitcode < 0:
+        # an edit that writes beyond its memory may end the whole process
+        return _FAILED, f"a crash, {signal.Signals(-process.exitcode).name}"
+    lines = output.read_text(encoding="utf-8").splitlines()
+    failed = next((line for line in lines if line.startswith("FAILED ")), "")
+    return process.exitcode, failed.removeprefix("FAILED ").partition(" - ")[0]
 
 
 def judge(tree: Path, op: str, mutant: Mutant) -> Verdict:
@@ -111,16 +140,20 @@ def judge(tree: Path, op: str, mutant: Mutant) -> Verdict:
 
 def judge_unmutated(tree: Path, op: str, mutants: Sequence[Mutant]) -> Verdict:
     """The named tests must pass before any edit, or their failing proves nothing."""
-    code, _ = run_tests(tree, dict.fromkeys(test for mutant in mutants for test in mutant.tests))
+    code, failed = run_tests(tree, (test for mutant in mutants for test in mutant.tests))
     if code == _PASSED:
         return Verdict(op, "(unmutated)", "passes")
-    return Verdict(op, "(unmutated)", "ERROR", f"pytest exit code {code} without any edit")
+    return Verdict(op, "(unmutated)", "ERROR", f"pytest exit code {code} without any edit {failed}")
 
 
-def judge_all(mutants: dict[str, list[Mutant]], jobs: int, root: Path = ROOT) -> list[Verdict]:
-    """One verdict a mutant and one an op for its unmutated run, in ``jobs`` copies of the tree."""
-    tasks: list[tuple[str, Mutant | None]] = [(op, None) for op in mutants]
-    tasks += [(op, mutant) for op, listed in mutants.items() for mutant in listed]
+def judge_all(mutants: dict[str, list[Mutant]], jobs: int, root: Path = ROOT) -> Iterator[Verdict]:
+    """Judge in ``jobs`` copies of the tree; yields verdicts as they come, in the lists' order.
+
+    There is one per op for its unmutated run, then one per mutant.
+    """
+    tasks: list[tuple[str, Mutant | None]] = []
+    for op, listed in mutants.items():
+        tasks += [(op, None), *((op, mutant) for mutant in listed)]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
         trees: SimpleQueue[Path] = SimpleQueue()
         for job in range(jobs):
@@ -139,11 +172,11 @@ def judge_all(mutants: dict[str, list[Mutant]], jobs: int, root: Path = ROOT) ->
             finally:
                 trees.put(tree)
 
-        return list(tqdm(pool.map(work, tasks), total=len(tasks), unit="mutant"))
+        yield from pool.map(work, tasks)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Judge the mutants, print a table, return the exit code."""
+    """Judge the mutants, print each verdict at once, return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m tests.kernels.mutants.run")
     parser.add_argument("--op", action="append", default=[], help="only this op; repeatable")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="copies at work")
@@ -156,10 +189,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if options.sample is not None:
         mutants = {op: spread(listed, options.sample) for op, listed in mutants.items()}
-    verdicts = judge_all(mutants, options.jobs)
-    for verdict in sorted(verdicts, key=lambda v: v.op):
-        print(f"{verdict.op:24} {verdict.name:40} {verdict.outcome:9} {verdict.detail}")
-    outcomes = [verdict.outcome for verdict in verdicts]
+    outcomes = []
+    for verdict in judge_all(mutants, options.jobs):
+        line = f"{verdict.op:24} {verdict.name:40} {verdict.outcome:9} {verdict.detail}"
+        print(line.rstrip(), flush=True)
+        outcomes.append(verdict.outcome)
     killed, survived = outcomes.count("killed"), outcomes.count("SURVIVED")
     print(f"{killed} killed, {survived} survived, {outcomes.count('ERROR')} errors")
     if "ERROR" in outcomes:
