@@ -1,0 +1,79 @@
+"""``python -m tools.default_run --out FILE``: the default run on a CPU, by AdamW and by Muon.
+
+Both are ``fastgpt2 train --compile`` with nothing else chosen, in turns, each in its own process.
+AdamW runs to its end; the loss there is the target of its pair. Muon is validated more often, so
+that the step where it reaches the target is known; these validations count in its time. Times count
+from the start of the process, with imports and compiling.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from benchmarks.machine import machine
+from fastgpt2.cli import Parser, check_counts
+from fastgpt2.cli import run as run_command
+from fastgpt2.files import write_text
+from tools.to_loss import curve
+
+_SAME = ("-m", "fastgpt2.train", "--config=cpu", "--device=cpu", "--compile", "--sample-tokens=0")
+_OPTIMIZERS = {
+    "adamw": ("--optimizer=adamw",),
+    "muon": ("--optimizer=muon", "--eval-every=10", "--keep-last=1"),
+}
+
+
+def race(seeds: int, record: dict[str, Any], out: Path) -> None:
+    """Run both for each seed; the file is written after each run."""
+    for seed in range(1, seeds + 1):
+        for who, flags in sorted(_OPTIMIZERS.items(), reverse=seed % 2 == 0):
+            with tempfile.TemporaryDirectory() as folder:
+                run = (f"--out={folder}/run", f"--seed={seed}")
+                points = curve((*_SAME, *flags, *run), Path(folder))
+            record["runs"].append({"who": who, "seed": seed, "curve": points})
+            record["summary"] = summary(record["runs"])
+            write_text(out, json.dumps(record, indent=1) + "\n")
+            print(f"seed {seed}, {who}: {points[-1]}", flush=True)
+
+
+def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """For each seed: AdamW's last validation, and Muon's first with a loss as low (or its last)."""
+    curves = {(run["who"], run["seed"]): run["curve"] for run in runs}
+    pairs = []
+    for who, seed in curves:
+        if who == "adamw" and ("muon", seed) in curves:
+            end = curves[who, seed][-1]
+            muon = curves["muon", seed]
+            reached = next((p for p in muon if p["val_loss"] <= end["val_loss"]), None)
+            share = round(reached["seconds"] / end["seconds"], 3) if reached else None
+            pairs.append({"seed": seed, "adamw": end, "muon": reached or muon[-1], "share": share})
+    shares = [pair["share"] for pair in pairs]
+    return {"pairs": pairs, "share_of_seconds": median(shares) if shares and all(shares) else None}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    parser = Parser(prog="python -m tools.default_run")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the JSON to write")
+    parser.add_argument("--seeds", type=int, default=2, metavar="N", help="pairs of runs [2]")
+    options = parser.parse_args(arguments)
+    return run_command("default_run", lambda: _body(options))
+
+
+def _body(options: argparse.Namespace) -> int:
+    check_counts(options, "seeds")
+    record: dict[str, Any] = {"machine": machine(torch.device("cpu")), "runs": []}
+    race(options.seeds, record, options.out)
+    print(json.dumps(record["summary"], indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
