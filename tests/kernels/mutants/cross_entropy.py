@@ -83,7 +83,7 @@ MUTANTS = [
         (f"{_TESTS}::test_ignored_rows_and_padding_get_zero_gradients",),
     ),
     Mutant(
-        "ignored_rows_unwritten",
+        "start_of_ignored_rows_unwritten",
         _KERNEL,
         "range(tl.where(kept, whole + BLOCK_V, 0), V_padded",
         "range(whole + BLOCK_V, V_padded",
