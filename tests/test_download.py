@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from fastgpt2 import streams
 from fastgpt2.download import DownloadError, cache_dir, download
 from tests.loopback import Site, content, late, serve, status
 
@@ -265,8 +266,9 @@ def test_two_processes_at_once_fetch_once(site: Site, tmp_path: Path) -> None:
 
 
 def test_progress_bar_is_shown(
-    site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(streams, "BAR_DELAY", 0.0)
     download(site.add("/f", content(DATA)), tmp_path / "name-of-file", sha256=SHA256)
     err = capsys.readouterr().err
     assert "name-of-file" in err and "100%" in err

@@ -310,7 +310,8 @@ def test_json_that_is_none(
     [
         (0, 1, "neither a ckpt.pt of nanoGPT nor a .bin of llm.c"),
         (1, 4, "version 4 of llm.c's format"),
-        (4, 2**31 - 1, "bytes, the header asks for"),
+        (4, 16_384, "bytes, the header asks for"),
+        (4, 2**31 - 1, "n_layer must be at most 16,384, got 2147483647"),
         (6, 2**31 - 2, "bytes, the header asks for"),
         (3, 0, "vocab_size must be a positive integer, got 0"),
         (3, -1, "vocab_size must be a positive integer, got -1"),
