@@ -20,8 +20,7 @@ import torch
 from benchmarks.machine import machine
 from fastgpt2.cli import Parser, check_counts
 from fastgpt2.cli import run as run_command
-from fastgpt2.files import write_text
-from tools.to_loss import curve
+from tools.to_loss import curve, note
 
 _SAME = ("-m", "fastgpt2.train", "--config=cpu", "--device=cpu", "--compile", "--sample-tokens=0")
 _OPTIMIZERS = {
@@ -37,10 +36,7 @@ def race(seeds: int, record: dict[str, Any], out: Path) -> None:
             with tempfile.TemporaryDirectory() as folder:
                 run = (f"--out={folder}/run", f"--seed={seed}")
                 points = curve((*_SAME, *flags, *run), Path(folder))
-            record["runs"].append({"who": who, "seed": seed, "curve": points})
-            record["summary"] = summary(record["runs"])
-            write_text(out, json.dumps(record, indent=1) + "\n")
-            print(f"seed {seed}, {who}: {points[-1]}", flush=True)
+            note({"who": who, "seed": seed, "curve": points}, record, summary, out)
 
 
 def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -64,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the JSON to write")
     parser.add_argument("--seeds", type=int, default=2, metavar="N", help="pairs of runs [2]")
     options = parser.parse_args(arguments)
-    return run_command("default_run", lambda: _body(options))
+    return run_command("default_run", lambda: _body(options), steady=True)
 
 
 def _body(options: argparse.Namespace) -> int:

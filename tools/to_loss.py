@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,6 +28,7 @@ from fastgpt2.errors import UserError
 from fastgpt2.files import write_text
 from tools.optimizer_sweep import TARGET
 
+Summary = Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
 # its README, "I only have a macbook", except for the seed
 _THEIRS = (
     *("config/train_shakespeare_char.py", "--device=cpu", "--compile=False", "--eval_iters=20"),
@@ -98,16 +99,16 @@ def race(text: Path, nanogpt: Path, seeds: int, record: dict[str, Any], out: Pat
                 "fastgpt2": (("-m", "fastgpt2.train", *_OURS, *where), folder),
             }
             for who, (command, at) in sorted(programs.items(), reverse=seed % 2 == 0):
-                points = curve(command, at)
-                record["runs"].append({"who": who, "seed": seed, "curve": points})
-                save(record, out)
-                print(f"seed {seed}, {who}: {points[-1]}", flush=True)
+                run = {"who": who, "seed": seed, "curve": curve(command, at)}
+                note(run, record, summary, out)
 
 
-def save(record: dict[str, Any], out: Path) -> None:
-    """Write all runs so far, with their summary."""
+def note(run: dict[str, Any], record: dict[str, Any], summary: Summary, out: Path) -> None:
+    """Write all runs so far and this one, with their summary, then show how it ended."""
+    record["runs"].append(run)
     record["summary"] = summary(record["runs"])
     write_text(out, json.dumps(record, indent=1) + "\n")
+    print(f"seed {run['seed']}, {run['who']}: {run['curve'][-1]}", flush=True)
 
 
 def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:

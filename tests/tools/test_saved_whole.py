@@ -19,6 +19,7 @@ from benchmarks import processes
 from fastgpt2.kernels import report
 from tests.faults import BreakingStream, failing_disk
 from tools import (
+    default_run,
     loss_match,
     optimizer_sweep,
     scaling,
@@ -58,15 +59,21 @@ def match(patch: Patch, name: str) -> Command:
 
 
 def race(patch: Patch, name: str) -> Command:
-    def run(text: Path, theirs: Path, seeds: int, record: dict[str, Any], out: Path) -> None:
+    def runs(text: Path, theirs: Path, seeds: int, record: dict[str, Any], out: Path) -> None:
         # the file is written after each run
         for who in ("nanogpt", "fastgpt2"):
-            record["runs"].append({"who": who, "curve": POINTS})
-            to_loss.save(record, out)
+            run = {"who": who, "seed": 1, "curve": POINTS}
+            to_loss.note(run, record, to_loss.summary, out)
 
     patch.setattr(to_loss, "machine", lambda _: {})
-    patch.setattr(to_loss, "race", run)
+    patch.setattr(to_loss, "race", runs)
     return lambda out: to_loss.main(["text", "nanogpt", "--out", str(out / name)])
+
+
+def default(patch: Patch, name: str) -> Command:
+    patch.setattr(default_run, "machine", lambda _: {})
+    patch.setattr(default_run, "curve", lambda *_: POINTS)
+    return lambda out: default_run.main(["--out", str(out / name), "--seeds=1"])
 
 
 def tuned(patch: Patch, name: str) -> Command:
@@ -122,6 +129,7 @@ TOOLS = {
     "step_history": (history, "out.json", OLD),
     "loss_match": (match, "out.json", OLD),
     "to_loss": (race, "out.json", OLD),
+    "default_run": (default, "out.json", OLD),
     "tune": (tuned, "tune.json", OLD),
     "optimizer_sweep": (sweep, "sweep.json", OLD),
     "kernels.report": (matrix, "REPORT.md", OLD),
