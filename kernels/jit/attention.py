@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt2.kernels.cases import CompileCase
-from fastgpt2.kernels.jit.attention_dropout import bit_rows, load_keep
+from fastgpt2.kernels.jit.attention_dropout import bit_rows, drop, load_keep, words_until_next
 from fastgpt2.kernels.jit.attention_parts import (
     attention_cases,
     hide,
@@ -78,7 +78,7 @@ def _attention_fwd_kernel(
     m = tl.full([BLOCK_M], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     if dropout is not None:
-        bits_ptrs = bit_rows(dropout[0], b * H + h, queries, T, EVEN)[:, None]
+        bits_ptrs = bit_rows(dropout[0], b * H + h, queries, T, EVEN)[:, None] + (begin >> 5)
     acc = tl.zeros([BLOCK_M, q.shape[1]], tl.float32)
     for first_k in range(begin, tl.minimum(first_q + BLOCK_M, key_range[1]), BLOCK_N):
         k = load_tile(k_ptr, offs_n, stride_t, T - first_k, D, EVEN)
@@ -90,8 +90,9 @@ def _attention_fwd_kernel(
         s = hide(s, HIDDEN, row, col, crosses, ids_m[:, None], ids_n, key_range, MASKED)
         p, m, total, acc = _online_softmax(s, m, total, acc, scale * LOG2E)
         if dropout is not None:
-            keep = load_keep(bits_ptrs + (first_k >> 5), first_k, offs_n[None, :], BLOCK_N)
-            p = tl.where(keep, p, 0.0)
+            keep = load_keep(bits_ptrs, first_k, offs_n[None, :], BLOCK_N)
+            bits_ptrs += words_until_next(first_k, BLOCK_N)
+            p = drop(p, keep, dropout)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
         k_ptr += BLOCK_N * stride_t
     # a query that sees nothing has a total of 0 and acc = 0: its output is zero

@@ -5,7 +5,8 @@ With P = softmax(S), dP = dO V^T, and dropout's mask and factor M (all ones with
     dV = (P M)^T dO,    dS = P (dP M - delta),    dQ = scale dS K,    dK = scale dS^T Q
 
 where delta_i = sum_j P_ij (dP M)_ij = dO_i . O_i, so no second pass over a row is needed. P is
-recomputed from q, k and the saved lse.
+recomputed from q, k and the saved lse. M is a mask of zeros and ones times one factor, and that
+factor is left out of dS, dV and the delta that is stored: it multiplies the sums at the end.
 
 The first kernel owns BLOCK_M queries and walks over their keys: it sums up dq, and stores delta for
 the second one, which owns BLOCK_N keys and walks over the queries that see them. (Queries beyond T
@@ -24,7 +25,13 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt2.kernels.cases import CompileCase
-from fastgpt2.kernels.jit.attention_dropout import bit_rows, load_keep
+from fastgpt2.kernels.jit.attention_dropout import (
+    bit_rows,
+    drop,
+    load_keep,
+    load_keep_of_keys,
+    words_until_next,
+)
 from fastgpt2.kernels.jit.attention_parts import (
     attention_cases,
     hide,
@@ -34,6 +41,23 @@ from fastgpt2.kernels.jit.attention_parts import (
     my_block,
 )
 from fastgpt2.kernels.jit.primitives import LOG2E, load_tile, store_tile
+
+
+@triton.jit
+def _score_gradient(p, kept, dp, delta, dropout):
+    """dS = P (dP M - delta); with dropout divided by its factor, as the delta given must be."""
+    if dropout is None:
+        return p * (dp - delta)
+    else:
+        return kept * dp - p * delta
+
+
+@triton.jit
+def _rescaled(sum, dropout):
+    """``sum`` times dropout's factor, which its summands lack: applied once instead of to each."""
+    if dropout is not None:
+        sum *= 1.0 / (1.0 - dropout[1])
+    return sum
 
 
 @triton.jit
@@ -72,10 +96,12 @@ def _attention_bwd_dq_kernel(
     do = load_tile(out_ptrs[1] + offset, offs_m, C, n_rows, D, EVEN)
     offs_stats = (b * H + h) * T + queries
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
+    if dropout is not None:
+        delta *= 1.0 - dropout[1]
     tl.store(stats_ptrs[1] + offs_stats, delta, mask=queries < T)
     lse = tl.load(stats_ptrs[0] + offs_stats, mask=queries < T, other=0.0)
     if dropout is not None:
-        bits_ptrs = bit_rows(dropout[0], b * H + h, queries, T, EVEN)[:, None]
+        bits_ptrs = bit_rows(dropout[0], b * H + h, queries, T, EVEN)[:, None] + (begin >> 5)
     dq = tl.zeros([BLOCK_M, q.shape[1]], tl.float32)
     for first_k in range(begin, tl.minimum(first_q + BLOCK_M, key_range[1]), BLOCK_N):
         k = load_tile(k_ptr, offs_n, stride_t, T - first_k, D, EVEN)
@@ -86,17 +112,17 @@ def _attention_bwd_dq_kernel(
         ids_n = load_ids(segment_ptr, b, col, T)
         crosses = first_k + BLOCK_N > first_q
         p = hide(p, 0.0, row, col, crosses, ids_m[:, None], ids_n, key_range, MASKED)
-        dp = tl.dot(do, v.T, input_precision=PRECISION)
-        slope = dp - delta[:, None]
+        kept = p
         if dropout is not None:
-            keep = load_keep(bits_ptrs + (first_k >> 5), first_k, offs_n[None, :], BLOCK_N)
-            scaled = dp * (1.0 / (1.0 - dropout[1])) - delta[:, None]
-            slope = tl.where(keep, scaled, -delta[:, None])
-        ds = p * slope
+            keep = load_keep(bits_ptrs, first_k, offs_n[None, :], BLOCK_N)
+            bits_ptrs += words_until_next(first_k, BLOCK_N)
+            kept = drop(p, keep, dropout)
+        dp = tl.dot(do, v.T, input_precision=PRECISION)
+        ds = _score_gradient(p, kept, dp, delta[:, None], dropout)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
         k_ptr += BLOCK_N * stride_t
     dq_ptr = qkv_ptrs[1] + (b * T + first_q) * 3 * C + h * D
-    store_tile(dq_ptr, dq * scale, offs_m, 3 * C, n_rows, D)
+    store_tile(dq_ptr, _rescaled(dq * scale, dropout), offs_m, 3 * C, n_rows, D)
 
 
 @triton.jit
@@ -105,14 +131,6 @@ def _load_stats(stats_ptrs, first, row, mask):
     lse = tl.load(stats_ptrs[0] + first + row, mask=mask, other=0.0)
     delta = tl.load(stats_ptrs[1] + first + row, mask=mask, other=0.0)
     return lse, delta
-
-
-@triton.jit
-def _rescaled(dv, dropout):
-    """dv times dropout's factor, applied once to the sum instead of to every probability."""
-    if dropout is not None:
-        dv *= 1.0 / (1.0 - dropout[1])
-    return dv
 
 
 @triton.jit
@@ -164,17 +182,15 @@ def _attention_bwd_dkv_kernel(
         kept = p
         if dropout is not None:
             bits_ptrs = bit_rows(dropout[0] + (first_k >> 5), b * H + h, row, T, EVEN)
-            keep = load_keep(bits_ptrs, first_k, offs_n[:, None], BLOCK_N)
+            keep = load_keep_of_keys(bits_ptrs, first_k, BLOCK_N)
             kept = tl.where(keep, p, 0.0)
         dv = tl.dot(kept.to(do.dtype), do, dv, input_precision=PRECISION)
         dp = tl.dot(v, do.T, input_precision=PRECISION)
-        slope = dp - delta
-        if dropout is not None:
-            slope = tl.where(keep, dp * (1.0 / (1.0 - dropout[1])) - delta, -delta)
-        dk = tl.dot((p * slope).to(q.dtype), q, dk, input_precision=PRECISION)
+        ds = _score_gradient(p, kept, dp, delta, dropout)
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
         q_ptr, do_ptr = q_ptr + BLOCK_M * stride_t, do_ptr + BLOCK_M * C
     dk_ptr = qkv_ptrs[1] + (b * T + first_k) * 3 * C + C + h * D
-    store_tile(dk_ptr, dk * scale, offs_n, 3 * C, T - first_k, D)
+    store_tile(dk_ptr, _rescaled(dk * scale, dropout), offs_n, 3 * C, T - first_k, D)
     store_tile(dk_ptr + C, _rescaled(dv, dropout), offs_n, 3 * C, T - first_k, D)
 
 

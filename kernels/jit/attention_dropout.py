@@ -61,12 +61,44 @@ def load_keep(ptrs, first_k, offs_k, KEYS: tl.constexpr):
     ``ptrs``, to the word of ``first_k`` in each row, and ``offs_k``, the keys from 0 on, broadcast
     to the tile.
     """
-    if KEYS < 32:
-        offs_k += first_k & 31
     word = tl.load(ptrs)
+    if KEYS < 32:
+        word >>= first_k & 31
     for i in tl.static_range(1, KEYS // 32):
         word = tl.where(offs_k < i * 32, word, tl.load(ptrs + i))
-    return (word & (1 << (offs_k & 31))) != 0
+    # a thread's keys differ in the bits of 25: shifted by the others, it tests for constants
+    return (word >> (offs_k & 6) & (1 << (offs_k & 25))) != 0
+
+
+@triton.jit
+def drop(p, keep, dropout):
+    """``p`` where it is kept, or 0."""
+    # a zero that the compiler does not know: a constant it would select after the rounding to 16
+    # bits, packed in pairs, with twice the instructions
+    return tl.where(keep, p, dropout[1] * 0.0)
+
+
+@triton.jit
+def words_until_next(first_k, KEYS: tl.constexpr):
+    """From the word of ``first_k`` to that of the key ``KEYS`` later."""
+    if KEYS < 32:
+        return ((first_k & 31) + KEYS) >> 5
+    else:
+        return KEYS // 32
+
+
+@triton.jit
+def load_keep_of_keys(ptrs, first_k, KEYS: tl.constexpr):
+    """The same with keys down and queries across: [KEYS, queries], for ``ptrs`` [1, queries]."""
+    WORDS: tl.constexpr = triton.cdiv(KEYS, 32)
+    bits = 1 << tl.arange(0, KEYS // WORDS)
+    # one load per word, as a row's words are adjacent: pairs of queries would invite the compiler
+    # to test many bits as one vector, and to take it apart again
+    words = tl.load(tl.trans(ptrs) + tl.arange(0, WORDS)[None, :])
+    if KEYS < 32:
+        words >>= first_k & 31
+    keep = (tl.trans(words)[:, None, :] & bits[None, :, None]) != 0
+    return tl.reshape(keep, [KEYS, ptrs.shape[1]])
 
 
 def launch_bits(seed: Tensor, B: int, H: int, T: int, dropout_p: float) -> Tensor:

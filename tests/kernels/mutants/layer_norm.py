@@ -14,7 +14,7 @@ MUTANTS = [
     Mutant(
         "variance_counts_the_padding",
         _KERNEL,
-        "tl.where(mask_c[None, :], s - mean[:, None], 0.0)",
+        "tl.where(mask, s - mean[:, None], 0.0)",
         "s - mean[:, None]",
         (_NORM,),
         "columns beyond C add mean^2 to the variance",
@@ -30,7 +30,7 @@ MUTANTS = [
     Mutant(
         "beta_ignored",
         _KERNEL,
-        "        y += tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0)\n",
+        "        y += tl.load(bias_ptr + offs_c, mask=mask, other=0.0)\n",
         "        y += 0.0\n",
         (_NORM,),
     ),
