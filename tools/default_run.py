@@ -1,9 +1,9 @@
 """``python -m tools.default_run --out FILE``: the default run on a CPU, by AdamW and by Muon.
 
 Both are ``fastgpt2 train --compile`` with nothing else chosen, in turns, each in its own process.
-The loss at AdamW's end is the target of its pair. Muon reaches it at its first validation as low.
-low. Times count from the start of the process, with imports and compiling. The vocabulary is what a
-user of this machine gets: GPT-2's, or bytes where it cannot be downloaded.
+The loss at AdamW's end is the target of its pair. Muon reaches it at its first
+validation that is as low. Times count from the start of the process, with imports and compiling.
+The vocabulary is what a user of this machine gets: GPT-2's, or bytes where it cannot be downloaded.
 """
 
 import argparse
