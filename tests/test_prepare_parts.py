@@ -335,3 +335,21 @@ def test_a_merge_takes_no_flag_that_it_would_ignore(
     assert f"--merge takes the parts in --out: give no {name}\n" in capsys.readouterr().err
     assert not (out / "manifest.json").exists()
     assert main(["--merge", "--out", str(out), "--workers=1"]) == 0
+
+
+def test_parts_do_not_go_where_the_data_are(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "mine").write_text("precious", encoding="utf-8")
+    before = sorted(corpus.iterdir())
+    for out, message in (
+        (corpus, "exists already and is not empty"),
+        (other, "exists already and is not empty"),
+        (other / "mine", "exists already and is not empty"),
+        (corpus / "new" / "out", f"lies in {corpus}, where the next part would read it"),
+    ):
+        assert make(corpus, out, "1/2") == 2
+        assert message in capsys.readouterr().err
+    assert sorted(corpus.iterdir()) == before and len(list(other.iterdir())) == 1

@@ -105,6 +105,11 @@ def prepare_part(
     """
     if (out / MANIFEST).exists():
         raise UserError(f"--part: {out} is merged already; give another --out")
+    if out.exists() and not (out / PARTS).is_dir() and (out.is_file() or any(out.iterdir())):
+        raise UserError(f"--out {out}: exists already and is not empty")
+    for folder in filter(Path.is_dir, map(Path, data)):
+        if out.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"--out {out}: lies in {folder}, where the next part would read it")
     KNOWN_SIZES.load(out / PARTS / SIZES)
     corpus = load_corpus(data, text_column=text_column, notify=print)
     KNOWN_SIZES.save(out / PARTS / SIZES)
