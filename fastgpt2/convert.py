@@ -167,6 +167,9 @@ def _carry_tokenizer(source: Path, target: Path, to: str) -> list[str]:
         tokenizer = find_tokenizer(source)
     except UserError as error:
         return [f"no tokenizer written: {error}"]
+    except OSError as error:
+        # the caller takes others for errors of the target
+        raise UserError(f"{error.filename or source}: cannot be read: {error.strerror}") from None
     if tokenizer is None:
         return [f"no tokenizer written: {source} has none"]
     if to == "fastgpt2":

@@ -129,9 +129,23 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("nested too deeply") from None
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Within the block, an ``OSError`` that names no file is one of ``path``.
+
+    Opening a file names it, but reading from one that is open does not.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def sha256_of(path: Path) -> str:
     """The sha256 of a file, in hexadecimal digits."""
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -5,6 +5,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from fastgpt2 import runs
+from fastgpt2.files import naming
 
 # names of weight files in the formats that the package reads
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.data-*", f"{runs.SHARDS}/*.safetensors")
@@ -34,7 +35,7 @@ def weights_sha256(path: Path) -> str:
 def _sha256(files: tuple[tuple[Path, int, int, int, int], ...]) -> str:
     digest = hashlib.sha256()
     for file, *_ in files:
-        with file.open("rb") as stream:
+        with naming(file), file.open("rb") as stream:
             while chunk := stream.read(2**20):
                 digest.update(chunk)
     return digest.hexdigest()
