@@ -147,20 +147,20 @@ class FailingFile(io.FileIO):
 
 
 class BreakingStream(io.StringIO):
-    """A terminal or pipe that goes away at the n-th write."""
+    """A terminal that goes away at the n-th write, or with ``errno.EPIPE`` the reader of a pipe."""
 
-    def __init__(self, n: int) -> None:
+    def __init__(self, n: int, number: int = errno.EIO) -> None:
         super().__init__()
-        self.fault = Fault(n, lasts=True)
+        self.fault, self.number = Fault(n, lasts=True), number
 
     def write(self, text: str) -> int:
         if self.fault.strikes():
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
+            raise OSError(self.number, os.strerror(self.number))
         return super().write(text)
 
     def flush(self) -> None:
         if self.fault.happened:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
+            raise OSError(self.number, os.strerror(self.number))
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """A small run under every fault at every place: nothing is lost, and one line says why."""
 
+import errno
 import signal
 import sys
 from collections.abc import Callable
@@ -107,12 +108,18 @@ def test_a_disk_that_fails_at_any_write(
     assert failed > 20 and len(finished) > 4
 
 
-@pytest.mark.parametrize("name", ["stdout", "stderr"])
+# `train ... | tee log`, and a terminal that is closed
+@pytest.mark.parametrize(("name", "number"), [("stdout", errno.EPIPE), ("stderr", errno.EIO)])
 def test_a_terminal_that_goes_away_at_any_line(
-    short: Path, sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    short: Path,
+    sound: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    number: int,
 ) -> None:
     for n in range(1, 500):
-        stream = BreakingStream(n)
+        stream = BreakingStream(n, number)
         with monkeypatch.context() as patch:
             patch.setattr(sys, name, stream)
             assert begin(short, tmp_path / str(n)) == 0
