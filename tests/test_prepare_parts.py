@@ -17,6 +17,7 @@ from fastgpt2.text.corpora import load_corpus, split_pieces
 from fastgpt2.text.documents import KnownSizes
 from fastgpt2.text.parts import Part, merge_parts
 from fastgpt2.text.prepared import open_prepared
+from fastgpt2.text.tokenizing import write_pieces
 from tests.text.tiny import tiny_files
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -324,7 +325,7 @@ def test_two_processes_do_not_make_one_part(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The second would take the first one's work for what a crash has left."""
-    out, codes, whole = tmp_path / "out", list[int](), parts.write_pieces
+    out, codes, whole = tmp_path / "out", list[int](), write_pieces
 
     def write(*arguments: Any, **options: Any) -> str:
         # in the middle of the first

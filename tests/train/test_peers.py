@@ -68,7 +68,7 @@ def test_a_process_that_was_stopped_does_not_hang(
     now, looks = [1000.0], 0
     codes: list[int] = []
     monkeypatch.setattr(peers, "_end", codes.append)
-    monkeypatch.setattr(peers.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     distributed.all_max(0)
     watch = Watch()
     watch.timeout = 50.0
