@@ -21,7 +21,14 @@ from typing import Any, NamedTuple
 
 from fastgpt2.cli import quoted
 from fastgpt2.errors import UserError
-from fastgpt2.files import atomic_folder, parse_json, sync, write_text
+from fastgpt2.files import (
+    atomic_folder,
+    locked,
+    new_folders,
+    parse_json,
+    sync,
+    write_text,
+)
 from fastgpt2.text.corpora import PYTHON_DOCS, Corpus, Document, absolute, load_corpus, split_pieces
 from fastgpt2.text.documents import KNOWN_SIZES
 from fastgpt2.text.encoding import Tokenizer
@@ -105,8 +112,13 @@ def prepare_part(
     """
     if (out / MANIFEST).exists():
         raise UserError(f"--part: {out} is merged already; give another --out")
+    if out.exists() and not (out / PARTS).is_dir() and (out.is_file() or any(out.iterdir())):
+        raise UserError(f"--out {out}: exists already and is not empty")
+    for folder in filter(Path.is_dir, map(Path, data)):
+        if out.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"--out {out}: lies in {folder}, where the next part would read it")
     KNOWN_SIZES.load(out / PARTS / SIZES)
-    corpus = load_corpus(data, text_column=text_column)
+    corpus = load_corpus(data, text_column=text_column, notify=print)
     KNOWN_SIZES.save(out / PARTS / SIZES)
     before = _fingerprint(corpus)
     chosen = get_tokenizer(tokenizer, vocab_dir=vocab_dir, text=corpus.pieces())
@@ -122,24 +134,26 @@ def prepare_part(
         _check_identity(final, read_index(final), "this call", identity)
         print(f"part {part.number} of {part.parts}: finished already: {final}")
         return
-    for leftover in (out / PARTS).glob(f".{part.name}.*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
     first, last = part.span(corpus.size)
-    with atomic_folder(final) as folder:
-        index = identity | {"part": part.number, "parts": part.parts, "span": [first, last]}
-        writer = _PartWriter(folder, chosen, shard_tokens, index | {"size": corpus.size})
-        with writer:
-            speed = write_pieces(
-                writer,
-                split_pieces(corpus, val_fraction, (first, last)),
-                folder,
-                chosen,
-                workers=workers,
-                total=last - first,
-            )
-            if _fingerprint(corpus) != before:
-                raise UserError(f"data: {identity['source']} has changed while it was read")
-        _verify(folder, read_index(folder))
+    taken = f"{final}: another process is at work on it"
+    with new_folders(out / PARTS), locked(out / PARTS / f".{part.name}.lock", taken):
+        for leftover in (out / PARTS).glob(f".{part.name}.*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        with atomic_folder(final, last=(INDEX,)) as folder:
+            index = identity | {"part": part.number, "parts": part.parts, "span": [first, last]}
+            writer = _PartWriter(folder, chosen, shard_tokens, index | {"size": corpus.size})
+            with writer:
+                speed = write_pieces(
+                    writer,
+                    split_pieces(corpus, val_fraction, (first, last)),
+                    folder,
+                    chosen,
+                    workers=workers,
+                    total=last - first,
+                )
+                if _fingerprint(corpus) != before:
+                    raise UserError(f"data: {identity['source']} has changed while it was read")
+            _verify(folder, read_index(folder))
     print(f"part {part.number} of {part.parts}: {sum(writer.tokens.values()):,} tokens; {speed}")
     print(f"when all parts are there: fastgpt2 prepare --merge --out {quoted(out)}")
 
@@ -272,7 +286,11 @@ def merge_parts(out: Path) -> None:
                 f"{path}: has the bytes {index['span']} of {index['size']}, expected {expected}: "
                 "parts overlap or leave a gap"
             )
-        _verify(path, index)
+        try:
+            _verify(path, index)
+        except UserError as error:
+            # a part that is there is skipped, damaged or not
+            raise UserError(f"{error}; delete {path} and make that part again") from None
     splits = _take_shards(out, parts, indexes)
     save_tokenizer(load_tokenizer(parts[0]), out)
     sync(out)

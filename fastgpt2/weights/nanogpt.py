@@ -53,7 +53,7 @@ def read(path: Path) -> Checkpoint:
         config = replace(config, vocab_size=VOCAB)
         tensors[WTE] = wte.rows(VOCAB)
         notes = (f"cut the vocabulary from {PADDED_VOCAB} padded rows to GPT-2's {VOCAB}",)
-    return Checkpoint(config, tensors, path, notes)
+    return Checkpoint(config, tensors, path, notes, files=(path,))
 
 
 def write(checkpoint: Checkpoint, path: Path) -> None:
@@ -71,7 +71,7 @@ def write(checkpoint: Checkpoint, path: Path) -> None:
         "best_val_loss": 1e9,
         "config": {} if config.gelu == EXACT else {GELU: config.gelu},
     }
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
+    with atomic_path(path, new=True) as temporary, temporary.open("wb") as file:
         write_torch(content, file)
 
 

@@ -59,18 +59,20 @@ def _layer_norm_fwd_kernel(
     last = N - 1 - first
     # within a block, offsets are int32: fewer instructions per element
     offs_n = tl.minimum(tl.arange(0, BLOCK_N), last).to(tl.int32)
-    # two-dimensional, so that with one row weights are laid out as it is, not converted
-    offs_c = tl.arange(0, BLOCK_C)[None, :]
-    mask = offs_c < C
-    offs = offs_n[:, None] * C + offs_c
-    x_ptrs = x_ptr + first * x_stride + (offs_n[:, None] * x_stride + offs_c)
+    cols = tl.arange(0, BLOCK_C)
+    # with one row, weights as a tile of it are laid out as it is; otherwise that costs a conversion
+    offs_c = cols[None, :] if BLOCK_N == 1 else cols
+    mask = cols[None, :] < C
+    mask_c = offs_c < C
+    offs = offs_n[:, None] * C + cols[None, :]
+    x_ptrs = x_ptr + first * x_stride + (offs_n[:, None] * x_stride + cols[None, :])
     s = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
     if branch_ptr is not None:
         branch_ptr += first * branch_stride
-        branch_ptrs = branch_ptr + (offs_n[:, None] * branch_stride + offs_c)
+        branch_ptrs = branch_ptr + (offs_n[:, None] * branch_stride + cols[None, :])
         update = tl.load(branch_ptrs, mask=mask, other=0.0).to(tl.float32)
         if branch_bias_ptr is not None:
-            update += tl.load(branch_bias_ptr + offs_c, mask=mask, other=0.0).to(tl.float32)
+            update += tl.load(branch_bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
         if dropout is not None:
             update = dropout_tile(update, dropout, first + offs_n, C, 0)
         stream = (s + update).to(stream_ptr.dtype.element_ty)
@@ -83,9 +85,9 @@ def _layer_norm_fwd_kernel(
     stats_ptr += first
     tl.store(stats_ptr + offs_n, mean)
     tl.store(stats_ptr + N + offs_n, rstd)
-    y = centred * rstd[:, None] * tl.load(weight_ptr + offs_c, mask=mask, other=0.0)
+    y = centred * rstd[:, None] * tl.load(weight_ptr + offs_c, mask=mask_c, other=0.0)
     if bias_ptr is not None:
-        y += tl.load(bias_ptr + offs_c, mask=mask, other=0.0)
+        y += tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0)
     tl.store(y_ptr + first * C + offs, y, mask=mask)
 
 
@@ -249,8 +251,8 @@ _VARIANTS = (
     ("fp32", "bf16", True),
     ("bf16", None, False),
 )
-# GPT-2's width, which is no power of two, and the widest of each shape class
-_WIDTHS = (768, 1024, 4096)
+# the widest of each shape class
+_WIDTHS = (1024, 4096)
 _TOKENS = 65536
 
 

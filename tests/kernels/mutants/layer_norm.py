@@ -28,9 +28,17 @@ MUTANTS = [
         "a row of equal values divides by zero",
     ),
     Mutant(
+        "rows_after_the_last_begin_again",
+        _KERNEL,
+        "tl.minimum(tl.arange(0, BLOCK_N), last)",
+        "tl.minimum(tl.arange(0, BLOCK_N), last - 1)",
+        (f"{_TESTS}::test_results_do_not_depend_on_tiles",),
+        "the last row of all is not computed",
+    ),
+    Mutant(
         "beta_ignored",
         _KERNEL,
-        "        y += tl.load(bias_ptr + offs_c, mask=mask, other=0.0)\n",
+        "        y += tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0)\n",
         "        y += 0.0\n",
         (_NORM,),
     ),
