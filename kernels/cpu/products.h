@@ -62,7 +62,7 @@ struct Rows {
     const float* scales;  // null for 1
 };
 
-// Rows x (N, C) rounded to int16, with the largest entry of each at 32767: those of one thread.
+// Rows x (N, C) rounded to int16, with the largest entry of each at 32639: those of one thread.
 // A row that is not finite gets a scale that is not.
 void narrow(const float* x, int64_t C, Part rows, int16_t* values, float* scales) {
     for (int64_t n = rows.first; n < rows.stop; n++) {
@@ -76,9 +76,9 @@ void narrow(const float* x, int64_t C, Part rows, int16_t* values, float* scales
         int32_t bits = 0;
         for (int i = 0; i < LANES; i++) bits = std::max(bits, sizes[i]);
         std::memcpy(&largest, &bits, sizeof largest);
-        scales[n] = largest / 32767;
+        scales[n] = largest / 32639;
         // of zeros there is none: the integers are anything, and the scale is 0
-        const float inverse = 32767 / largest;
+        const float inverse = 32639 / largest;
         each(x + n * C, C, [&](int64_t c, Vec entries, int64_t count) {
             const Vec rounded = entries * inverse + ROUND;
             const Half half = __builtin_convertvector(Ints(rounded) - Ints(ROUND), Half);
