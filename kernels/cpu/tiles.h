@@ -45,7 +45,7 @@ struct Cut<int8_t> {
     static constexpr int COLUMNS = 64, ROWS = SIDE / 2;
     static constexpr int TILES = 1;  // both pieces of a row
     static constexpr int64_t PANEL = INT64_MAX;
-    static constexpr int64_t FEWEST = 1;
+    static constexpr int64_t FEWEST = 2;
 };
 
 // rows are cut a tile's number at a time

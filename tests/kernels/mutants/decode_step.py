@@ -28,7 +28,7 @@ MUTANTS = [
     ),
     products(
         name="scales_of_the_feature_before",
-        old="m.scale ? m.scale[f + i] : 1",
+        old="m.scale ? m.scale[feature] : 1",
         new="m.scale ? m.scale[f] : 1",
     ),
     products(
@@ -78,8 +78,8 @@ MUTANTS = [
     ),
     products(
         name="a_segment_replaces_the_one_before",
-        old="totals[i] += sum(s[0][0]",
-        new="totals[i] = sum(s[0][0]",
+        old="totals[i] += K::sum(s[0][0]",
+        new="totals[i] = K::sum(s[0][0]",
     ),
     products(
         name="scales_of_the_first_row",
