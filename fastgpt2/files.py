@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator
@@ -11,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from fastgpt2.errors import UserError
+
+# the names that _hidden gives
+_TEMPORARY = re.compile(r"\..{0,50}\.[0-9a-f]{8}\.tmp", re.DOTALL)
 
 
 @contextmanager
@@ -169,6 +173,14 @@ def _move_up(folder: Path) -> None:
         for entry in moved:
             os.rename(entry, folder / entry.name)
         raise
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether it is a file under the name that ``atomic_path`` gives it until it is whole.
+
+    Where nobody writes, a process that was killed has left it.
+    """
+    return _TEMPORARY.fullmatch(path.name) is not None and path.is_file()
 
 
 def _hidden(path: Path) -> Path:

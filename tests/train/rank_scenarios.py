@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 from fastgpt2.errors import UserError
 from fastgpt2.files import atomic_path
@@ -67,6 +68,23 @@ def reader_hangs(rank: int) -> None:
 
     if rank == 1:
         patch.object(BlockStream, "batch_at", batch_at).start()
+
+
+def saver_hangs(rank: int) -> None:
+    """The disk of one rank never takes its part of a checkpoint."""
+    if rank == 1:
+        patch.object(HuggingFaceStorageWriter, "write_data", lambda *_: hang()).start()
+
+
+def unreadable_validation(rank: int) -> None:
+    """One rank cannot read the validation split."""
+
+    def batches(*arguments: Any, **options: Any) -> Iterator[Any]:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), "val.tokens")
+        yield
+
+    if rank == 1:
+        patch("fastgpt2.train.validation.iter_eval_batches", batches).start()
 
 
 def memory_of_steps(rank: int) -> int:
@@ -271,6 +289,15 @@ def scenarios(data: Path, folder: Path) -> dict[str, tuple[int, Callable[[int], 
             2,
             command(begin("reader hangs", *TWO_BY_TWO, "--timeout=5"), reader_hangs),
         ),
+        "saver hangs": (
+            2,
+            command(begin("saver hangs", *TWO_BY_TWO, "--shard", "--timeout=5"), saver_hangs),
+        ),
+        "unreadable": (
+            2,
+            command(begin("unreadable", *TWO_BY_TWO, "--shard"), unreadable_validation),
+        ),
+        "unreadable, resumed": (2, resume("unreadable")),
         "memory": (2, memory_of_steps),
         # killed at its third step, and started again by torchrun with the same command
         "elastic": (
