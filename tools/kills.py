@@ -309,7 +309,8 @@ def killed(
         visits, seconds = usual[place]
         # a run that is resumed late comes there less often
         visit = moments.randint(1, max(1, visits // 2))
-        return Aim(place, visit, moments.uniform(0.0, seconds))
+        # a later half may be over before the kill
+        return Aim(place, visit, moments.uniform(0.0, seconds / 2))
 
     while count < kills:
         job = job_in(f"killed_{finished}")
