@@ -291,7 +291,7 @@ def scenarios(data: Path, folder: Path) -> dict[str, tuple[int, Callable[[int], 
         ),
         "saver hangs": (
             2,
-            command(begin("saver hangs", *TWO_BY_TWO, "--shard", "--timeout=5"), saver_hangs),
+            command(begin("saver hangs", *TWO_BY_TWO, "--shard", "--timeout=10"), saver_hangs),
         ),
         "unreadable": (
             2,
