@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from fastgpt2.text.tokenizers import BytesTokenizer
 from tools import default_run
 
 
@@ -17,6 +18,8 @@ def test_both_run_by_turns_and_are_compared_at_adamws_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran = []
+    # what a run leaves: the vocabulary is asked of its tokenizer
+    monkeypatch.setattr(default_run, "find_tokenizer", lambda run: BytesTokenizer())
 
     def curve(command: Sequence[str], folder: Path) -> list[dict[str, float]]:
         assert "--compile" in command and "--config=cpu" in command
@@ -35,7 +38,9 @@ def test_both_run_by_turns_and_are_compared_at_adamws_end(
         ("muon", "--seed=2"),
         ("adamw", "--seed=2"),
     ]
-    summary = json.loads(out.read_text(encoding="utf-8"))["summary"]
+    record = json.loads(out.read_text(encoding="utf-8"))
+    assert {run["vocab_size"] for run in record["runs"]} == {257}
+    summary = record["summary"]
     assert summary["share_of_seconds"] == 0.4
     assert [pair["muon"]["step"] for pair in summary["pairs"]] == [100, 100]
 
