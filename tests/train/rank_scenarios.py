@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
+from fastgpt2 import runs
 from fastgpt2.errors import UserError
 from fastgpt2.files import atomic_path
 from fastgpt2.model import GPT
@@ -79,9 +80,12 @@ def saver_hangs(rank: int) -> None:
 def unreadable_validation(rank: int) -> None:
     """One rank cannot read the validation split."""
 
-    def batches(*arguments: Any, **options: Any) -> Iterator[Any]:
+    def fail() -> None:
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), "val.tokens")
-        yield
+
+    def batches(*arguments: Any, **options: Any) -> Iterator[None]:
+        # as the data, read when the first batch is asked for
+        return (fail() for _ in range(1))
 
     if rank == 1:
         patch("fastgpt2.train.validation.iter_eval_batches", batches).start()
@@ -91,6 +95,17 @@ def memory_of_steps(rank: int) -> int:
     """Says what two processes need for a step, and what is expected."""
     print(json.dumps(compared_in_ranks()))
     return 0
+
+
+def killed_after(checkpoint: Path) -> Callable[[], None]:
+    """Die as soon as a checkpoint is there, which a busy machine writes late."""
+
+    def die() -> None:
+        while not checkpoint.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    return die
 
 
 def in_first_attempt(fault: Fault) -> Fault:
@@ -304,7 +319,9 @@ def scenarios(data: Path, folder: Path) -> dict[str, tuple[int, Callable[[int], 
             2,
             command(
                 begin("elastic", *TWO_BY_TWO, "--shard"),
-                in_first_attempt(at_step(3, 1, sending(signal.SIGKILL))),
+                in_first_attempt(
+                    at_step(3, 1, killed_after(runs.step_folder(folder / "elastic" / "run", 2)))
+                ),
             ),
         ),
         "diverged": (
