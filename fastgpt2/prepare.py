@@ -11,7 +11,7 @@ from fastgpt2.cli import Parser, file_name, quoted, run
 from fastgpt2.errors import UserError
 from fastgpt2.files import atomic_folder
 from fastgpt2.text.corpora import VAL_FRACTION, load_corpus, split_pieces
-from fastgpt2.text.dataset import Dataset, build_dataset
+from fastgpt2.text.dataset import Dataset, build_dataset, refuse_vocab_size
 from fastgpt2.text.documents import TEXT_COLUMN
 from fastgpt2.text.mixture import refuse_weights
 from fastgpt2.text.parts import Part, merge_parts, parse_part, prepare_part
@@ -35,8 +35,9 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         type=file_name,
         metavar="WHAT",
-        help="files (text, .jsonl, .parquet; .gz and .zst of text and .jsonl), folders, patterns, "
-        "names of corpora, a folder of token shards, or token files of llm.c or nanoGPT",
+        help="files (text, .jsonl or .ndjson, .parquet; .gz and .zst of the first two), folders, "
+        "patterns, names of corpora, a folder of token shards, or token files of llm.c or "
+        "nanoGPT",
     )
     parser.add_argument(
         "--text-column",
@@ -161,6 +162,7 @@ def prepare(
                 "--part tokenizes text into fastgpt2's shards; tokens, and --to, are for a call of "
                 "their own: prepare --data MERGED --to ..."
             )
+        refuse_vocab_size(vocab_size)
         prepare_part(
             data,
             out,
@@ -187,10 +189,9 @@ def prepare(
             writer = PreparedWriter(folder, dataset.tokenizer, source=dataset.source, **options)
             with writer:
                 _copy(writer, dataset)
-        elif vocab_size is not None:
-            raise UserError(f"--vocab-size {vocab_size}: is for token files, and the data are text")
         else:
-            corpus = load_corpus(data, text_column=text_column)
+            refuse_vocab_size(vocab_size)
+            corpus = load_corpus(data, text_column=text_column, notify=print)
             chosen = get_tokenizer(tokenizer or "gpt2", vocab_dir=vocab_dir, text=corpus.pieces())
             writer = PreparedWriter(folder, chosen, source=corpus.source, **options)
             with writer:
@@ -226,15 +227,22 @@ def _copy(writer: PreparedWriter, dataset: Dataset) -> None:
 
 
 def _run(arguments: dict[str, Any]) -> None:
-    data = arguments.pop("data")
     if arguments.pop("merge"):
-        if data is not None or arguments["part"] is not None:
-            raise UserError("--merge takes the parts in --out: give no --data and no --part")
+        # the number of processes changes nothing
+        defaults = vars(build_parser().parse_args([f"--out={arguments['out']}"]))
+        given = [
+            name
+            for name, value in arguments.items()
+            if name != "workers" and value != defaults[name]
+        ]
+        if given:
+            flag = f"--{given[0].replace('_', '-')}"
+            raise UserError(f"--merge takes the parts in --out: give no {flag}")
         merge_parts(Path(arguments["out"]))
-    elif data is None:
+    elif arguments["data"] is None:
         raise UserError("--data: give a corpus, or --merge")
     else:
-        prepare(data, **arguments)
+        prepare(**arguments)
 
 
 def main(argv: list[str] | None = None) -> int:

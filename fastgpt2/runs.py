@@ -13,6 +13,7 @@ RUN/config.toml                        the resolved configuration
                                        state.json           step, losses, data position, ...
 """
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def best(run: Path) -> Path:
     for step in saved_steps(run):
         validation = read_state(step_folder(run, step)).get("validation")
         loss = validation.get("loss") if isinstance(validation, dict) else None
-        if isinstance(loss, int | float):
+        if isinstance(loss, int | float) and -math.inf < loss < math.inf:
             losses[step] = loss
     return step_folder(run, min(losses, key=losses.__getitem__)) if losses else latest(run)
 

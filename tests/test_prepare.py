@@ -11,6 +11,7 @@ import pytest
 from fastgpt2 import streams
 from fastgpt2.prepare import main, prepare
 from fastgpt2.text import CharTokenizer, GPT2Tokenizer, save_tokenizer
+from fastgpt2.text.encoding import END_OF_TEXT
 from fastgpt2.text.prepared import open_prepared
 from tests.text.tiny import tiny_files
 
@@ -40,8 +41,8 @@ def test_command_writes_a_folder_that_reads_back(
     assert main([*args, "--shard-tokens", "10000", "--val-fraction", "0.25"]) == 0
     prepared = open_prepared(out)
     ids = [id_ for split in ("train", "val") for id_ in prepared.tokens[split][:].tolist()]
-    assert bytes(ids).decode("utf-8") == TEXT
-    assert len(prepared.tokens["val"]) == -(-len(TEXT) // 4)
+    assert ids.pop() == prepared.tokenizer.eot and bytes(ids).decode("utf-8") == TEXT
+    assert len(prepared.tokens["val"]) == -(-len(TEXT) // 4) + 1
     assert [header.count for header in prepared.tokens["train"].headers] == [10000, 10000, 8417]
     printed = capsys.readouterr()
     assert "train: 28,417 tokens of 28,417 bytes in 3 shard(s)" in printed.out
@@ -76,7 +77,7 @@ def test_folder_holds_all_that_training_needs(text: Path, tmp_path: Path) -> Non
     prepare([str(text)], tmp_path / "out", vocab_dir=str(vocab), val_fraction=0.0)
     shutil.rmtree(vocab)
     prepared = open_prepared(tmp_path / "out")
-    assert prepared.tokenizer.decode(prepared.tokens["train"][:].tolist()) == TEXT
+    assert prepared.tokenizer.decode(prepared.tokens["train"][:].tolist()) == TEXT + END_OF_TEXT
 
 
 def test_an_empty_folder_may_be_there(text: Path, tmp_path: Path) -> None:

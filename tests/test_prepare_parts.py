@@ -67,7 +67,7 @@ def test_a_border_in_the_last_character_of_a_document(name: str, tmp_path: Path)
     (tmp_path / "b.txt").write_text("y" * 9, encoding="utf-8")
     texts = load_corpus(str(tmp_path))
     whole = list(split_pieces(texts, 0.5))
-    assert [p.text for p in whole if p.split == "val"] == ["y" * 9]
+    assert [p.text for p in whole if p.split == "val"] == ["y" * 9, ""]
     assert [p for span in ((0, 11), (11, 20)) for p in split_pieces(texts, 0.5, span)] == whole
 
 
@@ -194,7 +194,7 @@ FLAWS = {
     "tokenizer": "part-00002-of-00003: was made with another tokenizer: 'gpt2",
     "fraction": "part-00002-of-00003: was made with another --val-fraction: 0.5",
     "span": r"part-00002-of-00003: has the bytes \[0, .* overlap or leave a gap",
-    "bits": r"part-00002.*train-00000.tokens: expected sha256",
+    "bits": r"part-00002.*train-00000.tokens: expected sha256.*; delete .*3 and make that part",
     "swapped": r"part-00002.*train-00000.tokens: its checksum is not the one in",
     "index": r"part-00002.*part.json: damaged",
     "no index": r"part-00002.*part.json: cannot be read: No such file",
@@ -259,6 +259,10 @@ def test_a_merge_names_what_is_wrong(
         (["--part", "1"], "expected I/N with 1 <= I <= N, got '1'"),
         (["--part", "1/2", "--to", "llmc"], "--part tokenizes text into fastgpt2's shards"),
         (["--merge"], "--merge takes the parts in --out: give no --data"),
+        (
+            ["--part", "1/2", "--vocab-size", "9"],
+            "--vocab-size 9: is for token files, and the data",
+        ),
     ],
 )
 def test_mistakes_are_one_line(
@@ -314,3 +318,38 @@ def test_memory_of_a_part_is_that_of_its_pieces(tmp_path: Path) -> None:
     assert abs(count - corpus.size / 3) < 2 << 20
     # of 25 MB of text, a few pieces of 1 MiB
     assert peak < 8 << 20
+
+
+@pytest.mark.parametrize(
+    "flag",
+    ["--to=llmc", "--tokenizer=bytes", "--val-fraction=0.5", "--shard-tokens=7", "--part=1/2"],
+)
+def test_a_merge_takes_no_flag_that_it_would_ignore(
+    corpus: Path, tmp_path: Path, flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    make(corpus, out, "1/2", "2/2")
+    capsys.readouterr()
+    assert main(["--merge", "--out", str(out), flag]) == 2
+    name = flag.partition("=")[0]
+    assert f"--merge takes the parts in --out: give no {name}\n" in capsys.readouterr().err
+    assert not (out / "manifest.json").exists()
+    assert main(["--merge", "--out", str(out), "--workers=1"]) == 0
+
+
+def test_parts_do_not_go_where_the_data_are(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "mine").write_text("precious", encoding="utf-8")
+    before = sorted(corpus.iterdir())
+    for out, message in (
+        (corpus, "exists already and is not empty"),
+        (other, "exists already and is not empty"),
+        (other / "mine", "exists already and is not empty"),
+        (corpus / "new" / "out", f"lies in {corpus}, where the next part would read it"),
+    ):
+        assert make(corpus, out, "1/2") == 2
+        assert message in capsys.readouterr().err
+    assert sorted(corpus.iterdir()) == before and len(list(other.iterdir())) == 1

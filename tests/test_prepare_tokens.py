@@ -47,7 +47,7 @@ def test_to_llmc(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     data = build_dataset(str(out))
     assert data.val is not None and data.tokenizer.name == "bytes"
     assert (data.train[:].tolist(), data.val[:].tolist()) == (train, val)
-    assert (data.train_bytes, data.val_bytes) == (len(train) - 1, len(val))
+    assert (data.train_bytes, data.val_bytes) == (len(train) - 1, len(val) - 1)
 
 
 def test_to_nanogpt(text: Path, tmp_path: Path) -> None:

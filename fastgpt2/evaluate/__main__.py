@@ -69,9 +69,9 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="WHAT",
         type=file_name,
-        help="files (text, .jsonl, .parquet; .gz and .zst of text and .jsonl), folders, patterns, "
-        "names of corpora, a folder of token shards, or token files of llm.c or nanoGPT; for a "
-        "task, its JSON Lines file [downloaded]",
+        help="files (text, .jsonl or .ndjson, .parquet; .gz and .zst of the first two), folders, "
+        "patterns, names of corpora, a folder of token shards, or token files of llm.c or "
+        "nanoGPT; for a task, its JSON Lines file [downloaded]",
     )
     what.add_argument(
         "--limit", type=int, metavar="N", help="score only the first N tokens or examples [all]"

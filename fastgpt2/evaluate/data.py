@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from fastgpt2.errors import UserError
 from fastgpt2.evaluate.detokenizers import DETOKENIZERS
-from fastgpt2.text.corpora import VAL_FRACTION, load_corpus, split_pieces
+from fastgpt2.text.corpora import VAL_FRACTION, Document, load_corpus, split_pieces
 from fastgpt2.text.documents import TEXT_COLUMN
 from fastgpt2.text.encoding import Tokenizer, token_bytes
 from fastgpt2.text.mixture import refuse_weights
@@ -157,6 +157,9 @@ def open_data(
         if piece.after_document or not texts:
             texts.append("")
         texts[-1] += piece.text
+    if split == "all" and texts and isinstance(corpus.documents[-1], Document):
+        # the perplexity of a text is that of its own tokens, without the end-of-text id after it
+        texts.pop()
     chosen = DETOKENIZERS[detokenizer]
     words = sum(map(chosen.count, texts))
     return Documents(corpus.source, split, detokenizer, tuple(map(chosen.detokenize, texts)), words)

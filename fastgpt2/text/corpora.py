@@ -1,7 +1,8 @@
 """Where training text comes from: files, folders, patterns, and a few corpora known by name."""
 
 import codecs
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import groupby
@@ -83,11 +84,15 @@ class Document:
         if isinstance(self.content, bytes):
             return len(self.content)
         if is_compressed(self.content):
-            return self._decompressed_size(self.content)
+            return KNOWN_SIZES.of(
+                self.content, "text", lambda: sum(map(len, self.chunks(PIECE_BYTES)))
+            )
         return self.content.stat().st_size
 
-    def _decompressed_size(self, path: Path) -> int:
-        return KNOWN_SIZES.of(path, "text", lambda: sum(map(len, self.chunks(PIECE_BYTES))))
+    @property
+    def place(self) -> str:
+        """What tells it from others: of a file its real path, whatever link leads to it."""
+        return self.name if isinstance(self.content, bytes) else os.path.realpath(self.content)
 
     def chunks(self, size: int) -> Iterator[bytes]:
         """The bytes in order, at most ``size`` at a time."""
@@ -119,9 +124,9 @@ class Piece:
     """A stretch of one document in one split.
 
     ``after_document`` is true if the piece begins a document and the split already has one: an
-    end-of-text id goes before it. If the last document of a split is a record (a line of JSON, a
-    row of a table), the split ends with such a piece without text, because every record ends with
-    an end-of-text id. ``start`` is the piece's place in the corpus, ``size`` its length, in bytes.
+    end-of-text id goes before it. Every document ends with that id: a split whose last document
+    ends in it ends with such a piece without text. ``start`` is the piece's place in the corpus,
+    ``size`` its length, in bytes.
     """
 
     split: Split
@@ -131,19 +136,25 @@ class Piece:
     size: int
 
 
-def load_corpus(data: str | Sequence[str], *, text_column: str = TEXT_COLUMN) -> Corpus:
+def load_corpus(
+    data: str | Sequence[str],
+    *,
+    text_column: str = TEXT_COLUMN,
+    notify: Callable[[str], None] | None = None,
+) -> Corpus:
     """The documents that ``data`` names: corpus names, files, folders, glob patterns.
 
     Folders are searched recursively and through symbolic links. Hidden files are skipped, and files
-    are sorted by name: a folder is the same corpus as the pattern ``folder/**/*``. Files written by
-    training runs are skipped. One file is one document, except JSON lines (``.jsonl``) and tables
-    (``.parquet``), where each line or row is one. ``.gz`` and ``.zst`` are decompressed. Such files
-    are read once here, to count the bytes of their texts. A pipe (``/dev/stdin``, process
-    substitution) is read into memory.
+    are sorted by name: a folder is the same corpus as the pattern ``folder/**/*``. Files of
+    training runs are skipped, and so is a file named before: it would validate what it trains. One
+    file is one document, except JSON lines (``.jsonl``, ``.ndjson``) and tables (``.parquet``),
+    where each line or row is one. ``.gz`` and ``.zst`` are decompressed. Such files are read once
+    here, to count the bytes of their texts. A pipe (``/dev/stdin``) is read into memory.
 
     Args:
         data: one of these, or several.
         text_column: key of a JSON line, or column of a table, that holds the text.
+        notify: called with a line if files were named more than once.
 
     Raises:
         UserError: something is missing, is empty or cannot be downloaded, or a line or row has no
@@ -152,13 +163,21 @@ def load_corpus(data: str | Sequence[str], *, text_column: str = TEXT_COLUMN) ->
     items = [data] if isinstance(data, str) else list(data)
     if not items:
         raise UserError("data: nothing given")
-    documents: list[Document | Records] = []
+    documents: dict[str, Document | Records] = {}
+    repeated = []
     for item in items:
         found = _resolve(item, text_column)
         if not any(document.size for document in found):
             raise UserError(f"data: {item} is empty")
-        documents += [document for document in found if document.size]
-    return Corpus(", ".join(items), tuple(documents))
+        for document in found:
+            if document.size and document.place in documents:
+                repeated.append(document.name)
+            elif document.size:
+                documents[document.place] = document
+    if repeated and notify is not None:
+        others = f" and {len(repeated) - 1} more" if len(repeated) > 1 else ""
+        notify(f"data: named more than once, read once: {repeated[0]}{others}")
+    return Corpus(", ".join(items), tuple(documents.values()))
 
 
 def absolute(item: str) -> str:
@@ -281,20 +300,20 @@ def split_pieces(
 def _pieces(corpus: Corpus, border: int, first: int) -> Iterator[Piece]:
     """All pieces in order, except those of documents that end before byte ``first``."""
     begun: set[Split] = set()
-    # the split in which the last text ended, if that text was a record
-    record: Split | None = None
+    # the split in which the last document ended
+    ended: Split | None = None
     for text in _texts(corpus, border, first):
         if text.skipped is not None:
             begun.add(text.skipped)
-            record = text.skipped if text.is_record else None
+            ended = text.skipped
             continue
         start = text.start
         # a document that is only a byte-order mark has no text
         chunks = (chunk for chunk in _decoded(text, border) if chunk[1])
         for split, group in groupby(chunks, key=itemgetter(0)):
-            if record is not None and start == text.start and record != split:
-                yield Piece(record, "", True, start, 0)
-            record = split if text.is_record else None
+            if ended is not None and start == text.start and ended != split:
+                yield Piece(ended, "", True, start, 0)
+            ended = split
             after_document = split in begun
             begun.add(split)
             buffer = ""
@@ -309,8 +328,8 @@ def _pieces(corpus: Corpus, border: int, first: int) -> Iterator[Piece]:
                 size = len(buffer.encode())
                 yield Piece(split, buffer, after_document, start, size)
                 start += size
-    if record is not None:
-        yield Piece(record, "", True, corpus.size - 1, 0)
+    if ended is not None:
+        yield Piece(ended, "", True, corpus.size - 1, 0)
 
 
 @dataclass(frozen=True)
@@ -323,7 +342,6 @@ class _Text:
     start: int
     chunks: Iterator[bytes]
     decoder: codecs.IncrementalDecoder | Utf8Decoder
-    is_record: bool
     skipped: Split | None = None
 
 
@@ -332,19 +350,18 @@ def _texts(corpus: Corpus, border: int, first: int) -> Iterator[_Text]:
     start = 0
     for document in corpus.documents:
         end = start + document.size
-        is_record = not isinstance(document, Document)
         # a file that may be only a byte-order mark is read: it has no text
         if end <= first and not start < border < end and document.size > len(codecs.BOM_UTF8):
             split: Split = "train" if end <= border else "val"
-            yield _Text(start, iter(()), utf8(), is_record, split)
+            yield _Text(start, iter(()), utf8(), split)
         elif isinstance(document, Document):
             chunks = whole(document.chunks(PIECE_BYTES), end - start, document.name)
-            yield _Text(start, chunks, Utf8Decoder(document.name), is_record)
+            yield _Text(start, chunks, Utf8Decoder(document.name))
         else:
             at = start
             for text in whole(document.texts(), end - start, document.name):
                 chunks = Document(document.name, text).chunks(PIECE_BYTES)
-                yield _Text(at, chunks, utf8(), is_record)
+                yield _Text(at, chunks, utf8())
                 at += len(text)
         start = end
 

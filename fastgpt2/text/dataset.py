@@ -14,7 +14,7 @@ from fastgpt2.errors import UserError
 from fastgpt2.text.corpora import VAL_FRACTION, load_corpus, split_pieces
 from fastgpt2.text.documents import TEXT_COLUMN
 from fastgpt2.text.encoding import Tokenizer, token_bytes
-from fastgpt2.text.mixture import Mixture, split_weights
+from fastgpt2.text.mixture import Mixture, check_distinct, split_weights
 from fastgpt2.text.prepared import find_prepared, open_prepared
 from fastgpt2.text.shards import TokenShards, dtype_for
 from fastgpt2.text.stored import BLOCK_IDS, JoinedTokens, StoredTokens, TokenSequence
@@ -138,9 +138,9 @@ def build_dataset(
             found, tokenizer, vocab_dir=vocab_dir, vocab_size=vocab_size, notify=notify
         )
         return _token_dataset(found, chosen, val_fraction, notify)
-    if vocab_size is not None and isinstance(tokenizer, str):
-        raise UserError(f"--vocab-size {vocab_size}: is for token files, and the data are text")
-    corpus = load_corpus(data, text_column=text_column)
+    if isinstance(tokenizer, str):
+        refuse_vocab_size(vocab_size)
+    corpus = load_corpus(data, text_column=text_column, notify=notify)
     if isinstance(tokenizer, str):
         tokenizer = get_tokenizer(
             tokenizer, vocab_dir=vocab_dir, text=corpus.pieces(), notify=notify
@@ -163,6 +163,16 @@ def build_dataset(
         val_bytes=size["val"],
         source=corpus.source,
     )
+
+
+def refuse_vocab_size(vocab_size: int | None) -> None:
+    """Raise a UserError if ``--vocab-size`` was given for text, whose tokenizer has its own.
+
+    Args:
+        vocab_size: the value of the flag.
+    """
+    if vocab_size is not None:
+        raise UserError(f"--vocab-size {vocab_size}: is for token files, and the data are text")
 
 
 def _prepared_dataset(folder: Path, wanted: str | Tokenizer) -> Dataset:
@@ -226,6 +236,7 @@ def _mixed_dataset(
     notify: Callable[[str], None],
     **options: Any,
 ) -> Dataset:
+    check_distinct(names, notify)
     for path in map(Path, names):
         if path.exists() and not (path.is_file() or path.is_dir()):
             # the tokenizer is chosen before the tokens are made
@@ -237,6 +248,7 @@ def _mixed_dataset(
             # encode the text with the tokenizer of the tokens
             tokenizer = build_dataset(tokens[0], tokenizer, notify=notify, **options).tokenizer
         else:
+            refuse_vocab_size(options["vocab_size"])
             corpus = load_corpus(texts, text_column=options["text_column"])
             tokenizer = get_tokenizer(
                 tokenizer, vocab_dir=options["vocab_dir"], text=corpus.pieces(), notify=notify

@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import os
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -16,6 +17,8 @@ from fastgpt2.files import parse_json, write_text
 TEXT_COLUMN = "text"
 # compression by file suffix; other files are read unchanged
 _COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
+# JSON lines, under both of their names
+_JSON_LINES = (".jsonl", ".ndjson")
 # compressed bytes decompressed at a time: 512 bytes of repeated text may become megabytes
 _COMPRESSED_BYTES = 512
 # rows of a Parquet table in memory at once
@@ -85,12 +88,13 @@ def is_compressed(path: Path) -> bool:
 
 
 def has_records(path: Path) -> bool:
-    """Whether a file has many documents: ``.jsonl``, ``.jsonl.gz``, ``.jsonl.zst``, ``.parquet``.
+    """Whether a file has many documents: JSON lines (``.jsonl``, ``.ndjson``, also compressed), a
+    table (``.parquet``).
 
     Args:
         path: a file.
     """
-    return _is_table(path) or _inner_suffix(path) == ".jsonl"
+    return _is_table(path) or _inner_suffix(path) in _JSON_LINES
 
 
 def read_chunks(path: Path, size: int) -> Iterator[bytes]:
@@ -159,6 +163,11 @@ class Records:
     def name(self) -> str:
         """The file, for error messages."""
         return str(self.path)
+
+    @property
+    def place(self) -> str:
+        """The real path of the file, whatever link leads to it."""
+        return os.path.realpath(self.path)
 
     @cached_property
     def size(self) -> int:
@@ -230,6 +239,10 @@ class Records:
                 names = file.schema_arrow.names
                 if self.column not in names:
                     raise UserError(f"data: {self.path}: {self._no_column(names)}")
+                if (count := names.count(self.column)) > 1:
+                    raise UserError(
+                        f"data: {self.path}: {count} columns are called {self.column!r}"
+                    )
                 for batch in file.iter_batches(_BATCH_ROWS, columns=[self.column]):
                     for value in batch.column(0).to_pylist():
                         number += 1

@@ -1,12 +1,13 @@
 """Several corpora drawn by weight: ``--data a.txt:0.3 b/:0.7``."""
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from fastgpt2.errors import UserError
-from fastgpt2.text.corpora import absolute, corpus_paths
+from fastgpt2.text.corpora import CORPUS_NAMES, absolute, corpus_paths
 from fastgpt2.text.stored import JoinedTokens
 
 
@@ -73,6 +74,36 @@ def split_weights(data: str | Sequence[str]) -> tuple[list[str], list[float]] | 
     if not all(shares):
         raise UserError(f"data: the weights are too far apart, or too large: {' '.join(items)}")
     return [name for name, _ in pairs], shares
+
+
+def check_distinct(names: Sequence[str], notify: Callable[[str], None]) -> None:
+    """Refuse a mixture that names one source twice, and say if a file is in several sources.
+
+    Args:
+        names: the sources.
+        notify: called with a line that names such a file.
+
+    Raises:
+        UserError: two sources are the same.
+    """
+    there: dict[str, str] = {}
+    for name in names:
+        place = name if name in CORPUS_NAMES else os.path.realpath(name)
+        if place in there:
+            raise UserError(
+                f"data: {name} is in the mixture twice; give it once, with the sum of its weights"
+            )
+        there[place] = name
+    files: dict[str, str] = {}
+    for name in names:
+        for path in filter(Path.is_file, corpus_paths(name)):
+            other = files.setdefault(os.path.realpath(path), name)
+            if other != name:
+                notify(
+                    f"data: {path} is in {other} and in {name}: text that validates in one source "
+                    "may be trained on in the other"
+                )
+                return
 
 
 def refuse_weights(data: str | Sequence[str], command: str) -> None:

@@ -85,7 +85,7 @@ class MixtureLoader(BlockStream):
                 tokens,
                 block_size=block_size,
                 batch_size=batch_size,
-                # each source has its own order, even one that is given twice
+                # each source has its own order
                 seed=int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0]),
                 name=f"{name} of {source}",
                 **options,

@@ -105,8 +105,13 @@ def prepare_part(
     """
     if (out / MANIFEST).exists():
         raise UserError(f"--part: {out} is merged already; give another --out")
+    if out.exists() and not (out / PARTS).is_dir() and (out.is_file() or any(out.iterdir())):
+        raise UserError(f"--out {out}: exists already and is not empty")
+    for folder in filter(Path.is_dir, map(Path, data)):
+        if out.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"--out {out}: lies in {folder}, where the next part would read it")
     KNOWN_SIZES.load(out / PARTS / SIZES)
-    corpus = load_corpus(data, text_column=text_column)
+    corpus = load_corpus(data, text_column=text_column, notify=print)
     KNOWN_SIZES.save(out / PARTS / SIZES)
     before = _fingerprint(corpus)
     chosen = get_tokenizer(tokenizer, vocab_dir=vocab_dir, text=corpus.pieces())
@@ -272,7 +277,11 @@ def merge_parts(out: Path) -> None:
                 f"{path}: has the bytes {index['span']} of {index['size']}, expected {expected}: "
                 "parts overlap or leave a gap"
             )
-        _verify(path, index)
+        try:
+            _verify(path, index)
+        except UserError as error:
+            # a part that is there is skipped, damaged or not
+            raise UserError(f"{error}; delete {path} and make that part again") from None
     splits = _take_shards(out, parts, indexes)
     save_tokenizer(load_tokenizer(parts[0]), out)
     sync(out)

@@ -233,11 +233,7 @@ def _plan(arguments: dict[str, Any]) -> Plan:
             raise UserError(f"--out {out}: must be UTF-8 text for the library safetensors")
         if folder.exists() and not folder.is_dir():
             raise UserError(f"--out {out}: is a file")
-        if resume:
-            _check_resumable(folder)
-        base = read_config(str(folder / "config.toml")) if resume else _base(name, arguments)
-        if resume:
-            _check_unchanged(base, arguments)
+        base = _resumed(folder, arguments) if resume else _base(name, arguments)
         config = _configuration(base, arguments, resume=resume)
     return Plan(config, folder, name, made=made, resume=resume, overwrite=overwrite)
 
@@ -331,22 +327,24 @@ def _length(arguments: dict[str, Any]) -> dict[str, Any]:
     return dict.fromkeys(names) if any(name in arguments for name in names) else {}
 
 
-def _check_unchanged(base: dict[str, Any], arguments: dict[str, Any]) -> None:
-    if "init_from" in arguments:
-        arguments = arguments | {"init_from": noted_source(arguments["init_from"])}
+def _resumed(folder: Path, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of the run in ``folder``, which the command line must not contradict."""
+    if not runs.is_run(folder):
+        raise UserError(f"--resume: {folder} is not a run folder (it has no config.toml)")
+    if not runs.saved_steps(folder):
+        raise UserError(f"--resume: {folder} has no checkpoint yet; start again with --overwrite")
+    base = read_config(str(folder / "config.toml"))
+    source = arguments.get("init_from")
+    if source is not None and base.get("init_from") in (source, str(Path(source).resolve())):
+        # the weights may be gone: they are not needed again
+        arguments["init_from"] = base["init_from"]
     for name in _FIXED:
         if name in arguments and arguments[name] != base.get(name):
             raise UserError(
                 f"--resume: the run has {name} = {base.get(name)!r}, which cannot become "
                 f"{arguments[name]!r}; start a new run for that"
             )
-
-
-def _check_resumable(folder: Path) -> None:
-    if not runs.is_run(folder):
-        raise UserError(f"--resume: {folder} is not a run folder (it has no config.toml)")
-    if not runs.saved_steps(folder):
-        raise UserError(f"--resume: {folder} has no checkpoint yet; start again with --overwrite")
+    return base
 
 
 def _check_unused(folder: Path, overwrite: bool) -> None:

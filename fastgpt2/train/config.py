@@ -36,9 +36,9 @@ class TrainConfig:
 
     data: tuple[str, ...] = _option(
         ("python-docs",),
-        "files (text, .jsonl, .parquet; .gz and .zst of text and .jsonl), folders, patterns, names "
-        "of corpora (python-docs, the-verdict, tinyshakespeare), a folder of token shards, or "
-        "token files of llm.c or nanoGPT; NAME:WEIGHT for each makes a mixture",
+        "files (text, .jsonl or .ndjson, .parquet; .gz and .zst of the first two), folders, "
+        "patterns, names of corpora (python-docs, the-verdict, tinyshakespeare), a folder of token "
+        "shards, or token files of llm.c or nanoGPT; NAME:WEIGHT for each makes a mixture",
     )
     text_column: str = _option(
         "text", "key of a JSON line, or column of a Parquet table, with the text"

@@ -56,7 +56,10 @@ class MetricsLog:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The records of a run, up to the first damaged line: a crash can cut the last one off."""
+    """The records of a run, up to the first damaged line: a crash can cut the last one off.
+
+    A number that is not finite is left out of its record, as ``MetricsLog`` does.
+    """
     path = run / "metrics.jsonl"
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     records: list[dict[str, Any]] = []
@@ -65,12 +68,20 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
             record = parse_json(line)
         except ValueError:
             break
-        if not isinstance(record, dict) or type(record.get("step")) is not int:
+        if not isinstance(record, dict):
+            break
+        record = {name: value for name, value in record.items() if not _is_not_finite(value)}
+        if type(record.get("step")) is not int:
             break
         if not all(_is_number(record.get(name, 0)) for name in COLUMNS):
             break
         records.append(record)
     return records
+
+
+def _is_not_finite(value: Any) -> bool:
+    """Whether it is NaN or an infinity, which JSON does not have and many programs write."""
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _is_number(value: Any) -> bool:

@@ -93,6 +93,11 @@ def open_origin(config: TrainConfig) -> Origin:
             f"--tokenizer {config.tokenizer}: the weights of {config.init_from} come with the "
             f"tokenizer {opened.tokenizer.name}"
         )
+    if config.vocab_size not in (None, opened.tokenizer.vocab_size):
+        raise UserError(
+            f"--vocab-size {config.vocab_size}: the weights of {config.init_from} come with the "
+            f"tokenizer {opened.tokenizer.name} ({opened.tokenizer.vocab_size} ids)"
+        )
     shape = opened.config
     for name in ("n_layer", "n_head", "n_embd", "bias"):
         asked, has = getattr(config, name), getattr(shape, name)
@@ -117,7 +122,7 @@ def open_origin(config: TrainConfig) -> Origin:
         block_size=block_size,
         bias=shape.bias,
         init_from=noted_source(config.init_from),
-        init_sha256=weights_sha256(opened.path),
+        init_sha256=weights_sha256(opened.checkpoint),
     )
     distributed.check_same("--init-from", f"weights {resolved.init_sha256}")
     return Origin(resolved, opened)

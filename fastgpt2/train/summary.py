@@ -51,6 +51,21 @@ def memory_line(memory: Memory) -> str:
     )
 
 
+def optimizer_line(optimizer: torch.optim.Optimizer) -> str:
+    """The groups of parameters, each with its optimizer, peak learning rate and weight decay.
+
+    Args:
+        optimizer: before its first step.
+    """
+    groups = (
+        f"{'muon' if 'momentum' in group else 'adamw'} on {human(count)} parameters, lr "
+        f"{group['lr']:g}, weight decay {group['weight_decay']:g}"
+        for group in optimizer.param_groups
+        if (count := sum(p.numel() for p in group["params"]))
+    )
+    return f"optimizer: {'; '.join(groups)}"
+
+
 def model_lines(
     model: GPT, optimizer: torch.optim.Optimizer, memory: Memory, dtype: torch.dtype
 ) -> list[str]:
@@ -68,6 +83,7 @@ def model_lines(
         f"width {config.n_embd}, context {config.block_size}, vocabulary {config.vocab_size})",
         f"trained: {human(trained)} parameters ({share}); optimizer "
         f"{human(moments, 'B')}, a checkpoint {human(4 * stored + moments, 'B')}",
+        optimizer_line(optimizer),
         memory_line(memory),
         f"device: {device_name(device)}, {dtype_name(dtype)}, "
         f"{torch.get_num_threads()} CPU threads, PyTorch {torch.__version__}",

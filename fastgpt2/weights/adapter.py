@@ -240,7 +240,7 @@ def open_base(adapter: Adapter, config: GPTConfig | None = None) -> Checkpoint:
     try:
         path = locate(settings.base, offline=_OFFLINE.get())
         base = load(path)
-        found = None if settings.base_sha256 is None else weights_sha256(path)
+        found = None if settings.base_sha256 is None else weights_sha256(base)
     except UserError as error:
         raise UserError(f"{where}: the weights that it adapts: {error}") from None
     finally:
@@ -289,7 +289,8 @@ def read(folder: Path, config: GPTConfig | None = None) -> Checkpoint:
         tensors[key] = _merged(tensors[key], a, b, adapter.settings)
     note = f"{len(adapter.pairs)} adapters of {folder} were added to the weights of {base.source}"
     notes = (*base.notes, note)
-    return Checkpoint(base.config, tensors, folder, notes=notes)
+    files = (folder / runs.ADAPTER,)
+    return Checkpoint(base.config, tensors, folder, notes=notes, files=files)
 
 
 def _merged(weight: LazyTensor, a: LazyTensor, b: LazyTensor, settings: LoRASettings) -> LazyTensor:

@@ -61,6 +61,7 @@ class Checkpoint:
             the module's order.
         source: the file or folder, for messages.
         notes: what was left out or changed while reading, one line each.
+        files: where the tensors are read from, sorted.
         quantization: how the file stores matrices: ``int8`` or None. ``tensors`` always has the
             dequantized weights.
 
@@ -73,6 +74,7 @@ class Checkpoint:
     tensors: Mapping[str, LazyTensor]
     source: Path
     notes: tuple[str, ...] = ()
+    files: tuple[Path, ...] = ()
     quantization: str | None = None
 
     def __post_init__(self) -> None:

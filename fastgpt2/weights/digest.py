@@ -4,27 +4,22 @@ import hashlib
 from functools import lru_cache
 from pathlib import Path
 
-from fastgpt2 import runs
-
-# names of weight files in the formats that the package reads
-_WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.data-*", f"{runs.SHARDS}/*.safetensors")
+from fastgpt2.weights.checkpoint import Checkpoint
 
 
-def weights_sha256(path: Path) -> str:
-    """The sha256 of a file, or of a folder's weight files sorted by name.
+def weights_sha256(checkpoint: Checkpoint) -> str:
+    """The sha256 of the files that the weights are read from, one after the other.
+
+    Other files beside them do not count: a Trainer's optimizer, the same weights in another format.
 
     Args:
-        path: the file or folder.
+        checkpoint: what a reader returned.
     """
-    files = [path]
-    if path.is_dir():
-        found = {file for pattern in _WEIGHT_FILES for file in path.glob(pattern)}
-        files = sorted(file for file in found if file.name != runs.OPTIMIZER)
-    stats = [file.stat() for file in files]
+    stats = [file.stat() for file in checkpoint.files]
     return _sha256(
         tuple(
             (file.resolve(), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
-            for file, stat in zip(files, stats, strict=True)
+            for file, stat in zip(checkpoint.files, stats, strict=True)
         )
     )
 

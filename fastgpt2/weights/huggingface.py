@@ -91,7 +91,7 @@ def _read_file(path: Path) -> dict[str, LazyTensor]:
     return lazy_tensors(path, read_torch(path))
 
 
-def _read_shards(path: Path) -> dict[str, LazyTensor]:
+def _read_shards(path: Path) -> tuple[dict[str, LazyTensor], tuple[Path, ...]]:
     weight_map = require(read_json(path), "weight_map", path)
     if not isinstance(weight_map, dict):
         raise UserError(f"{path}: 'weight_map' must name the file of each tensor")
@@ -104,7 +104,7 @@ def _read_shards(path: Path) -> dict[str, LazyTensor]:
         if name not in shards[shard]:
             raise UserError(f"{shard}: missing {shown(name)}, which {path.name} places there")
         tensors[name] = shards[shard][name]
-    return tensors
+    return tensors, tuple(sorted(shards))
 
 
 def _canonical(name: str) -> str:
@@ -121,7 +121,10 @@ def read(folder: Path) -> Checkpoint:
     path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if path is None:
         raise UserError(f"{folder}: none of {', '.join(WEIGHTS)}")
-    found = _read_shards(path) if path.suffix == ".json" else _read_file(path)
+    if path.suffix == ".json":
+        found, files = _read_shards(path)
+    else:
+        found, files = _read_file(path), (path,)
     tensors: dict[str, LazyTensor] = {}
     for name, tensor in found.items():
         name = _canonical(name)
@@ -129,7 +132,7 @@ def read(folder: Path) -> Checkpoint:
             raise UserError(f"{path}: {shown(name)} occurs twice")
         if not MASK.fullmatch(name):
             tensors[name] = tensor.transposed() if CONV1D.fullmatch(name) else tensor
-    return Checkpoint(config, drop_tied_head(tensors, path), path)
+    return Checkpoint(config, drop_tied_head(tensors, path), path, files=files)
 
 
 def write(checkpoint: Checkpoint, folder: Path) -> None:

@@ -72,7 +72,7 @@ def read(path: Path) -> Checkpoint:
         tensors[name] = map_tensor(path, offset, shapes[name], dtype, name=name)
         offset += tensors[name].nbytes
     tensors[WTE] = tensors[WTE].rows(config.vocab_size)
-    return Checkpoint(config, tensors, path)
+    return Checkpoint(config, tensors, path, files=(path,))
 
 
 def write(checkpoint: Checkpoint, path: Path) -> None:

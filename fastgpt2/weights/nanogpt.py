@@ -53,7 +53,7 @@ def read(path: Path) -> Checkpoint:
         config = replace(config, vocab_size=VOCAB)
         tensors[WTE] = wte.rows(VOCAB)
         notes = (f"cut the vocabulary from {PADDED_VOCAB} padded rows to GPT-2's {VOCAB}",)
-    return Checkpoint(config, tensors, path, notes)
+    return Checkpoint(config, tensors, path, notes, files=(path,))
 
 
 def write(checkpoint: Checkpoint, path: Path) -> None:

@@ -110,10 +110,11 @@ def read(folder: Path) -> Checkpoint:
             )
         tensors[name] = tensor.reshaped(*expected[1:]).transposed() if matrix else tensor
     known = {openai_name(name) for name in tensors}
-    check_total(tensors.values(), {bundle.shard(name) for name in known}, bundle.index)
+    files = {bundle.shard(name) for name in known}
+    check_total(tensors.values(), files, bundle.index)
     unknown = [name for name in bundle.entries if name not in known]
     notes = (f"ignored what is not a weight of GPT-2: {listed(unknown)}",)
-    return Checkpoint(config, tensors, folder, notes if unknown else ())
+    return Checkpoint(config, tensors, folder, notes if unknown else (), tuple(sorted(files)))
 
 
 def write(checkpoint: Checkpoint, folder: Path) -> None:

@@ -34,13 +34,16 @@ def read(folder: Path) -> Checkpoint:
     if (folder / runs.SHARDS).is_dir():
         found = read_shards(folder / runs.SHARDS, config.vocab_size).items()
         weights = {k.removeprefix(WEIGHTS): x for k, x in found if k.startswith(WEIGHTS)}
-        return Checkpoint(config, weights, folder)
+        files = sorted((folder / runs.SHARDS).glob("*.safetensors"))
+        return Checkpoint(config, weights, folder, files=tuple(files))
     tensors = read_safetensors(folder / runs.MODEL)
     quantized = [name for name, tensor in tensors.items() if tensor.dtype == torch.int8]
     for name in quantized:
         _dequantize(tensors, name, folder / runs.MODEL)
     quantization = "int8" if quantized else None
-    return Checkpoint(config, tensors, folder, quantization=quantization)
+    return Checkpoint(
+        config, tensors, folder, files=(folder / runs.MODEL,), quantization=quantization
+    )
 
 
 def _config(folder: Path) -> GPTConfig:

@@ -96,7 +96,11 @@ def test_mistakes_in_a_configuration(
         (b"too short", [], "too short"),
         (b"caf\xe9 " * 50, [], "UTF-8"),
         (b"one line " * 50, ["--tokenizer", "char"], "sample_prompt: tokenizer char"),
-        (b"abc\n" * 50, ["--val-fraction", "0.001"], "validation tokens: too short"),
+        (
+            b"abc\n" * 50,
+            ["--tokenizer", "char", "--val-fraction", "0.001"],
+            "validation tokens: too short",
+        ),
     ],
 )
 def test_mistakes_in_the_data(

@@ -156,7 +156,8 @@ def test_shards_splits_and_limit(tmp_path: Path, data: str, run: str) -> None:
         evaluate(run, "--data", data, "--split", s, out=tmp_path / s)[run]["tokens"]
         for s in ("train", "val", "all")
     ]
-    assert splits[0] + splits[1] == splits[2] == len(ids)
+    # as training has it, the document ends: not so where all of it is scored
+    assert splits[0] + splits[1] - 1 == splits[2] == len(ids)
     assert splits[1] == pytest.approx(len(ids) / 10, abs=4)
     limited = evaluate(run, "--data", data, "--limit", "30", out=tmp_path / "l")[run]
     assert (limited["tokens"], limited["words"]) == (30, None)

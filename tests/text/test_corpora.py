@@ -171,19 +171,15 @@ def test_split_covers_all_text_in_order(
         patch.setattr("fastgpt2.text.corpora.PIECE_BYTES", piece_bytes)
         pieces = list(split_pieces(corpus, fraction))
     assert "".join(piece.text for piece in pieces) == "".join(documents)
-    assert all(piece.text for piece in pieces)
     # training text first, as many bytes as asked for, to within one character
     splits = [piece.split for piece in pieces]
     assert splits == sorted(splits)
     train = sum(len(piece.text.encode("utf-8")) for piece in pieces if piece.split == "train")
     assert 0 <= train - int(corpus.size * (1 - fraction)) < 4
-    # one mark between each two documents of a split
-    for split in ("train", "val"):
-        marks = sum(piece.after_document for piece in pieces if piece.split == split)
-        assert marks <= max(0, len(documents) - 1)
-    if fraction == 0:
-        assert sum(piece.after_document for piece in pieces) == len(documents) - 1
-        assert splits[-1] == "train"
+    # every document ends, in whichever split
+    marked = "".join("|" * piece.after_document + piece.text for piece in pieces)
+    assert marked == "".join(f"{text}|" for text in documents)
+    assert fraction > 0 or splits[-1] == "train"
 
 
 def test_one_file_is_split_as_nanogpt_splits_it() -> None:
@@ -192,6 +188,8 @@ def test_one_file_is_split_as_nanogpt_splits_it() -> None:
     assert [piece.text for piece in pieces] == [
         text[: int(len(text) * 0.9)],
         text[int(len(text) * 0.9) :],
+        # the document ends
+        "",
     ]
 
 
@@ -265,3 +263,21 @@ def test_a_file_that_changes_while_it_is_read(
         os.truncate(path, left)
     with pytest.raises(UserError, match=f"{name} {message}"):
         list(pieces)
+
+
+def test_a_file_is_read_once_however_often_it_is_named(tmp_path: Path) -> None:
+    """Its second copy would be in the validation text, and its first in the training text."""
+    for name in ("a.txt", "b.txt", "c.jsonl"):
+        write(tmp_path / "in" / name, '{"text": "x"}\n' if name == "c.jsonl" else name)
+    (tmp_path / "link.txt").symlink_to(tmp_path / "in" / "a.txt")
+    said: list[str] = []
+    folder, first = str(tmp_path / "in"), str(tmp_path / "in" / "b.txt")
+    names = [first, folder, str(tmp_path / "link.txt"), f"{folder}/*.jsonl"]
+    corpus = load_corpus(names, notify=said.append)
+    assert [document.name for document in corpus.documents] == [
+        str(tmp_path / "in" / name) for name in ("b.txt", "a.txt", "c.jsonl")
+    ]
+    assert said == [f"data: named more than once, read once: {first} and 2 more"]
+    said.clear()
+    load_corpus([first, str(tmp_path / "in" / "a.txt")], notify=said.append)
+    assert said == []

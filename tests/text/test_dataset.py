@@ -14,6 +14,7 @@ from fastgpt2.text import (
     build_dataset,
     save_tokenizer,
 )
+from fastgpt2.text.encoding import END_OF_TEXT
 from tests.text.tiny import BESIDE_THE_REPOSITORY
 
 TEXT = "".join(f"the {i} and é\n" for i in range(500))
@@ -42,14 +43,14 @@ def test_characters_of_one_file_as_nanogpt_prepares_them(tmp_path: Path) -> None
     assert data.train.dtype == np.uint16
 
 
-def test_end_of_text_stands_between_documents(folder: Path) -> None:
+def test_every_document_ends_with_end_of_text(folder: Path) -> None:
     data = build_dataset(str(folder), "bytes")
     assert data.val is not None
     eot = data.tokenizer.eot
-    expected = [*b"first\n", eot, *b"second\n", eot, *TEXT.encode("utf-8")]
+    expected = [*b"first\n", eot, *b"second\n", eot, *TEXT.encode("utf-8"), eot]
     assert [*data.train[:].tolist(), *data.val[:].tolist()] == expected
-    assert data.train_bytes + data.val_bytes == len(expected) - 2
-    assert abs(data.val_bytes - 0.1 * (len(expected) - 2)) < 4
+    assert data.train_bytes + data.val_bytes == len(expected) - 3
+    assert abs(data.val_bytes - 0.1 * (len(expected) - 3)) < 4
 
 
 def test_without_an_end_of_text_documents_follow_each_other(folder: Path) -> None:
@@ -62,7 +63,8 @@ def test_a_tokenizer_can_be_given(folder: Path, tiny_gpt2: GPT2Tokenizer) -> Non
     data = build_dataset([str(folder / "c.txt")], tiny_gpt2)
     assert data.tokenizer is tiny_gpt2
     assert data.val is not None
-    assert tiny_gpt2.decode([*data.train[:].tolist(), *data.val[:].tolist()]) == TEXT
+    ids = [*data.train[:].tolist(), *data.val[:].tolist()]
+    assert tiny_gpt2.decode(ids) == TEXT + END_OF_TEXT
 
 
 def test_offline_auto_says_what_it_does(folder: Path, offline: None) -> None:
@@ -71,11 +73,12 @@ def test_offline_auto_says_what_it_does(folder: Path, offline: None) -> None:
     assert len(said) == 1
 
 
-def test_the_verdict_has_5145_tokens(gpt2: GPT2Tokenizer) -> None:
+def test_the_verdict_has_5145_tokens_and_ends(gpt2: GPT2Tokenizer) -> None:
     path = BESIDE_THE_REPOSITORY / "data" / "the-verdict.txt"
     if not path.is_file():
         pytest.skip("no copy of the-verdict beside the repository")
-    assert len(build_dataset(str(path), gpt2, val_fraction=0.0).train) == 5145
+    tokens = build_dataset(str(path), gpt2, val_fraction=0.0).train[:]
+    assert len(tokens) == 5145 + 1 and tokens[-1] == gpt2.eot
 
 
 def test_token_shards_hold_the_same_as_the_text(folder: Path, tmp_path: Path) -> None:

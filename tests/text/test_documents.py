@@ -44,17 +44,17 @@ def write(folder: Path, kind: str, texts: list[Any], column: str = "text") -> st
     if kind == ".parquet":
         table(path, texts, column)
     else:
-        path.write_bytes(PACK[path.suffix.replace(".jsonl", "")](json_lines(texts, column)))
+        packed = path.suffix if path.suffix in PACK else ""
+        path.write_bytes(PACK[packed](json_lines(texts, column)))
     return str(path)
 
 
-def ids(texts: list[str], last: bool = True) -> list[int]:
-    """Ids of documents, each ending with end-of-text (the last one too, if ``last``)."""
-    tokens = [id_ for text in texts for id_ in (*text.encode(), EOT)]
-    return tokens if last else tokens[:-1]
+def ids(texts: list[str]) -> list[int]:
+    """Ids of documents, each ending with end-of-text."""
+    return [id_ for text in texts for id_ in (*text.encode(), EOT)]
 
 
-RECORDS = [".jsonl", ".jsonl.gz", ".jsonl.zst", ".JSONL.GZ", ".parquet"]
+RECORDS = [".jsonl", ".jsonl.gz", ".jsonl.zst", ".JSONL.GZ", ".ndjson", ".ndjson.gz", ".parquet"]
 
 
 @pytest.mark.parametrize("kind", RECORDS)
@@ -99,7 +99,7 @@ def test_records_and_texts_in_one_corpus(tmp_path: Path) -> None:
     write(tmp_path, ".jsonl", ["one", "", "two"])
     (tmp_path / "z.txt").write_text("three", encoding="utf-8")
     data = build_dataset(str(tmp_path), "bytes", val_fraction=0.0)
-    assert list(data.train[:]) == ids(["zero", "one", "two", "three"], last=False)
+    assert list(data.train[:]) == ids(["zero", "one", "two", "three"])
 
 
 @pytest.mark.parametrize("cut", range(1, 11))
@@ -240,3 +240,42 @@ def test_the_commands_take_the_column(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "a.jsonl, line 1: no column 'text'" in capsys.readouterr().err
     assert main([*flags, "--text-column", "body", "--workers", "1"]) == 0
     assert "train: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".jsonl.gz", ".parquet"])
+@pytest.mark.parametrize("texts", [[], [""]])
+def test_a_file_without_text_beside_others_is_left_out(
+    tmp_path: Path, kind: str, texts: list[str]
+) -> None:
+    """A cluster's jobs write such files where a part of the data had no rows."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    write(folder, kind, ["one", "two"])
+    if kind == ".parquet":
+        schema = pyarrow.schema([("id", pyarrow.int64()), ("text", pyarrow.string())])
+        rows = {"id": list(range(len(texts))), "text": texts}
+        parquet.write_table(pyarrow.table(rows, schema), folder / "b.parquet")
+    else:
+        packed = ".gz" if kind.endswith(".gz") else ""
+        (folder / f"b{kind}").write_bytes(PACK[packed](json_lines(texts)))
+    data = build_dataset(str(folder), "bytes", val_fraction=0.0)
+    assert list(data.train[:]) == ids(["one", "two"])
+
+
+def test_two_columns_of_one_name(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    arrays = [pyarrow.array(["x"]), pyarrow.array(["y"])]
+    parquet.write_table(pyarrow.Table.from_arrays(arrays, names=["text", "text"]), path)
+    with pytest.raises(UserError, match=r"a\.parquet: 2 columns are called 'text'"):
+        load_corpus(str(path))
+
+
+def test_frames_that_zstd_skips(tmp_path: Path) -> None:
+    """pzstd writes the size of each frame into a frame that readers skip."""
+    pack = PACK[".zst"]
+    skipped = b"\x50\x2a\x4d\x18" + (4).to_bytes(4, "little") + b"size"
+    frames = [skipped + pack(json_lines([text])) for text in ("one", "two")]
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(b"".join(frames) + skipped)
+    data = build_dataset(str(path), "bytes", val_fraction=0.0)
+    assert list(data.train[:]) == ids(["one", "two"])

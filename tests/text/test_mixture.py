@@ -202,3 +202,29 @@ def test_a_pipe_is_refused_in_plain_words(tmp_path: Path) -> None:
     items = [f"{tmp_path / name}:1" for name in ("a.txt", "pipe")]
     with pytest.raises(UserError, match=r"pipe can be read only once; write it to a file to mix"):
         build_dataset(items, "bytes")
+
+
+def test_a_source_is_named_once(
+    texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for other in (texts[0], "a.txt", "./a.txt"):
+        with pytest.raises(UserError, match=r"a.txt is in the mixture twice; give it once, with"):
+            build_dataset([f"{texts[0]}:1", f"{texts[1]}:1", f"{other}:2"], "bytes")
+    with pytest.raises(UserError, match="python-docs is in the mixture twice"):
+        build_dataset(["python-docs:1", "python-docs:2"], "bytes")
+
+
+def test_a_file_in_two_sources_is_said(texts: list[str], tmp_path: Path) -> None:
+    said: list[str] = []
+    items = [f"{tmp_path}:1", f"{texts[1]}:1"]
+    build_dataset(items, "bytes", notify=said.append)
+    assert f"data: {texts[1]} is in {tmp_path} and in {texts[1]}: text that validates" in said[0]
+    said.clear()
+    build_dataset([f"{path}:1" for path in texts], "bytes", notify=said.append)
+    assert said == []
+
+
+def test_a_mixture_of_texts_takes_no_number_of_ids(texts: list[str]) -> None:
+    with pytest.raises(UserError, match="--vocab-size 99: is for token files, and the data are"):
+        build_dataset([f"{path}:1" for path in texts], "bytes", vocab_size=99)

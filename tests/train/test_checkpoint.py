@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -108,6 +109,12 @@ def test_latest_and_best(tmp_path: Path) -> None:
     assert runs.saved_steps(tmp_path) == [5, 7, 10, 100_000_000]
     assert runs.latest(tmp_path).name == "step_100000000"
     assert runs.best(tmp_path).name == "step_00000005"
+
+
+def test_a_loss_that_is_not_finite_is_not_the_best(tmp_path: Path) -> None:
+    for step, loss in enumerate((math.nan, -math.inf, 3.0, 2.0, math.nan), start=1):
+        save_empty(tmp_path, step, loss)
+    assert runs.best(tmp_path).name == "step_00000004"
 
 
 def test_best_is_the_newest_where_nothing_was_measured(tmp_path: Path) -> None:

@@ -50,8 +50,7 @@ def test_resuming_drops_what_came_after(tmp_path: Path) -> None:
     "tail",
     [
         *(b'{"step": 3, "tra', b"[3]\n", b'{"loss": 3}\n', b"\xff\xfe\n", b'{"step": true}'),
-        *(b'{"step": 3, "tokens": %s}' % value for value in (b'"x"', b"null", b"[1]", b"NaN")),
-        b'{"step": 3, "elapsed": -Infinity}',
+        *(b'{"step": 3, "tokens": %s}' % value for value in (b'"x"', b"null", b"[1]")),
         b'{"step": 1%s}' % (b"0" * 400),
     ],
 )
@@ -83,3 +82,17 @@ def test_picture(tmp_path: Path) -> None:
 def test_picture_of_very_little(tmp_path: Path, record: dict[str, float]) -> None:
     MetricsLog(tmp_path).write(**record)
     assert plot(tmp_path)
+
+
+def test_a_number_that_is_not_finite_ends_nothing(tmp_path: Path) -> None:
+    """Other programs, and Python's json, write NaN; what comes after such a line counts."""
+    lines_ = ['{"step": 1, "val_loss": NaN}', '{"step": 2, "val_loss": Infinity, "lr": 0.5}']
+    lines_ += ['{"step": 3, "val_loss": 2.0, "elapsed": 1e999}']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines_) + "\n", encoding="utf-8")
+    expected = [{"step": 1}, {"step": 2, "lr": 0.5}, {"step": 3, "val_loss": 2.0}]
+    assert read_metrics(tmp_path) == expected
+    assert plot(tmp_path)
+    # a resumed run keeps them
+    MetricsLog(tmp_path, step=3)
+    assert [json.loads(line) for line in lines(tmp_path / "metrics.jsonl")] == expected
+    assert csv_records(tmp_path) == expected

@@ -14,6 +14,7 @@ from fastgpt2.errors import UserError
 from fastgpt2.model import GPT
 from fastgpt2.train.config import TrainConfig
 from fastgpt2.train.config_file import read_config
+from fastgpt2.train.freeze import freeze
 from fastgpt2.train.optimizers import (
     MOMENTUM_START,
     Muon,
@@ -24,6 +25,7 @@ from fastgpt2.train.optimizers import (
     set_momentum,
 )
 from fastgpt2.train.step import TrainingStep
+from fastgpt2.train.summary import human, optimizer_line
 from tests.tiny_gpt import tiny_batch, tiny_gpt
 from tests.train.tiny_run import (
     assert_same_training,
@@ -211,3 +213,15 @@ def test_the_table_muon_of_a_configuration_holds_for_muon_alone(tmp_path: Path) 
 def test_muon_without_a_learning_rate_for_the_rest_is_refused() -> None:
     with pytest.raises(UserError, match="lr must be greater than 0 with the optimizer muon"):
         TrainConfig(steps=1, lr=0.0, optimizer="muon")
+
+
+def test_the_groups_are_shown_with_their_rates() -> None:
+    model = tiny_gpt()
+    line = optimizer_line(build_optimizer(model, CONFIG))
+    matrices = sum(p.numel() for name, p in model.named_parameters() if for_muon(name, p))
+    assert line.startswith(f"optimizer: muon on {human(matrices)} parameters, lr 0.02, weight ")
+    assert line.count("adamw on ") == 2 and line.count("lr 0.003, weight decay 0") == 2
+    # without a group that is empty
+    freeze(model, ("*.bias", "*ln_*"))
+    line = optimizer_line(build_optimizer(model, CONFIG))
+    assert line.count("adamw on ") == 1 and line.endswith("lr 0.003, weight decay 0.1")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from fastgpt2 import runs
 from fastgpt2.errors import UserError
@@ -19,6 +20,7 @@ from fastgpt2.train.metrics import read_metrics
 from fastgpt2.train.validation import validate
 from fastgpt2.weights import load, save
 from fastgpt2.weights.digest import weights_sha256
+from fastgpt2.weights.formats import FORMATS
 from tests.train.tiny_run import make_trainer, tiny_train_config, train
 
 # OpenAI's format: 2 layers, 2 heads, width 128, 64 positions, 257 ids, and no tokenizer
@@ -98,6 +100,7 @@ def test_the_context_may_be_shorter(data: Path, tmp_path: Path) -> None:
         ({"bias": False}, "the weights have bias = True, the run asks for False"),
         ({"tokenizer": "char"}, "no tokenizer beside it"),
         ({"init_from": "nowhere"}, "nowhere: no such file or folder"),
+        ({"tokenizer": "auto", "vocab_size": 300}, "tokenizer ids has 300 ids, the model 257"),
     ],
 )
 def test_what_cannot_begin_a_run(
@@ -175,7 +178,7 @@ def test_the_weights_are_not_overwritten_by_the_run_that_wants_them(
         assert main([*flags, "--overwrite", "--steps", "1"]) == 2
         assert "weights" in capsys.readouterr().err
     # the optimizer's file beside the weights is not part of them
-    assert weights_sha256(saved) == digest
+    assert weights_sha256(load(saved)) == digest
 
 
 def test_the_shipped_configuration_is_nanogpts() -> None:
@@ -183,6 +186,10 @@ def test_the_shipped_configuration_is_nanogpts() -> None:
     assert shipped.init_from == "gpt2" and shipped.data == ("tinyshakespeare",)
     assert (shipped.steps, shipped.batch_size, shipped.grad_accum) == (20, 1, 32)
     assert (shipped.lr, shipped.schedule, shipped.warmup_steps) == (3e-5, "constant", 0)
+    # torchrun divides the 32 sequences of a step among the processes, as nanoGPT does
+    assert [shipped.split(ranks) for ranks in (1, 4, 32)] == [(1, 32), (1, 8), (1, 1)]
+    rest = (shipped.weight_decay, shipped.beta1, shipped.beta2, shipped.grad_clip, shipped.dropout)
+    assert rest == (0.1, 0.9, 0.95, 1.0, 0.0) and shipped.val_fraction == 0.1
 
 
 def test_a_resumed_run_keeps_the_gelu_of_its_weights(data: Path, tmp_path: Path) -> None:
@@ -195,3 +202,56 @@ def test_a_resumed_run_keeps_the_gelu_of_its_weights(data: Path, tmp_path: Path)
     settings = TrainConfig(**read_config(str(tmp_path / "run" / runs.RUN_CONFIG)))
     trainer = make_trainer(settings, tmp_path / "run", resume=True)
     assert trainer.model.config.gelu == "erf"
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_noted_digest_is_that_of_the_file_with_the_weights(
+    data: Path, tmp_path: Path, format: str
+) -> None:
+    """Whatever lies beside it: a Trainer's files, the same weights in another format."""
+    start = save(load(OPENAI), tmp_path / "start", format)
+    [file] = load(start).files
+    for name in ("training_args.bin", "optimizer.pt", "scheduler.pt", "other.safetensors"):
+        (file.parent / name).write_bytes(b"anything")
+    trainer = make_trainer(config(data, init_from=str(start), steps=1), tmp_path / "run")
+    assert trainer.config.init_sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def test_the_digest_of_weights_in_several_files_is_of_all(data: Path, tmp_path: Path) -> None:
+    shape = GPT2Config(vocab_size=257, n_positions=64, n_embd=32, n_layer=2, n_head=2)
+    GPT2LMHeadModel(shape).save_pretrained(tmp_path / "start", max_shard_size="40kB")
+    files = sorted((tmp_path / "start").glob("*.safetensors"))
+    assert len(files) > 1
+    start = config(data, init_from=str(tmp_path / "start"), steps=1)
+    content = b"".join(file.read_bytes() for file in files)
+    noted = make_trainer(start, tmp_path / "run").config.init_sha256
+    assert noted == hashlib.sha256(content).hexdigest()
+
+
+def test_a_size_of_the_vocabulary_that_is_not_the_weights(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(config(data, steps=1), tmp_path / "run")
+    flags = ["--init-from", str(tmp_path / "run"), "--data", str(data), "--steps=1"]
+    out = ["--out", str(tmp_path / "out")]
+    capsys.readouterr()
+    assert main([*flags, *out, "--vocab-size=300"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "--vocab-size 300: the weights of" in line and "tokenizer bytes (257 ids)" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_same_command_resumes_when_the_weights_are_gone(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save(load(OPENAI), tmp_path / "start", "hf")
+    flags = ["--init-from", "start", "--tokenizer=bytes", "--data", str(data), "--device=cpu"]
+    few = ["--batch-size=2", "--sample-tokens=0", "--out=run"]
+    assert main([*flags, *few, "--steps=1"]) == 0
+    (tmp_path / "start").rename(tmp_path / "gone")
+    assert main([*flags, *few, "--steps=2", "--resume"]) == 0, capsys.readouterr().err
+    noted = read_config("run/config.toml")
+    assert noted["init_from"] == str(tmp_path / "start") and noted["steps"] == 2
+    assert main([*flags, *few, "--steps=2", "--resume", "--init-from=gone"]) == 2
+    assert "init_from" in capsys.readouterr().err

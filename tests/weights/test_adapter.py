@@ -1,6 +1,7 @@
 """Adapters in PEFT's format, held against PEFT on Hugging Face's class."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -198,10 +199,10 @@ def test_offline_holds_for_the_weights_below(
     assert asked == [bool(flags)]
 
 
-def test_unchanged_weights_are_hashed_once(tmp_path: Path) -> None:
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(b"weights")
-    first, misses = weights_sha256(path), digest._sha256.cache_info().misses
-    assert weights_sha256(path) == first and digest._sha256.cache_info().misses == misses
-    path.write_bytes(b"another")
-    assert weights_sha256(path) != first
+def test_unchanged_weights_are_hashed_once(base: Path, tmp_path: Path) -> None:
+    opened = load(shutil.copytree(base, tmp_path / "copy"))
+    first, misses = weights_sha256(opened), digest._sha256.cache_info().misses
+    assert weights_sha256(opened) == first and digest._sha256.cache_info().misses == misses
+    [path] = opened.files
+    path.write_bytes(path.read_bytes()[:-4] + b"last")
+    assert weights_sha256(opened) != first
