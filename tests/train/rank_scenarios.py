@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -80,15 +80,14 @@ def saver_hangs(rank: int) -> None:
 def unreadable_validation(rank: int) -> None:
     """One rank cannot read the validation split."""
 
-    def fail() -> None:
-        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), "val.tokens")
+    class Batches:
+        """As the data, read when the first batch is asked for."""
 
-    def batches(*arguments: Any, **options: Any) -> Iterator[None]:
-        # as the data, read when the first batch is asked for
-        return (fail() for _ in range(1))
+        def __next__(self) -> Any:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), "val.tokens")
 
     if rank == 1:
-        patch("fastgpt2.train.validation.iter_eval_batches", batches).start()
+        patch("fastgpt2.train.validation.iter_eval_batches", lambda *_, **__: Batches()).start()
 
 
 def memory_of_steps(rank: int) -> int:
