@@ -27,6 +27,7 @@ _NO_ROOM = (
     "overflow when unpacking",
     "array is too big",
     "Maximum allowed dimension exceeded",
+    "can't start new thread",
 )
 # characters of an error's line
 _LONGEST = 2_000

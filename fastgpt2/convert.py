@@ -15,12 +15,13 @@ from tqdm import tqdm
 
 from fastgpt2 import streams
 from fastgpt2.cli import Parser, file_name, file_path, run
+from fastgpt2.config import GELUS
 from fastgpt2.errors import UserError
 from fastgpt2.files import write_text
 from fastgpt2.quantize import KINDS
 from fastgpt2.runs import find_tokenizer
 from fastgpt2.text import GPT2Tokenizer, save_tokenizer
-from fastgpt2.weights import FORMATS, RELEASES, Checkpoint, load, nanogpt, save
+from fastgpt2.weights import FORMATS, RELEASES, Checkpoint, huggingface, load, nanogpt, save
 from fastgpt2.weights.formats import detect
 from fastgpt2.weights.hub import locate
 from fastgpt2.weights.metadata import read_json
@@ -64,6 +65,12 @@ def build_parser() -> argparse.ArgumentParser:
         choices=KINDS,
         help="round the weights to 8 bits, one scale per row; only with --to fastgpt2",
     )
+    parser.add_argument(
+        "--gelu",
+        choices=GELUS,
+        help="take the model for one with this GELU, which changes its logits by about 1e-3 [the "
+        "one that SRC says; nanoGPT's files say nothing: erf]",
+    )
     parser.add_argument("--offline", action="store_true", help="do not use the network")
     return parser
 
@@ -75,23 +82,26 @@ def convert(
     *,
     dtype: torch.dtype | None = None,
     quantize: str | None = None,
+    gelu: str | None = None,
     offline: bool = False,
 ) -> list[str]:
     """Convert ``src``; returns lines that say what was done. See the command's help."""
     path = locate(src, offline=offline)
     checkpoint = load(path, offline=offline)
+    if gelu is not None:
+        checkpoint = replace(checkpoint, config=replace(checkpoint.config, gelu=gelu))
     folder = path if path.is_dir() else path.parent
     notes = list(checkpoint.notes)
-    gelu = checkpoint.config.gelu
-    if to == "nanogpt" and gelu != nanogpt.EXACT:
+    form = checkpoint.config.gelu
+    if to == "nanogpt" and form != nanogpt.EXACT:
         notes.append(
-            f"the model has the {gelu} GELU, nanoGPT computes the {nanogpt.EXACT} GELU: its logits "
+            f"the model has the {form} GELU, nanoGPT computes the {nanogpt.EXACT} GELU: its logits "
             "differ by about 1e-3"
         )
 
     def beside(target: Path) -> None:
         if to == "hf" and detect(path)[0] == "hf":
-            _carry_config(folder, target)
+            _carry_config(folder, target, () if gelu is None else (huggingface.ACTIVATION,))
         notes.extend(_carry_tokenizer(folder, target, to))
 
     total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
@@ -130,15 +140,15 @@ def _counted(checkpoint: Checkpoint, update: Callable[[int], object]) -> Checkpo
     return replace(checkpoint, tensors=tensors)
 
 
-def _carry_config(source: Path, target: Path) -> None:
+def _carry_config(source: Path, target: Path, forced: Sequence[str]) -> None:
     """Between Hugging Face folders, keep every option that does not depend on the weights.
 
-    Token ids, task parameters and unknown options stay; only dtype and class come from the new
-    weights.
+    Token ids, task parameters and unknown options stay; only dtype, class and what is ``forced``
+    come from the new weights.
     """
     written = read_json(target / HF_CONFIG)
     kept = {key: v for key, v in read_json(source / HF_CONFIG).items() if key != "dtype"}
-    decided = {key: written[key] for key in ("architectures", "torch_dtype")}
+    decided = {key: written[key] for key in ("architectures", "torch_dtype", *forced)}
     record = kept | decided
     write_text(target / HF_CONFIG, json.dumps(record, indent=2, sort_keys=True) + "\n")
 
@@ -157,6 +167,9 @@ def _carry_tokenizer(source: Path, target: Path, to: str) -> list[str]:
         tokenizer = find_tokenizer(source)
     except UserError as error:
         return [f"no tokenizer written: {error}"]
+    except OSError as error:
+        # the caller takes others for errors of the target
+        raise UserError(f"{error.filename or source}: cannot be read: {error.strerror}") from None
     if tokenizer is None:
         return [f"no tokenizer written: {source} has none"]
     if to == "fastgpt2":
@@ -186,6 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.to,
             dtype=dtype,
             quantize=args.quantize,
+            gelu=args.gelu,
             offline=args.offline,
         )
         for line in lines:

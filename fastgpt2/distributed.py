@@ -45,6 +45,15 @@ def seconds_since_agreement() -> float:
     return time.monotonic() - _Progress.moment
 
 
+def leave_out(seconds: float) -> None:
+    """Do not count a time in ``seconds_since_agreement``.
+
+    Args:
+        seconds: how long this process was stopped, as by Ctrl-Z.
+    """
+    _Progress.moment += seconds
+
+
 @contextmanager
 def process_group(device: str = "cpu", timeout: float | None = None) -> Iterator[None]:
     """The group of processes that torchrun has started; without torchrun, nothing.

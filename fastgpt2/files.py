@@ -6,7 +6,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -15,18 +15,25 @@ from fastgpt2.errors import UserError
 
 # the names that _hidden gives
 _TEMPORARY = re.compile(r"\..{0,50}\.[0-9a-f]{8}\.tmp", re.DOTALL)
+# of the temporary folder within one that is filled
+_CONTENT = "content"
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, *, new: bool = False) -> Iterator[Path]:
     """A temporary file beside ``path`` that takes its place when the block ends without error.
 
     The bytes are on the disk (fsync) before the rename, so that a crash at any moment leaves
     either the old file or the new one. On an error the temporary file is removed. A link stays one:
     what it points to is replaced.
 
+    Args:
+        path: the file.
+        new: nothing is replaced, not even what another process has put there during the block.
+
     Raises:
-        UserError: ``path`` is a device, a pipe or a socket, which cannot be replaced.
+        UserError: ``path`` is a device, a pipe or a socket, which cannot be replaced; or it is to
+            be new and exists.
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not (path.is_file() or path.is_dir()):
@@ -37,27 +44,31 @@ def atomic_path(path: Path) -> Iterator[Path]:
             temporary.touch(exist_ok=False)
             yield temporary
             sync(temporary)
-            os.replace(temporary, path)
+            (_put if new else os.replace)(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
         sync(path.parent)
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path, *, last: Collection[str] = ()) -> Iterator[Path]:
     """A temporary folder that becomes ``path`` when the block ends without error.
 
     All in it is on the disk (fsync) before the rename. On an error it is removed. An empty folder
     that is there already stays, and gets the content: it may be a mount point, a link, or ``.``.
 
+    Args:
+        path: the folder.
+        last: names of the entries that make the content complete; they come after the others.
+
     Raises:
-        UserError: ``path`` exists and is not empty.
+        UserError: ``path`` exists and is not empty, before the block or after it.
     """
     there = path.exists()
     if there and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path}: exists already and is not empty")
+        raise _taken(path)
     # a rename is one step only within a file system, and a folder may be mounted
-    temporary = _hidden(Path(os.path.realpath(path)) / "content" if there else path)
+    temporary = _hidden(Path(os.path.realpath(path)) / _CONTENT if there else path)
     with new_folders(temporary.parent):
         try:
             temporary.mkdir()
@@ -65,9 +76,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             for entry in (*temporary.rglob("*"), temporary):
                 sync(entry)
             if there:
-                _move_up(temporary)
+                _move_up(temporary, last)
             else:
-                os.rename(temporary, path)
+                _rename(temporary, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         sync(temporary.parent)
@@ -121,9 +132,23 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("nested too deeply") from None
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Within the block, an ``OSError`` that names no file is one of ``path``.
+
+    Opening a file names it, but reading from one that is open does not.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def sha256_of(path: Path) -> str:
     """The sha256 of a file, in hexadecimal digits."""
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -136,6 +161,42 @@ def sync(path: Path) -> None:
     try:
         os.fsync(handle)
     finally:
+        os.close(handle)
+
+
+@contextmanager
+def locked(path: Path, taken: str) -> Iterator[None]:
+    """Within the block, no other process is in such a block; a killed one leaves no claim.
+
+    Args:
+        path: a file for this alone; removed at the end.
+        taken: the error's message.
+
+    Raises:
+        UserError: another process is.
+    """
+    handle = _lock(path, taken)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink()
+        os.close(handle)
+
+
+def _lock(path: Path, taken: str) -> int:
+    """An open file that holds the lock."""
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            lock_file(handle)
+        except BlockingIOError:
+            os.close(handle)
+            raise UserError(taken) from None
+        # the process before may have removed the file since it was opened
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), path.stat()):
+                return handle
         os.close(handle)
 
 
@@ -160,19 +221,73 @@ def lock_file(handle: int) -> None:
         return
 
 
-def _move_up(folder: Path) -> None:
+def _put(temporary: Path, path: Path) -> None:
+    """Give a file its name, which must be free."""
+    try:
+        # unlike a rename, a link replaces nothing
+        os.link(temporary, path)
+    except FileExistsError:
+        raise UserError(f"{path}: exists already") from None
+    except OSError:
+        # a file system without links
+        if path.exists():
+            raise UserError(f"{path}: exists already") from None
+        os.replace(temporary, path)
+
+
+def _rename(temporary: Path, path: Path) -> None:
+    """Give a folder its name, which must be free or that of an empty folder."""
+    try:
+        os.rename(temporary, path)
+    except OSError:
+        # another process has been faster
+        if path.exists():
+            raise _taken(path) from None
+        raise
+
+
+def _move_up(folder: Path, last: Collection[str]) -> None:
     """Move all that ``folder`` holds into the folder around it, or nothing."""
     moved: list[Path] = []
-    # the file that makes the content complete was written last
-    entries = sorted(folder.iterdir(), key=lambda entry: entry.stat().st_mtime_ns)
+    entries = sorted(folder.iterdir(), key=lambda entry: entry.name in last)
+    with _alone_in(folder.parent):
+        # other processes may be at work there, and one of them may have been faster
+        if any(not _is_content(entry) for entry in folder.parent.iterdir()):
+            raise _taken(folder.parent)
+        try:
+            for entry in entries:
+                os.rename(entry, folder.parent / entry.name)
+                moved.append(folder.parent / entry.name)
+        except BaseException:
+            for entry in moved:
+                os.rename(entry, folder / entry.name)
+            raise
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Within the block, no other process is in such a block for the folder."""
+    if os.name == "nt":
+        # Windows cannot open a folder
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        for entry in entries:
-            os.rename(entry, folder.parent / entry.name)
-            moved.append(folder.parent / entry.name)
-    except BaseException:
-        for entry in moved:
-            os.rename(entry, folder / entry.name)
-        raise
+        lock_file(handle)
+        yield
+    except BlockingIOError:
+        raise _taken(folder) from None
+    finally:
+        os.close(handle)
+
+
+def _taken(path: Path) -> UserError:
+    return UserError(f"{path}: exists already and is not empty")
+
+
+def _is_content(path: Path) -> bool:
+    """Whether it is the temporary folder of a process that fills the folder around it."""
+    return path.name.startswith(f".{_CONTENT}.") and path.name.endswith(".tmp")
 
 
 def is_temporary(path: Path) -> bool:

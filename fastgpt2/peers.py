@@ -23,6 +23,8 @@ READER, SAVER = "reader", "saver"
 STUCK = 75
 # seconds between two looks, and from an error elsewhere to the end of a process that still waits
 _INTERVAL, _GRACE = 0.25, 3.0
+# seconds between two looks after which the whole process must have been stopped
+_STOPPED = 5.0
 # messages of gloo, NCCL and the store about a process that has ended
 _LOST = ("closed by peer", "reset by peer", "Connection refused", "Broken pipe", "timed out")
 
@@ -147,7 +149,13 @@ class Watch:
         return None
 
     def _look(self) -> None:
+        last = time.monotonic()
         while not self._stopped.wait(_INTERVAL):
+            now = time.monotonic()
+            if now - last > _STOPPED:
+                # Ctrl-Z or a debugger has stopped this thread and the others: nothing hangs
+                distributed.leave_out(now - last)
+            last = now
             code = self._found()
             if code is not None:
                 # the main thread may be on its way out

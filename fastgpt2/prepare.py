@@ -15,6 +15,7 @@ from fastgpt2.text.dataset import Dataset, build_dataset, refuse_vocab_size
 from fastgpt2.text.documents import TEXT_COLUMN
 from fastgpt2.text.mixture import refuse_weights
 from fastgpt2.text.parts import Part, merge_parts, parse_part, prepare_part
+from fastgpt2.text.prepared import FILE_NAME as MANIFEST
 from fastgpt2.text.prepared import PreparedWriter, find_prepared
 from fastgpt2.text.stored import StoredTokens
 from fastgpt2.text.token_files import find_token_files
@@ -175,7 +176,7 @@ def prepare(
             workers=workers,
         )
         return
-    with atomic_folder(out) as folder:
+    with atomic_folder(out, last=(MANIFEST,)) as folder:
         options: dict[str, Any] = {"shard_tokens": shard_tokens, "to": to}
         if find_prepared(data) or find_token_files(data):
             dataset = build_dataset(

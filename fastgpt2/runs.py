@@ -65,15 +65,24 @@ def latest(run: Path) -> Path:
     return step_folder(run, steps[-1])
 
 
-def best(run: Path) -> Path:
+def best(run: Path, *, pass_over: bool = False) -> Path:
     """The checkpoint with the lowest validation loss; the newest where none was measured.
+
+    Args:
+        run: the run folder.
+        pass_over: leave out the checkpoints whose state cannot be read.
 
     Raises:
         UserError: the run has none, or the state of one cannot be read.
     """
     losses = {}
     for step in saved_steps(run):
-        validation = read_state(step_folder(run, step)).get("validation")
+        try:
+            validation = read_state(step_folder(run, step)).get("validation")
+        except UserError:
+            if not pass_over:
+                raise
+            continue
         loss = validation.get("loss") if isinstance(validation, dict) else None
         if isinstance(loss, int | float) and -math.inf < loss < math.inf:
             losses[step] = loss
@@ -93,6 +102,8 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read: {error}") from None
     if not isinstance(state, dict):
         raise UserError(f"{path}: expected a JSON object")
+    if not isinstance(state.get("sha256", {}), dict):
+        raise UserError(f"{path}: damaged: its sha256 is not a JSON object")
     # the first checkpoints said nothing
     saved = state.get("format", 0)
     if not isinstance(saved, int) or saved > FORMAT:

@@ -75,7 +75,7 @@ def _takes_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool
     if torch.compiler.is_compiling():
         # a condition on the number of rows would compile one program for each outcome
         return end == sys.maxsize and not torch.compiler.is_exporting() and not transformed()
-    return first <= x.numel() // x.shape[-1] < end and is_ordinary(x, weight, bias)
+    return is_ordinary(x, weight, bias) and first <= x.numel() // x.shape[-1] < end
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -147,20 +147,20 @@ class FailingFile(io.FileIO):
 
 
 class BreakingStream(io.StringIO):
-    """A terminal or pipe that goes away at the n-th write."""
+    """A terminal that goes away at the n-th write, or with ``errno.EPIPE`` the reader of a pipe."""
 
-    def __init__(self, n: int) -> None:
+    def __init__(self, n: int, number: int = errno.EIO) -> None:
         super().__init__()
-        self.fault = Fault(n, lasts=True)
+        self.fault, self.number = Fault(n, lasts=True), number
 
     def write(self, text: str) -> int:
         if self.fault.strikes():
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
+            raise OSError(self.number, os.strerror(self.number))
         return super().write(text)
 
     def flush(self) -> None:
         if self.fault.happened:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
+            raise OSError(self.number, os.strerror(self.number))
 
 
 @contextmanager
@@ -181,3 +181,68 @@ def signal_at(point: str, n: int, number: int) -> Iterator[Fault]:
 
 
 SIGNALS = [number for number in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, number)]
+
+
+@contextmanager
+def failing_reads(n: int, folder: Path, *, number: int = errno.EIO) -> Iterator[Fault]:
+    """The n-th read of a file under ``folder``, and each later one, fails: a disk that breaks.
+
+    Files that are opened to be read, what is read from them and folders that are listed count; what
+    a library reads by itself, such as safetensors, does not.
+    """
+    fault = Fault(n, lasts=True)
+
+    def check(path: Any, *, named: bool) -> None:
+        if str(path).startswith(str(folder)) and fault.strikes():
+            # only a call that is given a name says it in its error
+            raise OSError(number, os.strerror(number), *([str(path)] if named else []))
+
+    class Reader(io.FileIO):
+        def readinto(self, buffer: Any) -> Any:
+            check(self.name, named=False)
+            return super().readinto(buffer)
+
+        def readall(self) -> bytes:
+            check(self.name, named=False)
+            return super().readall()
+
+        def read(self, size: int | None = -1) -> Any:
+            check(self.name, named=False)
+            return super().read(size)
+
+    def checked_open(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(path: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
+            if set(mode) & set("wax+") or not str(path).startswith(str(folder)):
+                return function(path, mode, *arguments, **options)
+            check(path, named=True)
+            raw = Reader(path, "r")
+            if "b" in mode:
+                return raw if 0 in (*arguments, *options.values()) else io.BufferedReader(raw)
+            names = ("encoding", "errors", "newline")
+            text = {name: options[name] for name in names if name in options}
+            return io.TextIOWrapper(io.BufferedReader(raw), **text)
+
+        return call
+
+    def pread(handle: int, *arguments: Any) -> bytes:
+        check(os.readlink(f"/proc/self/fd/{handle}"), named=False)
+        return read_at(handle, *arguments)
+
+    def listed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(path: Any = ".", *arguments: Any, **options: Any) -> Any:
+            check(path, named=True)
+            return function(path, *arguments, **options)
+
+        return call
+
+    read_at = os.pread
+    with ExitStack() as stack:
+        for target, name, function in (
+            (os, "pread", pread),
+            (os, "listdir", listed(os.listdir)),
+            (os, "scandir", listed(os.scandir)),
+            (builtins, "open", checked_open(builtins.open)),
+            (io, "open", checked_open(io.open)),
+        ):
+            stack.enter_context(patch.object(target, name, function))
+        yield fault

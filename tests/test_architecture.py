@@ -168,6 +168,18 @@ def test_triton_is_imported_under_jit_only() -> None:
     assert not guilty
 
 
+def test_pictures_are_drawn_in_one_place() -> None:
+    """``fastgpt2.picture`` knows what a notebook's backend or a matplotlibrc can do to them."""
+    guilty = {
+        path.relative_to(ROOT).as_posix()
+        for path in python_files("fastgpt2", "kernels", "benchmarks", "tools")
+        for _, imported in imports(path)
+        if imported.split(".")[0] == "matplotlib"
+    }
+    # the function of the book shows its picture in a reader's notebook
+    assert guilty == {"fastgpt2/picture.py", "fastgpt2/ladder/training.py"}
+
+
 def test_imports_are_absolute() -> None:
     for path in python_files("fastgpt2", "kernels", "tests", "benchmarks", "tools"):
         for node in nodes(path):

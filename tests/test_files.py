@@ -1,7 +1,8 @@
+import contextlib
 import os
 import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -168,3 +169,65 @@ def test_a_name_may_be_as_long_as_the_system_allows(tmp_path: Path) -> None:
     with atomic_folder(tmp_path / ("é" * 120)) as temporary:
         (temporary / "file").touch()
     assert sorted(map(len, os.listdir(tmp_path))) == [120, 255]
+
+
+def test_of_two_that_make_one_folder_the_second_is_refused(tmp_path: Path) -> None:
+    """Both begin while there is nothing, or an empty folder."""
+    for there in (False, True):
+        path = tmp_path / str(there)
+        if there:
+            path.mkdir()
+        message = f"{re.escape(str(path))}: exists already and is not"
+        with pytest.raises(UserError, match=message), _begun(path) as second:
+            with _begun(path) as first:
+                (first / "file").write_bytes(b"first")
+            (second / "file").write_bytes(b"second")
+        assert (path / "file").read_bytes() == b"first"
+        assert os.listdir(path) == ["file"]
+    assert sorted(os.listdir(tmp_path)) == ["False", "True"]
+
+
+@contextlib.contextmanager
+def _begun(path: Path) -> Iterator[Path]:
+    """As by a process that looks at the folder before another one has written anything."""
+    with contextlib.ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Path, "iterdir", lambda self: iter(()))
+            folder = stack.enter_context(atomic_folder(path))
+        yield folder
+
+
+def test_what_makes_a_folder_complete_comes_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the clock says: it may have gone back, or not on, while the files were written."""
+    rename, done = os.rename, []
+
+    def watched(source: Path, target: Path) -> None:
+        done.append(Path(target).name)
+        rename(source, target)
+
+    (tmp_path / "folder").mkdir()
+    with atomic_folder(tmp_path / "folder", last=("manifest", "none")) as temporary:
+        for number, name in enumerate(("manifest", "a", "b")):
+            (temporary / name).touch()
+            os.utime(temporary / name, (number, number))
+        monkeypatch.setattr(os, "rename", watched)
+    assert sorted(done[:2]) == ["a", "b"] and done[2:] == ["manifest"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_new_file_replaces_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    path = tmp_path / "file"
+    with atomic_path(path, new=True) as temporary:
+        temporary.write_bytes(b"first")
+    with pytest.raises(UserError, match="file: exists already"), atomic_path(path, new=True) as new:
+        new.write_bytes(b"second")
+    assert path.read_bytes() == b"first" and os.listdir(tmp_path) == ["file"]

@@ -128,6 +128,9 @@ def test_offloaded_weights_are_fetched() -> None:
     model, (idx, targets) = tiny_gpt().eval(), tiny_batch()
     expected = model.generate(idx[:, :4], 3, top_k=1), model(idx, targets)[1]
     cpu_offload(model, execution_device=torch.device("cpu"))
+    assert "lm_head is called, so the loss is computed from its logits: it has hooks" in (
+        model.explain()
+    )
     assert torch.equal(model.generate(idx[:, :4], 3, top_k=1), expected[0])
     assert model.log_probs(idx).isfinite().all()
     torch.testing.assert_close(model(idx, targets)[1], expected[1])
@@ -162,6 +165,8 @@ def test_exported_and_traced_programs_compute_the_logits(tmp_path: Path) -> None
     logits, loss = model(idx, targets)
     torch.testing.assert_close(loaded.module()(idx, targets), (logits, loss))
     assert "fastgpt2" not in str(program.run_decompositions().graph)
+    # a block of autocast, even of one that is off, is an operator of its own
+    assert "autocast" not in str(program.graph)
     buffer = io.BytesIO()
     model.forward = model.logits  # type: ignore[assignment]
     torch.jit.save(torch.jit.trace(model, idx), buffer)  # type: ignore[no-untyped-call]

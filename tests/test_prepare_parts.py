@@ -7,15 +7,17 @@ import shutil
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fastgpt2.prepare import main, prepare
-from fastgpt2.text import GPT2Tokenizer, build_dataset, save_tokenizer
+from fastgpt2.text import GPT2Tokenizer, build_dataset, parts, save_tokenizer
 from fastgpt2.text.corpora import load_corpus, split_pieces
 from fastgpt2.text.documents import KnownSizes
 from fastgpt2.text.parts import Part, merge_parts
 from fastgpt2.text.prepared import open_prepared
+from fastgpt2.text.tokenizing import write_pieces
 from tests.text.tiny import tiny_files
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -318,6 +320,30 @@ def test_memory_of_a_part_is_that_of_its_pieces(tmp_path: Path) -> None:
     assert abs(count - corpus.size / 3) < 2 << 20
     # of 25 MB of text, a few pieces of 1 MiB
     assert peak < 8 << 20
+
+
+def test_two_processes_do_not_make_one_part(
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The second would take the first one's work for what a crash has left."""
+    out, codes, whole = tmp_path / "out", list[int](), write_pieces
+
+    def write(*arguments: Any, **options: Any) -> str:
+        # in the middle of the first
+        monkeypatch.undo()
+        codes.append(make(corpus, out, "1/1"))
+        return whole(*arguments, **options)
+
+    monkeypatch.setattr(parts, "write_pieces", write)
+    assert make(corpus, out, "1/1") == 0
+    assert codes == [2]
+    said = capsys.readouterr().err
+    assert "part-00001-of-00001: another process is at work on it" in said
+    assert main(["--merge", "--out", str(out)]) == 0
+    assert sorted(path.name for path in out.iterdir())[0] == "fastgpt2_tokenizer.json"
 
 
 @pytest.mark.parametrize(

@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from benchmarks.machine import machine
+from fastgpt2 import picture
 from fastgpt2.cli import Parser
 from fastgpt2.cli import run as run_command
 from fastgpt2.errors import UserError
-from fastgpt2.files import atomic_path, write_text
+from fastgpt2.files import write_text
 from fastgpt2.model import GPT
 from fastgpt2.train.__main__ import main as train
 from fastgpt2.train.config import TrainConfig
@@ -107,8 +106,11 @@ def step_seconds(rounds: int = 15) -> dict[str, float]:
 
 def draw(record: dict[str, Any], path: Path) -> None:
     """Validation loss against steps, one line per setting: the mean over its seeds."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    FigureCanvasAgg(figure)
+    picture.draw(path, lambda: _paint(record))
+
+
+def _paint(record: dict[str, Any]) -> Any:
+    figure = picture.new_figure(8, 5)
     axes = figure.subplots()
     curves: dict[tuple[str, int], list[list[list[float]]]] = {}
     for run in record["runs"]:
@@ -127,8 +129,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
     axes.set_title("Tiny Shakespeare, 0.8 M parameters")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
+    return figure
 
 
 def main(argv: list[str] | None = None) -> int:

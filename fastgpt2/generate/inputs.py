@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fastgpt2.errors import UserError
+from fastgpt2.files import naming
 from fastgpt2.generate.checks import check_prompt, split_stops
 from fastgpt2.generate.options import Options
 from fastgpt2.generate.processors import require
@@ -98,7 +99,7 @@ def _read(source: str) -> str:
         data = getattr(sys.stdin, "buffer", sys.stdin).read()
         data = data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data
     else:
-        with waiting_for(source):
+        with naming(Path(source)), waiting_for(source):
             data = Path(source).read_bytes()
     try:
         return Utf8Decoder(source).decode(data, final=True)

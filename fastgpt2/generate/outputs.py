@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, Self
 from tqdm import tqdm
 
 from fastgpt2.errors import UserError
-from fastgpt2.files import lock_file
+from fastgpt2.files import lock_file, naming
 from fastgpt2.generate.inputs import Job
 from fastgpt2.generate.jobs import Event, Task
 from fastgpt2.generate.options import Options
@@ -66,7 +66,8 @@ class ResultFile:
 
     def _read_done(self) -> int:
         """Note the results in the file; returns how many of its bytes are whole lines."""
-        data = self._path.read_bytes()
+        with naming(self._path):
+            data = self._path.read_bytes()
         # a line that was cut off does not count
         end = data.rfind(b"\n") + 1
         for number, line in enumerate(data[:end].split(b"\n")[:-1], 1):

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence, Sized
 from itertools import islice
+from textwrap import shorten
 from typing import Protocol
 
 import torch
@@ -175,11 +176,25 @@ def plot_losses(
 ) -> None:
     """Draw both losses against epochs and tokens, into ``loss-plot.pdf``; show it on a screen.
 
+    A picture that cannot be drawn is one line: the trained model must not be lost with it.
+
     Args:
         epochs_seen: epochs at each evaluation.
         tokens_seen: tokens at each evaluation.
         train_losses, val_losses: the losses there, nats per token.
     """
+    try:
+        _draw_losses(epochs_seen, tokens_seen, train_losses, val_losses)
+    except Exception as error:
+        print(f"loss-plot.pdf: not drawn ({shorten(str(error), 200, placeholder=' ...')})")
+
+
+def _draw_losses(
+    epochs_seen: Sequence[float] | Tensor,
+    tokens_seen: Sequence[int],
+    train_losses: Sequence[float],
+    val_losses: Sequence[float],
+) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(5, 3), layout="constrained")

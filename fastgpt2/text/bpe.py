@@ -14,7 +14,7 @@ import tiktoken
 
 from fastgpt2.download import DownloadError, cache_dir, download
 from fastgpt2.errors import UserError
-from fastgpt2.files import parse_json, write_text
+from fastgpt2.files import naming, parse_json, write_text
 from fastgpt2.text.encoding import END_OF_TEXT, fingerprint, well_formed
 
 # GPT-2's split into words (openai/gpt-2, src/encoder.py). Quantifiers are possessive where the
@@ -188,7 +188,8 @@ def _from_network(timeout: float, retries: int) -> tuple[str, str]:
 def _read(path: Path) -> str:
     try:
         # an editor may have added a byte-order mark
-        return path.read_bytes().decode("utf-8-sig")
+        with naming(path):
+            return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 at byte {error.start}") from error
 

@@ -21,7 +21,14 @@ from typing import Any, NamedTuple
 
 from fastgpt2.cli import quoted
 from fastgpt2.errors import UserError
-from fastgpt2.files import atomic_folder, parse_json, sync, write_text
+from fastgpt2.files import (
+    atomic_folder,
+    locked,
+    new_folders,
+    parse_json,
+    sync,
+    write_text,
+)
 from fastgpt2.text.corpora import PYTHON_DOCS, Corpus, Document, absolute, load_corpus, split_pieces
 from fastgpt2.text.documents import KNOWN_SIZES
 from fastgpt2.text.encoding import Tokenizer
@@ -127,24 +134,26 @@ def prepare_part(
         _check_identity(final, read_index(final), "this call", identity)
         print(f"part {part.number} of {part.parts}: finished already: {final}")
         return
-    for leftover in (out / PARTS).glob(f".{part.name}.*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
     first, last = part.span(corpus.size)
-    with atomic_folder(final) as folder:
-        index = identity | {"part": part.number, "parts": part.parts, "span": [first, last]}
-        writer = _PartWriter(folder, chosen, shard_tokens, index | {"size": corpus.size})
-        with writer:
-            speed = write_pieces(
-                writer,
-                split_pieces(corpus, val_fraction, (first, last)),
-                folder,
-                chosen,
-                workers=workers,
-                total=last - first,
-            )
-            if _fingerprint(corpus) != before:
-                raise UserError(f"data: {identity['source']} has changed while it was read")
-        _verify(folder, read_index(folder))
+    taken = f"{final}: another process is at work on it"
+    with new_folders(out / PARTS), locked(out / PARTS / f".{part.name}.lock", taken):
+        for leftover in (out / PARTS).glob(f".{part.name}.*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        with atomic_folder(final, last=(INDEX,)) as folder:
+            index = identity | {"part": part.number, "parts": part.parts, "span": [first, last]}
+            writer = _PartWriter(folder, chosen, shard_tokens, index | {"size": corpus.size})
+            with writer:
+                speed = write_pieces(
+                    writer,
+                    split_pieces(corpus, val_fraction, (first, last)),
+                    folder,
+                    chosen,
+                    workers=workers,
+                    total=last - first,
+                )
+                if _fingerprint(corpus) != before:
+                    raise UserError(f"data: {identity['source']} has changed while it was read")
+            _verify(folder, read_index(folder))
     print(f"part {part.number} of {part.parts}: {sum(writer.tokens.values()):,} tokens; {speed}")
     print(f"when all parts are there: fastgpt2 prepare --merge --out {quoted(out)}")
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from fastgpt2 import streams
 from fastgpt2.errors import FileChangedError, UserError
+from fastgpt2.files import naming
 
 DType = np.dtype[Any]
 
@@ -119,7 +120,8 @@ class StoredTokens:
     def _read(self, number: int, offset: int, count: int) -> NDArray[Any]:
         file = self.files[number]
         itemsize = file.dtype.itemsize
-        data = _read_at(self._open[number], file.offset + offset * itemsize, count * itemsize)
+        with naming(file.path):
+            data = _read_at(self._open[number], file.offset + offset * itemsize, count * itemsize)
         if len(data) != count * itemsize:
             reason = "the file became shorter while it was in use"
             raise FileChangedError(f"{self.kind} {file.path}: {reason}")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Self
 
 from fastgpt2.errors import UserError
-from fastgpt2.files import parse_json, write_text
+from fastgpt2.files import naming, parse_json, write_text
 from fastgpt2.text.bpe import GPT2Tokenizer, VocabularyMissingError
 from fastgpt2.text.encoding import END_OF_TEXT, Tokenizer, fingerprint, well_formed
 
@@ -237,7 +237,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     """
     path = Path(folder) / FILE_NAME
     try:
-        record = parse_json(path.read_bytes())
+        with naming(path):
+            record = parse_json(path.read_bytes())
         name, expected = record["name"], record["fingerprint"]
         chars = record["chars"] if name == "char" else None
         vocab_size = int(record["vocab_size"]) if name == "ids" else None

@@ -168,57 +168,13 @@ def _write_state_anew(final: Path, record: dict[str, Any]) -> None:
         raise UserError(f"{final}: cannot be written: {error}") from None
 
 
-def newest_intact(run: Path, notify: Callable[[str], None]) -> Path:
-    """The newest checkpoint whose files are as they were saved.
-
-    A newer one that is damaged is renamed, so that nothing takes it for a checkpoint; its files
-    are kept.
-
-    Args:
-        run: the run folder.
-        notify: shows a line for each damaged one.
-
-    Raises:
-        UserError: there is none, or all are damaged; gives the reason of the newest one.
-    """
-    newest = runs.latest(run)
-    damaged: dict[Path, UserError] = {}
-    for step in reversed(runs.saved_steps(run)):
-        folder = runs.step_folder(run, step)
-        try:
-            _check_intact(folder)
-        except UserError as error:
-            damaged[folder] = error
-            continue
-        for other, reason in damaged.items():
-            os.rename(other, other.with_name(f"damaged_{other.name}"))
-            notify(f"{reason}; going on from {folder.name} instead")
-        return folder
-    raise damaged[newest]
-
-
-def _check_intact(folder: Path) -> None:
-    """Raise ``UserError`` if a file has another digest than was saved, or is a foreign shard."""
-    saved = runs.read_state(folder).get("sha256", {})
-    shards = {path.relative_to(folder).as_posix() for path in (folder / runs.SHARDS).glob("*")}
-    if foreign := sorted(shards - saved.keys()):
-        raise UserError(f"{folder / foreign[0]}: not a file of this checkpoint")
-    for name, digest in saved.items():
-        try:
-            found = sha256_of(folder / name)
-        except OSError as error:
-            raise UserError(f"{folder / name}: cannot be read: {error.strerror}") from None
-        if found != digest:
-            raise UserError(f"{folder / name}: damaged: its sha256 is not the saved one")
-
-
 def _json(record: dict[str, Any]) -> str:
     return json.dumps(record, indent=2, allow_nan=False) + "\n"
 
 
 def prune(run: Path, keep_last: int) -> None:
     """Delete all checkpoints but the best and the newest ``keep_last``, and a crash's leftovers."""
-    steps, best = runs.saved_steps(run), runs.best(run)
+    steps, best = runs.saved_steps(run), runs.best(run, pass_over=True)
     _delete(run, [s for s in steps[:-keep_last] if runs.step_folder(run, s) != best])
 
 

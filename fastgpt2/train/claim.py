@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fastgpt2 import distributed, runs
 from fastgpt2.errors import UserError
-from fastgpt2.files import is_temporary, lock_file, new_folders, remove_empty
+from fastgpt2.files import is_temporary, locked, new_folders, remove_empty
 
 LOCK = ".lock"
 # seconds until another machine sees a new file, at most
@@ -37,14 +37,9 @@ def claimed(folder: Path, *, made: Iterable[Path] = ()) -> Iterator[None]:
         UserError: another process has it.
     """
     try:
-        with new_folders(folder):
-            handle = _lock(folder)
-            try:
-                yield
-            finally:
-                with suppress(OSError):
-                    (folder / LOCK).unlink()
-                os.close(handle)
+        taken = f"{folder}: another process is training into it"
+        with new_folders(folder), locked(folder / LOCK, taken):
+            yield
     finally:
         remove_empty(made)
 
@@ -165,20 +160,3 @@ def _mounted_below(folder: Path) -> list[Path]:
     ]
     inside = folder.resolve()
     return [path for path in map(Path, map(os.fsdecode, names)) if inside in path.parents]
-
-
-def _lock(folder: Path) -> int:
-    """An open file that holds the lock."""
-    path = folder / LOCK
-    while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            lock_file(handle)
-        except BlockingIOError:
-            os.close(handle)
-            raise UserError(f"{folder}: another process is training into it") from None
-        # the process before may have removed the file since it was opened
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(handle), path.stat()):
-                return handle
-        os.close(handle)

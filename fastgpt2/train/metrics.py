@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastgpt2.files import parse_json, write_text
+from fastgpt2.files import naming, parse_json, write_text
 from fastgpt2.picture import draw, printable
 from fastgpt2.train.curves import Curves, paint_run
 
@@ -61,7 +61,8 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     A number that is not finite is left out of its record, as ``MetricsLog`` does.
     """
     path = run / "metrics.jsonl"
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    with naming(path):
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     records: list[dict[str, Any]] = []
     for line in text.splitlines():
         try:

@@ -99,7 +99,7 @@ def step_table(averages: Any, steps: int) -> str:
 
     def line(name: str, calls: int, host_us: float, device_us: float) -> str:
         times = (host_us, device_us) if on_device else (host_us,)
-        return f"  {shorten(name, 44):<44} {calls / steps:>8.4g} x" + "".join(
+        return f"  {_both_ends(name):<44} {calls / steps:>8.4g} x" + "".join(
             f" {time / 1e3 / steps:>10.3f}" for time in times
         )
 
@@ -111,3 +111,8 @@ def step_table(averages: Any, steps: int) -> str:
     for e in sorted(others, key=lambda e: -getattr(e, key))[:_ROWS]:
         lines.append(line(e.key, e.count, e.self_cpu_time_total, e.self_device_time_total))
     return "\n".join(lines) + "\n"
+
+
+def _both_ends(name: str) -> str:
+    """A name in 44 characters: what an operator belongs to, and which one it is."""
+    return name if len(name) <= 44 else f"{name[:20]}...{name[-21:]}"

@@ -4,6 +4,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -46,16 +47,23 @@ class Saver:
         assert self._thread is None
 
         def run() -> None:
-            if aside:
-                _step_aside()
             try:
+                if aside:
+                    _step_aside()
                 work()
             except Exception as error:
                 self._error = error
 
         # a daemon: a disk that hangs must not hold up the end of the program
-        self._thread = threading.Thread(target=run, name=SAVER, daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=run, name=SAVER, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            # the system gives no more threads: the training waits
+            aside = False
+            run()
+        else:
+            self._thread = thread
 
     def is_busy(self) -> bool:
         """Whether the work that was begun has not ended yet."""
@@ -85,4 +93,6 @@ def _step_aside() -> None:
     this thread, it has the processor to itself.
     """
     if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _ASIDE)
+        # some sandboxes forbid it
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _ASIDE)

@@ -25,6 +25,7 @@ from fastgpt2.train.folder import begin_folder
 from fastgpt2.train.forward import forward_pass
 from fastgpt2.train.freeze import freeze
 from fastgpt2.train.guard import KeptStep
+from fastgpt2.train.intact import newest_intact
 from fastgpt2.train.interrupt import Interrupt, Interrupted
 from fastgpt2.train.memory import estimate
 from fastgpt2.train.metrics import plot
@@ -75,9 +76,7 @@ class Trainer:
         self.dtype = resolve_dtype(config.dtype, self.device)
         self.kernels = resolve_kernels(self.device, self.dtype, config.impl, fp8=config.fp8)
         torch.set_float32_matmul_precision("high")
-        folder = None
-        if resume:
-            folder = distributed.on_rank_0(lambda: checkpoint.newest_intact(run, notify))
+        folder = distributed.on_rank_0(lambda: newest_intact(run, notify)) if resume else None
         self.dataset = build_dataset(
             config.data,
             load_tokenizer(run) if resume else origin.tokenizer if origin else config.tokenizer,
@@ -235,7 +234,7 @@ class Trainer:
             self.profile.close()
             if distributed.rank() == 0:
                 self.records.log.close(ended)
-        best = distributed.on_rank_0(lambda: runs.best(self.run_folder))
+        best = distributed.on_rank_0(lambda: runs.best(self.run_folder, pass_over=True))
         return Outcome(
             step=state.step,
             tokens=state.tokens,

@@ -4,6 +4,7 @@ import hashlib
 from functools import lru_cache
 from pathlib import Path
 
+from fastgpt2.files import naming
 from fastgpt2.weights.checkpoint import Checkpoint
 
 
@@ -29,7 +30,7 @@ def weights_sha256(checkpoint: Checkpoint) -> str:
 def _sha256(files: tuple[tuple[Path, int, int, int, int], ...]) -> str:
     digest = hashlib.sha256()
     for file, *_ in files:
-        with file.open("rb") as stream:
+        with naming(file), file.open("rb") as stream:
             while chunk := stream.read(2**20):
                 digest.update(chunk)
     return digest.hexdigest()

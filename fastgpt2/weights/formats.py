@@ -36,6 +36,8 @@ FORMATS = {
     "openai": Format(openai.read, openai.write, (torch.float32,), gelus=("tanh",)),
     "fastgpt2": Format(run.read, run.write),
 }
+# names by which ``detect`` knows a folder
+_MARKS = {runs.CHECKPOINTS, "hparams.json", "config.json", "ckpt.pt", "model.bin"}
 # read only: PEFT's adapters, merged into the weights that they name
 _PEFT = "peft"
 _READERS = {name: format.read for name, format in FORMATS.items()} | {_PEFT: adapter.read}
@@ -157,7 +159,7 @@ def save(
         raise UserError(
             f"format {format} means the {target.gelus[0]} GELU, and {checkpoint.source} has the "
             f"{checkpoint.config.gelu} GELU: logits would change (formats hf, nanogpt and fastgpt2 "
-            "keep it)"
+            f"keep it; convert --gelu {target.gelus[0]} forces it)"
         )
     if dtype is not None and dtype not in target.dtypes:
         known = ", ".join(str(known).removeprefix("torch.") for known in target.dtypes)
@@ -178,7 +180,7 @@ def save(
                 raise UserError(f"{path}: exists already")
             target.write(checkpoint, path)
             return path
-        with atomic_folder(path) as folder:
+        with atomic_folder(path, last=_MARKS) as folder:
             target.write(checkpoint, folder if target.file is None else folder / target.file)
             if beside is not None:
                 beside(folder)

@@ -86,7 +86,7 @@ def write(checkpoint: Checkpoint, path: Path) -> None:
     header = np.zeros(HEADER_INTS, "<i4")
     fields = [getattr(config, name) for name in FIELDS]
     header[:8] = [MAGIC, version, *fields, config.vocab_size + padding]
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
+    with atomic_path(path, new=True) as temporary, temporary.open("wb") as file:
         file.write(header.tobytes())
         for name in _order(config.n_layer):
             file.write(as_bytes(checkpoint.tensors[name].read()))

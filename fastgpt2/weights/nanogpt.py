@@ -71,7 +71,7 @@ def write(checkpoint: Checkpoint, path: Path) -> None:
         "best_val_loss": 1e9,
         "config": {} if config.gelu == EXACT else {GELU: config.gelu},
     }
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
+    with atomic_path(path, new=True) as temporary, temporary.open("wb") as file:
         write_torch(content, file)
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,8 +19,9 @@ from fastgpt2.text import build_dataset
 from fastgpt2.train.__main__ import main as train
 from fastgpt2.train.config import TrainConfig
 from fastgpt2.train.config_file import read_config
-from fastgpt2.train.metrics import read_metrics
+from fastgpt2.train.metrics import plot, read_metrics
 from tests.commands.tiny_command import TEXT, TINY, complaint
+from tests.text.tiny import tiny_files
 
 
 def overflow() -> None:
@@ -224,3 +226,48 @@ def test_tokens_and_epochs_are_counted_by_position(
     # two epochs of blocks, rounded up to steps of eight
     assert state["loader"]["position"] == blocks + -(-blocks // 8) * 8
     assert read_metrics(tmp_path / "run")[-1]["tokens"] == 16 * state["loader"]["position"]
+
+
+def test_overwriting_keeps_the_vocabulary_and_the_configuration(
+    data: str, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run with GPT-2's tokenizer is a vocabulary folder itself."""
+    for name, text in zip(("encoder.json", "vocab.bpe"), tiny_files(), strict=True):
+        (run / name).write_text(text, encoding="utf-8")
+    shutil.copy(run / "config.toml", run / "mine.toml")
+    argv = ["--data", data, "--out", str(run), "--overwrite", *TINY]
+    for flag, what in (("--vocab-dir", "vocabulary"), ("--config", "configuration")):
+        path = run if flag == "--vocab-dir" else run / "mine.toml"
+        said = complaint(train, [*argv, flag, str(path)], capsys)
+        assert said == f"--overwrite: {what} {path} is in {run}, which would be emptied"
+    assert (run / "encoder.json").exists() and runs.saved_steps(run) == [3]
+
+
+def test_a_picture_that_cannot_be_drawn_breaks_no_run(
+    data: str, run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastgpt2.train.trainer.plot", plot)
+    (run / "loss.png").unlink(missing_ok=True)
+    (run / "loss.png").mkdir()
+    assert train(["--out", str(run), "--resume", "--steps=4"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    said = [line for line in lines if line.startswith("loss.png: not drawn (")]
+    assert len(said) == 1 and "curves: " not in lines[-2]
+    assert runs.latest(run).name == "step_00000004"
+    # nothing half drawn
+    assert [path.name for path in run.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_vocabulary_is_found_again_from_another_folder(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "vocab").mkdir()
+    for name, text in zip(("encoder.json", "vocab.bpe"), tiny_files(), strict=True):
+        (tmp_path / "vocab" / name).write_text(text, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    argv = ["--data", data, "--out", "run", *TINY, "--tokenizer=gpt2", "--vocab-dir=vocab"]
+    assert train(argv) == 0
+    stored = read_config(str(tmp_path / "run" / "config.toml"))["vocab_dir"]
+    assert stored == str(tmp_path / "vocab")
+    monkeypatch.chdir("/")
+    assert train(["--out", str(tmp_path / "run"), "--resume", "--steps=4"]) == 0

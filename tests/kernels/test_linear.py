@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastgpt2.kernels import linear
 from fastgpt2.kernels.linear import _onednn_linear, matmul
@@ -102,6 +103,28 @@ def test_other_dtypes_are_pytorch_s(
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert linear(**_inputs(5)).dtype == torch.bfloat16
     assert not calls
+
+
+class _Odd(Tensor):
+    """A subclass, such as torchao's quantised weights."""
+
+
+def test_what_is_more_than_a_plain_call_is_pytorch_s(
+    calls: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Operators of a subclass, of a mode and of a recorded program are PyTorch's own."""
+    monkeypatch.setattr(op_module, "_ONEDNN", ALWAYS)
+    inputs = _inputs(5)
+    plain = linear(**inputs)
+    assert len(calls) == 1
+    for name in inputs:
+        odd = inputs | {name: inputs[name].as_subclass(_Odd)}
+        torch.testing.assert_close(linear(**odd).as_subclass(Tensor), plain)
+    traced = torch.jit.trace(lambda x: linear(x, inputs["weight"]), inputs["x"], check_trace=False)  # type: ignore[no-untyped-call]
+    assert "_linear_pointwise" not in str(traced.graph)
+    with FlopCounterMode(display=False):
+        linear(**inputs)
+    assert len(calls) == 1
 
 
 def test_the_processor_decides(onednn: bool, calls: list[tuple[int, ...]]) -> None:

@@ -110,6 +110,17 @@ def test_pretraining_with_the_readers_own_model(
     assert capsys.readouterr().out.count("the stranger<|endoftext|>the") == 4
 
 
+def test_a_picture_that_cannot_be_drawn_loses_no_model(
+    shim: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ImportError("no backend of\nthat name")
+
+    monkeypatch.setattr("matplotlib.pyplot.subplots", fail)
+    ladder.plot_losses([1.0, 2.0], [10, 20], [2.0, 1.0], [2.0, 1.5])
+    assert capsys.readouterr().out == "loss-plot.pdf: not drawn (no backend of that name)\n"
+
+
 def test_what_a_sample_needs_is_asked_before_the_first_step() -> None:
     model = nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())

@@ -13,6 +13,7 @@ from fastgpt2 import runs
 from fastgpt2.errors import UserError
 from fastgpt2.model import GPT
 from fastgpt2.train import checkpoint
+from fastgpt2.train.intact import newest_intact
 from tests.tiny_gpt import gradients, tiny_batch, tiny_gpt
 
 # padded to 4224 rows in memory
@@ -228,10 +229,10 @@ def test_a_damaged_newest_falls_back(
     said: list[str] = []
     for step in (1, 2):
         shutil.copytree(intact, runs.step_folder(tmp_path, step))
-    assert checkpoint.newest_intact(tmp_path, said.append).name == "step_00000002"
+    assert newest_intact(tmp_path, said.append).name == "step_00000002"
     assert said == []
     damage(runs.step_folder(tmp_path, 2) / file)
-    assert checkpoint.newest_intact(tmp_path, said.append).name == "step_00000001"
+    assert newest_intact(tmp_path, said.append).name == "step_00000001"
     assert len(said) == 1
     assert file in said[0] and said[0].endswith("going on from step_00000001 instead")
     # it is kept, but not as a checkpoint
@@ -239,8 +240,47 @@ def test_a_damaged_newest_falls_back(
     assert (tmp_path / "checkpoints" / "damaged_step_00000002").is_dir()
     damage(runs.step_folder(tmp_path, 1) / file)
     with pytest.raises(UserError, match=file):
-        checkpoint.newest_intact(tmp_path, said.append)
+        newest_intact(tmp_path, said.append)
     assert runs.saved_steps(tmp_path) == [1]
+
+
+def test_a_checkpoint_without_its_state_is_said_and_set_aside(intact: Path, tmp_path: Path) -> None:
+    """Whoever resumes is told that it is gone, and its step can be saved again."""
+    said: list[str] = []
+    for step in (1, 2):
+        shutil.copytree(intact, runs.step_folder(tmp_path, step))
+    # one of that name is there from an earlier time
+    (tmp_path / "checkpoints" / "damaged_step_00000002").mkdir()
+    (runs.step_folder(tmp_path, 2) / runs.STATE).unlink()
+    assert newest_intact(tmp_path, said.append).name == "step_00000001"
+    assert len(said) == 1 and said[0].endswith(
+        "state.json: cannot be read: it is missing; going on from step_00000001 instead"
+    )
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        *("damaged_step_00000002", "damaged_step_00000002_2", "step_00000001")
+    ]
+    checkpoint.save(tmp_path, 2, *trained(), {})
+    assert newest_intact(tmp_path, said.append).name == "step_00000002"
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"sha256": []}', '{"step": 1'])
+def test_an_older_damaged_state_ends_no_training(
+    intact: Path, tmp_path: Path, content: str
+) -> None:
+    for step in (1, 2, 3):
+        shutil.copytree(intact, runs.step_folder(tmp_path, step))
+    (runs.step_folder(tmp_path, 1) / runs.STATE).write_text(content, encoding="utf-8")
+    checkpoint.prune(tmp_path, 1)
+    assert runs.saved_steps(tmp_path) == [3]
+    for step in (1, 2):
+        shutil.copytree(intact, runs.step_folder(tmp_path, step))
+    (runs.step_folder(tmp_path, 3) / runs.STATE).write_text(content, encoding="utf-8")
+    assert newest_intact(tmp_path, lambda _: None).name == "step_00000002"
+    assert runs.saved_steps(tmp_path) == [1, 2]
+    # which one is the best, nobody can know: whoever asks for it is told
+    (runs.step_folder(tmp_path, 1) / runs.STATE).write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=r"step_00000001/state\.json: "):
+        runs.best(tmp_path)
 
 
 def test_older_formats_are_read_and_newer_ones_refused(tmp_path: Path) -> None:

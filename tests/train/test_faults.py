@@ -1,5 +1,6 @@
 """A small run under every fault at every place: nothing is lost, and one line says why."""
 
+import errno
 import signal
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import pytest
 from fastgpt2 import runs, streams
 from fastgpt2.train import checkpoint
 from fastgpt2.train.__main__ import main
+from fastgpt2.train.console import Console
 from tests.faults import SIGNALS, BreakingStream, failing_disk, signal_at
 from tests.train.tiny_run import measured, saved_tensors
 
@@ -106,12 +108,18 @@ def test_a_disk_that_fails_at_any_write(
     assert failed > 20 and len(finished) > 4
 
 
-@pytest.mark.parametrize("name", ["stdout", "stderr"])
+# `train ... | tee log`, and a terminal that is closed
+@pytest.mark.parametrize(("name", "number"), [("stdout", errno.EPIPE), ("stderr", errno.EIO)])
 def test_a_terminal_that_goes_away_at_any_line(
-    short: Path, sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    short: Path,
+    sound: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    number: int,
 ) -> None:
     for n in range(1, 500):
-        stream = BreakingStream(n)
+        stream = BreakingStream(n, number)
         with monkeypatch.context() as patch:
             patch.setattr(sys, name, stream)
             assert begin(short, tmp_path / str(n)) == 0
@@ -188,3 +196,32 @@ def test_sigusr1_saves_and_goes_on(short: Path, sound: Path, tmp_path: Path) -> 
     # the first step had no checkpoint of its own
     assert saved == [1, 2, 3]
     assert_sound(run, sound)
+
+
+def test_what_is_shown_has_been_saved(
+    short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A terminal may block as well as fail: whoever reads a line may count on what it says."""
+    events: list[str] = []
+    run = tmp_path / "run"
+    staged, write = checkpoint.staged, Console.write
+
+    def stage(*arguments: Any) -> Callable[[], None]:
+        events.append(f"save {arguments[1]}")
+        return staged(*arguments)
+
+    def show(self: Console, text: str) -> None:
+        events.append(text)
+        if text.startswith("stopped"):
+            # and not only begun
+            assert 3 in runs.saved_steps(run)
+        write(self, text)
+
+    monkeypatch.setattr(checkpoint, "staged", stage)
+    monkeypatch.setattr(Console, "write", show)
+    with signal_at("fastgpt2.train.trainer.validate", 2, signal.SIGTERM):
+        assert begin(short, run) == 128 + signal.SIGTERM
+    saves = [event for event in events if event.startswith("save")]
+    evaluation = next(event for event in events if event.startswith("step 2: validation loss"))
+    assert saves[0] == "save 2" and events.index("save 2") < events.index(evaluation)
+    assert events[-1] == "stopped by SIGTERM: step 3 is saved" and events[-2] == "save 3"

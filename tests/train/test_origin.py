@@ -1,6 +1,7 @@
 """Runs that begin with weights of another run or program."""
 
 import hashlib
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from fastgpt2 import runs
 from fastgpt2.errors import UserError
+from fastgpt2.evaluate.__main__ import main as evaluate
 from fastgpt2.opener import open_model
 from fastgpt2.text import BytesTokenizer
 from fastgpt2.train.__main__ import main
@@ -255,3 +257,24 @@ def test_the_same_command_resumes_when_the_weights_are_gone(
     assert noted["init_from"] == str(tmp_path / "start") and noted["steps"] == 2
     assert main([*flags, *few, "--steps=2", "--resume", "--init-from=gone"]) == 2
     assert "init_from" in capsys.readouterr().err
+
+
+def test_the_first_losses_are_those_of_evaluate(data: Path, tmp_path: Path) -> None:
+    """By the commands: windows of a block and the token after it, a block apart."""
+    # 65 tokens for training: one block of 64 and the token after it
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{i} cats\n" for i in range(8)) + "y" * 17, encoding="utf-8")
+    common = [f"--data={text}", "--tokenizer=bytes", "--device=cpu"]
+    few = ["--batch-size=1", "--steps=1", "--log-every=1", "--lr=0", "--sample-tokens=0"]
+    flags = [f"--init-from={OPENAI}", *common, *few, "--val-fraction=0.1"]
+    assert main([*flags, f"--out={tmp_path / 'run'}"]) == 0
+    train_loss, val_loss = (
+        next(record[name] for record in read_metrics(tmp_path / "run") if name in record)
+        for name in ("train_loss", "val_loss")
+    )
+    windows = ["--context=65", "--stride=64", "--offline"]
+    for split, expected in (("train", train_loss), ("val", val_loss)):
+        out = tmp_path / split
+        assert evaluate([str(OPENAI), *common, *windows, f"--split={split}", f"--out={out}"]) == 0
+        [score] = json.loads((out / "evaluation.json").read_text("utf-8"))["models"].values()
+        assert score["loss"] == pytest.approx(expected, rel=1e-6)

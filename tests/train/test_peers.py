@@ -59,3 +59,30 @@ def test_one_process_of_a_machine_says_that_the_store_has_gone(
     watch.stop()
     # each time that it is asked, PyTorch shows a screenful
     assert gone.asked == 1
+
+
+def test_a_process_that_was_stopped_does_not_hang(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-Z, and fg an hour later: none of its threads has run, so none was stuck."""
+    now, looks = [1000.0], 0
+    codes: list[int] = []
+    monkeypatch.setattr(peers, "_end", codes.append)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    distributed.all_max(0)
+    watch = Watch()
+    watch.timeout = 50.0
+
+    def wait(seconds: float) -> bool:
+        nonlocal looks
+        looks += 1
+        # the second look comes an hour late
+        now[0] += 3600.0 if looks == 2 else seconds
+        return looks > 400
+
+    monkeypatch.setattr(watch._stopped, "wait", wait)
+    while looks <= 400 and not codes:
+        time.sleep(0.001)
+    # a minute of looks later it does hang
+    assert now[0] - 4600.0 > 50.0 and codes[:1] == [STUCK]
+    watch.stop()

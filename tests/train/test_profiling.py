@@ -33,6 +33,10 @@ def test_a_trace_and_a_table_and_the_same_training(data: Path, tmp_path: Path) -
     assert calls["forward"] == 2 and calls["update"] == 1
     assert all(float(ms) > 0 for name, _, ms in rows if name in PHASES)
     assert any(name.startswith("aten::") for name in calls)
+    # whose names are longer than the column
+    assert "[...]" not in table and re.search(
+        r"^  autograd::engine::ev\.\.\.\S+ ", table, re.MULTILINE
+    )
 
 
 def test_a_run_that_is_shorter_than_it_asks_for(data: Path, tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from fastgpt2 import runs
 from fastgpt2.model import GPT
-from fastgpt2.train import checkpoint
 from fastgpt2.train.__main__ import main as train_command
 from fastgpt2.train.guard import BAD_STEP
+from fastgpt2.train.intact import newest_intact
 from fastgpt2.weights import load, save
 from tests.train.tiny_run import assert_same_training, measured, saved_tensors
 
@@ -176,7 +176,7 @@ def test_a_damaged_shard_falls_back_to_the_checkpoint_before(
         changed = {"changed": content[:-1] + b"?", "cut off": content[:-9]}
         shard.write_bytes(changed.get(damage, other.read_bytes()))
     said: list[str] = []
-    assert checkpoint.newest_intact(run, said.append).name == "step_00000002"
+    assert newest_intact(run, said.append).name == "step_00000002"
     assert len(said) == 1 and f"{shard}: {reason}" in said[0]
     assert said[0].endswith("going on from step_00000002 instead")
 

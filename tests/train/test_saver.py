@@ -167,3 +167,31 @@ def test_a_run_with_many_weights_writes_aside(
     monkeypatch.setattr("fastgpt2.train.state._MANY", many)
     make_trainer(tiny_train_config(data, steps=1), tmp_path / "run").run()
     assert found == {many == 1}
+
+
+@pytest.mark.parametrize("fault", ["no priorities", "no threads"])
+def test_what_the_system_refuses_loses_no_checkpoint(
+    monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    def refuse(*_: object) -> None:
+        if fault == "no threads":
+            raise RuntimeError("can't start new thread")
+        raise PermissionError(1, "Operation not permitted")
+
+    if fault == "no threads":
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+    else:
+        monkeypatch.setattr(os, "setpriority", refuse, raising=False)
+    done: list[int] = []
+    saver = Saver()
+    saver.begin(lambda: done.append(1), aside=True)
+    saver.wait()
+    assert done == [1]
+
+    def fail() -> None:
+        raise UserError("full")
+
+    # it is said where the others are
+    saver.begin(fail, aside=True)
+    with pytest.raises(UserError, match="full"):
+        saver.wait()

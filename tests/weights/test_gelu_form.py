@@ -15,7 +15,14 @@ from fastgpt2.ladder import from_fastgpt2
 from fastgpt2.model import GPT
 from fastgpt2.weights import FORMATS, load, nanogpt, save
 from tests.kernels.budget import DEVICE
-from tests.weights.conftest import TINY, hf_logits, hf_model, our_logits, random_checkpoint
+from tests.weights.conftest import (
+    TINY,
+    hf_logits,
+    hf_model,
+    our_logits,
+    random_checkpoint,
+    same_bits,
+)
 
 ERF = replace(TINY, gelu="erf")
 TOKENS = torch.arange(16)[None]
@@ -78,7 +85,7 @@ def test_every_format_keeps_the_form_or_refuses_it(tmp_path: Path, gelu: str) ->
         except UserError as error:
             assert str(error) == (
                 f"format {format} means the tanh GELU, and random has the erf GELU: logits would "
-                "change (formats hf, nanogpt and fastgpt2 keep it)"
+                "change (formats hf, nanogpt and fastgpt2 keep it; convert --gelu tanh forces it)"
             )
             assert not (tmp_path / format).exists()
             continue
@@ -139,3 +146,18 @@ def test_a_forged_form_is_one_line(tmp_path: Path) -> None:
 def test_the_ladder_has_the_tanh_form_alone(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the ladder has the tanh GELU, the model has the erf GELU"):
         from_fastgpt2(GPT(ERF))
+
+
+def test_a_form_may_be_forced(tmp_path: Path) -> None:
+    """A format that cannot say it gets it when asked; files of nanoGPT's first months had tanh."""
+    source = _nanogpt_file(tmp_path)
+    forced = ("--gelu", "tanh")
+    for to in ("llmc", "openai", "hf"):
+        assert main([str(source), str(tmp_path / to), "--to", to, *forced]) == 0
+        found = load(tmp_path / to)
+        assert found.config.gelu == "tanh" and same_bits(found, load(source))
+    # a folder that brings its own configuration
+    assert main([str(tmp_path / "hf"), str(tmp_path / "erf"), "--to", "hf", "--gelu", "erf"]) == 0
+    assert load(tmp_path / "erf").config.gelu == "erf"
+    expected = our_logits(source, TOKENS)
+    torch.testing.assert_close(our_logits(tmp_path / "erf", TOKENS), expected, rtol=0.0, atol=1e-5)
