@@ -1,5 +1,7 @@
 """LayerNorm forward and backward, alone or fused with the residual addition before it.
 
+C is a constant of the kernels, so that a warp's passes over a tile that lie wholly after C vanish.
+
 Forward: a program owns BLOCK_N rows and holds them whole in registers (BLOCK_C >= C), so a row is
 read once. Grid (cdiv(N, BLOCK_N),). With a branch it adds branch and bias, drops out, writes the
 new stream and normalises what it has written. Saved for backward: the stream, and its mean and
@@ -45,24 +47,29 @@ def _layer_norm_fwd_kernel(
     stats_ptr,
     row_strides,
     dropout,
-    shape,
+    N,
     eps,
+    C: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
 ):
-    N, C = shape
+    BLOCK_C: tl.constexpr = row_width(C)
     x_stride, branch_stride = row_strides
     first = tl.program_id(0).to(tl.int64) * BLOCK_N
+    # rows after N are the last one again: they store what it stores, and no mask is needed
+    last = N - 1 - first
     # within a block, offsets are int32: fewer instructions per element
-    offs_n, offs_c = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_C)
-    mask_n, mask_c = offs_n < N - first, offs_c < C
-    mask = mask_n[:, None] & mask_c[None, :]
-    offs = offs_n[:, None] * C + offs_c[None, :]
-    x_ptrs = x_ptr + first * x_stride + (offs_n[:, None] * x_stride + offs_c[None, :])
+    offs_n = tl.minimum(tl.arange(0, BLOCK_N), last).to(tl.int32)
+    cols = tl.arange(0, BLOCK_C)
+    # with one row, weights as a tile of it are laid out as it is; otherwise that costs a conversion
+    offs_c = cols[None, :] if BLOCK_N == 1 else cols
+    mask = cols[None, :] < C
+    mask_c = offs_c < C
+    offs = offs_n[:, None] * C + cols[None, :]
+    x_ptrs = x_ptr + first * x_stride + (offs_n[:, None] * x_stride + cols[None, :])
     s = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
     if branch_ptr is not None:
         branch_ptr += first * branch_stride
-        branch_ptrs = branch_ptr + (offs_n[:, None] * branch_stride + offs_c[None, :])
+        branch_ptrs = branch_ptr + (offs_n[:, None] * branch_stride + cols[None, :])
         update = tl.load(branch_ptrs, mask=mask, other=0.0).to(tl.float32)
         if branch_bias_ptr is not None:
             update += tl.load(branch_bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
@@ -73,11 +80,11 @@ def _layer_norm_fwd_kernel(
         # backward will see the stream as it was stored: normalise just that
         s = stream.to(tl.float32)
     mean = tl.sum(s, axis=1) / C
-    centred = tl.where(mask_c[None, :], s - mean[:, None], 0.0)
+    centred = tl.where(mask, s - mean[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / C + eps)
     stats_ptr += first
-    tl.store(stats_ptr + offs_n, mean, mask=mask_n)
-    tl.store(stats_ptr + N + offs_n, rstd, mask=mask_n)
+    tl.store(stats_ptr + offs_n, mean)
+    tl.store(stats_ptr + N + offs_n, rstd)
     y = centred * rstd[:, None] * tl.load(weight_ptr + offs_c, mask=mask_c, other=0.0)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0)
@@ -96,12 +103,12 @@ def _layer_norm_bwd_kernel(
     partial_ptr,
     row_strides,
     dropout,
-    shape,
+    N,
+    C: tl.constexpr,
     HAS_BRANCH_BIAS: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
 ):
-    N, C = shape
+    BLOCK_C: tl.constexpr = row_width(C)
     dy_stride, dstream_stride, stream_stride = row_strides
     pid, P = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     offs_c = tl.arange(0, BLOCK_C)
@@ -180,9 +187,9 @@ def launch_fwd(
         stats,
         strides,
         dropout_argument(seed, dropout_p),
-        (N, C),
+        N,
         eps,
-        BLOCK_C=row_width(C),
+        C=C,
         **config.meta(),
     )
     return stream, y, stats
@@ -228,9 +235,9 @@ def launch_bwd(
             partial,
             (dy_rows.stride(0), dstream_stride, rows.stride(0)),
             dropout_argument(seed, dropout_p),
-            (N, C),
+            N,
+            C=C,
             HAS_BRANCH_BIAS=branch_bias is not None,
-            BLOCK_C=row_width(C),
             **config.meta(),
         )
     launch_column_sum(partial, sums)
@@ -244,6 +251,8 @@ _VARIANTS = (
     ("fp32", "bf16", True),
     ("bf16", None, False),
 )
+# the widest of each shape class
+_WIDTHS = (1024, 4096)
 _TOKENS = 65536
 
 
@@ -258,8 +267,8 @@ def _case(
         "weight_ptr": "*fp32",
         "stats_ptr": "*fp32",
         "dropout": ("*i64", "fp32") if dropout else None,
-        "shape": ("i32", "i32"),
-        "BLOCK_C": triton.next_power_of_2(C),
+        "N": "i32",
+        "C": C,
     }
     fused = branch is not None
     if op == "layer_norm_fwd":
@@ -301,12 +310,12 @@ def _case(
 
 
 def compile_cases(arch: str) -> list[CompileCase]:
-    """Both kernels at the width of each shape class, in the variants that run with it."""
-    cases = []
-    for op in ("layer_norm_fwd", "layer_norm_bwd"):
-        for limits, config in configs(op, arch):
-            C = limits.get("C", 4096)
-            for stream, branch, dropout in _VARIANTS:
-                if tuning.rule_of(op, C=C, dropout=int(dropout)).limits == limits:
-                    cases.append(_case(op, C, config, stream, branch, dropout))
-    return cases
+    """Both kernels at the widths of each shape class, in the variants that run with it."""
+    return [
+        _case(op, C, config, stream, branch, dropout)
+        for op in ("layer_norm_fwd", "layer_norm_bwd")
+        for limits, config in configs(op, arch)
+        for C in _WIDTHS
+        for stream, branch, dropout in _VARIANTS
+        if tuning.rule_of(op, C=C, dropout=int(dropout)).limits == limits
+    ]

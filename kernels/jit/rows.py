@@ -34,6 +34,7 @@ def row_programs(config: tuning.Config, N: int, device: torch.device, *, columns
     return min(triton.cdiv(N, config["BLOCK_N"]), max(1, resident // columns))
 
 
+@triton.constexpr_function
 def row_width(C: int) -> int:
     """BLOCK_C of a kernel that holds rows whole: a power of two, and whole Philox groups."""
     return max(4, triton.next_power_of_2(C))

@@ -14,7 +14,7 @@ MUTANTS = [
     Mutant(
         "variance_counts_the_padding",
         _KERNEL,
-        "tl.where(mask_c[None, :], s - mean[:, None], 0.0)",
+        "tl.where(mask, s - mean[:, None], 0.0)",
         "s - mean[:, None]",
         (_NORM,),
         "columns beyond C add mean^2 to the variance",
@@ -26,6 +26,14 @@ MUTANTS = [
         "axis=1) / C)",
         (f"{_NORM}[(129, 1)-torch.float32]",),
         "a row of equal values divides by zero",
+    ),
+    Mutant(
+        "rows_after_the_last_begin_again",
+        _KERNEL,
+        "tl.minimum(tl.arange(0, BLOCK_N), last)",
+        "tl.minimum(tl.arange(0, BLOCK_N), last - 1)",
+        (f"{_TESTS}::test_results_do_not_depend_on_tiles",),
+        "the last row of all is not computed",
     ),
     Mutant(
         "beta_ignored",
