@@ -34,3 +34,10 @@ class EndedElsewhere(Exception):
     def __init__(self, exit_code: int) -> None:
         super().__init__(f"another process of the job has failed with exit code {exit_code}")
         self.exit_code = exit_code
+
+
+class FileChangedError(UserError, OSError):
+    """A file is not what it was when it was opened, so that nothing more is read from it.
+
+    An ``OSError`` too: what has been computed from the file before is sound, and can be saved.
+    """

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Collection, Iterable, Iterator
@@ -12,6 +13,8 @@ from typing import Any
 
 from fastgpt2.errors import UserError
 
+# the names that _hidden gives
+_TEMPORARY = re.compile(r"\..{0,50}\.[0-9a-f]{8}\.tmp", re.DOTALL)
 # of the temporary folder within one that is filled
 _CONTENT = "content"
 
@@ -285,6 +288,14 @@ def _taken(path: Path) -> UserError:
 def _is_content(path: Path) -> bool:
     """Whether it is the temporary folder of a process that fills the folder around it."""
     return path.name.startswith(f".{_CONTENT}.") and path.name.endswith(".tmp")
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether it is a file under the name that ``atomic_path`` gives it until it is whole.
+
+    Where nobody writes, a process that was killed has left it.
+    """
+    return _TEMPORARY.fullmatch(path.name) is not None and path.is_file()
 
 
 def _hidden(path: Path) -> Path:

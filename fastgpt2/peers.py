@@ -17,8 +17,8 @@ from fastgpt2 import distributed
 from fastgpt2.cli import exit_code
 from fastgpt2.errors import EndedElsewhere, UserError
 
-# name of the thread that reads batches ahead
-READER = "reader"
+# names of the threads that read batches ahead and write checkpoints
+READER, SAVER = "reader", "saver"
 # exit code of a job that hangs: EX_TEMPFAIL of sysexits.h, "try again"
 STUCK = 75
 # seconds between two looks, and from an error elsewhere to the end of a process that still waits
@@ -169,7 +169,7 @@ class Watch:
         """Show the stack of each process that lags the others, and end the job."""
         frame = sys._current_frames().get(self._main)
         stack = "" if frame is None else "".join(traceback.format_stack(frame))
-        stack += _reader_stack()
+        stack += _thread_stacks()
         mine = f"{distributed.agreements()}\n{stack}"
         reports: dict[int, str] = {distributed.rank(): mine}
         if self._store is not None:
@@ -202,14 +202,14 @@ class Watch:
         return found
 
 
-def _reader_stack() -> str:
-    """Where the thread that reads batches is; the main thread may wait for it."""
+def _thread_stacks() -> str:
+    """Where the threads are that the main thread may wait for."""
     frames = sys._current_frames()
-    for thread in threading.enumerate():
-        if thread.name == READER and thread.ident in frames:
-            stack = "".join(traceback.format_stack(frames[thread.ident]))
-            return f"its reader is here:\n{stack}"
-    return ""
+    return "".join(
+        f"its {thread.name} is here:\n{''.join(traceback.format_stack(frames[thread.ident]))}"
+        for thread in threading.enumerate()
+        if thread.name in (READER, SAVER) and thread.ident in frames
+    )
 
 
 def _say(line: str) -> None:

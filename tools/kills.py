@@ -1,9 +1,10 @@
 """The part of ``tools.soak`` that counts kills: at random moments, wherever the training then is.
 
 A start is a fork of this process, so it imports nothing: it prepares the data, unless that is done,
-and begins or resumes the run. SIGKILL comes after a random time: to one rank, or to all as if the
-machine lost its power. A run that reaches its end is compared with the unbroken one, and another
-one begins, until there were enough kills.
+and begins or resumes the run. SIGKILL comes to one rank, or to all as if the machine lost its
+power. Every second kill comes after a random time; the others wait until a rank is in a certain
+place, since some, like the pruning, take too little time to be met by chance. A run that reaches
+its end is compared with the unbroken one, and another one begins, until there were enough kills.
 """
 
 import mmap
@@ -17,7 +18,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import numpy as np
@@ -30,6 +31,8 @@ from tools.forked import fork_rank
 # where a kill may find a run: the function that is then being called
 PLACES = {
     "data preparation": "fastgpt2.prepare.main",
+    # several ranks make tokens of the text here
+    "reading": "fastgpt2.train.trainer.build_dataset",
     "start": "fastgpt2.train.trainer.Trainer.__init__",
     "step": "fastgpt2.train.step.TrainingStep.__call__",
     "evaluation": "fastgpt2.train.trainer.validate",
@@ -41,38 +44,74 @@ PLACES = {
 GRACE = 600.0
 
 
+class Aim(NamedTuple):
+    """Where a kill is to find a rank.
+
+    Attributes:
+        place: one of ``PLACES``.
+        visit: the rank has entered it so often.
+        delay: seconds from then on.
+    """
+
+    place: str
+    visit: int
+    delay: float
+
+
 class Places:
     """Which of ``PLACES`` each rank is in, in memory that it shares with the process that forks."""
 
     def __init__(self, ranks: int) -> None:
-        self._memory = mmap.mmap(-1, ranks * len(PLACES))
+        # for each place: whether the rank is in it, how often it has entered, seconds in all
+        memory = mmap.mmap(-1, ranks * len(PLACES) * 3 * np.float64().itemsize)
+        self._seen = np.frombuffer(memory).reshape(ranks, len(PLACES), 3)
 
     def watch(self, rank: int) -> None:
         """Note, to the end of this process, when it enters and leaves a place."""
-        for number, target in enumerate(PLACES.values()):
+        for row, target in zip(self._seen[rank], PLACES.values(), strict=True):
             module, _, name = target.rpartition(".")
             owner: Any = resolve_name(module)
-            place = rank * len(PLACES) + number
-            patch.object(owner, name, self._noted(getattr(owner, name), place)).start()
-
-    def _noted(self, function: Callable[..., Any], place: int) -> Callable[..., Any]:
-        def call(*arguments: Any, **options: Any) -> Any:
-            self._memory[place] = 1
-            try:
-                return function(*arguments, **options)
-            finally:
-                self._memory[place] = 0
-
-        return call
+            patch.object(owner, name, _noted(getattr(owner, name), row)).start()
 
     def found(self, rank: int) -> list[str]:
         """The names of the places that a rank is in, or was in when it died."""
-        begin = rank * len(PLACES)
-        return [name for name, is_in in zip(PLACES, self._memory[begin:], strict=False) if is_in]
+        return [name for name, row in zip(PLACES, self._seen[rank], strict=True) if row[0]]
+
+    def visits(self, rank: int, place: str) -> int:
+        """How often a rank has entered a place."""
+        return int(self._seen[rank, list(PLACES).index(place), 1])
+
+    def met(self, aim: Aim) -> int | None:
+        """The rank that is where it is aimed at; None where none is."""
+        for rank in range(len(self._seen)):
+            if aim.place in self.found(rank) and self.visits(rank, aim.place) >= aim.visit:
+                return rank
+        return None
+
+    def usual(self) -> dict[str, tuple[int, float]]:
+        """Of the places that were entered: how often by a rank, at most, and seconds for each."""
+        entered, seconds = self._seen[:, :, 1], self._seen[:, :, 2]
+        means = seconds.sum(0) / np.maximum(entered.sum(0), 1)
+        most = zip(PLACES, entered.max(0), means, strict=True)
+        return {name: (int(count), float(mean)) for name, count, mean in most if count}
 
     def clear(self) -> None:
-        """No rank is anywhere."""
-        self._memory[:] = bytes(len(self._memory))
+        """No rank is or was anywhere."""
+        self._seen[:] = 0.0
+
+
+def _noted(function: Callable[..., Any], row: Any) -> Callable[..., Any]:
+    def call(*arguments: Any, **options: Any) -> Any:
+        began = time.monotonic()
+        row[1] += 1
+        row[0] = 1
+        try:
+            return function(*arguments, **options)
+        finally:
+            row[0] = 0
+            row[2] += time.monotonic() - began
+
+    return call
 
 
 class Job:
@@ -84,6 +123,9 @@ class Job:
         ranks: how many processes train.
         begin: the flags of a new run; has those of its folder and data added.
         next_flags: given the run's folder and the flags of a new run, the flags of the next start.
+
+    Attributes:
+        places: where the ranks of the last start are, or were.
     """
 
     def __init__(
@@ -96,11 +138,11 @@ class Job:
     ) -> None:
         self.folder, self.run, self._tokens = folder, folder / "run", folder / "tokens"
         self._text, self._ranks, self._begin, self._next = text, ranks, begin, next_flags
-        self._places = Places(ranks)
+        self.places = Places(ranks)
         folder.mkdir(parents=True)
 
     def _work(self, rank: int) -> int:
-        self._places.watch(rank)
+        self.places.watch(rank)
         patch("fastgpt2.train.trainer.plot", lambda *_: False).start()
         if self._ranks == 1 and not self._tokens.exists():
             text, out = str(self._text), str(self._tokens)
@@ -120,7 +162,7 @@ class Job:
     @contextmanager
     def started(self) -> Iterator[list[int]]:
         """The processes of one start; killed where the block leaves any."""
-        self._places.clear()
+        self.places.clear()
         # a store of its own, as each torchrun has
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         port = store.port if self._ranks > 1 else None
@@ -138,44 +180,55 @@ class Job:
         """Start once more, and let it come to its end.
 
         Returns:
-            Megabytes by which the memory of a rank has grown in the second half of the time, at
+            Megabytes by which the memory of a rank has grown in the second half of its steps, at
             most.
         """
-        samples: list[list[float]] = []
+        samples: list[list[tuple[int, float]]] = [[] for _ in range(self._ranks)]
         with self.started() as children:
             while not all(ended(child, 0.05) for child in children):
-                samples.append([resident(child) for child in children])
+                for rank, child in enumerate(children):
+                    samples[rank].append((self.places.visits(rank, "step"), resident(child)))
             codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         assert not any(codes), self.complaints()
-        half = len(samples) // 2
-        if not half:
-            return 0.0
-        before, after = (np.max(part, axis=0) for part in (samples[:half], samples))
-        return float(np.max(after - before))
+        return max(growth(places) for places in samples)
 
-    def kill(self, moments: random.Random, life: float) -> list[str] | None:
-        """Start, and kill after a random time.
+    def kill(self, moments: random.Random, life: float, aim: Aim | None) -> list[str] | None:
+        """Start, and kill.
 
         Args:
             moments: gives the time, and who dies.
             life: seconds from the start to the kill, at most.
+            aim: where the victim is to be, at any time; None: anywhere, at a random time.
 
         Returns:
             The places that the victim was in, ``between`` where it was in none of ``PLACES``; None
             if the run had ended before.
         """
         with self.started() as children:
-            victim = moments.choice(children)
             alone = self._ranks > 1 and moments.random() < 0.5
-            if ended(victim, moments.uniform(0.0, life)):
-                end = os.waitid(os.P_PID, victim, os.WEXITED | os.WNOWAIT)
-                assert end is not None and end.si_status == 0, self.complaints()
-                return None
+            if aim is not None:
+                victim = self._met(aim, children)
+            else:
+                victim = moments.choice(children)
+                ended(victim, moments.uniform(0.0, life))
             os.kill(victim, signal.SIGKILL)
-            ended(victim, GRACE)
+            end = os.waitid(os.P_PID, victim, os.WEXITED | os.WNOWAIT)
+            if end is not None and end.si_code == os.CLD_EXITED:
+                assert end.si_status == 0, self.complaints()
+                return None
             # the others find out, and end
             assert not alone or all(ended(child, GRACE) for child in children)
-            return self._places.found(children.index(victim)) or ["between"]
+            return self.places.found(children.index(victim)) or ["between"]
+
+    def _met(self, aim: Aim, children: list[int]) -> int:
+        """The rank that is where it is aimed at; the first one that ends where none comes there."""
+        while (rank := self.places.met(aim)) is None:
+            for child in children:
+                if ended(child, 0.0):
+                    return child
+            time.sleep(0.0005)
+        time.sleep(aim.delay)
+        return children[rank]
 
 
 def ended(child: int, seconds: float) -> bool:
@@ -195,6 +248,19 @@ def resident(process: int) -> float:
     except (OSError, IndexError):
         return 0.0
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def growth(samples: list[tuple[int, float]]) -> float:
+    """Megabytes by which the most of the second half of the steps exceeds the most of the first.
+
+    Halves of the time would differ on a busy machine: the first one might end before a step.
+
+    Args:
+        samples: steps so far, and megabytes, of one process.
+    """
+    half = samples[-1][0] / 2 if samples else 0.0
+    before = [megabytes for steps, megabytes in samples if steps <= half]
+    return max(megabytes for _, megabytes in samples) - max(before) if before else 0.0
 
 
 def _kill(child: int) -> None:
@@ -224,18 +290,31 @@ def killed(
             that the kills are spread over all of it on any machine.
 
     Returns:
-        The numbers of kills, in all and by place, of runs, and of those that differ; and the
-        growth of the memory of the unbroken run, in megabytes.
+        The numbers of kills, in all and by place, of visits of the unbroken run to each place, of
+        runs, and of those that differ; and the growth of the memory of the unbroken run, in
+        megabytes.
     """
     whole = job_in("whole")
     began = time.monotonic()
     grown = whole.finish()
     longest = time.monotonic() - began if life is None else life
+    usual = whole.places.usual()
     places: Counter[str] = Counter()
     count, finished, bad = 0, 0, 0
+
+    def next_aim() -> Aim | None:
+        if count % 2 == 0:
+            return None
+        place = list(usual)[count // 2 % len(usual)]
+        visits, seconds = usual[place]
+        # a run that is resumed late comes there less often
+        visit = moments.randint(1, max(1, visits // 2))
+        # a later half may be over before the kill
+        return Aim(place, visit, moments.uniform(0.0, seconds / 2))
+
     while count < kills:
         job = job_in(f"killed_{finished}")
-        while count < kills and (found := job.kill(moments, longest)) is not None:
+        while count < kills and (found := job.kill(moments, longest, next_aim())) is not None:
             count += 1
             places.update(found)
         job.finish()
@@ -243,7 +322,8 @@ def killed(
         finished += 1
     return {
         "kills": count,
-        "places": dict(places),
+        "places": {name: places[name] for name in (*usual, "between")},
+        "visits": {name: visits for name, (visits, _) in usual.items()},
         "runs": finished,
         "different": bad,
         "megabytes": round(grown, 1),

@@ -7,7 +7,8 @@ for bit, and the memory of the unbroken ranks must not have grown.
 
 With ``--kills N`` instead, short runs are killed N times, wherever they are then: in the
 preparation of the data, in a step, in an evaluation, while they save or prune. They must end with
-the weights of an unbroken run, whose memory must not have grown. The record of either is JSON.
+the weights of an unbroken run, whose memory must not have grown. The record of either is JSON,
+shown and kept as ``FOLDER/record.json``.
 """
 
 import argparse
@@ -28,6 +29,8 @@ from benchmarks.machine import machine
 from fastgpt2 import runs
 from fastgpt2.cli import Parser
 from fastgpt2.cli import run as run_command
+from fastgpt2.errors import UserError
+from fastgpt2.files import write_text
 from fastgpt2.weights import load
 from fastgpt2.weights.safetensors_file import read_safetensors
 from fastgpt2.weights.shards import read_shards
@@ -151,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="where the runs go; must not exist")
     parser.add_argument("--minutes", type=float, default=30.0, help="of kills [%(default)s]")
     parser.add_argument("--every", type=float, nargs=2, default=(20.0, 60.0), help="seconds")
-    parser.add_argument("--kills", type=int, help="so many kills of a short run instead")
+    parser.add_argument("--kills", type=int, help="so many kills of short runs instead")
     parser.add_argument(
         "--life",
         type=float,
@@ -186,10 +189,15 @@ def _body(options: argparse.Namespace) -> int:
         jobs = job_in("whole", keep=1_000_000), job_in("killed", keep=2)
         record = soaked(*jobs, options.minutes, tuple(options.every), moments)
         is_steady = max(record["megabytes_per_minute"]) < MAX_SLOPE
-    sound = not record["different"] and is_steady
     record |= {"ranks": ranks, "sharded": options.shard, "machine": machine(torch.device("cpu"))}
-    print(json.dumps(record, indent=2))
-    return 0 if sound else 1
+    said = json.dumps(record, indent=2)
+    write_text(options.folder / "record.json", said + "\n")
+    print(said)
+    if record["different"]:
+        raise UserError(f"{options.folder}: what was killed is not what the unbroken run is")
+    if not is_steady:
+        raise UserError(f"{options.folder}: the memory of the unbroken run has grown")
+    return 0
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from fastgpt2 import streams
-from fastgpt2.errors import UserError
+from fastgpt2.errors import FileChangedError, UserError
 from fastgpt2.files import naming
 
 DType = np.dtype[Any]
@@ -123,7 +123,8 @@ class StoredTokens:
         with naming(file.path):
             data = _read_at(self._open[number], file.offset + offset * itemsize, count * itemsize)
         if len(data) != count * itemsize:
-            raise UserError(f"{self.kind} {file.path}: the file became shorter while it was in use")
+            reason = "the file became shorter while it was in use"
+            raise FileChangedError(f"{self.kind} {file.path}: {reason}")
         ids = np.frombuffer(data, file.dtype)
         check_ids(ids, self.vocab_size, f"{self.kind} {file.path}", first=offset)
         return ids

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fastgpt2 import distributed, runs
 from fastgpt2.errors import UserError
-from fastgpt2.files import locked, new_folders, remove_empty
+from fastgpt2.files import is_temporary, locked, new_folders, remove_empty
 
 LOCK = ".lock"
 # seconds until another machine sees a new file, at most
@@ -105,8 +105,8 @@ def new_folder(name: str) -> tuple[Path, ...]:
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether the folder holds nothing but a claim."""
-    return not any(entry.name != LOCK for entry in folder.iterdir())
+    """Whether the folder holds nothing but a claim, and what a killed process left half-written."""
+    return all(entry.name == LOCK or is_temporary(entry) for entry in folder.iterdir())
 
 
 def empty(folder: Path) -> None:

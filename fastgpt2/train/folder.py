@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fastgpt2 import runs
 from fastgpt2.errors import UserError
-from fastgpt2.files import write_text
+from fastgpt2.files import is_temporary, write_text
 from fastgpt2.text import Tokenizer, save_tokenizer
 from fastgpt2.train.config import TrainConfig
 from fastgpt2.train.loggers import Log
@@ -29,6 +29,9 @@ def begin_folder(
     """
     try:
         run.mkdir(parents=True, exist_ok=True)
+        # the folder is this job's alone
+        for leftover in filter(is_temporary, run.iterdir()):
+            leftover.unlink()
         write_text(run / runs.RUN_CONFIG, config.to_toml())
         save_tokenizer(tokenizer, run)
         return Log(run, step, config.loggers, asdict(config), notify)

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Self
 
 from fastgpt2.errors import EndedElsewhere
+from fastgpt2.peers import SAVER
 
 # niceness of a thread that steps aside: beside a thread of the training, the scheduler of Linux
 # gives it about a seventieth of a core, and the moments that the training leaves
@@ -54,7 +55,7 @@ class Saver:
                 self._error = error
 
         # a daemon: a disk that hangs must not hold up the end of the program
-        thread = threading.Thread(target=run, name="saver", daemon=True)
+        thread = threading.Thread(target=run, name=SAVER, daemon=True)
         try:
             thread.start()
         except RuntimeError:

@@ -89,17 +89,20 @@ def validate(
     # shown only on a terminal, and only if it takes long
     disable = True if rank else None
     with tqdm(
-        batches, "evaluating", total, unit="batch", leave=False, delay=2.0, disable=disable
+        desc="evaluating", total=total, unit="batch", leave=False, delay=2.0, disable=disable
     ) as bar:
         try:
-            for idx, targets in bar:
+            # data that one process cannot read end the scoring on all
+            while (batch := distributed.together(lambda: next(batches, None))) is not None:
                 poll()
+                idx, targets = batch
                 if eot is not None:
                     targets = inside_documents(idx, targets, eot)
                 with autocast(device, dtype):
                     loss = forward(idx.to(device), targets.to(device), fused_loss=True)[1]
                 losses.append(loss)
                 counts.append(int((targets >= 0).sum()))
+                bar.update()
         finally:
             model.train(was_training)
     # weighted by count, in fp64, with one transfer at the end

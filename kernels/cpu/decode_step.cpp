@@ -18,7 +18,12 @@
 #include <type_traits>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "products.h"
+#include "tiles.h"
 #include "vectors.h"
 
 namespace {
@@ -158,7 +163,20 @@ int64_t prepared_of(const Model& model, int64_t N) {
 // numbers that a step writes before what is each thread's own
 int64_t shared_of(const Model& model, const Step& step) {
     const int64_t C = model.tokens.width, F = model.layers[0].fc.features, N = step.B * step.T;
-    return N * (5 * C + F) + (N == 1 ? step.threads : 1) * prepared_of(model, N);
+    const int64_t n = N * (5 * C + F) + (N == 1 ? step.threads : 1) * prepared_of(model, N);
+    return (n + LANES - 1) / LANES * LANES;
+}
+
+// numbers that are one thread's own: pieces of what a product reads
+template <class W>
+int64_t pieces_of(const Model& model, const Step& step) {
+    const int64_t C = model.tokens.width, F = model.layers[0].fc.features;
+    return pieces_of<W>(step.B * step.T, std::max(C, F)) * int64_t(sizeof(Tile) / sizeof(float));
+}
+// and scores of attention
+template <class W>
+int64_t own_of(const Model& model, const Step& step) {
+    return pieces_of<W>(model, step) + (step.S + LANES - 1) / LANES * LANES;
 }
 
 // what one thread does of a step; W of weights, E of positions, keys and values
@@ -180,7 +198,15 @@ void run(const Model& model, const Step& step, Barrier& barrier, int64_t thread)
     float* scales = rows + N * C;
     int16_t* rounded = reinterpret_cast<int16_t*>(scales + N);
     // this thread's own
-    float* probs = step.space + shared_of(model, step) + thread * S;
+    float* pieces = step.space + shared_of(model, step) + thread * own_of<W>(model, step);
+    float* probs = pieces + pieces_of<W>(model, step);
+    auto multiply = [&](const Matrix& m, Rows<W> with, int64_t count, Part own, float* to,
+                        Write how) {
+        Tile* tiles = reinterpret_cast<Tile*>(pieces);
+        const Part left = product_of_tiles<W>(m, with, count, own, to, how, tiles);
+        product<W>(m, with, count, left, to, how);
+    };
+    begin_tiles();
     auto part = [&](int64_t count) { return Part(count, thread, step.threads); };
     auto mine = [&](int64_t count) { return alone ? Part(count, 0, 1) : part(count); };
     auto prepared = [&](const float* from, int64_t count, int64_t width) {
@@ -216,7 +242,7 @@ void run(const Model& model, const Step& step, Barrier& barrier, int64_t thread)
     barrier.wait();
     for (int64_t i = 0; i < model.n_layer; i++) {
         const Layer& layer = model.layers[i];
-        product<W>(layer.qkv, normalized(layer.norm_1, nullptr, N), N, part(3 * C), qkv, REPLACE);
+        multiply(layer.qkv, normalized(layer.norm_1, nullptr, N), N, part(3 * C), qkv, REPLACE);
         barrier.wait();
         for (int64_t pair = pairs.first; pair < pairs.stop; pair++) {
             const int64_t b = pair / H, h = pair % H, held = step.lengths[b];
@@ -232,17 +258,18 @@ void run(const Model& model, const Step& step, Barrier& barrier, int64_t thread)
             }
         }
         barrier.wait();
-        product<W>(layer.proj, prepared(heads, N, C), N, columns, x, ADD);
+        multiply(layer.proj, prepared(heads, N, C), N, columns, x, ADD);
         barrier.wait();
-        product<W>(layer.fc, normalized(layer.norm_2, nullptr, N), N, features, hidden, REPLACE);
+        multiply(layer.fc, normalized(layer.norm_2, nullptr, N), N, features, hidden, REPLACE);
         for (int64_t n = 0; n < N; n++)
             gelu(hidden + n * F + features.first, features.stop - features.first, model.erf);
         barrier.wait();
-        product<W>(layer.out, prepared(hidden, N, F), N, columns, x, ADD);
+        multiply(layer.out, prepared(hidden, N, F), N, columns, x, ADD);
         barrier.wait();
     }
     const Rows<W> last = normalized(model.norm, step.wanted, step.n_wanted);
-    product<W>(model.head, last, step.n_wanted, part(model.head.features), step.logits, REPLACE);
+    multiply(model.head, last, step.n_wanted, part(model.head.features), step.logits, REPLACE);
+    end_tiles();
 }
 
 template <class W, class E>
@@ -259,9 +286,24 @@ void run_all(const Model& model, const Step& step) {
 
 extern "C" {
 
+// Ask for pages of 2 MB for what is in memory now, where the system can move it: with 4 KB each,
+// finding a page's place takes part of the time in which it is read.
+void use_large_pages(void* first, void* stop) {
+#if defined(__linux__)
+    constexpr intptr_t SIZE = 1 << 21;
+    constexpr int COLLAPSE = 25;  // since Linux 6.1
+    const intptr_t from = (intptr_t(first) + SIZE - 1) / SIZE * SIZE;
+    const intptr_t to = intptr_t(stop) / SIZE * SIZE;
+    if (from < to) madvise(reinterpret_cast<void*>(from), size_t(to - from), COLLAPSE);
+#endif
+}
+
 // numbers that a step writes beside its logits
 int64_t space_of(const Model* model, const Step* step) {
-    return shared_of(*model, *step) + step->threads * step->S;
+    const int64_t own = model->weight_kind == 0   ? own_of<float>(*model, *step)
+                        : model->weight_kind == 1 ? own_of<Bf16>(*model, *step)
+                                                  : own_of<int8_t>(*model, *step);
+    return shared_of(*model, *step) + step->threads * own;
 }
 
 void decode_step(const Model* model, const Step* step) {

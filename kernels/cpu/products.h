@@ -38,6 +38,8 @@ struct Kind {
     typedef float Entry;  // of a row
     typedef Vec Sums;
     typedef float Rest;  // the sum of some columns, exact if they are integers
+    typedef Four Total;  // of four rows; of integers exact, and rounded once
+    static Total sum(Vec a, Vec b, Vec c, Vec d) { return ::sum(a, b, c, d); }
     static constexpr int AT_ONCE = LANES;  // columns in a register
     static constexpr int FEATURES = 2;     // of a tile
     static constexpr int64_t SEGMENT = INT64_MAX;
@@ -48,6 +50,16 @@ struct Kind<int8_t> {
     typedef int16_t Entry;
     typedef Ints Sums;
     typedef int32_t Rest;
+    typedef double Total __attribute__((vector_size(32)));
+    static Total sum(Ints a, Ints b, Ints c, Ints d) {
+        auto high = [](Ints x) { return __builtin_convertvector(x >> 16, Vec); };
+        auto low = [](Ints x) { return __builtin_convertvector(x & 0xffff, Vec); };
+        // sums below 2^24, so exact in fp32
+        const Four highs = ::sum(high(a), high(b), high(c), high(d));
+        const Four lows = ::sum(low(a), low(b), low(c), low(d));
+        return __builtin_convertvector(highs, Total) * 65536 +
+               __builtin_convertvector(lows, Total);
+    }
     static constexpr int AT_ONCE = 2 * LANES;
     static constexpr int FEATURES = 3;
     // columns whose sum fits into a lane: with weights of at most 2^7 and entries below 2^15 in
@@ -62,7 +74,7 @@ struct Rows {
     const float* scales;  // null for 1
 };
 
-// Rows x (N, C) rounded to int16, with the largest entry of each at 32767: those of one thread.
+// Rows x (N, C) rounded to int16, with the largest entry of each at 32639: those of one thread.
 // A row that is not finite gets a scale that is not.
 void narrow(const float* x, int64_t C, Part rows, int16_t* values, float* scales) {
     for (int64_t n = rows.first; n < rows.stop; n++) {
@@ -76,9 +88,9 @@ void narrow(const float* x, int64_t C, Part rows, int16_t* values, float* scales
         int32_t bits = 0;
         for (int i = 0; i < LANES; i++) bits = std::max(bits, sizes[i]);
         std::memcpy(&largest, &bits, sizeof largest);
-        scales[n] = largest / 32767;
+        scales[n] = largest / 32639;
         // of zeros there is none: the integers are anything, and the scale is 0
-        const float inverse = 32767 / largest;
+        const float inverse = 32639 / largest;
         each(x + n * C, C, [&](int64_t c, Vec entries, int64_t count) {
             const Vec rounded = entries * inverse + ROUND;
             const Half half = __builtin_convertvector(Ints(rounded) - Ints(ROUND), Half);
@@ -87,18 +99,19 @@ void narrow(const float* x, int64_t C, Part rows, int16_t* values, float* scales
     }
 }
 
-// FEATURES features of ROWS rows, at most four
+// FEATURES features of ROWS rows, at most four; the features are `apart` from each other
 template <int FEATURES, int ROWS, class W>
-void tile(const Matrix& m, int64_t f, int64_t n, Rows<W> x, float* out, Write how) {
+void tile(const Matrix& m, int64_t f, int64_t n, Rows<W> x, float* out, Write how,
+          int64_t apart = 1) {
     typedef Kind<W> K;
     const int64_t C = m.width;
     const W* weight = static_cast<const W*>(m.weight) + f * C;
     const typename K::Entry* values = x.values + n * C;
     // sums that do not wait for each other, in registers if none of this is a loop
-    constexpr int SUMS = ROWS == 1 ? 4 : 4 / ROWS;
+    constexpr int SUMS = FEATURES == 8 ? 2 : 4 / ROWS;
     // the same for any number of rows, and with it a row's result
     constexpr int STEP = 4 * K::AT_ONCE;
-    Four totals[FEATURES] = {};
+    typename K::Total totals[FEATURES] = {};
     int64_t c = 0;
     while (c + STEP <= C) {
         const int64_t stop = C - c < K::SEGMENT ? C : c + K::SEGMENT;
@@ -108,52 +121,57 @@ void tile(const Matrix& m, int64_t f, int64_t n, Rows<W> x, float* out, Write ho
 #pragma GCC unroll 1
             for (int64_t at = c; at < c + STEP; at += SUMS * K::AT_ONCE) {
                 // a stream of fp32 is all that the processor foresees: narrow weights are asked for
-                // 8 KB ahead, and of several streams the next features
-                if (FEATURES > 1)
+                // 8 KB ahead, and of several streams or features the next ones
+                if (FEATURES > 1 && apart == 1)
                     for (int i = 0; i < FEATURES; i++)
                         __builtin_prefetch(weight + (i + FEATURES) * C + at);
+                else if (FEATURES > 1)
+                    for (int i = 0; i < FEATURES; i++)
+                        for (int k = 0; k < SUMS * K::AT_ONCE; k += 64 / sizeof(W))
+                            __builtin_prefetch(weight + (i * apart + 1) * C + at + k);
                 else if (sizeof(W) < sizeof(float))
                     __builtin_prefetch(reinterpret_cast<const char*>(weight + at) + 8192);
 #pragma GCC unroll 4
                 for (int k = 0; k < SUMS; k++) {
                     const int64_t column = at + k * K::AT_ONCE;
                     decltype(load(weight)) w[FEATURES];
-#pragma GCC unroll 3
-                    for (int i = 0; i < FEATURES; i++) w[i] = load(weight + i * C + column);
+#pragma GCC unroll 8
+                    for (int i = 0; i < FEATURES; i++) w[i] = load(weight + i * apart * C + column);
 #pragma GCC unroll 4
                     for (int j = 0; j < ROWS; j++) {
                         const auto entries = load(values + j * C + column);
-#pragma GCC unroll 3
+#pragma GCC unroll 8
                         for (int i = 0; i < FEATURES; i++)
                             sums[i][j][k] = add_product(sums[i][j][k], w[i], entries);
                     }
                 }
             }
         }
-#pragma GCC unroll 3
+#pragma GCC unroll 8
         for (int i = 0; i < FEATURES; i++) {
             auto& s = sums[i];
 #pragma GCC unroll 4
             for (int j = 0; j < ROWS; j++)
 #pragma GCC unroll 4
                 for (int k = 1; k < SUMS; k++) s[j][0] += s[j][k];
-            totals[i] += sum(s[0][0], s[1][0], s[2][0], s[3][0]);
+            totals[i] += K::sum(s[0][0], s[1][0], s[2][0], s[3][0]);
         }
     }
     Four units = Four{} + 1;
     if (x.scales) std::memcpy(&units, x.scales + n, ROWS * sizeof(float));
-#pragma GCC unroll 3
+#pragma GCC unroll 8
     for (int i = 0; i < FEATURES; i++) {
         for (int j = 0; j < ROWS && c < C; j++) {
             typename K::Rest rest = 0;
             for (int64_t at = c; at < C; at++)
-                rest += widen(weight[i * C + at]) * values[j * C + at];
-            totals[i][j] += float(rest);
+                rest += widen(weight[i * apart * C + at]) * values[j * C + at];
+            totals[i][j] += rest;
         }
-        const float scale = m.scale ? m.scale[f + i] : 1, bias = m.bias ? m.bias[f + i] : 0;
-        const Four result = totals[i] * units * scale + bias;
+        const int64_t feature = f + i * apart;
+        const float scale = m.scale ? m.scale[feature] : 1, bias = m.bias ? m.bias[feature] : 0;
+        const Four result = __builtin_convertvector(totals[i], Four) * units * scale + bias;
         for (int j = 0; j < ROWS; j++) {
-            float& y = out[(n + j) * m.features + f + i];
+            float& y = out[(n + j) * m.features + feature];
             y = result[j] + (how == ADD ? y : 0);
         }
     }
@@ -163,6 +181,15 @@ void tile(const Matrix& m, int64_t f, int64_t n, Rows<W> x, float* out, Write ho
 template <class W>
 void product(const Matrix& m, Rows<W> x, int64_t N, Part part, float* out, Write how) {
     constexpr int FEATURES = Kind<W>::FEATURES;
+    // with AVX-512's registers, one row meets features from as many places at once as a processor
+    // reads ahead of: its own streams are what it waits for
+    if (N == 1 && LANES == 16) {
+        constexpr int STREAMS = 8;
+        const int64_t apart = (part.stop - part.first) / STREAMS;
+        for (int64_t f = part.first; f < part.first + apart; f++)
+            tile<STREAMS, 1, W>(m, f, 0, x, out, how, apart);
+        part.first += STREAMS * apart;
+    }
     for (int64_t f = part.first; f < part.stop; f += FEATURES) {
         // the weights come from memory once, then from the nearest cache
         const int64_t features = std::min<int64_t>(FEATURES, part.stop - f);

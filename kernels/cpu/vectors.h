@@ -115,10 +115,6 @@ Four sum(Vec a, Vec b, Vec c, Vec d) {
 #elif !defined(__AVX2__)
 Four sum(Vec a, Vec b, Vec c, Vec d) { return Four{sum(a), sum(b), sum(c), sum(d)}; }
 #endif
-Four sum(Ints a, Ints b, Ints c, Ints d) {
-    auto wide = [](Ints x) { return __builtin_convertvector(x, Vec); };
-    return sum(wide(a), wide(b), wide(c), wide(d));
-}
 
 // sum + a b, of int16 the sum of two neighbours' products
 Vec add_product(Vec sum, Vec a, Vec b) { return sum + a * b; }

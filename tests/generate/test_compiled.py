@@ -46,7 +46,10 @@ FORMS: dict[str, Callable[[], GPT]] = {
     "odd sizes": lambda: tiny_gpt(n_embd=33, n_head=3, vocab_size=37),
     # whose values do not fit into the registers at once
     "wide head": lambda: tiny_gpt(n_embd=80, n_head=1),
+    # of matrix units: more columns than they get at once, features beyond the last tile
+    "wide": lambda: tiny_gpt(n_layer=1, n_embd=320, vocab_size=75),
     "int8": lambda: tiny_gpt().quantize("int8"),
+    "int8, wide": lambda: tiny_gpt(n_layer=1, n_embd=320, vocab_size=75).quantize("int8"),
     # a rest of every kind, and more than nothing before it
     "int8, odd sizes": lambda: tiny_gpt(n_embd=99, n_head=3).quantize("int8"),
 }
@@ -78,7 +81,7 @@ def as_the_step_reads(model: GPT) -> GPT:
     """The model; of int8, with what its matrices read rounded to int16 by a scale per row."""
 
     def rounded(_: torch.nn.Module, rows: tuple[Tensor]) -> Tensor:
-        scales = rows[0].abs().amax(-1, keepdim=True) / 32767
+        scales = rows[0].abs().amax(-1, keepdim=True) / 32639
         return (rows[0] / scales).round() * scales
 
     model = copy.deepcopy(model)
@@ -134,7 +137,7 @@ class TestLogits:
                 torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-5)
             start += count
 
-    @pytest.mark.parametrize("width", [64, 99])
+    @pytest.mark.parametrize("width", [64, 99, 128])
     def test_int8_meets_rows_rounded_to_int16(self, width: int) -> None:
         model = tiny_gpt(n_embd=width, n_head=1).eval().quantize("int8")
         texts = texts_of(7, 9)
@@ -147,7 +150,7 @@ class TestLogits:
         expected, found = cache.layers[0].kv, slots.cache.layers[0].kv
         assert rms(found - expected) < 5e-6 * rms(expected)
 
-    @pytest.mark.parametrize("width", [80, 99])
+    @pytest.mark.parametrize("width", [64, 80, 99])
     def test_int8_of_one_row_is_that_of_many(self, width: int) -> None:
         """Bit for bit, at any number of tokens: integers' sums are exact."""
         model = tiny_gpt(n_embd=width, n_head=1).eval().quantize("int8")
@@ -202,9 +205,11 @@ class TestLogits:
         logits = slots.feed(0, [[texts[0][2]], [texts[1][5]], [texts[2][2]]])
         torch.testing.assert_close(logits, gold[[0, 1, 2], [2, 5, 2]], atol=2e-5, rtol=1e-5)
 
+    @pytest.mark.parametrize("width", [48, 64])
     @pytest.mark.parametrize("form", ["plain", "fp32_residual", "int8"])
-    def test_bf16(self, form: str) -> None:
-        model = tiny_gpt(fp32_residual=form == "fp32_residual").eval().bfloat16()
+    def test_bf16(self, form: str, width: int) -> None:
+        options = {"fp32_residual": form == "fp32_residual", "n_embd": width}
+        model = tiny_gpt(**options).eval().bfloat16()
         if form == "int8":
             model.quantize("int8")
         texts = texts_of(2, 12)
@@ -225,9 +230,9 @@ class TestLogits:
     def test_more_tokens_than_it_takes_go_to_the_library(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        model = tiny_gpt(block_size=200).eval()
-        texts, slots = texts_of(3, MAX_TOKENS), compiled_slots(model, 3, 200)
-        short = compiled_slots(copy.deepcopy(model).quantize("int8"), 3, 200)
+        model = tiny_gpt(block_size=200, n_embd=64).eval()
+        texts, slots = texts_of(9, MAX_TOKENS), compiled_slots(model, 9, 200)
+        short = compiled_slots(copy.deepcopy(model).quantize("int8"), 9, 200)
         with monkeypatch.context() as patch:
             patch.setattr(Slots, "_compiled_step", None)
             logits = slots.feed(0, texts)

@@ -124,8 +124,14 @@ def test_a_picture_that_cannot_be_drawn_loses_no_model(
 def test_what_a_sample_needs_is_asked_before_the_first_step() -> None:
     model = nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())
+
+    class Untouched(list[tuple[Tensor, Tensor]]):
+        def __iter__(self) -> Any:
+            raise AssertionError("training has begun")
+
+    loaders = Untouched(), Untouched()
     with pytest.raises(UserError, match="Linear: no pos_emb"):
-        ladder.train_model_simple(model, [], [], optimizer, "cpu", 1, 1, 1, "the", TINY)
+        ladder.train_model_simple(model, *loaders, optimizer, "cpu", 1, 1, 1, "the", TINY)
 
 
 TINY = GPT2Tokenizer(*tiny_files())

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastgpt2.errors import UserError
+from fastgpt2.errors import FileChangedError, UserError
 from fastgpt2.text import BytesTokenizer, CharTokenizer, Tokenizer, TokenShards, create_shard
 from fastgpt2.text.shards import HEADER_BYTES, ShardHeader
 
@@ -200,7 +200,7 @@ def test_file_that_shrinks_while_in_use(tmp_path: Path) -> None:
     shards = TokenShards([path])
     with path.open("rb+") as file:
         file.truncate(300)
-    with pytest.raises(UserError, match="became shorter"):
+    with pytest.raises(FileChangedError, match="became shorter"):
         shards[:]
 
 

@@ -68,6 +68,18 @@ def around_rename(before: bool) -> Callable[[], None]:
     return arm
 
 
+def as_it_begins() -> None:
+    """The configuration is written, but has not got its name."""
+    whole = os.replace
+
+    def replace(source: Any, target: Any) -> None:
+        if Path(target).name == runs.RUN_CONFIG:
+            die()
+        whole(source, target)
+
+    patch("os.replace", replace).start()
+
+
 def while_pruning() -> None:
     """The old checkpoint is half gone."""
     whole = shutil.rmtree
@@ -87,6 +99,7 @@ POINTS: dict[str, Callable[[], None]] = {
     "before_rename": around_rename(before=True),
     "after_rename": around_rename(before=False),
     "pruning": while_pruning,
+    "beginning": as_it_begins,
     "whole": lambda: None,
 }
 

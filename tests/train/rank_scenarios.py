@@ -17,7 +17,9 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
+from fastgpt2 import runs
 from fastgpt2.errors import UserError
 from fastgpt2.files import atomic_path
 from fastgpt2.model import GPT
@@ -69,10 +71,40 @@ def reader_hangs(rank: int) -> None:
         patch.object(BlockStream, "batch_at", batch_at).start()
 
 
+def saver_hangs(rank: int) -> None:
+    """The disk of one rank never takes its part of a checkpoint."""
+    if rank == 1:
+        patch.object(HuggingFaceStorageWriter, "write_data", lambda *_: hang()).start()
+
+
+def unreadable_validation(rank: int) -> None:
+    """One rank cannot read the validation split."""
+
+    class Batches:
+        """As the data, read when the first batch is asked for."""
+
+        def __next__(self) -> Any:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), "val.tokens")
+
+    if rank == 1:
+        patch("fastgpt2.train.validation.iter_eval_batches", lambda *_, **__: Batches()).start()
+
+
 def memory_of_steps(rank: int) -> int:
     """Says what two processes need for a step, and what is expected."""
     print(json.dumps(compared_in_ranks()))
     return 0
+
+
+def killed_after(checkpoint: Path) -> Callable[[], None]:
+    """Die as soon as a checkpoint is there, which a busy machine writes late."""
+
+    def die() -> None:
+        while not checkpoint.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    return die
 
 
 def in_first_attempt(fault: Fault) -> Fault:
@@ -271,13 +303,24 @@ def scenarios(data: Path, folder: Path) -> dict[str, tuple[int, Callable[[int], 
             2,
             command(begin("reader hangs", *TWO_BY_TWO, "--timeout=5"), reader_hangs),
         ),
+        "saver hangs": (
+            2,
+            command(begin("saver hangs", *TWO_BY_TWO, "--shard", "--timeout=10"), saver_hangs),
+        ),
+        "unreadable": (
+            2,
+            command(begin("unreadable", *TWO_BY_TWO, "--shard"), unreadable_validation),
+        ),
+        "unreadable, resumed": (2, resume("unreadable")),
         "memory": (2, memory_of_steps),
         # killed at its third step, and started again by torchrun with the same command
         "elastic": (
             2,
             command(
                 begin("elastic", *TWO_BY_TWO, "--shard"),
-                in_first_attempt(at_step(3, 1, sending(signal.SIGKILL))),
+                in_first_attempt(
+                    at_step(3, 1, killed_after(runs.step_folder(folder / "elastic" / "run", 2)))
+                ),
             ),
         ),
         "diverged": (

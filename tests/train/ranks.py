@@ -31,7 +31,7 @@ PATIENCE = 8.0
 # how often the ranks of a scenario are started again
 RESTARTS = {"elastic": 1}
 # no other scenario needs their runs, and they mostly wait: they run beside the others
-ASIDE = ("hangs", "reader hangs")
+ASIDE = ("hangs", "reader hangs", "saver hangs")
 
 Fault = Callable[[int], None]
 

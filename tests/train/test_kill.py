@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 from fastgpt2 import runs
+from fastgpt2.files import is_temporary
 from fastgpt2.train import checkpoint
+from fastgpt2.train.__main__ import main as train_command
 from tests.train.killed import POINTS, kill_config
+from tests.train.ranks import COMMON
 from tests.train.tiny_run import assert_same_training, train
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +30,7 @@ def killed_runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.usefixtures("no_picture")
-@pytest.mark.parametrize("point", [name for name in POINTS if name != "whole"])
+@pytest.mark.parametrize("point", [name for name in POINTS if name not in ("whole", "beginning")])
 def test_killed_while_saving(killed_runs: Path, data: Path, point: str) -> None:
     run = killed_runs / point
     survivor = runs.latest(run)
@@ -42,3 +45,13 @@ def test_killed_while_saving(killed_runs: Path, data: Path, point: str) -> None:
     # nothing half-written is left lying about
     names = {path.name for path in (run / "checkpoints").iterdir()}
     assert names == {path.name for path in (killed_runs / "whole" / "checkpoints").iterdir()}
+
+
+@pytest.mark.usefixtures("no_picture")
+def test_killed_as_it_begins(killed_runs: Path, data: Path) -> None:
+    """The same command begins again: what was left in the run folder is nobody's."""
+    run = killed_runs / "beginning"
+    left = [path for path in run.iterdir() if is_temporary(path)]
+    assert len(left) == 1 and not runs.is_run(run)
+    assert train_command(["--data", str(data), "--out", str(run), *COMMON]) == 0
+    assert not left[0].exists()

@@ -207,6 +207,16 @@ def test_the_disk_of_one_rank_fails(ranks: Ranks, name: str, saved: list[int], r
     assert_same_training(run, ranks.run("adamw --shard"))
 
 
+def test_validation_data_that_one_rank_cannot_read_lose_nothing(ranks: Ranks) -> None:
+    """The finished step is saved, though it was not scored; resuming scores it."""
+    assert ranks.outcomes["unreadable"]["codes"] == [2, 2]
+    errors = [line for line in ranks.complaints("unreadable") if "rror" in line]
+    assert errors == ["fastgpt2 train: error: val.tokens: Stale file handle"]
+    assert "training: 4 steps (2 done)" in ranks.outcomes["unreadable, resumed"]["out"][0]
+    assert ranks.outcomes["unreadable, resumed"]["codes"] == [0, 0]
+    assert_same_training(ranks.folder / "unreadable" / "run", ranks.run("adamw --shard"))
+
+
 def test_each_rank_has_its_own_dropout(ranks: Ranks) -> None:
     tensors = saved_tensors(ranks.run("adamw --no-shard dropout"))
     assert not tensors["rng.cpu"].equal(tensors["rng.cpu.1"])
@@ -262,6 +272,14 @@ def test_a_reader_that_hangs_is_shown_with_its_stack(ranks: Ranks) -> None:
     said = "\n".join(ranks.complaints("reader hangs"))
     assert "rank 1 has not moved on for 5 s" in said and "rank 0 has not" not in said
     assert "its reader is here" in said.partition("rank 1 has not")[2] and "in hang" in said
+
+
+def test_a_saver_that_hangs_is_shown_with_its_stack(ranks: Ranks) -> None:
+    """The other rank has written its part, and waits: both have come equally far."""
+    assert ranks.outcomes["saver hangs"]["codes"] == [75, 75]
+    said = "\n".join(ranks.complaints("saver hangs"))
+    stack = said.partition("rank 1 has not moved on for 10 s")[2]
+    assert "its saver is here" in stack and "in hang" in stack
 
 
 def test_the_estimate_of_the_memory_of_two_ranks(ranks: Ranks) -> None:

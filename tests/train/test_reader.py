@@ -11,9 +11,12 @@ import torch
 
 from fastgpt2 import runs
 from fastgpt2.peers import READER
+from fastgpt2.prepare import prepare
 from fastgpt2.text.loaders import Batch, BlockLoader, BlockStream
+from fastgpt2.text.shards import HEADER_BYTES
 from fastgpt2.train.__main__ import main
 from fastgpt2.train.reader import Reader
+from fastgpt2.train.step import TrainingStep
 
 CPU = torch.device("cpu")
 PATIENCE = 60.0
@@ -117,3 +120,30 @@ def test_a_run_says_it_in_one_line_and_saves(
     # the batches taken count, not those read ahead
     state = runs.read_state(runs.latest(tmp_path / "run"))
     assert (state["step"], state["loader"]["position"]) == (3, 6)
+
+
+@pytest.mark.usefixtures("no_thread_left", "no_picture")
+def test_tokens_that_become_shorter_end_a_run_that_is_saved(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare([str(data)], tmp_path / "tokens", tokenizer="bytes")
+    whole, steps = TrainingStep.__call__, 0
+
+    def call(self: TrainingStep, *arguments: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 4:
+            for file in (tmp_path / "tokens").glob("*.tokens"):
+                with file.open("rb+") as opened:
+                    opened.truncate(HEADER_BYTES)
+        return whole(self, *arguments)
+
+    monkeypatch.setattr(TrainingStep, "__call__", call)
+    shape = "--model=gpt2-nano --block-size=8 --n-layer=1 --n-head=1 --n-embd=8"
+    flags = [*shape.split(), "--batch-size=2", "--steps=99", "--sample-tokens=0", "--device=cpu"]
+    run = tmp_path / "run"
+    assert main(["--data", str(tmp_path / "tokens"), "--out", str(run), *flags]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert len(errors) == 1 and "became shorter while it was in use" in errors[0]
+    # the batch of one more step had been read
+    assert runs.saved_steps(run)[-1] in (4, 5)

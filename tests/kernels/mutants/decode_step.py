@@ -7,6 +7,7 @@ from tests.kernels.mutants import Mutant
 TESTS = ("tests/generate/test_compiled.py",)
 step = partial(Mutant, path="kernels/cpu/decode_step.cpp", tests=TESTS)
 products = partial(Mutant, path="kernels/cpu/products.h", tests=TESTS)
+tiles = partial(Mutant, path="kernels/cpu/tiles.h", tests=TESTS)
 vectors = partial(Mutant, path="kernels/cpu/vectors.h", tests=TESTS)
 
 MUTANTS = [
@@ -27,7 +28,7 @@ MUTANTS = [
     ),
     products(
         name="scales_of_the_feature_before",
-        old="m.scale ? m.scale[f + i] : 1",
+        old="m.scale ? m.scale[feature] : 1",
         new="m.scale ? m.scale[f] : 1",
     ),
     products(
@@ -57,7 +58,7 @@ MUTANTS = [
     ),
     products(
         name="a_scale_of_14_bits",
-        old="scales[n] = largest / 32767;",
+        old="scales[n] = largest / 32639;",
         new="scales[n] = largest / 8191;",
     ),
     products(
@@ -77,8 +78,8 @@ MUTANTS = [
     ),
     products(
         name="a_segment_replaces_the_one_before",
-        old="totals[i] += sum(s[0][0]",
-        new="totals[i] = sum(s[0][0]",
+        old="totals[i] += K::sum(s[0][0]",
+        new="totals[i] = K::sum(s[0][0]",
     ),
     products(
         name="scales_of_the_first_row",
@@ -94,6 +95,51 @@ MUTANTS = [
         name="a_step_of_other_columns_for_another_number_of_rows",
         old="STEP = 4 * K::AT_ONCE;",
         new="STEP = SUMS * K::AT_ONCE;",
+    ),
+    tiles(
+        name="features_of_no_whole_tile_are_forgotten",
+        old="(part.stop - part.first) % (2 * SIDE);",
+        new="0;",
+    ),
+    tiles(
+        name="the_second_piece_of_an_int16_wraps_around",
+        old="_mm512_set1_epi16(128)",
+        new="_mm512_set1_epi16(0)",
+    ),
+    tiles(
+        name="two_pieces_of_a_number_of_three",
+        old="piece = TILES - 1; piece >= 0; piece--) {\n                _tile_loadd",
+        new="piece = TILES - 2; piece >= 0; piece--) {\n                _tile_loadd",
+    ),
+    tiles(
+        name="three_products_of_pieces_instead_of_six",
+        old="other = TILES - 1 - piece; other",
+        new="other = TILES - 2 - piece; other",
+    ),
+    tiles(
+        name="a_bias_for_each_panel",
+        old="c ? nullptr : m.bias",
+        new="m.bias",
+    ),
+    tiles(
+        name="a_panel_replaces_the_one_before",
+        old="c ? ADD : how",
+        new="how",
+    ),
+    tiles(
+        name="rows_after_256_are_the_first_again",
+        old="lay_out<W>(x.values + first * C,",
+        new="lay_out<W>(x.values,",
+    ),
+    tiles(
+        name="scales_of_the_first_rows",
+        old="x.scales ? x.scales + n",
+        new="x.scales ? x.scales + n % 8",
+    ),
+    tiles(
+        name="a_residual_of_tiles_is_left_out",
+        old="if (how == ADD) y += load",
+        new="if (false) y += load",
     ),
     vectors(
         name="the_last_numbers_of_a_row_are_forgotten",
