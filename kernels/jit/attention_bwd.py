@@ -98,10 +98,9 @@ def _attention_bwd_dq_kernel(
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
     if dropout is not None:
         delta *= 1.0 - dropout[1]
+        bits_ptrs = bit_rows(dropout[0], b * H + h, queries, T, EVEN)[:, None] + (begin >> 5)
     tl.store(stats_ptrs[1] + offs_stats, delta, mask=queries < T)
     lse = tl.load(stats_ptrs[0] + offs_stats, mask=queries < T, other=0.0)
-    if dropout is not None:
-        bits_ptrs = bit_rows(dropout[0], b * H + h, queries, T, EVEN)[:, None] + (begin >> 5)
     dq = tl.zeros([BLOCK_M, q.shape[1]], tl.float32)
     for first_k in range(begin, tl.minimum(first_q + BLOCK_M, key_range[1]), BLOCK_N):
         k = load_tile(k_ptr, offs_n, stride_t, T - first_k, D, EVEN)
@@ -109,8 +108,7 @@ def _attention_bwd_dq_kernel(
         s = tl.dot(q, k.T, input_precision=PRECISION)
         p = tl.exp2(s * (scale * LOG2E) - lse[:, None])
         row, col = queries[:, None], first_k + offs_n[None, :]
-        ids_n = load_ids(segment_ptr, b, col, T)
-        crosses = first_k + BLOCK_N > first_q
+        ids_n, crosses = load_ids(segment_ptr, b, col, T), first_k + BLOCK_N > first_q
         p = hide(p, 0.0, row, col, crosses, ids_m[:, None], ids_n, key_range, MASKED)
         kept = p
         if dropout is not None:

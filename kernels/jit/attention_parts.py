@@ -142,7 +142,10 @@ def _variants(limits: Mapping[str, int], arch: str) -> list[Variant]:
         return {0: plain, 1: dropout}.get(limits.get("dropout", 2), plain + dropout)
     if limits["D"] == 64:
         return [full("bf16", 64)]
-    return [Variant("bf16", 128), full("bf16", 128), Variant("bf16", 80, even=False)]
+    wide = [Variant("bf16", 128), Variant("bf16", 80, even=False)]
+    masked = [Variant("bf16", 128, masked=True, even=False)]
+    dropout = [full("bf16", 128)]
+    return {0: wide + masked, 1: dropout}.get(limits.get("dropout", 2), wide + dropout)
 
 
 def attention_cases(
