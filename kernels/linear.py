@@ -10,6 +10,7 @@ Everywhere else the library is PyTorch's choice. Shapes: N rows, C wide, F featu
 
 import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -163,11 +164,12 @@ def unchecked_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
-def matmul(a: Tensor, b: Tensor, *, into: Tensor | None = None) -> Tensor:
+def matmul(a: Tensor, b: Tensor, *, into: Callable[[], Tensor] | None = None) -> Tensor:
     """a (M, K) @ b (K, N) with the library that ``linear`` takes, without a gradient.
 
-    ``into``, a tensor of the result's shape, is where the library puts it if it can.
+    ``into`` gives a tensor of the result's shape, and is asked for it only if the library can put
+    the result there.
     """
     if _takes_onednn(a, b.t()):
         return _onednn(a, b.t(), None)
-    return torch.mm(a, b, out=into)
+    return torch.mm(a, b, out=None if into is None else into())

@@ -5,6 +5,7 @@ overwrite the logits with the gradient of the losses, from which two matrix prod
 gradients of x and weight. Nothing is computed twice: backward only scales what forward computed.
 """
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -107,12 +108,17 @@ class _Head:
 
     def __init__(self, x: Tensor, weight: Tensor, size: int) -> None:
         self.x, self.weight = x, weight.to(x.dtype)
-        self.buffer = x.new_empty(size, weight.shape[0])
+        self.size = size
+
+    @cached_property
+    def buffer(self) -> Tensor:
+        """(size, V), made where a product first needs it."""
+        return self.x.new_empty(self.size, self.weight.shape[0])
 
     def logits(self, rows: slice) -> Tensor:
         """(rows, V)."""
-        into = self.buffer[: rows.stop - rows.start]
-        return matmul(self.x[rows], self.weight.t(), into=into)
+        count = rows.stop - rows.start
+        return matmul(self.x[rows], self.weight.t(), into=lambda: self.buffer[:count])
 
     def gradient(self, dlogits: Tensor) -> Tensor:
         """Prepares dlogits for ``dx`` and ``dweight``."""

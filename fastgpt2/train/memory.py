@@ -145,8 +145,8 @@ def estimate(
     activations = base + L * layer.kept
     chunk = min(N * V * e, TORCH_CHUNK_BYTES if host else TRITON_CHUNK_BYTES)
     tile = min(chunk // e, _TILE) if host else 0
-    # a tile's probabilities, its logits, and without the padding's a copy of them
-    copies = 4 + e * (1 if config.vocab_size == V else 2)
+    # a tile's probabilities, and its logits in fp32 and without the padding's, if they were not so
+    copies = 4 + 4 * (e != 4 or config.vocab_size != V)
     loss = chunk + tile * copies + V * C * (e if e != 4 else 0)
     head = 4 * V * C * model.lm_head.weight.requires_grad
     stages = [activations + loss + head]

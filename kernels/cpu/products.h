@@ -10,6 +10,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "vectors.h"
 
@@ -181,15 +182,25 @@ void tile(const Matrix& m, int64_t f, int64_t n, Rows<W> x, float* out, Write ho
 template <class W>
 void product(const Matrix& m, Rows<W> x, int64_t N, Part part, float* out, Write how) {
     constexpr int FEATURES = Kind<W>::FEATURES;
-    // with AVX-512's registers, one row meets features from as many places at once as a processor
-    // reads ahead of: its own streams are what it waits for
-    if (N == 1 && LANES == 16) {
-        constexpr int STREAMS = 8;
+    // with AVX-512's registers, rows meet features from many places at once: a processor reads
+    // ahead in several streams of its own, and one is what it waits for
+    auto streams = [&](auto count, auto some) {
+        constexpr int STREAMS = decltype(count)::value;
         const int64_t apart = (part.stop - part.first) / STREAMS;
-        for (int64_t f = part.first; f < part.first + apart; f++)
-            tile<STREAMS, 1, W>(m, f, 0, x, out, how, apart);
+        for (int64_t f = part.first; f < part.first + apart; f++) some(f, apart);
         part.first += STREAMS * apart;
-    }
+    };
+    if (LANES == 16 && N == 1)
+        streams(std::integral_constant<int, 8>(), [&](int64_t f, int64_t apart) {
+            tile<8, 1, W>(m, f, 0, x, out, how, apart);
+        });
+    else if (LANES == 16)
+        streams(std::integral_constant<int, 4>(), [&](int64_t f, int64_t apart) {
+            int64_t n = 0;
+            for (; n + 4 <= N; n += 4) tile<4, 4, W>(m, f, n, x, out, how, apart);
+            for (; n + 2 <= N; n += 2) tile<4, 2, W>(m, f, n, x, out, how, apart);
+            for (; n < N; n++) tile<4, 1, W>(m, f, n, x, out, how, apart);
+        });
     for (int64_t f = part.first; f < part.stop; f += FEATURES) {
         // the weights come from memory once, then from the nearest cache
         const int64_t features = std::min<int64_t>(FEATURES, part.stop - f);

@@ -155,8 +155,22 @@ def test_only_wanted_gradients_are_computed(
 def test_matmul_into_a_buffer() -> None:
     a, b = torch.randn(7, 33), torch.randn(33, 20)
     torch.testing.assert_close(matmul(a, b), a @ b)
-    torch.testing.assert_close(matmul(a, b, into=torch.empty(7, 20)), a @ b)
+    torch.testing.assert_close(matmul(a, b, into=lambda: torch.empty(7, 20)), a @ b)
     torch.testing.assert_close(matmul(a.t(), a), a.t() @ a)
+
+
+def test_a_buffer_is_made_only_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b, made = torch.randn(7, 33), torch.randn(33, 20), []
+
+    def buffer() -> Tensor:
+        made.append(torch.empty(7, 20))
+        return made[-1]
+
+    monkeypatch.setattr(op_module, "_ONEDNN", ALWAYS)
+    matmul(a, b, into=buffer)
+    assert not made
+    monkeypatch.setattr(op_module, "_ONEDNN", NEVER)
+    assert matmul(a, b, into=buffer).data_ptr() == made[0].data_ptr()
 
 
 def test_share_of_each_processor(processor: Processor) -> None:

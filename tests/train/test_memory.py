@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from fastgpt2.train.memory import estimate
 from fastgpt2.train.optimizers import build_optimizer, moment_bytes
 from fastgpt2.train.remat import set_remat
 from fastgpt2.train.step import TrainingStep
+from tests.kernels.processors import ALWAYS, NEVER
 from tests.tiny_gpt import gradients, tiny_batch
 from tests.train.step_memory import SMALL, measured
 from tests.train.tiny_run import make_trainer, tiny_train_config
@@ -60,6 +62,15 @@ def test_within_15_percent_of_the_peak(
     idx = torch.randint(config.vocab_size, (rows, config.block_size))
     peak = measured(step, [(idx, idx)])
     assert estimate(model, optimizer, rows, kind).peak == pytest.approx(peak, rel=0.15)
+
+
+@pytest.mark.parametrize("share", [ALWAYS, NEVER])
+def test_so_on_every_processor(share: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the products are oneDNN's, and where they are not."""
+    monkeypatch.setattr(import_module("fastgpt2.kernels.linear"), "_ONEDNN", share)
+    shape = {"vocab_size": 8000, "n_layer": 1}
+    test_within_15_percent_of_the_peak(shape, 2, "float32", "none")
+    test_within_15_percent_of_the_peak({}, 8, "float32", "block")
 
 
 @pytest.mark.parametrize(
