@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.profiler import record_function
 
 from fastgpt2.errors import UserError
-from fastgpt2.train.profiling import PHASES, TABLE, TRACE, WARMUP, StepProfile
+from fastgpt2.train.profiling import PHASES, TABLE, TRACE, WARMUP, StepProfile, step_table
 from tests.train.tiny_run import make_trainer, saved_tensors, tiny_train_config, train
 
 pytestmark = pytest.mark.usefixtures("no_picture")
@@ -33,10 +34,15 @@ def test_a_trace_and_a_table_and_the_same_training(data: Path, tmp_path: Path) -
     assert calls["forward"] == 2 and calls["update"] == 1
     assert all(float(ms) > 0 for name, _, ms in rows if name in PHASES)
     assert any(name.startswith("aten::") for name in calls)
-    # whose names are longer than the column
-    assert "[...]" not in table and re.search(
-        r"^  autograd::engine::ev\.\.\.\S+ ", table, re.MULTILINE
-    )
+
+
+def test_a_name_that_is_longer_than_the_column_keeps_both_ends() -> None:
+    name = "an operator of a library: " + 99 * "x" + " its name"
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities) as profile, record_function(name):
+        torch.ones(2).sum()
+    table = step_table(profile.key_averages(), 1)
+    assert re.search(r"^  an operator of a lib\.\.\.x+ its name +1 x", table, re.MULTILINE), table
 
 
 def test_a_run_that_is_shorter_than_it_asks_for(data: Path, tmp_path: Path) -> None:
