@@ -287,7 +287,7 @@ def _taken(path: Path) -> UserError:
 
 def _is_content(path: Path) -> bool:
     """Whether it is the temporary folder of a process that fills the folder around it."""
-    return path.name.startswith(f".{_CONTENT}.") and path.name.endswith(".tmp")
+    return path.name.startswith(f".{_CONTENT}.") and bool(_TEMPORARY.fullmatch(path.name))
 
 
 def is_temporary(path: Path) -> bool:

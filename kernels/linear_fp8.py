@@ -78,9 +78,13 @@ def _fp8_matmul(
     if a.is_cuda and a.numel() > 0 and b.numel() > 0:
         return _scaled_product(a, b, a_inverse, b_inverse, bias, out_dtype, fast)
     # FP8 numbers and their products are exact in fp32
-    # autocast would round a product that is not given its place
-    place = a.new_empty(a.shape[0], b.shape[0], dtype=torch.float32)
-    sums = matmul(a.float(), b.float().t(), into=lambda: place).mul_(a_inverse).mul_(b_inverse)
+    sums = matmul(
+        a.float(),
+        b.float().t(),
+        # autocast would round a product that is not given its place
+        into=lambda: a.new_empty(a.shape[0], b.shape[0], dtype=torch.float32),
+    )
+    sums.mul_(a_inverse).mul_(b_inverse)
     return (sums if bias is None else sums.add_(bias)).to(out_dtype)
 
 

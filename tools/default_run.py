@@ -1,27 +1,23 @@
 """``python -m tools.default_run --out FILE``: the default run on a CPU, by AdamW and by Muon.
 
 Both are ``fastgpt2 train --compile`` with nothing else chosen, in turns, each in its own process.
-The loss at AdamW's end is the target of its pair. Muon reaches it at its first
-validation that is as low. Times count from the start of the process, with imports and compiling.
-The vocabulary is what a user of this machine gets: GPT-2's, or bytes where it cannot be downloaded.
+The loss at AdamW's end is the target of its pair. Muon reaches it at its first validation that is
+as low. Times count from the start of the process, with imports and compiling. The vocabulary is
+what a user of this machine gets: GPT-2's, or bytes where it cannot be downloaded.
 """
 
-import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
-
-from benchmarks.machine import machine
-from fastgpt2.cli import Parser, check_counts
+from fastgpt2.cli import Parser
 from fastgpt2.cli import run as run_command
 from fastgpt2.runs import find_tokenizer
-from tools.to_loss import curve, note
+from tools.to_loss import curve, note, recorded
 
 _SAME = ("-m", "fastgpt2.train", "--config=cpu", "--device=cpu", "--compile", "--sample-tokens=0")
 _OPTIMIZERS = ("adamw", "muon")
@@ -62,15 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the JSON to write")
     parser.add_argument("--seeds", type=int, default=2, metavar="N", help="pairs of runs [2]")
     options = parser.parse_args(arguments)
-    return run_command("default_run", lambda: _body(options), steady=True)
-
-
-def _body(options: argparse.Namespace) -> int:
-    check_counts(options, "seeds")
-    record: dict[str, Any] = {"machine": machine(torch.device("cpu")), "runs": []}
-    race(options.seeds, record, options.out)
-    print(json.dumps(record["summary"], indent=1))
-    return 0
+    body = partial(race, options.seeds)
+    return run_command("default_run", lambda: recorded(body, options), steady=True)
 
 
 if __name__ == "__main__":

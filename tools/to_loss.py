@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -137,13 +138,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the JSON to write")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="pairs of runs [3]")
     options = parser.parse_args(arguments)
-    return run_command("to_loss", lambda: _body(options), steady=True)
+    body = partial(race, options.text, options.nanogpt, options.seeds)
+    return run_command("to_loss", lambda: recorded(body, options), steady=True)
 
 
-def _body(options: argparse.Namespace) -> int:
+def recorded(body: Callable[[dict[str, Any], Path], None], options: argparse.Namespace) -> int:
+    """Run a race on this machine, and show its summary; returns the exit code.
+
+    Args:
+        body: given the record so far, to which ``note`` adds each run, and the file to write.
+        options: has ``seeds`` and ``out``.
+
+    Raises:
+        UserError: ``seeds`` is not a count.
+    """
     check_counts(options, "seeds")
     record: dict[str, Any] = {"machine": machine(torch.device("cpu")), "runs": []}
-    race(options.text, options.nanogpt, options.seeds, record, options.out)
+    body(record, options.out)
     print(json.dumps(record["summary"], indent=1))
     return 0
 

@@ -71,7 +71,7 @@ def race(patch: Patch, name: str) -> Command:
 
 
 def default(patch: Patch, name: str) -> Command:
-    patch.setattr(default_run, "machine", lambda _: {})
+    patch.setattr(to_loss, "machine", lambda _: {})
     patch.setattr(default_run, "curve", lambda *_: POINTS)
     return lambda out: default_run.main(["--out", str(out / name), "--seeds=1"])
 
@@ -93,6 +93,9 @@ def sweep(patch: Patch, name: str) -> Command:
 
 
 def matrix(patch: Patch, name: str) -> Command:
+    patch.delenv("TRITON_INTERPRET", raising=False)
+    # imported without the interpreter, they would be lost to the tests that follow
+    patch.setattr(report, "kernel_modules", list)
     patch.setattr(report, "tasks_of", lambda *_: [])
     patch.setattr(report, "measure", lambda *_: [])
 
@@ -141,7 +144,6 @@ TOOLS = {
 @pytest.fixture(params=TOOLS)
 def tool(request: pytest.FixtureRequest, monkeypatch: Patch) -> tuple[Command, str, str]:
     make, name, before = TOOLS[request.param]
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     return make(monkeypatch, name), name, before
 
 
