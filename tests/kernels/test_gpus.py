@@ -103,9 +103,13 @@ def test_a_gpu_without_tiles_is_refused_with_a_reason(
         _resolve("triton")
 
 
-def test_what_spills_with_every_tile_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dropout", [False, True])
+def test_what_spills_with_every_tile_is_refused(
+    dropout: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     play_architecture(monkeypatch, "gfx942")
-    (rule,) = (r for r in tuning.TABLE["attention_bwd_dkv"] if r.limits == {"bytes": 2, "D": 128})
+    limits = {"bytes": 2, "D": 128, "dropout": int(dropout)}
+    (rule,) = (r for r in tuning.TABLE["attention_bwd_dkv"] if r.limits == limits)
     monkeypatch.setitem(rule.configs, "gfx942", None)
     for D, masked, refused in ((64, False, False), (128, False, True), (80, True, True)):
         with FakeTensorMode():
@@ -113,7 +117,7 @@ def test_what_spills_with_every_tile_is_refused(monkeypatch: pytest.MonkeyPatch)
             ids = torch.zeros(2, 8, dtype=torch.int64, device="cuda:0") if masked else None
 
         def obstacle(qkv: Any = qkv, ids: Any = ids) -> str | None:
-            found: str | None = contract._obstacle(qkv, 2, ids, None, False)
+            found: str | None = contract._obstacle(qkv, 2, ids, None, dropout)
             return found
 
         monkeypatch.setattr(contract, "INTERPRETED", False)
