@@ -67,10 +67,9 @@ class KnownSizes:
         """Write all counts, if any of them is new.
 
         Args:
-            path: the file, replaced atomically.
+            path: the file, in a folder that exists; replaced atomically.
         """
         if self._is_new:
-            path.parent.mkdir(parents=True, exist_ok=True)
             write_text(path, json.dumps(self._sizes) + "\n")
             self._is_new = False
 

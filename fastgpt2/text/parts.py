@@ -15,7 +15,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,45 +118,60 @@ def prepare_part(
     for folder in filter(Path.is_dir, map(Path, data)):
         if out.resolve().is_relative_to(folder.resolve()):
             raise UserError(f"--out {out}: lies in {folder}, where the next part would read it")
-    KNOWN_SIZES.load(out / PARTS / SIZES)
-    corpus = load_corpus(data, text_column=text_column, notify=print)
-    KNOWN_SIZES.save(out / PARTS / SIZES)
-    before = _fingerprint(corpus)
-    chosen = get_tokenizer(tokenizer, vocab_dir=vocab_dir, text=corpus.pieces())
-    identity = {
-        "source": ", ".join(absolute(item) for item in data),
-        "text_column": text_column,
-        "tokenizer": f"{chosen.name} {chosen.fingerprint}",
-        "val_fraction": val_fraction,
-        "corpus": before,
-    }
-    final = out / PARTS / part.name
-    if (final / INDEX).is_file():
-        _check_identity(final, read_index(final), "this call", identity)
-        print(f"part {part.number} of {part.parts}: finished already: {final}")
-        return
-    first, last = part.span(corpus.size)
-    taken = f"{final}: another process is at work on it"
-    with new_folders(out / PARTS), locked(out / PARTS / f".{part.name}.lock", taken):
-        for leftover in (out / PARTS).glob(f".{part.name}.*.tmp"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        with atomic_folder(final, last=(INDEX,)) as folder:
-            index = identity | {"part": part.number, "parts": part.parts, "span": [first, last]}
-            writer = _PartWriter(folder, chosen, shard_tokens, index | {"size": corpus.size})
-            with writer:
-                speed = write_pieces(
-                    writer,
-                    split_pieces(corpus, val_fraction, (first, last)),
-                    folder,
-                    chosen,
-                    workers=workers,
-                    total=last - first,
-                )
-                if _fingerprint(corpus) != before:
-                    raise UserError(f"data: {identity['source']} has changed while it was read")
-            _verify(folder, read_index(folder))
-    print(f"part {part.number} of {part.parts}: {sum(writer.tokens.values()):,} tokens; {speed}")
-    print(f"when all parts are there: fastgpt2 prepare --merge --out {quoted(out)}")
+    sizes = out / PARTS / SIZES
+    with _shared_sizes(sizes):
+        corpus = load_corpus(data, text_column=text_column, notify=print)
+        KNOWN_SIZES.save(sizes)
+        before = _fingerprint(corpus)
+        chosen = get_tokenizer(tokenizer, vocab_dir=vocab_dir, text=corpus.pieces())
+        identity = {
+            "source": ", ".join(absolute(item) for item in data),
+            "text_column": text_column,
+            "tokenizer": f"{chosen.name} {chosen.fingerprint}",
+            "val_fraction": val_fraction,
+            "corpus": before,
+        }
+        final = out / PARTS / part.name
+        if (final / INDEX).is_file():
+            _check_identity(final, read_index(final), "this call", identity)
+            print(f"part {part.number} of {part.parts}: finished already: {final}")
+            return
+        first, last = part.span(corpus.size)
+        taken = f"{final}: another process is at work on it"
+        with locked(out / PARTS / f".{part.name}.lock", taken):
+            for leftover in (out / PARTS).glob(f".{part.name}.*.tmp"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            with atomic_folder(final, last=(INDEX,)) as folder:
+                index = identity | {"part": part.number, "parts": part.parts, "span": [first, last]}
+                writer = _PartWriter(folder, chosen, shard_tokens, index | {"size": corpus.size})
+                with writer:
+                    speed = write_pieces(
+                        writer,
+                        split_pieces(corpus, val_fraction, (first, last)),
+                        folder,
+                        chosen,
+                        workers=workers,
+                        total=last - first,
+                    )
+                    if _fingerprint(corpus) != before:
+                        raise UserError(f"data: {identity['source']} has changed while it was read")
+                _verify(folder, read_index(folder))
+        tokens = sum(writer.tokens.values())
+        print(f"part {part.number} of {part.parts}: {tokens:,} tokens; {speed}")
+        print(f"when all parts are there: fastgpt2 prepare --merge --out {quoted(out)}")
+
+@contextmanager
+def _shared_sizes(path: Path) -> Iterator[None]:
+    """Add the counts that other parts have made; a failed call leaves no new file of counts."""
+    there = path.exists()
+    KNOWN_SIZES.load(path)
+    with new_folders(path.parent):
+        try:
+            yield
+        except Exception:
+            if not there:
+                path.unlink(missing_ok=True)
+            raise
 
 
 class _PartWriter(PreparedWriter):

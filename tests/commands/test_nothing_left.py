@@ -3,6 +3,7 @@
 A command is a line of ``FAILING``: what it is given, where {out} is a new place, two folders deep.
 """
 
+import gzip
 import sys
 from pathlib import Path
 
@@ -26,6 +27,10 @@ FAILING = {
     "prepare --part": [
         *("prepare", "--data", "{bad}", "--out", "{out}", "--workers=1", "--part=1/1", BYTES)
     ],
+    # it counts the text of compressed files, for the other parts
+    "prepare --part of a compressed file": [
+        *("prepare", "--data", "{packed}", "--out", "{out}", "--workers=1", "--part=1/1", BYTES)
+    ],
     "convert": ["convert", "{damaged}", "{out}", "--to=hf"],
     "convert to a file": ["convert", "{damaged}", "{out}.pt", "--to=nanogpt"],
     "evaluate": ["evaluate", "{run}", "--data", "{bad}", "--out", "{out}", "--device=cpu"],
@@ -39,6 +44,8 @@ def places(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> d
     given = {name: tmp_path / name for name in ("bad", "damaged", "empty")}
     # the damage is found on the way
     given["bad"].write_bytes(TEXT.encode() * 50 + b"\xff")
+    given["packed"] = tmp_path / "packed.txt.gz"
+    given["packed"].write_bytes(gzip.compress(given["bad"].read_bytes()))
     config = GPTConfig(block_size=8, vocab_size=257, n_layer=2, n_head=1, n_embd=8, gelu="tanh")
     save(random_checkpoint(config), given["damaged"], "openai")
     data = given["damaged"] / "model.ckpt.data-00000-of-00001"

@@ -21,7 +21,7 @@ def nanogpt(folder: Path) -> Path:
     """What is read of a checkout."""
     data = folder / "data" / "shakespeare_char"
     data.mkdir(parents=True)
-    (data / "prepare.py").write_text("open('prepared', 'w').close()\n", encoding="utf-8")
+    (data / "prepare.py").write_text("open(__file__ + '.done', 'w').close()\n", encoding="utf-8")
     (folder / "train.py").write_text(f"{to_loss._SEED}\n", encoding="utf-8")
     return folder
 
@@ -45,6 +45,7 @@ def test_both_run_by_turns_with_each_seed(tmp_path: Path, monkeypatch: pytest.Mo
     def curve(command: Sequence[str], folder: Path) -> list[dict[str, float]]:
         if command[0] == "train.py":
             ran.append("nanogpt")
+            assert (folder / "data" / "shakespeare_char" / "prepare.py.done").exists()
             seed = int(
                 (folder / "train.py")
                 .read_text(encoding="utf-8")
