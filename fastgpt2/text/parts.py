@@ -160,6 +160,7 @@ def prepare_part(
         print(f"part {part.number} of {part.parts}: {tokens:,} tokens; {speed}")
         print(f"when all parts are there: fastgpt2 prepare --merge --out {quoted(out)}")
 
+
 @contextmanager
 def _shared_sizes(path: Path) -> Iterator[None]:
     """Add the counts that other parts have made; a failed call leaves no new file of counts."""
