@@ -8,7 +8,8 @@ spill, on shared memory that no block can have, on lost tensor-core instructions
 instructions, and on a launch that gives a multiprocessor more blocks than fit: exit code 1. Another
 compiler makes other binaries, so each Triton has an expectation of its own,
 ``expectation-VERSION.json`` by ``--update``, with ``--arch`` of those architectures alone; without
-one there is nothing to compare with: exit code 2.
+one there is nothing to compare with: exit code 2. Without ``--arch``, ``--check`` compares the
+architectures that are recorded and names the others.
 
 The expectation records a key with each binary: a hash of all that the binary depends on. A kernel
 whose key is the recorded one is taken from there and not compiled. ``--check`` compiles a sample of
@@ -242,6 +243,14 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def _recorded(archs: Sequence[str], expected: Iterable[str], triton: str) -> list[str]:
+    """Those with rows in the expectation; the others are named on the standard output."""
+    known = {arch_of(name) for name in expected}
+    if unknown := [arch for arch in archs if arch not in known]:
+        print(f"Triton {triton} has no record for {', '.join(unknown)}: --update --arch ARCH")
+    return [arch for arch in archs if arch in known]
+
+
 def _body(options: argparse.Namespace) -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise UserError("the report compiles kernels, which TRITON_INTERPRET=1 prevents: unset it")
@@ -256,6 +265,8 @@ def _body(options: argparse.Namespace) -> int:
     file = expectation_file(current)
     # before the minutes that compiling may take
     expected = find_expectation(current) if options.check else read_expectation(file)
+    if options.check and not (options.arch or options.gpu):
+        archs = _recorded(archs, expected, current)
     sample = options.sample if options.sample is not None else _SAMPLE * options.check
     tasks = tasks_of(kernel_modules(), archs)
     rows = measure(tasks, options.jobs, expected, None if options.all else sample)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -14,7 +15,14 @@ from fastgpt2.kernels import report
 from fastgpt2.kernels.cases import Work
 from fastgpt2.kernels.gpus import ARCHITECTURES, GPUS, occupancy
 from fastgpt2.kernels.machine_code import SPLIT
-from fastgpt2.kernels.report_rows import Row, expectation, overview, render, violations
+from fastgpt2.kernels.report_rows import (
+    Row,
+    arch_of,
+    expectation,
+    overview,
+    render,
+    violations,
+)
 from tests.compiling import run_compiling
 
 # compiling is not possible where triton has been imported for interpreting
@@ -260,6 +268,33 @@ def test_update_records_what_check_then_finds(
     text = (tmp_path / f"{metadata.version('triton')}.json").read_text(encoding="utf-8")
     assert json.loads(text) == expectation([*kept, *again])
     assert list(json.loads(text)) == [row.key for row in sorted(kept + again, key=_by_place)]
+
+
+@pytest.mark.usefixtures("compiling")
+def test_a_check_of_all_names_what_is_not_recorded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [Row("k", "64 w4", arch, 4, False, 1e9, 1e6) for arch in ARCHITECTURES]
+    monkeypatch.setattr(report, "tasks_of", lambda modules, archs: archs)
+    monkeypatch.setattr(
+        report, "measure", lambda archs, *rest: [row for row in rows if row.arch in archs]
+    )
+    known = [row for row in rows if row.arch in ("sm_90", "gfx942")]
+    monkeypatch.setattr(report, "find_expectation", lambda triton: expectation(known))
+    assert report.main(["--check"]) == 0
+    first, last = capsys.readouterr().out.splitlines()
+    assert "no record for sm_80, sm_86, sm_89, sm_100, sm_120, gfx90a, gfx950, gfx1100:" in first
+    assert last == "2 kernels checked, 0 worse than expected"
+    # who asks for one of them has nothing to compare with
+    assert report.main(["--check", "--arch", "sm_80"]) == 1
+    assert "not in the expectation" in capsys.readouterr().out
+
+
+def test_the_tested_triton_has_a_record_for_every_architecture() -> None:
+    tested = re.search(r"^triton==(.+)$", Path("constraints.txt").read_text("utf-8"), re.MULTILINE)
+    assert tested
+    recorded = report.read_expectation(report.expectation_file(tested[1]))
+    assert {arch_of(name) for name in recorded} == set(ARCHITECTURES)
 
 
 def test_committed_binaries_are_as_expected() -> None:
