@@ -96,7 +96,10 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:2])
+    x, weight, _ = inputs
+    dx_wanted, dweight_wanted, *_ = ctx.needs_input_grad
+    # a frozen layer keeps nothing of its input
+    ctx.save_for_backward(x if dweight_wanted else None, weight if dx_wanted else None)
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

@@ -40,7 +40,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     x, weight, bias, ctx.form, _ = inputs
     _, z = output
     ctx.mark_non_differentiable(z)
-    ctx.save_for_backward(x, weight, bias, z)
+    dx_wanted, dweight_wanted, *_ = ctx.needs_input_grad
+    # a frozen layer keeps nothing of its input
+    ctx.save_for_backward(x if dweight_wanted else None, weight if dx_wanted else None, bias, z)
 
 
 def _rows(x: Tensor) -> Tensor:

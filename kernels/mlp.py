@@ -48,8 +48,11 @@ def _(dhidden: Tensor, z: Tensor, bias: Tensor | None, form: str) -> tuple[Tenso
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     _, z = output
     ctx.mark_non_differentiable(z)
-    *tensors, ctx.form = inputs
-    ctx.save_for_backward(*tensors, z)
+    x, fc_weight, fc_bias, proj_weight, ctx.form = inputs
+    dx_wanted, dfc_wanted, *_ = ctx.needs_input_grad
+    # a frozen layer keeps nothing of its input
+    kept = x if dfc_wanted else None, fc_weight if dx_wanted else None
+    ctx.save_for_backward(*kept, fc_bias, proj_weight, z)
 
 
 def _backward(ctx: Any, dy: Tensor, _dz: Tensor) -> tuple[Tensor | None, ...]:

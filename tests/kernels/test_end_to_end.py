@@ -74,7 +74,8 @@ def test_dropout_is_that_of_the_reference() -> None:
     """All three dropouts, the same masks: PyTorch's own are others, so eager is the reference."""
     config = replace(TINY, dropout=0.2)
     op, parameters = _loss_of_parameters(config, seed=5), dict(_model(config).named_parameters())
-    budget.check_op(op, parameters, eager="reference")
+    # one set of masks is one sample of the roundings of two layers, in which eager's may be lucky
+    budget.check_op(op, parameters, eager="reference", roundings=4)
     dropped, whole = (
         budget.run_with_gradients(loss, "triton", parameters, None)["y0"]
         for loss in (op, _loss_of_parameters(TINY))

@@ -1,6 +1,8 @@
 """What a block keeps between forward and backward, in bytes a token, counted tensor by tensor."""
 
 from dataclasses import replace
+from importlib import import_module
+from typing import Any
 
 import pytest
 import torch
@@ -10,15 +12,21 @@ from fastgpt2.config import GPTConfig
 from fastgpt2.kernels.dropout_bits import bits_size
 from fastgpt2.model import GPT
 from tests.kernels.budget import DEVICE
+from tests.kernels.processors import ALWAYS, NEVER
 
 B, T, C, H = 2, 16, 48, 4
 CONFIG = GPTConfig(n_embd=C, n_head=H, block_size=T, vocab_size=61, n_layer=1)
 
 
-def _saved(config: GPTConfig) -> int:
-    """Bytes of the activations that a training forward pass saves, each storage once."""
+def _saved(config: GPTConfig, *, frozen: bool = False) -> int:
+    """Bytes of the activations that a training forward pass saves, each storage once.
+
+    If ``frozen``, no matrix of a block is trained, as with adapters.
+    """
     torch.manual_seed(0)
     model = GPT(config).to(DEVICE)
+    for p in model.transformer.h.parameters():
+        p.requires_grad_(p.dim() == 1 or not frozen)
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     sizes: dict[int, int] = {}
     # alive until all are counted, so that no storage is where another was
@@ -38,11 +46,13 @@ def _saved(config: GPTConfig) -> int:
     return sum(sizes.values())
 
 
-def _bytes_a_token(impl: str, dropout: float, config: GPTConfig = CONFIG) -> float:
+def _bytes_a_token(
+    impl: str, dropout: float, config: GPTConfig = CONFIG, *, frozen: bool = False
+) -> float:
     """What one more layer adds."""
     config = replace(config, impl=impl, dropout=dropout)
-    tokens = B * config.block_size
-    return (_saved(replace(config, n_layer=3)) - _saved(replace(config, n_layer=2))) / tokens
+    two, three = (_saved(replace(config, n_layer=n), frozen=frozen) for n in (2, 3))
+    return (three - two) / (B * config.block_size)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -61,6 +71,18 @@ def test_a_layer_saves_three_quarters_of_what_pytorch_does(dropout: float) -> No
     else:
         # the GELU's output too, and the statistics are the same: three quarters of all else
         assert torch_path == 16 * C * 4 + lse + statistics
+
+
+@pytest.mark.parametrize("share", [ALWAYS, NEVER])
+def test_frozen_layers_keep_nothing_of_their_input(
+    share: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On every processor; attention keeps its output for itself."""
+    monkeypatch.setattr(import_module("fastgpt2.kernels.linear"), "_ONEDNN", share)
+    # two norms fewer; with PyTorch's GELU its output, too
+    for impl, fewer in (("triton", 2 * C), ("torch", 6 * C)):
+        trained = _bytes_a_token(impl, 0.0)
+        assert _bytes_a_token(impl, 0.0, frozen=True) == trained - fewer * 4
 
 
 def test_at_the_width_of_gpt2_the_statistics_hardly_count() -> None:

@@ -71,6 +71,7 @@ def test_so_on_every_processor(share: Any, monkeypatch: pytest.MonkeyPatch) -> N
     shape = {"vocab_size": 8000, "n_layer": 1}
     test_within_15_percent_of_the_peak(shape, 2, "float32", "none")
     test_within_15_percent_of_the_peak({}, 8, "float32", "block")
+    test_muon_adapters_and_packed_documents({}, 8, "adamw", 4, ("c_attn",), False)
 
 
 @pytest.mark.parametrize(
