@@ -67,6 +67,9 @@ class Interrupt:
         """Raise ``Interrupted`` if a signal has come to any process."""
         (received,) = distributed.all_max(self._received or 0)
         if received:
+            if self._received is None:
+                # it is the job's first one: the next to this process is a second one, too
+                self._received, self._moment = received, time.monotonic()
             raise Interrupted(received)
 
     def save_is_wanted(self) -> bool:

@@ -1,10 +1,12 @@
 import os
 import signal
 import time
+from contextlib import nullcontext
 from threading import Thread
 
 import pytest
 
+from fastgpt2 import distributed
 from fastgpt2.train.interrupt import Interrupt, Interrupted, nothing_to_save
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
@@ -45,6 +47,22 @@ def test_under_torchrun_the_echo_of_a_signal_is_no_second_one(
             interrupt.poll()
         now += 2.0
         os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("seconds", [1.0, 3.0])
+def test_a_signal_to_another_process_is_the_first_one_of_all(
+    monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    """A second one ends this process, unless it is the first that somebody has sent to all."""
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setattr(distributed, "all_max", lambda *values: [int(signal.SIGINT)])
+    with Interrupt() as interrupt:
+        with pytest.raises(Interrupted, match="SIGINT"):
+            interrupt.poll()
+        now += seconds
+        with pytest.raises(KeyboardInterrupt) if seconds > 2 else nullcontext():
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_another_signal_acts_at_once_under_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
