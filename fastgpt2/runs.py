@@ -36,6 +36,10 @@ FORMAT = 2
 _STEP = re.compile(r"step_(\d{8,})")
 
 
+class NewerFormatError(UserError):
+    """A checkpoint is not damaged: a newer fastgpt2 has saved it."""
+
+
 def is_run(folder: Path) -> bool:
     """Whether ``fastgpt2 train`` made the folder."""
     return (folder / RUN_CONFIG).is_file()
@@ -94,6 +98,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
     Raises:
         UserError: it cannot be read, or it is not a JSON object.
+        NewerFormatError: it is of a format that a newer fastgpt2 writes.
     """
     path = checkpoint / STATE
     try:
@@ -106,8 +111,10 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         raise UserError(f"{path}: damaged: its sha256 is not a JSON object")
     # the first checkpoints said nothing
     saved = state.get("format", 0)
-    if not isinstance(saved, int) or saved > FORMAT:
-        raise UserError(
+    if not isinstance(saved, int):
+        raise UserError(f"{path}: damaged: its format is {saved!r}")
+    if saved > FORMAT:
+        raise NewerFormatError(
             f"{path}: saved in format {saved} by a newer fastgpt2; this one reads up to {FORMAT}"
         )
     return state

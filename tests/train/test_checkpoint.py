@@ -1,3 +1,4 @@
+import errno
 import json
 import math
 import os
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from fastgpt2 import runs
 from fastgpt2.errors import UserError
+from fastgpt2.files import sha256_of
 from fastgpt2.model import GPT
 from fastgpt2.train import checkpoint
 from fastgpt2.train.intact import newest_intact
@@ -291,6 +293,42 @@ def test_older_formats_are_read_and_newer_ones_refused(tmp_path: Path) -> None:
     path.write_text('{"format": 99}', encoding="utf-8")
     with pytest.raises(UserError, match="saved in format 99 by a newer fastgpt2; this one reads"):
         runs.read_state(tmp_path)
+
+
+def test_a_newer_format_is_not_damage(intact: Path, tmp_path: Path) -> None:
+    """Going on from the checkpoint before it would lose steps that are there."""
+    for step in (1, 2):
+        shutil.copytree(intact, runs.step_folder(tmp_path, step))
+    path = runs.step_folder(tmp_path, 2) / runs.STATE
+    state = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(state | {"format": runs.FORMAT + 1}), encoding="utf-8")
+    with pytest.raises(UserError, match="by a newer fastgpt2; this one reads up to"):
+        newest_intact(tmp_path, lambda _: None)
+    assert runs.saved_steps(tmp_path) == [1, 2]
+
+
+@pytest.mark.parametrize("file", [runs.STATE, runs.OPTIMIZER])
+def test_what_cannot_be_read_now_is_not_damage(
+    intact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    """No right to read it, too many open files, a server that is away: it may be whole."""
+    for step in (1, 2):
+        shutil.copytree(intact, runs.step_folder(tmp_path, step))
+    reason = errno.EACCES
+
+    def refused(path: Path) -> str:
+        if path == runs.step_folder(tmp_path, 2) / file:
+            raise OSError(reason, os.strerror(reason), str(path))
+        return sha256_of(path)
+
+    monkeypatch.setattr("fastgpt2.train.intact.sha256_of", refused)
+    for reason in (errno.EACCES, errno.EMFILE, errno.ESTALE):
+        with pytest.raises(OSError, match=os.strerror(reason)):
+            newest_intact(tmp_path, lambda _: None)
+    assert runs.saved_steps(tmp_path) == [1, 2]
+    # a broken part of the disk is
+    reason = errno.EIO
+    assert newest_intact(tmp_path, lambda _: None).name == "step_00000001"
 
 
 def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
