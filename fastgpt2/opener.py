@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from fastgpt2 import runs
+from fastgpt2 import distributed, runs
 from fastgpt2.config import GPT2_VOCAB, GPTConfig, padded
 from fastgpt2.errors import UserError
 from fastgpt2.model import GPT
@@ -45,10 +45,29 @@ class OpenedModel:
             impl: the implementation of the kernels.
 
         Raises:
-            UserError: a file is damaged.
+            UserError: a file is damaged, or the run has deleted this checkpoint meanwhile.
         """
-        model = GPT.from_pretrained(str(self.path), {"impl": impl})
+        try:
+            model = GPT.from_pretrained(str(self.path), {"impl": impl})
+        except UserError:
+            if self.path.exists():
+                raise
+            raise UserError(
+                f"{self.path}: the run has deleted this checkpoint meanwhile; start again"
+            ) from None
         return model.to(device, dtype).eval()
+
+
+def _newest_or_best(run: Path, checkpoint: str) -> Path:
+    """The chosen checkpoint of a run, which may be training, and then deletes some."""
+    while True:
+        path = runs.best(run) if checkpoint == "best" else runs.latest(run)
+        try:
+            load(path)
+            return path
+        except UserError:
+            if path.exists():
+                raise
 
 
 def open_model(
@@ -73,7 +92,9 @@ def open_model(
     """
     path = locate(name, offline=offline)
     if (path / runs.CHECKPOINTS).is_dir():
-        path = runs.best(path) if checkpoint == "best" else runs.latest(path)
+        # a run that trains may get another one before the next process looks
+        run = path
+        path = distributed.on_rank_0(lambda: _newest_or_best(run, checkpoint))
     opened = load(path, offline=offline)
     vocab_size = opened.config.vocab_size
     found = runs.find_tokenizer(path) or tokenizer

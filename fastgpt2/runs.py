@@ -81,10 +81,12 @@ def best(run: Path, *, pass_over: bool = False) -> Path:
     """
     losses = {}
     for step in saved_steps(run):
+        folder = step_folder(run, step)
         try:
-            validation = read_state(step_folder(run, step)).get("validation")
+            validation = read_state(folder).get("validation")
         except UserError:
-            if not pass_over:
+            # a run that trains may have deleted it meanwhile
+            if folder.exists() and not pass_over:
                 raise
             continue
         loss = validation.get("loss") if isinstance(validation, dict) else None

@@ -1,16 +1,20 @@
 """One way to open a model, and the tokenizer that comes with it."""
 
+import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from fastgpt2 import runs
 from fastgpt2.config import GPT2_VOCAB, GPTConfig, padded
 from fastgpt2.errors import UserError
 from fastgpt2.model import GPT
 from fastgpt2.opener import open_model
 from fastgpt2.text import BytesTokenizer, CharTokenizer, save_tokenizer
-from fastgpt2.weights import load, save
+from fastgpt2.weights import Checkpoint, load, save
 from tests.weights.conftest import random_checkpoint
 
 SHAPE = GPTConfig(block_size=8, vocab_size=257, n_layer=1, n_head=2, n_embd=8)
@@ -50,3 +54,34 @@ def test_it_loads(tmp_path: Path) -> None:
     assert isinstance(model, GPT) and not model.training and model.config.impl == "reference"
     weights = load(folder).state_dict()
     assert all(model.state_dict()[name].equal(tensor) for name, tensor in weights.items())
+
+
+def test_a_run_that_deletes_its_checkpoints_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that trains deletes the best checkpoint when it has a better one."""
+    run = save(random_checkpoint(SHAPE), tmp_path / "run", "fastgpt2")
+    save_tokenizer(BytesTokenizer(), run)
+    first, second = (runs.step_folder(run, step) for step in (0, 1))
+    read_state = runs.read_state
+
+    def deleting(path: Path, **options: Any) -> Checkpoint:
+        if first.exists():
+            os.rename(first, second)
+        return load(path, **options)
+
+    monkeypatch.setattr("fastgpt2.opener.load", deleting)
+    opened = open_model(run)
+    assert opened.path == second
+    shutil.copytree(second, first)
+
+    def late(folder: Path) -> dict[str, Any]:
+        if folder == first:
+            shutil.rmtree(first)
+        return read_state(folder)
+
+    monkeypatch.setattr(runs, "read_state", late)
+    assert runs.best(run) == second
+    os.rename(second, first)
+    with pytest.raises(UserError, match="step_00000001: the run has deleted this checkpoint"):
+        opened.load(torch.device("cpu"), torch.float32)
