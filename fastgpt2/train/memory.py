@@ -9,7 +9,6 @@ V padded vocabulary; e bytes per element in the dtype of the computation.
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -22,6 +21,7 @@ from fastgpt2.kernels.linear_cross_entropy import TORCH_CHUNK_BYTES, TRITON_CHUN
 from fastgpt2.layers import Block
 from fastgpt2.model import GPT
 from fastgpt2.train.compiled import try_out
+from fastgpt2.train.host_memory import free_on_host
 from fastgpt2.train.optimizers import moment_bytes, update_bytes
 from fastgpt2.train.parallel import own
 
@@ -190,21 +190,11 @@ def available(device: torch.device) -> int:
     """
     if device_kind(device).cuda:
         return spare_gpu_memory(device)
-    meminfo = Path("/proc/meminfo")
-    if not device_kind(device).host or not meminfo.is_file():
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    free = free_on_host(processes) if device_kind(device).host else None
+    if free is None:
         raise UserError("--batch-size auto: this system does not say how much memory is free")
-    lines = meminfo.read_text(encoding="utf-8").splitlines()
-    free = 1024 * next(int(x.split()[1]) for x in lines if x.startswith("MemAvailable"))
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        # the limit and use of a container
-        files = Path("/sys/fs/cgroup", limit), Path("/sys/fs/cgroup", used)
-        texts = [f.read_text(encoding="utf-8").strip() if f.is_file() else "" for f in files]
-        if all(text.isdigit() for text in texts):
-            free = min(free, int(texts[0]) - int(texts[1]))
-    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return free
 
 
 def largest_batch(
@@ -234,7 +224,8 @@ def largest_batch(
     """
     device, moments = model.lm_head.weight.device, moment_bytes(optimizer)
     held = sum(own(p).nbytes for p in model.parameters())
-    free = int(SHARE * (available(device) + held))
+    # of the process that has the least
+    free = int(SHARE * -distributed.all_max(-available(device) - held)[0])
     sizes = [size for size in range(sequences, 0, -1) if sequences % size == 0]
     needs = {
         size: estimate(model, optimizer, size, dtype, grad_accum=sequences // size, pack=pack)
@@ -243,8 +234,7 @@ def largest_batch(
     # on the processor, what a checkpoint is written from lies beside the step
     host = device_kind(device).host
     peaks = {size: need.peak + (need.copy if host else 0) for size, need in needs.items()}
-    mine = next((i for i, size in enumerate(sizes) if peaks[size] <= free), len(sizes))
-    (chosen,) = distributed.all_max(mine)
+    chosen = next((i for i, size in enumerate(sizes) if peaks[size] <= free), len(sizes))
     # the ranks of a sharded model would wait for one that has run out of memory
     tries = device_kind(device).cuda and not isinstance(model, FSDPModule)
     while tries and chosen < len(sizes):
