@@ -28,7 +28,8 @@ def check_rows(op: str, name: str, x: Tensor) -> None:
 
 def check_vectors(op: str, name: str, x: Tensor) -> None:
     """``x`` is floating point, (..., C) with C >= 1."""
-    check_floating(op, name, x)
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        check_floating(op, name, x)
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(
             f"{op}: {name} must have a last dimension of 1 or more, got shape {tuple(x.shape)}"
@@ -60,11 +61,12 @@ def check_shape(op: str, name: str, x: Tensor, shape: tuple[int, ...], match: st
 
 def check_operand(op: str, name: str, x: Tensor, shape: tuple[int, ...], beside: Tensor) -> None:
     """``x`` is floating point, of this shape, on the device of ``beside``, the op's x."""
-    check_floating(op, name, x)
-    # runs four times per layer and token: build the message only on failure
-    if x.shape != shape:
+    # runs four times per layer and token: one look, and the reason only on failure
+    fine = isinstance(x, Tensor) and x.is_floating_point()
+    if not (fine and x.shape == shape and x.device == beside.device):
+        check_floating(op, name, x)
         check_shape(op, name, x, shape, f"x {tuple(beside.shape)}")
-    check_same_device(op, name, x, beside.device)
+        check_same_device(op, name, x, beside.device)
 
 
 def check_layer(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> None:

@@ -172,8 +172,11 @@ def _check_affine(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: 
 
 def _torch_layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     # the operator wants one dtype; its statistics are fp32 either way
-    bias = None if bias is None else bias.to(x.dtype)
-    return F.layer_norm(x, weight.shape, weight.to(x.dtype), bias, eps)
+    if bias is not None and bias.dtype != x.dtype:
+        bias = bias.to(x.dtype)
+    if weight.dtype != x.dtype:
+        weight = weight.to(x.dtype)
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
 def layer_norm(

@@ -17,6 +17,12 @@ ALWAYS, FEW, NEVER = _linear.Share(1, sys.maxsize), _linear.Share(4, 65), _linea
 FORWARD = _linear.Share(1, sys.maxsize, gradients=False)
 
 
+def give_onednn(monkeypatch: pytest.MonkeyPatch, share: Any) -> None:
+    """Its share of the products, however small they are."""
+    monkeypatch.setattr(_linear, "_ONEDNN", share)
+    monkeypatch.setattr(_linear, "_FEWEST", 1)
+
+
 @dataclass(frozen=True)
 class Processor:
     """What PyTorch and Linux say of a processor, and what is oneDNN's share on it."""
@@ -36,7 +42,7 @@ class Processor:
         monkeypatch.setattr(_linear.platform, "processor", lambda: "")
         monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: self.has_mkl)
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: self.capability)
-        monkeypatch.setattr(_linear, "_ONEDNN", _linear._share_of_onednn(path))
+        give_onednn(monkeypatch, _linear._share_of_onednn(path))
         monkeypatch.setattr(_blocked_attention, "_HAS_AMX", self.has_amx)
 
 

@@ -13,7 +13,7 @@ from fastgpt2.kernels import linear
 from fastgpt2.kernels.linear import _onednn_linear, matmul
 from tests.kernels import budget
 from tests.kernels.layouts import LAYOUTS, lay_out
-from tests.kernels.processors import ALWAYS, FEW, FORWARD, NEVER, Processor
+from tests.kernels.processors import ALWAYS, FEW, FORWARD, NEVER, Processor, give_onednn
 from tests.tiny_gpt import gradients, tiny_batch, tiny_gpt
 
 # the package exports the function under its module's name
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(params=[True, False], ids=["onednn", "pytorch's choice"])
 def onednn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether the processor is one on which fp32 products go to oneDNN."""
-    monkeypatch.setattr(op_module, "_ONEDNN", ALWAYS if request.param else NEVER)
+    give_onednn(monkeypatch, ALWAYS if request.param else NEVER)
     return bool(request.param)
 
 
@@ -97,7 +97,7 @@ def test_empty_products(rows: int, C: int, features: int) -> None:
 def test_other_dtypes_are_pytorch_s(
     dtype: torch.dtype, calls: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(op_module, "_ONEDNN", ALWAYS)
+    give_onednn(monkeypatch, ALWAYS)
     inputs = {name: x.to(dtype) for name, x in _inputs(5).items()}
     assert torch.equal(linear(**inputs), F.linear(**inputs))
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -113,7 +113,7 @@ def test_what_is_more_than_a_plain_call_is_pytorch_s(
     calls: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Operators of a subclass, of a mode and of a recorded program are PyTorch's own."""
-    monkeypatch.setattr(op_module, "_ONEDNN", ALWAYS)
+    give_onednn(monkeypatch, ALWAYS)
     inputs = _inputs(5)
     plain = linear(**inputs)
     assert len(calls) == 1
@@ -142,7 +142,7 @@ def test_the_processor_decides(onednn: bool, calls: list[tuple[int, ...]]) -> No
 def test_only_wanted_gradients_are_computed(
     calls: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(op_module, "_ONEDNN", ALWAYS)
+    give_onednn(monkeypatch, ALWAYS)
     for wanted in ("x", "weight", "bias"):
         calls.clear()
         leaves = {name: x.requires_grad_(name == wanted) for name, x in _inputs(5).items()}
@@ -166,10 +166,10 @@ def test_a_buffer_is_made_only_where_it_is_used(monkeypatch: pytest.MonkeyPatch)
         made.append(torch.empty(7, 20))
         return made[-1]
 
-    monkeypatch.setattr(op_module, "_ONEDNN", ALWAYS)
+    give_onednn(monkeypatch, ALWAYS)
     matmul(a, b, into=buffer)
     assert not made
-    monkeypatch.setattr(op_module, "_ONEDNN", NEVER)
+    give_onednn(monkeypatch, NEVER)
     assert matmul(a, b, into=buffer).data_ptr() == made[0].data_ptr()
 
 
@@ -187,16 +187,30 @@ def test_processors_that_no_file_describes(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_few_rows(calls: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(op_module, "_ONEDNN", FEW)
+    give_onednn(monkeypatch, FEW)
     with torch.no_grad():
         for shape in ((3,), (4,), (64,), (65,), (2, 2), (8, 9), ()):
             linear(**_inputs(*shape))
     assert [rows for rows, _, _ in calls] == [4, 64, 4]
 
 
+def test_small_weights_are_pytorch_s(
+    calls: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For them, a call of oneDNN takes longer than the product."""
+    fewest = op_module._FEWEST
+    give_onednn(monkeypatch, ALWAYS)
+    monkeypatch.setattr(op_module, "_FEWEST", fewest)
+    x, width = torch.randn(2, 512), fewest // 512
+    with torch.no_grad():
+        for features in (width - 1, width):
+            linear(x, torch.randn(features, 512))
+    assert calls == [(2, 512, width)]
+
+
 def test_forward_only(calls: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
     """Where transposed operands are slow: neither they nor a layer that will have a gradient."""
-    monkeypatch.setattr(op_module, "_ONEDNN", FORWARD)
+    give_onednn(monkeypatch, FORWARD)
     x, weight, bias = _inputs(5).values()
     for compiled in (False, True):
         layer = torch.compile(linear, backend="eager", fullgraph=True) if compiled else linear
@@ -219,7 +233,7 @@ def test_a_model_trains_and_answers_alike(monkeypatch: pytest.MonkeyPatch) -> No
     found: list[dict[str, Tensor]] = []
     idx, targets = tiny_batch()
     for share in (ALWAYS, FORWARD, NEVER):
-        monkeypatch.setattr(op_module, "_ONEDNN", share)
+        give_onednn(monkeypatch, share)
         model = tiny_gpt()
         found.append(gradients(model, idx, targets) | {"logits": model.logits(idx)})
     for name, expected in found.pop().items():

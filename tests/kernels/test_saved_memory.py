@@ -1,7 +1,6 @@
 """What a block keeps between forward and backward, in bytes a token, counted tensor by tensor."""
 
 from dataclasses import replace
-from importlib import import_module
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from fastgpt2.config import GPTConfig
 from fastgpt2.kernels.dropout_bits import bits_size
 from fastgpt2.model import GPT
 from tests.kernels.budget import DEVICE
-from tests.kernels.processors import ALWAYS, NEVER
+from tests.kernels.processors import ALWAYS, NEVER, give_onednn
 
 B, T, C, H = 2, 16, 48, 4
 CONFIG = GPTConfig(n_embd=C, n_head=H, block_size=T, vocab_size=61, n_layer=1)
@@ -78,7 +77,7 @@ def test_frozen_layers_keep_nothing_of_their_input(
     share: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On every processor; attention keeps its output for itself."""
-    monkeypatch.setattr(import_module("fastgpt2.kernels.linear"), "_ONEDNN", share)
+    give_onednn(monkeypatch, share)
     # two norms fewer; with PyTorch's GELU its output, too
     for impl, fewer in (("triton", 2 * C), ("torch", 6 * C)):
         trained = _bytes_a_token(impl, 0.0)

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import asdict
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from fastgpt2.train.memory import estimate
 from fastgpt2.train.optimizers import build_optimizer, moment_bytes
 from fastgpt2.train.remat import set_remat
 from fastgpt2.train.step import TrainingStep
-from tests.kernels.processors import ALWAYS, NEVER
+from tests.kernels.processors import ALWAYS, NEVER, give_onednn
 from tests.tiny_gpt import gradients, tiny_batch
 from tests.train.step_memory import SMALL, measured
 from tests.train.tiny_run import make_trainer, tiny_train_config
@@ -67,7 +66,7 @@ def test_within_15_percent_of_the_peak(
 @pytest.mark.parametrize("share", [ALWAYS, NEVER])
 def test_so_on_every_processor(share: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the products are oneDNN's, and where they are not."""
-    monkeypatch.setattr(import_module("fastgpt2.kernels.linear"), "_ONEDNN", share)
+    give_onednn(monkeypatch, share)
     shape = {"vocab_size": 8000, "n_layer": 1}
     test_within_15_percent_of_the_peak(shape, 2, "float32", "none")
     test_within_15_percent_of_the_peak({}, 8, "float32", "block")
