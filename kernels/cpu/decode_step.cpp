@@ -22,6 +22,7 @@
 #include <sys/mman.h>
 #endif
 
+#include "lanes.h"
 #include "products.h"
 #include "tiles.h"
 #include "vectors.h"
@@ -171,7 +172,9 @@ int64_t shared_of(const Model& model, const Step& step) {
 template <class W>
 int64_t pieces_of(const Model& model, const Step& step) {
     const int64_t C = model.tokens.width, F = model.layers[0].fc.features;
-    return pieces_of<W>(step.B * step.T, std::max(C, F)) * int64_t(sizeof(Tile) / sizeof(float));
+    const int64_t N = step.B * step.T, width = std::max(C, F);
+    const int64_t count = std::max(tiles_of<W>(N, width), lines_of<W>(N, width));
+    return count * int64_t(sizeof(Tile) / sizeof(float));
 }
 // and scores of attention
 template <class W>
@@ -203,8 +206,9 @@ void run(const Model& model, const Step& step, Barrier& barrier, int64_t thread)
     auto multiply = [&](const Matrix& m, Rows<W> with, int64_t count, Part own, float* to,
                         Write how) {
         Tile* tiles = reinterpret_cast<Tile*>(pieces);
-        const Part left = product_of_tiles<W>(m, with, count, own, to, how, tiles);
-        product<W>(m, with, count, left, to, how);
+        own = product_of_tiles<W>(m, with, count, own, to, how, tiles);
+        own = product_of_lanes<W>(m, with, count, own, to, how, tiles);
+        product<W>(m, with, count, own, to, how);
     };
     begin_tiles();
     auto part = [&](int64_t count) { return Part(count, thread, step.threads); };

@@ -9,7 +9,7 @@
 
 #pragma once
 
-#include "products.h"
+#include "transposed.h"
 
 #if defined(__AMX_INT8__) && defined(__AMX_BF16__) && defined(__AVX512BW__) && defined(__linux__)
 #define FASTGPT2_TILES 1
@@ -21,9 +21,7 @@ namespace {
 
 #if FASTGPT2_TILES
 
-constexpr int SIDE = 16;  // rows of a tile, and 32-bit numbers in one of its rows
 constexpr int64_t ROWS_AT_ONCE = 256;  // whose pieces stay in the second cache
-typedef uint32_t Tile[SIDE][SIDE];
 
 // Linux gives a process the tiles' registers when it asks for them.
 bool tiles_are_there() {
@@ -56,40 +54,10 @@ int64_t groups_of(int64_t N) {
 
 // tiles that a thread writes for a product of N rows
 template <class W>
-int64_t pieces_of(int64_t N, int64_t C) {
+int64_t tiles_of(int64_t N, int64_t C) {
     const int64_t columns = std::min(C, Cut<W>::PANEL) / Cut<W>::COLUMNS;
     const int64_t groups = groups_of<W>(std::min(N, ROWS_AT_ONCE));
     return columns * Cut<W>::TILES * (groups + (std::is_same_v<W, float> ? 2 : 0));
-}
-
-// a tile of 16 x 16 numbers the other way around
-void transpose(__m512i* r) {
-    __m512i t[SIDE];
-#pragma GCC unroll 8
-    for (int i = 0; i < SIDE; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < SIDE; i += 4) {
-        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        const __m512i a = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-        const __m512i b = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-        const __m512i c = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-        const __m512i d = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-        t[i] = _mm512_shuffle_i32x4(a, c, 0x88);
-        t[i + 4] = _mm512_shuffle_i32x4(b, d, 0x88);
-        t[i + 8] = _mm512_shuffle_i32x4(a, c, 0xdd);
-        t[i + 12] = _mm512_shuffle_i32x4(b, d, 0xdd);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < SIDE; i++) r[i] = t[i];
 }
 
 // 64 int16 of at most 32639 in size: 256 first + second
@@ -109,20 +77,9 @@ void cut(const int16_t* from, __m512i* pieces) {
 // 32 numbers as sums of three bf16, each the first 8 bits of what is left
 void cut(const float* from, __m512i* pieces) {
     __m512 a = _mm512_loadu_ps(from), b = _mm512_loadu_ps(from + 16);
-    alignas(64) static constexpr uint16_t ODD[32] = {
-        1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
-        33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
-    const __m512i odd = _mm512_load_si512(ODD);
-    auto rest = [](__m512 x) {
-        const __m512i bits = _mm512_castps_si512(x);
-        const __m512i first = _mm512_and_si512(bits, _mm512_set1_epi32(int(0xffff0000)));
-        // of what is not finite there is no rest
-        const __mmask16 finite = _mm512_cmp_ps_mask(_mm512_abs_ps(x), _mm512_set1_ps(INFINITY), 1);
-        return _mm512_maskz_sub_ps(finite, x, _mm512_castsi512_ps(first));
-    };
 #pragma GCC unroll 3
     for (int p = 0; p < 3; p++) {
-        pieces[p] = _mm512_permutex2var_epi16(_mm512_castps_si512(a), odd, _mm512_castps_si512(b));
+        pieces[p] = first_bits(a, b);
         a = rest(a);
         b = rest(b);
     }
@@ -221,21 +178,6 @@ void sum_tiles(const char* features, int64_t stride, const Tile* columns, int64_
     }
 }
 
-// 16 features' sums (features, rows) -> out (rows, features), scaled, with bias and residual
-void write(const __m512* sums, const float* units, const float* scale, const float* bias,
-           int64_t rows, int64_t F, float* out, Write how) {
-    __m512i lines[SIDE];
-#pragma GCC unroll 16
-    for (int i = 0; i < SIDE; i++) lines[i] = _mm512_castps_si512(sums[i]);
-    transpose(lines);
-    const Vec scales = scale ? load(scale) : Vec{} + 1, biases = bias ? load(bias) : Vec{};
-    for (int64_t n = 0; n < rows; n++) {
-        Vec y = Vec(lines[n]) * (units ? units[n] : 1) * scales + biases;
-        if (how == ADD) y += load(out + n * F);
-        std::memcpy(out + n * F, &y, sizeof y);
-    }
-}
-
 // what is in the registers -> out, 32 features of a group of rows
 template <class W>
 void write_tiles(const Matrix& m, int64_t f, const float* units, const float* bias, int64_t rows,
@@ -315,11 +257,10 @@ Part product_of_tiles(const Matrix& m, Rows<W> x, int64_t N, Part part, float* o
 
 #else
 
-typedef char Tile;
 void begin_tiles() {}
 void end_tiles() {}
 template <class W>
-int64_t pieces_of(int64_t, int64_t) {
+int64_t tiles_of(int64_t, int64_t) {
     return 0;
 }
 template <class W>

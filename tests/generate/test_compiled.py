@@ -214,18 +214,35 @@ class TestLogits:
             model.quantize("int8")
         texts = texts_of(2, 12)
         slots = compiled_slots(model, 2, 16)
-        slots.feed(0, [text[:5] for text in texts])
+        slots.feed(0, [text[:2] for text in texts])
         # the first layer's keys and values are those of fp32, rounded to the nearest
         same = compiled_slots(copy.deepcopy(model).float(), 2, 16)
-        same.feed(0, [text[:5] for text in texts])
-        exact = same.cache.layers[0].kv[:, :, :, :5].bfloat16()
-        for t in range(5, 12):
+        same.feed(0, [text[:2] for text in texts])
+        exact = same.cache.layers[0].kv[:, :, :, :2].bfloat16()
+        for t in range(2, 12):
             logits = slots.feed(0, [text[t : t + 1] for text in texts])
         assert logits.dtype == slots.cache.layers[0].kv.dtype == torch.bfloat16
-        assert torch.equal(slots.cache.layers[0].kv[:, :, :, :5], exact)
+        assert torch.equal(slots.cache.layers[0].kv[:, :, :, :2], exact)
         # one rounding of each key, value and result: as near to fp32 as bf16 itself is
         gold = uncached(model.float(), texts)[:, -1]
         assert (logits.float() - gold).abs().max() < 0.02 * gold.abs().max()
+
+    @pytest.mark.parametrize("rows", [6, 9, 17, 32])
+    def test_several_rows_of_bf16(self, rows: int) -> None:
+        """They are cut into two numbers of bf16 at the worst: to 17 bits."""
+        model = tiny_gpt(n_layer=1, n_embd=320).eval().bfloat16()
+        texts = texts_of(rows, 1)
+        slots = compiled_slots(model, rows, 4)
+        logits = slots.feed(0, texts)
+        same = compiled_slots(copy.deepcopy(model).float(), rows, 4)
+        gold = same.feed(0, texts)
+        exact = same.cache.layers[0].kv[:, :, :, :1].bfloat16()
+        found = slots.cache.layers[0].kv[:, :, :, :1]
+        # the nearest bf16 is another where the exact one lies in the middle between two
+        assert (found != exact).float().mean(dim=(0, 2, 3, 4)).max() < 0.02
+        assert (found != exact).float().mean() < 0.008
+        assert rms(found - exact) < 3e-4 * rms(exact)
+        assert rms(logits - gold) < 0.004 * rms(gold)
 
     def test_more_tokens_than_it_takes_go_to_the_library(
         self, monkeypatch: pytest.MonkeyPatch

@@ -7,6 +7,8 @@ from tests.kernels.mutants import Mutant
 TESTS = ("tests/generate/test_compiled.py",)
 step = partial(Mutant, path="kernels/cpu/decode_step.cpp", tests=TESTS)
 products = partial(Mutant, path="kernels/cpu/products.h", tests=TESTS)
+lanes = partial(Mutant, path="kernels/cpu/lanes.h", tests=TESTS)
+transposed = partial(Mutant, path="kernels/cpu/transposed.h", tests=TESTS)
 tiles = partial(Mutant, path="kernels/cpu/tiles.h", tests=TESTS)
 vectors = partial(Mutant, path="kernels/cpu/vectors.h", tests=TESTS)
 
@@ -136,10 +138,60 @@ MUTANTS = [
         old="x.scales ? x.scales + n",
         new="x.scales ? x.scales + n % 8",
     ),
-    tiles(
+    transposed(
         name="a_residual_of_tiles_is_left_out",
         old="if (how == ADD) y += load",
         new="if (false) y += load",
+    ),
+    transposed(
+        name="a_bias_of_tiles_is_left_out",
+        old="biases = bias ? load(bias) : Vec{};",
+        new="biases = {};",
+    ),
+    transposed(
+        name="a_tile_of_two_quarters_that_are_the_same",
+        old="t[i + 12] = _mm512_shuffle_i32x4(b, d, 0xdd);",
+        new="t[i + 12] = _mm512_shuffle_i32x4(b, d, 0x88);",
+    ),
+    transposed(
+        name="no_rest_of_a_number",
+        old="return _mm512_maskz_sub_ps(finite,",
+        new="return _mm512_maskz_sub_ps(0,",
+    ),
+    lanes(
+        name="features_of_no_whole_tile_of_lines_are_forgotten",
+        old="(part.stop - part.first) % SIDE;",
+        new="0;",
+    ),
+    lanes(
+        name="only_the_first_pieces",
+        old="_mm512_add_ps(sum, _mm512_shuffle_f32x4(sum, sum, 0x4e));",
+        new="sum;",
+    ),
+    lanes(
+        name="the_second_piece_is_cut_off",
+        old="__m512i(_mm512_cvtne2ps_pbh(rest(b), rest(a)));",
+        new="first_bits(rest(a), rest(b));",
+    ),
+    lanes(
+        name="the_second_group_meets_the_first_ones_lines",
+        old="columns[g * count + k][line]",
+        new="columns[k][line]",
+    ),
+    lanes(
+        name="rows_after_two_groups_are_the_first_again",
+        old="pieces + n / L::ROWS * count;",
+        new="pieces;",
+    ),
+    lanes(
+        name="the_second_half_of_the_features_is_the_first_again",
+        old="weight + first * C + k",
+        new="weight + k",
+    ),
+    lanes(
+        name="rows_of_the_group_before",
+        old="const int64_t row = n + g * L::ROWS;",
+        new="const int64_t row = n;",
     ),
     vectors(
         name="the_last_numbers_of_a_row_are_forgotten",
