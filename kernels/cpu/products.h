@@ -182,8 +182,13 @@ void tile(const Matrix& m, int64_t f, int64_t n, Rows<W> x, float* out, Write ho
 template <class W>
 void product(const Matrix& m, Rows<W> x, int64_t N, Part part, float* out, Write how) {
     constexpr int FEATURES = Kind<W>::FEATURES;
-    // with AVX-512's registers, rows meet features from many places at once: a processor reads
-    // ahead in several streams of its own, and one is what it waits for
+    // With AVX-512's registers, rows meet features from many places at once: a processor reads
+    // ahead in several streams of its own, and one is what it waits for. AMD's read ahead of fewer.
+#if defined(__SSE4A__)
+    constexpr int MOST = sizeof(W) < sizeof(float) ? 2 : 4;
+#else
+    constexpr int MOST = 8;
+#endif
     auto streams = [&](auto count, auto some) {
         constexpr int STREAMS = decltype(count)::value;
         const int64_t apart = (part.stop - part.first) / STREAMS;
@@ -191,8 +196,8 @@ void product(const Matrix& m, Rows<W> x, int64_t N, Part part, float* out, Write
         part.first += STREAMS * apart;
     };
     if (LANES == 16 && N == 1)
-        streams(std::integral_constant<int, 8>(), [&](int64_t f, int64_t apart) {
-            tile<8, 1, W>(m, f, 0, x, out, how, apart);
+        streams(std::integral_constant<int, MOST>(), [&](int64_t f, int64_t apart) {
+            tile<MOST, 1, W>(m, f, 0, x, out, how, apart);
         });
     else if (LANES == 16)
         streams(std::integral_constant<int, 4>(), [&](int64_t f, int64_t apart) {
