@@ -96,13 +96,14 @@ namespace {
 
 // (x - mean) rstd weight + bias of one row, x (C,)
 void normalize(const Norm& norm, const float* x, float* out, int64_t C) {
-    double total = 0, squares = 0;
-    for (int64_t c = 0; c < C; c++) total += x[c];
-    const float mean = float(total / double(C));
-    for (int64_t c = 0; c < C; c++) squares += double(x[c] - mean) * (x[c] - mean);
+    const float mean = float(total(x, C, [](Wide v) { return v; }) / double(C));
+    const double squares = total(x, C, [&](Wide v) { return (v - mean) * (v - mean); });
     const float rstd = float(1 / std::sqrt(squares / double(C) + norm.eps));
-    for (int64_t c = 0; c < C; c++)
-        out[c] = (x[c] - mean) * rstd * norm.weight[c] + (norm.bias ? norm.bias[c] : 0);
+    each(x, C, [&](int64_t c, Vec v, int64_t count) {
+        Vec y = (v - mean) * rstd * some(norm.weight + c, count);
+        if (norm.bias) y += some(norm.bias + c, count);
+        store(y, out + c, count);
+    });
 }
 
 // GELU of n numbers, in place; the tanh form by an exponential: tanh(u) = 1 - 2 / (exp(2 u) + 1)
@@ -114,7 +115,7 @@ void gelu(float* x, int64_t n, bool erf) {
     each(x, n, [&](int64_t i, Vec v, int64_t count) {
         const Vec u = 0.79788456f * (v + 0.044715f * v * v * v);
         const Vec y = v * (1 - 1 / (exponential(2 * u) + 1));
-        std::memcpy(x + i, &y, count * sizeof(float));
+        store(y, x + i, count);
     });
 }
 
@@ -136,13 +137,17 @@ void attend(const float* q, const E* k, const E* v, int64_t n, int64_t D, float*
             float* out) {
     const float scale = float(1 / std::sqrt(double(D)));
     float largest = -INFINITY, total = 0;
-    for (int64_t s = 0; s < n; s++) {
-        probs[s] = dot(k + s * D, q, D) * scale;
-        largest = std::fmax(largest, probs[s]);
+    int64_t first = 0;
+    for (; first + 4 <= n; first += 4) {
+        const Four scores = dot_four(k + first * D, q, D) * scale;
+        std::memcpy(probs + first, &scores, sizeof scores);
     }
+    for (; first < n; first++) probs[first] = dot(k + first * D, q, D) * scale;
+    // NaN stays, as in the sum
+    for (int64_t s = 0; s < n; s++) largest = probs[s] > largest ? probs[s] : largest;
     each(probs, n, [&](int64_t s, Vec scores, int64_t count) {
         const Vec weights = exponential(scores - largest);
-        std::memcpy(probs + s, &weights, count * sizeof(float));
+        store(weights, probs + s, count);
     });
     for (int64_t s = 0; s < n; s++) total += probs[s];
     int64_t d = 0;
@@ -254,10 +259,11 @@ void run(const Model& model, const Step& step, Barrier& barrier, int64_t thread)
             E* v = k + step.plane;
             for (int64_t t = 0; t < T; t++) {
                 const float* q = qkv + (b * T + t) * 3 * C + h * D;
-                for (int64_t d = 0; d < D; d++) {
-                    store(q[C + d], k + (held + t) * D + d);
-                    store(q[2 * C + d], v + (held + t) * D + d);
-                }
+                auto keep = [&](const float* from, E* to) {
+                    each(from, D, [&](int64_t d, Vec x, int64_t some) { store(x, to + d, some); });
+                };
+                keep(q + C, k + (held + t) * D);
+                keep(q + 2 * C, v + (held + t) * D);
                 attend(q, k, v, held + t + 1, D, probs, heads + (b * T + t) * C + h * D);
             }
         }

@@ -26,6 +26,8 @@ typedef int16_t Shorts __attribute__((vector_size(4 * LANES)));
 // LANES int16
 typedef int16_t Half __attribute__((vector_size(2 * LANES)));
 typedef float Four __attribute__((vector_size(16)));
+// a register of fp64
+typedef double Wide __attribute__((vector_size(4 * LANES)));
 
 struct Bf16 {
     uint16_t bits;
@@ -40,14 +42,14 @@ float widen(Bf16 x) {
     return out;
 }
 
-// the nearest bf16, ties to even
-void store(float x, Bf16* to) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    to->bits = uint16_t(x == x ? rounded : 0x7fc0);
+// the first `count` numbers as the nearest bf16, ties to even
+void store(Vec x, Bf16* to, int64_t count) {
+    typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
+    const Bits bits = Bits(x), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const Half half = __builtin_convertvector(x == x ? rounded : Bits{} + 0x7fc0, Half);
+    std::memcpy(to, &half, count * sizeof *to);
 }
-void store(float x, float* to) { *to = x; }
+void store(Vec x, float* to, int64_t count) { std::memcpy(to, &x, count * sizeof *to); }
 
 Vec load(const float* from) {
     Vec out;
@@ -148,15 +150,56 @@ float dot(const E* a, const float* b, int64_t n) {
     return out;
 }
 
+// sum_i a_ki b_i over n, for four k: rows of a
+template <class E>
+Four dot_four(const E* a, const float* b, int64_t n) {
+    Vec sums[4] = {};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        const Vec entries = load(b + i);
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; k++) sums[k] += load(a + k * n + i) * entries;
+    }
+    Four out = sum(sums[0], sums[1], sums[2], sums[3]);
+    for (; i < n; i++)
+        for (int k = 0; k < 4; k++) out[k] += widen(a[k * n + i]) * b[i];
+    return out;
+}
+
+// n numbers, at most LANES, and zeros after them
+Vec some(const float* from, int64_t n) {
+    if (n == LANES) return load(from);
+    Vec out = {};
+    std::memcpy(&out, from, n * sizeof(float));
+    return out;
+}
+
 // work(i, x_i ... x_i+LANES, count) over n numbers; the last register is filled up with zeros
 template <class Work>
 void each(const float* x, int64_t n, Work work) {
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES) work(i, load(x + i), LANES);
-    if (i == n) return;
-    Vec rest = {};
-    std::memcpy(&rest, x + i, (n - i) * sizeof(float));
-    work(i, rest, n - i);
+    if (i < n) work(i, some(x + i, n - i), n - i);
+}
+
+// sum_i term(x_i) over n numbers, in fp64
+template <class Term>
+double total(const float* x, int64_t n, Term term) {
+    typedef float Narrow __attribute__((vector_size(2 * LANES)));
+    Wide even = {}, odd = {};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        Narrow a, b;
+        std::memcpy(&a, x + i, sizeof a);
+        std::memcpy(&b, x + i + LANES / 2, sizeof b);
+        even += term(__builtin_convertvector(a, Wide));
+        odd += term(__builtin_convertvector(b, Wide));
+    }
+    even += odd;
+    for (; i < n; i++) even[0] += term(Wide{} + double(x[i]))[0];
+    double out = 0;
+    for (int k = 0; k < LANES / 2; k++) out += even[k];
+    return out;
 }
 
 // Adding it to a number below 2^22 in size rounds that to an integer, ties to even: the integer is

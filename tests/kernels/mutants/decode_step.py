@@ -15,12 +15,27 @@ vectors = partial(Mutant, path="kernels/cpu/vectors.h", tests=TESTS)
 MUTANTS = [
     vectors(
         name="bf16_is_cut_off",
-        old="uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;",
-        new="uint32_t rounded = (bits + 0xffff) >> 16;",
+        old="rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;",
+        new="rounded = (bits + 0xffff) >> 16;",
     ),
     vectors(
         name="the_rest_of_a_dot_is_forgotten",
         old="    for (; i < n; i++) out += widen(a[i]) * b[i];\n",
+        new="",
+    ),
+    vectors(
+        name="the_rest_of_four_dots_is_forgotten",
+        old="out[k] += widen(a[k * n + i]) * b[i];",
+        new="out[k] += 0;",
+    ),
+    vectors(
+        name="the_rest_of_a_total_is_forgotten",
+        old="even[0] += term(Wide{} + double(x[i]))[0];",
+        new="even[0] += 0;",
+    ),
+    vectors(
+        name="a_total_of_every_other_half",
+        old="    even += odd;\n",
         new="",
     ),
     products(
@@ -195,8 +210,8 @@ MUTANTS = [
     ),
     vectors(
         name="the_last_numbers_of_a_row_are_forgotten",
-        old="    if (i == n) return;\n    Vec rest",
-        new="    if (i <= n) return;\n    Vec rest",
+        old="    if (i < n) work(i, some(x + i, n - i), n - i);\n",
+        new="",
     ),
     vectors(
         name="another_exponential",
@@ -225,15 +240,25 @@ MUTANTS = [
     ),
     step(
         name="no_mean",
-        old="squares += double(x[c] - mean) * (x[c] - mean);",
-        new="squares += double(x[c]) * x[c];",
+        old="return (v - mean) * (v - mean);",
+        new="return v * v;",
     ),
     step(name="another_gelu", old="0.044715f", new="0.045f"),
     step(name="one_gelu_for_all", old="if (erf) {", new="if (false) {"),
     step(
         name="scores_are_not_scaled",
-        old="probs[s] = dot(k + s * D, q, D) * scale;",
-        new="probs[s] = dot(k + s * D, q, D);",
+        old="dot_four(k + first * D, q, D) * scale;",
+        new="dot_four(k + first * D, q, D);",
+    ),
+    step(
+        name="scores_of_the_last_keys_are_not_scaled",
+        old="= dot(k + first * D, q, D) * scale;",
+        new="= dot(k + first * D, q, D);",
+    ),
+    step(
+        name="a_bias_of_layer_norm_is_left_out",
+        old="if (norm.bias) y += some",
+        new="if (false) y += some",
     ),
     step(
         name="a_token_does_not_see_itself",
@@ -247,8 +272,8 @@ MUTANTS = [
     ),
     step(
         name="keys_at_the_first_tokens_place",
-        old="store(q[C + d], k + (held + t) * D + d);",
-        new="store(q[C + d], k + held * D + d);",
+        old="keep(q + C, k + (held + t) * D);",
+        new="keep(q + C, k + held * D);",
     ),
     step(
         name="positions_of_the_first_token",
