@@ -29,6 +29,8 @@ _NO_ROOM = (
     "Maximum allowed dimension exceeded",
     "can't start new thread",
 )
+# how libraries in C++ say what is an OSError in Python
+_NO_FILES = "Too many open files"
 # characters of an error's line
 _LONGEST = 2_000
 
@@ -213,7 +215,7 @@ def in_one_line(error: Exception) -> str | None:
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError) or any(part in text for part in _NO_ROOM):
         return f"out of memory: {text[:200] or 'an allocation failed'}"
-    return None
+    return f"{_NO_FILES}: see ulimit -n" if _NO_FILES in text else None
 
 
 def _short(line: str) -> str:

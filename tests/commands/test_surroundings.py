@@ -44,6 +44,11 @@ def full_disk() -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a/file")
 
 
+def no_files() -> None:
+    # as gloo says it
+    raise RuntimeError("[enforce fail at loop.cc:48] rv != -1. pipe: Too many open files")
+
+
 def no_memory() -> None:
     raise MemoryError
 
@@ -56,6 +61,7 @@ def no_memory() -> None:
         (too_large_an_array, "out of memory: "),
         (too_long_an_array, "out of memory: "),
         (no_memory, "out of memory: an allocation failed"),
+        (no_files, "Too many open files: see ulimit -n"),
         (full_disk, "a/file: No space left on device"),
     ],
 )
