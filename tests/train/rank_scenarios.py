@@ -77,6 +77,23 @@ def saver_hangs(rank: int) -> None:
         patch.object(HuggingFaceStorageWriter, "write_data", lambda *_: hang()).start()
 
 
+def interrupted_in_its_save(rank: int) -> None:
+    """One rank is stopped in its third step; the write of its part brings another signal."""
+    whole, calls = HuggingFaceStorageWriter.write_data, 0
+
+    def write(self: HuggingFaceStorageWriter, *arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            sending(signal.SIGINT)()
+            hang()
+        return whole(self, *arguments)
+
+    if rank == 1:
+        patch.object(HuggingFaceStorageWriter, "write_data", write).start()
+    at_step(4, 1, sending(signal.SIGTERM))(rank)
+
+
 def unreadable_validation(rank: int) -> None:
     """One rank cannot read the validation split."""
 
@@ -276,16 +293,32 @@ def scenarios(data: Path, folder: Path) -> dict[str, tuple[int, Callable[[int], 
     table |= {
         # the step of "adamw alone" and "adamw --no-shard", split between four
         "4x1": (4, command(begin("4x1", "--batch-size=2"))),
-        # begun by two ranks, resumed by one, ended by three with steps of another size
+        "4x1 --shard": (4, command(begin("4x1 --shard", "--batch-size=2", "--shard"))),
+        # begun by two ranks, resumed by one, and by three with steps of another size; ended by four
         "changed": (2, command([*mixture("changed"), *TWO_BY_TWO, "--shard", "--steps=1"])),
         "changed, one": (1, resume("changed", "--steps=2")),
         "changed, three": (
             3,
             resume("changed", "--steps=3", "--batch-size=1", "--grad-accum=3", "--no-shard"),
         ),
+        "changed, four": (
+            4,
+            resume("changed", "--steps=4", "--batch-size=1", "--grad-accum=2", "--shard"),
+        ),
         "steady": (1, command([*mixture("steady"), "--batch-size=8", "--steps=2"])),
         "steady, more": (1, resume("steady", "--steps=3", "--batch-size=9", "--grad-accum=1")),
-        "usr1": (2, command(begin("usr1", *TWO_BY_TWO), usr1_early_and_late)),
+        "steady, last": (1, resume("steady", "--steps=4", "--batch-size=8")),
+        "usr1": (2, command(begin("usr1", *TWO_BY_TWO, "--shard"), usr1_early_and_late)),
+        "minutes": (
+            2,
+            command(begin("minutes", *TWO_BY_TWO, "--shard", "--minutes=0.01", "--steps=9999")),
+        ),
+        "minutes, more": (2, resume("minutes", "--minutes=0.02")),
+        "second signal": (
+            2,
+            command(begin("second signal", *TWO_BY_TWO, "--shard"), interrupted_in_its_save),
+        ),
+        "second signal, resumed": (2, resume("second signal")),
         "machine": (2, command(begin("machine"), machine_dies(folder / "machine"))),
         "other data": (2, command(begin("other data"), other_data(folder / "other.txt"))),
         "own disks": (

@@ -98,8 +98,9 @@ def assert_equal_to_rounding(run: Path, expected: Path) -> None:
     assert len(losses[0]) == 4 and len(validation[0]) == 2
 
 
-def test_four_ranks_equal_one_process(ranks: Ranks) -> None:
-    assert_equal_to_rounding(ranks.run("4x1"), ranks.run(ALONE))
+@pytest.mark.parametrize("name", ["4x1", "4x1 --shard"])
+def test_four_ranks_equal_one_process(ranks: Ranks, name: str) -> None:
+    assert_equal_to_rounding(ranks.run(name), ranks.run(ALONE))
 
 
 @pytest.mark.parametrize(("optimizer", "kind"), KINDS)
@@ -222,16 +223,17 @@ def test_each_rank_has_its_own_dropout(ranks: Ranks) -> None:
     assert not tensors["rng.cpu"].equal(tensors["rng.cpu.1"])
 
 
-def test_two_processes_then_one_then_three_go_on_with_the_same_tokens(ranks: Ranks) -> None:
-    """Sharded and not, and at last with other micro-batches; of a mixture of packed documents."""
-    for name in ("changed, one", "changed, three", "steady, more"):
+def test_other_processes_and_micro_batches_go_on_with_the_same_tokens(ranks: Ranks) -> None:
+    """Two, one, three and four, sharded and not; of a mixture of packed documents."""
+    resumed = ("changed, one", "changed, three", "changed, four")
+    for name in (*resumed, "steady, more", "steady, last"):
         assert set(ranks.outcomes[name]["codes"]) == {0}, ranks.outcomes[name]
     run, expected = ranks.run("changed"), ranks.run("steady")
     states = [runs.read_state(runs.latest(path)) for path in (run, expected)]
-    assert [state["loader"]["position"] for state in states] == [8 + 8 + 9] * 2
+    assert [state["loader"]["position"] for state in states] == [8 + 8 + 9 + 8] * 2
     assert_weights_close(run, expected)
     losses = [[r["train_loss"] for r in measured(x) if "train_loss" in r] for x in (run, expected)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 3
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 4
 
 
 def test_torchrun_starts_a_killed_job_again(ranks: Ranks) -> None:
@@ -296,6 +298,28 @@ def test_one_rank_speaks(ranks: Ranks) -> None:
     assert "training: 4 steps" in first and "validation loss" in first
     assert second == ""
     assert ranks.outcomes[PAIR]["err"][1] == ""
+
+
+def test_minutes_end_a_sharded_run_as_a_signal_does(ranks: Ranks) -> None:
+    """The last step is scored and saved, and a resumed run has the rest of its minutes."""
+    run = ranks.run("minutes")
+    assert set(ranks.outcomes["minutes, more"]["codes"]) == {0}, ranks.outcomes["minutes, more"]
+    said = [ranks.outcomes[name]["out"][0] for name in ("minutes", "minutes, more")]
+    first = int(said[0].partition("trained ")[2].split()[0])
+    assert f"({first} done)" in said[1]
+    last = runs.read_state(runs.latest(run))
+    assert last["step"] > first and first in runs.saved_steps(run)
+    assert last["validation"] and last["elapsed"] >= 0.02 * 60
+
+
+def test_a_second_signal_in_a_save_ends_all_at_once(ranks: Ranks) -> None:
+    """The checkpoint before it is whole, and half a checkpoint has no checkpoint's name."""
+    assert ranks.outcomes["second signal"]["codes"] == [2, 130]
+    errors = [line for line in ranks.complaints("second signal") if "error" in line]
+    assert len(errors) == 1 and "has ended without a word" in errors[0]
+    resumed = ranks.outcomes["second signal, resumed"]
+    assert resumed["codes"] == [0, 0] and "training: 4 steps (2 done)" in resumed["out"][0]
+    assert_same_training(ranks.folder / "second signal" / "run", ranks.run("adamw --shard"))
 
 
 def test_sigusr1_to_one_rank_saves_once(ranks: Ranks) -> None:
