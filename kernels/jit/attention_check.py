@@ -3,9 +3,9 @@
 Up to CUDA 12.9, ptxas may overwrite the registers of an asynchronous wgmma whose left operand lies
 in registers (triton-lang/triton#11781); in flash-linear-attention#1262, 13.0 still failed and 13.1
 passed. The products P V, P^T dO, dS^T Q and dS K are of that kind, and for sm_90 Triton 3.6 and
-3.7 ship ptxas 12.8, Triton 3.8 and 3.9 ship 12.9. So on an sm_90 with a ptxas older than 13.1, attention's results are compared with the
-reference before the first one is returned: once per process and ``Kind``, since Triton builds
-another binary only for another kind.
+3.7 ship ptxas 12.8, Triton 3.8 and 3.9 ship 12.9. So on an sm_90 with a ptxas older than 13.1,
+attention's results are compared with the reference before the first one is returned: once per
+process and ``Kind``, since Triton builds another binary only for another kind.
 """
 
 import math
