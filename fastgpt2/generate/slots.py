@@ -16,6 +16,12 @@ from fastgpt2.kernels.modes import autocasts
 from fastgpt2.model import GPT
 from fastgpt2.plain import execution_device
 
+# what a pass may take beside the weights and the cache: a share of both, or so many bytes
+_SHARE, _LEAST = 0.08, 1 << 24
+# numbers per token that it takes, as multiples of the width: the MLP's hidden layer twice, q, k, v
+# and the stream
+_WIDTHS = 14
+
 
 class Slots:
     """``count`` rows of ``size`` tokens, each with a length of its own.
@@ -59,6 +65,10 @@ class Slots:
         # a captured step writes a key for every row, also for one that is full
         room = size + 1 if compile and on_gpu else size
         self.cache = model.make_cache(count, room)
+        held = [*(layer.kv for layer in self.cache.layers), *model.parameters(), *model.buffers()]
+        per_token = _WIDTHS * model.config.n_embd * held[0].element_size()
+        may_take = max(_LEAST, int(_SHARE * sum(t.nbytes for t in held)))
+        self._tokens_per_pass = may_take // per_token
         self.lengths = [0] * count
         self._seen = torch.arange(room, device=self.device)
         self.compiled = self._compile()
@@ -66,7 +76,9 @@ class Slots:
         self.graph = self._graph
 
     def feed(self, first: int, tokens: Sequence[Sequence[int]], *, every: bool = False) -> Tensor:
-        """Append ``tokens[i]`` to row ``first + i``, for adjacent rows in one pass.
+        """Append ``tokens[i]`` to row ``first + i``, for adjacent rows.
+
+        They share a pass of the model, or several passes where it would take too much memory.
 
         Args:
             first: the first row.
@@ -79,6 +91,10 @@ class Slots:
         """
         counts = [len(ids) for ids in tokens]
         T, stop = max(counts), first + len(tokens)
+        rows_per_pass = max(1, self._tokens_per_pass // T)
+        if not every and rows_per_pass < len(tokens):
+            parts = range(0, len(tokens), rows_per_pass)
+            return torch.cat([self.feed(first + i, tokens[i : i + rows_per_pass]) for i in parts])
         is_new = T > 1 or 0 in self.lengths[first:stop]
         if is_new:
             self._weights = weights_of(self.model)

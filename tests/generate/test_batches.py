@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastgpt2.config import GPTConfig
 from fastgpt2.errors import UserError
 from fastgpt2.generate import Generator, MinP, NoRepeatNgram, RepetitionPenalty, TopP
 from fastgpt2.model import GPT
+from tests.memory import profiled_peak
 from tests.tiny_gpt import tiny_batch, tiny_gpt
 
 # short, long, as long as the window of 16, longer, and one of them twice
@@ -110,6 +112,25 @@ def test_a_cancelled_row_is_free_for_the_next() -> None:
     first.cancel()
     assert len(second.wait().ids) == 2
     assert first.finish_reason == "cancelled" and len(first.ids) == 1
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_long_prompts_of_many_rows_take_little_memory(
+    compile: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call holds the weights, the cache, and a tenth of both at most."""
+    monkeypatch.setattr("fastgpt2.generate.slots._LEAST", 0)
+    config = GPTConfig(block_size=128, vocab_size=3000, n_layer=4, n_head=2, n_embd=128)
+    model = GPT(config).eval()
+    prompts = torch.randint(3000, (16, 96)).tolist()
+    weights = sum(p.nbytes for p in model.parameters())
+    cache = model.make_cache(16, 100).layers
+    held = weights + sum(layer.kv.nbytes for layer in cache)
+
+    def call() -> None:
+        model.generate(prompts, 4, temperature=0.0, compile=compile)
+
+    assert weights + profiled_peak(call) <= 1.1 * held
 
 
 def test_the_window_stops() -> None:

@@ -14,6 +14,7 @@ from fastgpt2.train.memory import estimate
 from fastgpt2.train.optimizers import build_optimizer
 from fastgpt2.train.parallel import joined, own, shard
 from fastgpt2.train.step import TrainingStep
+from tests.memory import profiled_peak
 from tests.train.tiny_run import tiny_train_config
 
 SMALL: dict[str, Any] = dict(
@@ -27,16 +28,7 @@ def measured(step: TrainingStep, batches: Sequence[tuple[Tensor, Tensor]]) -> in
     step.optimizer.zero_grad(set_to_none=True)
     moments = [t for s in step.optimizer.state.values() for t in s.values() if t.dim()]
     before = sum(own(t).nbytes for t in (*moments, *step.model.parameters()))
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        step(batches, lr=1e-3)
-    events = profile.profiler.kineto_results.events()
-    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
-    now, peak = 0, 0
-    for _, change in sorted(changes, key=lambda pair: pair[0]):
-        now += int(change)
-        peak = max(peak, now)
-    return int(before + peak)
+    return before + profiled_peak(lambda: step(batches, lr=1e-3))
 
 
 def compared(
