@@ -10,8 +10,8 @@ MUTANTS = [
     Mutant(
         "empty_products_to_onednn",
         _CONTRACT,
-        " or x.numel() == 0:",
-        ":",
+        "weight.numel() < _FEWEST",
+        "False",
         (f"{_TESTS}::test_empty_products[onednn-5-0-20]",),
     ),
     Mutant(
@@ -76,5 +76,29 @@ MUTANTS = [
         "if wants_gradient(x, weight, bias) else",
         "if False else",
         (_BUDGET,),
+    ),
+    Mutant(
+        "input_of_a_frozen_layer_kept",
+        _CONTRACT,
+        "x if dweight_wanted else None",
+        "x",
+        (
+            "tests/kernels/test_saved_memory.py::test_frozen_layers_keep_nothing_of_their_input[share0]",
+        ),
+        "adapters take as much memory as training all",
+    ),
+    Mutant(
+        "weight_lost_with_the_weight_s_gradient",
+        _CONTRACT,
+        "weight if dx_wanted else None",
+        "weight if dweight_wanted else None",
+        (f"{_TESTS}::test_only_wanted_gradients_are_computed",),
+    ),
+    Mutant(
+        "small_weights_to_onednn",
+        _CONTRACT,
+        "weight.numel() < _FEWEST",
+        "weight.numel() < 1",
+        (f"{_TESTS}::test_small_weights_are_pytorch_s",),
     ),
 ]

@@ -70,4 +70,14 @@ MUTANTS = [
         (_SAVED,),
         "the GELU is saved after all",
     ),
+    Mutant(
+        "input_of_a_frozen_layer_kept",
+        _CONTRACT,
+        "kept = x if dfc_wanted else None,",
+        "kept = x,",
+        (
+            "tests/kernels/test_saved_memory.py::test_frozen_layers_keep_nothing_of_their_input[share1]",
+        ),
+        "adapters take as much memory as training all",
+    ),
 ]
