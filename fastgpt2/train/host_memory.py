@@ -9,6 +9,8 @@ PROC, GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 # system gives up where memory is short, the pages of files that nobody has read lately
 _V2 = ("", "memory.max", "memory.current", "inactive_file")
 _V1 = ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+# of the address space: threads that a run starts, each with a stack of 8 MB and a heap of 64
+THREADS = 6 * 72 * 2**20
 
 
 def free_on_host(processes: int) -> int | None:
@@ -49,10 +51,10 @@ def _free_by_limits() -> Iterator[int]:
     import resource
 
     page, sizes = resource.getpagesize(), _text(PROC / "self" / "statm").split()
-    for limit, place in ((resource.RLIMIT_AS, 0), (resource.RLIMIT_DATA, 5)):
+    for limit, place, kept in ((resource.RLIMIT_AS, 0, THREADS), (resource.RLIMIT_DATA, 5, 0)):
         most = resource.getrlimit(limit)[0]
         if most != resource.RLIM_INFINITY and len(sizes) > place:
-            yield most - page * int(sizes[place])
+            yield most - page * int(sizes[place]) - kept
 
 
 def _text(path: Path) -> str:

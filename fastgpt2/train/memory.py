@@ -29,6 +29,9 @@ from fastgpt2.train.parallel import own
 _QUERIES, _TILE = 256, 2**20
 # the share of the free memory that the estimate of a step may reach
 SHARE = 0.85
+# on the processor a process takes more than its tensors: the heap has gaps between buffers of
+# different sizes, and libraries have buffers of their own
+HEAP, LIBRARIES = 1.4, 100 * 2**20
 
 
 @dataclass(frozen=True)
@@ -233,7 +236,10 @@ def largest_batch(
     }
     # on the processor, what a checkpoint is written from lies beside the step
     host = device_kind(device).host
-    peaks = {size: need.peak + (need.copy if host else 0) for size, need in needs.items()}
+    peaks = {
+        size: int(HEAP * (need.peak + need.copy)) + LIBRARIES if host else need.peak
+        for size, need in needs.items()
+    }
     chosen = next((i for i, size in enumerate(sizes) if peaks[size] <= free), len(sizes))
     # the ranks of a sharded model would wait for one that has run out of memory
     tries = device_kind(device).cuda and not isinstance(model, FSDPModule)
