@@ -40,7 +40,7 @@ from fastgpt2.kernels.jit.attention_parts import (
     load_key_range,
     my_block,
 )
-from fastgpt2.kernels.jit.primitives import LOG2E, load_tile, store_tile
+from fastgpt2.kernels.jit.primitives import HIDDEN, LOG2E, load_tile, store_tile
 
 
 @triton.jit
@@ -172,11 +172,12 @@ def _attention_bwd_dkv_kernel(
         do = load_tile(do_ptr, offs_m, C, T - first_q, D, EVEN)
         row, col = first_q + offs_m[None, :], keys[:, None]
         lse, delta = _load_stats(stats_ptrs, (b * H + h) * T, row, row < T)
-        s = tl.dot(k, q.T, input_precision=PRECISION)
-        p = tl.exp2(s * (scale * LOG2E) - lse)
+        s = tl.dot(k, q.T, input_precision=PRECISION) * (scale * LOG2E) - lse
         ids_m = load_ids(segment_ptr, b, row, T)
         crosses = first_q < first_k + BLOCK_N
-        p = hide(p, 0.0, row, col, crosses, ids_m, ids_n[:, None], key_range, MASKED)
+        # scores, not p: Triton 3.6 selects among p in every tile, instead of branching
+        s = hide(s, HIDDEN, row, col, crosses, ids_m, ids_n[:, None], key_range, MASKED)
+        p = tl.exp2(s)
         kept = p
         if dropout is not None:
             bits_ptrs = bit_rows(dropout[0] + (first_k >> 5), b * H + h, row, T, EVEN)
