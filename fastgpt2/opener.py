@@ -90,14 +90,13 @@ def open_model(
         UserError: there is no such model, it is damaged, it has no tokenizer, or one that does
             not fit.
     """
-    path = locate(name, offline=offline)
+    found_at = path = locate(name, offline=offline)
     if (path / runs.CHECKPOINTS).is_dir():
         # a run that trains may get another one before the next process looks
-        run = path
-        path = distributed.on_rank_0(lambda: _newest_or_best(run, checkpoint))
+        path = distributed.on_rank_0(lambda: _newest_or_best(found_at, checkpoint))
     opened = load(path, offline=offline)
     vocab_size = opened.config.vocab_size
-    found = runs.find_tokenizer(path) or tokenizer
+    found = runs.find_tokenizer(found_at) or tokenizer
     if found is None and vocab_size >= GPT2_VOCAB:
         # the files of nanoGPT and llm.c bring no vocabulary: it is OpenAI's
         found = GPT2Tokenizer.load()

@@ -73,6 +73,17 @@ def test_a_run_that_deletes_its_checkpoints_meanwhile(
     monkeypatch.setattr("fastgpt2.opener.load", deleting)
     opened = open_model(run)
     assert opened.path == second
+    copy = shutil.copytree(second, tmp_path / "copy")
+
+    def gone_at_once(path: Path, **options: Any) -> Checkpoint:
+        found = load(path, **options)
+        if options:
+            shutil.rmtree(second)
+        return found
+
+    monkeypatch.setattr("fastgpt2.opener.load", gone_at_once)
+    assert open_model(run).tokenizer.name == "bytes"
+    shutil.copytree(copy, second)
     shutil.copytree(second, first)
 
     def late(folder: Path) -> dict[str, Any]:
@@ -85,3 +96,17 @@ def test_a_run_that_deletes_its_checkpoints_meanwhile(
     os.rename(second, first)
     with pytest.raises(UserError, match="step_00000001: the run has deleted this checkpoint"):
         opened.load(torch.device("cpu"), torch.float32)
+
+
+def test_a_file_that_goes_while_it_is_opened_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch opens it again to map it, and raises no OSError."""
+    run = save(random_checkpoint(SHAPE), tmp_path / "run", "fastgpt2")
+
+    def gone(path: str, *_: str) -> None:
+        raise RuntimeError(f"unable to open file <{path}> in read-only mode: No such file")
+
+    monkeypatch.setattr("fastgpt2.weights.safetensors_file.safe_open", gone)
+    with pytest.raises(UserError, match=r"model\.safetensors: cannot be read: .*unable to open"):
+        open_model(run)

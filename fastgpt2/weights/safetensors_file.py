@@ -81,6 +81,9 @@ def _checked(path: Path, call: Any, *args: str | Path) -> Any:
         return call(*args)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
+    except RuntimeError as error:
+        # PyTorch opens it again, to map it: it may be gone by then, or memory may be short
+        raise UserError(f"{path}: cannot be read: {shown(str(error))}") from None
     except SafetensorError as error:
         # the message can quote the file, including terminal control characters
         raise UserError(f"{path}: not a safetensors file: {shown(str(error))}") from None
