@@ -26,6 +26,8 @@ class Impl(StrEnum):
     REFERENCE = "reference"
 
 
+_IMPLS = {impl.value: impl for impl in Impl}
+
 # read once: Triton, too, decides at import whether its kernels are interpreted
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _TRITON_INSTALLED = find_spec("triton") is not None
@@ -39,10 +41,10 @@ _default = Impl.AUTO
 
 def parse_impl(impl: str, op: str = "use_impl") -> Impl:
     """The ``Impl`` of that name; a ValueError that names ``op`` lists them if there is none."""
-    try:
-        return Impl(impl)
-    except ValueError:
-        raise ValueError(f"{op}: impl must be one of {', '.join(Impl)}, got {impl!r}") from None
+    # not Impl(impl): PyTorch 2.11 cannot trace that call within an autograd.Function
+    if impl not in _IMPLS:
+        raise ValueError(f"{op}: impl must be one of {', '.join(Impl)}, got {impl!r}")
+    return _IMPLS[impl]
 
 
 @contextmanager
