@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastgpt2.kernels import checks
 from fastgpt2.kernels.backend import wants_gradient
-from fastgpt2.kernels.modes import autocasts, is_ordinary, transformed
+from fastgpt2.kernels.modes import autocasts, exported, is_ordinary, transformed
 
 
 class Share(NamedTuple):
@@ -80,7 +80,7 @@ def _takes_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool
         return False
     if torch.compiler.is_compiling():
         # a condition on the number of rows would compile one program for each outcome
-        return end == sys.maxsize and not torch.compiler.is_exporting() and not transformed()
+        return end == sys.maxsize and not exported() and not transformed()
     return is_ordinary(x, weight, bias) and first <= x.numel() // x.shape[-1] < end
 
 

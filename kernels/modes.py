@@ -26,9 +26,18 @@ def autocasts(device: torch.device) -> bool:
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
+def exported() -> bool:
+    """Whether ``torch.export`` is recording a program.
+
+    To the compiler of PyTorch 2.11, ``torch.compiler.is_exporting()`` is true in any program.
+    """
+    flag: bool = torch.compiler._is_exporting_flag
+    return flag
+
+
 def recorded() -> bool:
     """Whether ``torch.export`` or ``torch.jit.trace`` is recording a program."""
-    return torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
+    return exported() or torch._C._get_tracing_state() is not None
 
 
 def is_ordinary(*tensors: Tensor | None) -> bool:
