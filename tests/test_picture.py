@@ -69,4 +69,5 @@ def test_numbers_of_a_logarithmic_axis_are_plain() -> None:
     axes = figure.subplots()
     axes.set(yscale="log", ylim=(1, 1e7))
     picture.plain_numbers(axes)
-    assert axes.get_yticklabels()[-1].get_text() == "1e+08"
+    # how many ticks lie beyond the limits is the version's choice
+    assert {"1", "1e+06"} <= {label.get_text() for label in axes.get_yticklabels()}
