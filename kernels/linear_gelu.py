@@ -16,6 +16,7 @@ from fastgpt2.kernels.gelu import (
     gelu_bwd,
 )
 from fastgpt2.kernels.linear import in_autocast_dtype, unchecked_linear
+from fastgpt2.kernels.modes import is_ordinary
 
 
 @torch.library.custom_op("fastgpt2::linear_gelu_fwd", mutates_args=())
@@ -105,7 +106,13 @@ def linear_gelu(
         case Impl.REFERENCE:
             return reference.linear_gelu(x, weight, bias, form)
         case Impl.TORCH:
-            return F.gelu(unchecked_linear(x, weight, bias), approximate=APPROXIMATIONS[form])
+            z, approximate = unchecked_linear(x, weight, bias), APPROXIMATIONS[form]
+            watched = torch.compiler.is_compiling() or not is_ordinary(x, weight, bias)
+            if watched or wants_gradient(x, weight, bias):
+                return F.gelu(z, approximate=approximate)
+            # in place: fresh memory for y may take longer than its GELU
+            in_place: Tensor = torch.ops.aten.gelu_(z, approximate=approximate)
+            return in_place
     if not fused:
         z = unchecked_linear(x, weight)
         if bias is None:

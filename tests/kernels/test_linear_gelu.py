@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt2.kernels import linear_gelu, tuning
@@ -15,6 +16,7 @@ from tests.kernels.budget import DEVICE
 from tests.kernels.graphs import assert_compiles_whole, assert_graph_replays
 from tests.kernels.layouts import LAYOUTS, lay_out
 from tests.kernels.processors import Processor
+from tests.memory import profiled_peak
 
 # the package exports functions under the names of these modules
 op_module = importlib.import_module("fastgpt2.kernels.linear_gelu")
@@ -123,6 +125,24 @@ def test_no_grad_stores_no_pre_activation(op: Route) -> None:
     torch.testing.assert_close(y, expected)
     y, z = _linear_gelu_fwd(*inputs.values(), "tanh", True)
     torch.testing.assert_close(z, inputs["x"] @ inputs["weight"].T)
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="of a processor")
+@pytest.mark.parametrize("wanted", [False, True])
+def test_pytorchs_gelu_takes_memory_of_its_own_only_for_a_gradient(wanted: bool) -> None:
+    x, weight, bias = torch.randn(64, 48), torch.randn(192, 48), torch.randn(192)
+    expected = F.gelu(F.linear(x, weight, bias), approximate="tanh")
+    weight.requires_grad_(wanted)
+    before = [t.detach().clone() for t in (x, weight, bias)]
+    outputs: list[Tensor] = []
+
+    def call() -> None:
+        outputs.append(linear_gelu(x, weight, bias, impl="torch"))
+
+    peak = profiled_peak(call)
+    torch.testing.assert_close(outputs[0].detach(), expected)
+    assert (peak < 1.5 * expected.nbytes) != wanted
+    assert all(map(torch.equal, (x, weight.detach(), bias), before))
 
 
 @pytest.mark.parametrize("frozen", ["x", "weight", "bias"])

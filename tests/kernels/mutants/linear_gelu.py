@@ -105,4 +105,11 @@ MUTANTS = [
         (f"{_TESTS}::test_routes_are_what_they_claim",),
         "our own product where the library's was asked for",
     ),
+    Mutant(
+        "fresh_memory_for_every_gelu",
+        _CONTRACT,
+        "if watched or wants_gradient(x, weight, bias):",
+        "if True:",
+        (f"{_TESTS}::test_pytorchs_gelu_takes_memory_of_its_own_only_for_a_gradient",),
+    ),
 ]
