@@ -60,8 +60,9 @@ within() {
 bench() {
     local stage=$1 seconds=$2
     shift 2
-    within "$seconds" "$python" -m pytest -p no:cacheprovider --benchmark-only -q \
-        "${scale[@]}" --json-so-far "$out/$stage.json" --budget $((seconds * 6 / 10)) "$@"
+    # the file first: pytest 8.3 looks for a conftest, which has these options, beside what comes first
+    within "$seconds" "$python" -m pytest "$@" -p no:cacheprovider --benchmark-only -q \
+        "${scale[@]}" --json-so-far "$out/$stage.json" --budget $((seconds * 6 / 10))
 }
 
 run_stage() {
