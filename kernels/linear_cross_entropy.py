@@ -16,7 +16,7 @@ from fastgpt2.kernels.backend import Impl, resolve
 from fastgpt2.kernels.cross_entropy import check_loss_options, gradient_scale, kept_count
 from fastgpt2.kernels.linear import in_autocast_dtype, matmul
 from fastgpt2.kernels.linear_fp8 import HeadFP8, check_fp8
-from fastgpt2.kernels.modes import first_order, recorded
+from fastgpt2.kernels.modes import first_order, is_ordinary, recorded
 
 # logits of one chunk, in the compute dtype: 2 GiB, 21 thousand rows of GPT-2's in bf16, keep the
 # matrix products at full speed and leave most of a GPU's memory free; a CPU has less of both
@@ -223,6 +223,20 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.weight_dtype, ctx.wanted = inputs[1].dtype, inputs[7:9]
 
 
+def _scaled(dweight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """dweight (V, C) times a scalar, multiplied in the scalar's dtype, in ``dtype``."""
+    if dtype == scale.dtype or dweight.device.type != "cpu" or not is_ordinary(dweight):
+        # a scalar tensor would leave the product in a short dweight's dtype
+        return dweight.to(scale.dtype, copy=True).mul_(scale).to(dtype)
+    out = dweight.new_empty(dweight.shape, dtype=dtype)
+    rows = max(1, _CPU_TILE_ELEMENTS // dweight.shape[1])
+    for first in range(0, len(out), rows):
+        # some rows at a time, which stay in the caches
+        some = dweight[first : first + rows].to(scale.dtype).mul_(scale)
+        out[first : first + rows] = some
+    return out
+
+
 @first_order("linear_cross_entropy")
 def _backward(ctx: Any, dloss: Tensor, *_unused: Tensor) -> tuple[Tensor | None, ...]:
     # computed in the forward pass, so they cannot be differentiated again
@@ -231,10 +245,7 @@ def _backward(ctx: Any, dloss: Tensor, *_unused: Tensor) -> tuple[Tensor | None,
     dx_wanted, dweight_wanted = ctx.wanted
     return (
         dx * scale if dx_wanted else None,
-        # scaled in fp32: a scalar tensor would leave the product in a short dweight's dtype
-        dweight.to(scale.dtype, copy=True).mul_(scale).to(ctx.weight_dtype)
-        if dweight_wanted
-        else None,
+        _scaled(dweight, scale, ctx.weight_dtype) if dweight_wanted else None,
         *(None,) * 10,
     )
 

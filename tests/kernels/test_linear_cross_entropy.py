@@ -345,3 +345,13 @@ def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: 
     }
     with pytest.raises(error, match=message):
         linear_cross_entropy(**(arguments | change))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_gradient_is_scaled_some_rows_at_a_time(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(op_module, "_CPU_TILE_ELEMENTS", 3 * 16 + 5)
+    dweight, scale = torch.randn(10, 16).bfloat16(), torch.tensor(0.3)
+    found = op_module._scaled(dweight, scale, dtype)
+    assert torch.equal(found, (dweight.float() * scale).to(dtype))

@@ -91,4 +91,11 @@ MUTANTS = [
         (f"{_TESTS}::test_only_wanted_gradients_are_computed",),
         "a frozen head still costs a third of the work",
     ),
+    Mutant(
+        "first_rows_of_the_weight_s_gradient_alone",
+        _CONTRACT,
+        "for first in range(0, len(out), rows):",
+        "for first in range(0, rows, rows):",
+        (f"{_TESTS}::test_a_gradient_is_scaled_some_rows_at_a_time",),
+    ),
 ]
