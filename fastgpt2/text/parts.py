@@ -136,29 +136,45 @@ def prepare_part(
             _check_identity(final, read_index(final), "this call", identity)
             print(f"part {part.number} of {part.parts}: finished already: {final}")
             return
-        first, last = part.span(corpus.size)
         taken = f"{final}: another process is at work on it"
         with locked(out / PARTS / f".{part.name}.lock", taken):
-            for leftover in (out / PARTS).glob(f".{part.name}.*.tmp"):
-                shutil.rmtree(leftover, ignore_errors=True)
-            with atomic_folder(final, last=(INDEX,)) as folder:
-                index = identity | {"part": part.number, "parts": part.parts, "span": [first, last]}
-                writer = _PartWriter(folder, chosen, shard_tokens, index | {"size": corpus.size})
-                with writer:
-                    speed = write_pieces(
-                        writer,
-                        split_pieces(corpus, val_fraction, (first, last)),
-                        folder,
-                        chosen,
-                        workers=workers,
-                        total=last - first,
-                    )
-                    if _fingerprint(corpus) != before:
-                        raise UserError(f"data: {identity['source']} has changed while it was read")
-                _verify(folder, read_index(folder))
-        tokens = sum(writer.tokens.values())
+            tokens, speed = _write_part(
+                final, part, corpus, chosen, identity, shard_tokens=shard_tokens, workers=workers
+            )
         print(f"part {part.number} of {part.parts}: {tokens:,} tokens; {speed}")
         print(f"when all parts are there: fastgpt2 prepare --merge --out {quoted(out)}")
+
+
+def _write_part(
+    final: Path,
+    part: Part,
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    identity: dict[str, Any],
+    *,
+    shard_tokens: int,
+    workers: int,
+) -> tuple[int, str]:
+    """Tokenize a part into its folder ``final``; returns its tokens and the speed in words."""
+    for leftover in final.parent.glob(f".{part.name}.*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    first, last = part.span(corpus.size)
+    with atomic_folder(final, last=(INDEX,)) as folder:
+        index = identity | {"part": part.number, "parts": part.parts, "span": [first, last]}
+        writer = _PartWriter(folder, tokenizer, shard_tokens, index | {"size": corpus.size})
+        with writer:
+            speed = write_pieces(
+                writer,
+                split_pieces(corpus, identity["val_fraction"], (first, last)),
+                folder,
+                tokenizer,
+                workers=workers,
+                total=last - first,
+            )
+            if _fingerprint(corpus) != identity["corpus"]:
+                raise UserError(f"data: {identity['source']} has changed while it was read")
+        _verify(folder, read_index(folder))
+    return sum(writer.tokens.values()), speed
 
 
 @contextmanager
