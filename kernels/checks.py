@@ -28,8 +28,7 @@ def check_rows(op: str, name: str, x: Tensor) -> None:
 
 def check_vectors(op: str, name: str, x: Tensor) -> None:
     """``x`` is floating point, (..., C) with C >= 1."""
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        check_floating(op, name, x)
+    check_floating(op, name, x)
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(
             f"{op}: {name} must have a last dimension of 1 or more, got shape {tuple(x.shape)}"

@@ -66,6 +66,7 @@ def _set_aside(folder: Path) -> None:
 
 def _check_intact(folder: Path) -> None:
     """Raise ``UserError`` if a file has another digest than was saved, or is a foreign shard."""
+    # ``read_state`` calls a file damaged that cannot be read now
     _digest(folder / runs.STATE)
     saved = runs.read_state(folder).get("sha256", {})
     shards = {path.relative_to(folder).as_posix() for path in (folder / runs.SHARDS).glob("*")}
