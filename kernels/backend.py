@@ -42,7 +42,7 @@ _default = Impl.AUTO
 def parse_impl(impl: str, op: str = "use_impl") -> Impl:
     """The ``Impl`` of that name; a ValueError that names ``op`` lists them if there is none."""
     # not Impl(impl): PyTorch 2.11 cannot trace that call within an autograd.Function
-    if impl not in _IMPLS:
+    if not isinstance(impl, str) or impl not in _IMPLS:
         raise ValueError(f"{op}: impl must be one of {', '.join(Impl)}, got {impl!r}")
     return _IMPLS[impl]
 

@@ -331,6 +331,7 @@ def test_captured_in_a_cuda_graph(full: bool) -> None:
         ({"eps": 0.0}, ValueError, "eps must be positive and finite, got 0.0"),
         ({"dropout_p": 1.0}, ValueError, r"dropout_p must be in \[0, 1\), got 1.0"),
         ({"impl": "cuda"}, ValueError, "impl must be one of auto, triton, torch, reference"),
+        ({"impl": ["triton"]}, ValueError, "impl must be one of auto, triton, torch, reference"),
     ],
 )
 def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: str) -> None:
