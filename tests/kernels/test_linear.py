@@ -257,3 +257,67 @@ def test_contract_and_compile() -> None:
         results.append((y, *torch.autograd.grad(y, leaves, y)))
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected)
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether oneDNN is on, at each product of PyTorch's; no other thread seems to run."""
+    switched: list[bool] = []
+    product = F.linear
+
+    def seen(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        switched.append(torch._C._get_mkldnn_enabled())
+        return product(x, weight, bias)
+
+    monkeypatch.setattr(op_module, "_HAS_BF16", True)
+    monkeypatch.setattr(op_module.threading, "active_count", lambda: 1)
+    monkeypatch.setattr(op_module.F, "linear", seen)
+    return switched
+
+
+def _bf16(*shape: int) -> dict[str, Tensor]:
+    return {name: x.bfloat16() for name, x in _inputs(*shape, C=300, F=70).items()}
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_one_row_of_bf16_without_onednn(
+    alone: list[bool], shape: tuple[int, ...], layout: str
+) -> None:
+    inputs = _bf16(*shape)
+    exact = torch.matmul(inputs["x"].double(), inputs["weight"].double().t()) + inputs["bias"]
+    inputs["weight"] = lay_out(inputs["weight"], layout)
+    got = linear(**inputs)
+    # sums in fp32, and one rounding
+    torch.testing.assert_close(got.double(), exact, rtol=2**-8, atol=1e-5)
+    assert alone == [False]
+    assert torch._C._get_mkldnn_enabled()
+
+
+def test_onednn_stays_on(alone: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """For several rows, other dtypes, a mode, and where another thread would notice."""
+    linear(**_bf16(2))
+    linear(**_inputs(1, C=4, F=3))
+    with FlopCounterMode(display=False):
+        linear(**_bf16(1))
+    monkeypatch.setattr(op_module.threading, "active_count", lambda: 2)
+    linear(**_bf16(1))
+    assert alone == [True] * 4
+
+
+def test_onednn_is_on_again_after_an_error(alone: list[bool]) -> None:
+    inputs = _bf16(1)
+    with pytest.raises(RuntimeError):
+        op_module._gemv(inputs["x"], inputs["weight"][:, 1:], None)
+    assert alone == [False]
+    assert torch._C._get_mkldnn_enabled()
+
+
+def test_onednn_stays_off_where_it_was_off(alone: list[bool]) -> None:
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        linear(**_bf16(1))
+        assert not torch._C._get_mkldnn_enabled()
+    finally:
+        torch._C._set_mkldnn_enabled(True)
+    assert alone == [False]
