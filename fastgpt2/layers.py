@@ -77,6 +77,11 @@ def normalize(norm: nn.Module, x: Tensor, dtype: torch.dtype, *, impl: str = "au
     return layer_norm(x, norm.weight, norm.bias, eps=norm.eps, impl=impl).to(dtype)
 
 
+def _of_each_row(x: Tensor, wanted: Tensor) -> Tensor:
+    """(B, T, ...) -> (B, 1, ...): token ``wanted[b]`` of row b."""
+    return x[torch.arange(x.shape[0], device=x.device), wanted][:, None]
+
+
 def _with_bias(branch: Branch) -> Tensor:
     out, bias = branch
     return out if bias is None else out + bias.to(out.dtype)
@@ -107,13 +112,20 @@ class CausalSelfAttention(nn.Module):
         return _with_bias(self.branch(x, cache, segment_ids))
 
     def branch(
-        self, x: Tensor, cache: LayerCache | None = None, segment_ids: Tensor | None = None
+        self,
+        x: Tensor,
+        cache: LayerCache | None = None,
+        segment_ids: Tensor | None = None,
+        wanted: Tensor | None = None,
     ) -> Branch:
-        """``forward`` without the last bias, and that bias."""
+        """``forward`` without the last bias, and that bias.
+
+        With ``wanted`` (B,), of each row's new tokens only that one attends: (B, 1, C).
+        """
         fp8 = self.fp8 and self.training
         qkv = project(self.c_attn, x, fp8=fp8, impl=self.impl)
-        if cache is not None and not cache.is_empty:
-            out = self._decode(qkv, cache)
+        if cache is not None and (wanted is not None or not cache.is_empty):
+            out = self._decode(qkv, cache, wanted)
         else:
             if cache is not None:
                 cache.fill(qkv, self.n_head)
@@ -127,13 +139,19 @@ class CausalSelfAttention(nn.Module):
             )
         return project_without_bias(self.c_proj, out, fp8=fp8, impl=self.impl)
 
-    def _decode(self, qkv: Tensor, cache: LayerCache) -> Tensor:
+    def _decode(self, qkv: Tensor, cache: LayerCache, wanted: Tensor | None) -> Tensor:
         B, T, three_C = qkv.shape
         # (B, T, 3C) -> three of (B, T, H, D)
         q, k, v = qkv.view(B, T, 3, self.n_head, three_C // (3 * self.n_head)).unbind(2)
-        append_kv(cache.k, cache.v, k, v, cache.lengths, impl=self.impl)
-        out = decode_attention(q, cache.k, cache.v, cache.lengths, impl=self.impl)
-        return out.reshape(B, T, three_C // 3)
+        if cache.is_empty:
+            cache.fill(qkv, self.n_head)
+        else:
+            append_kv(cache.k, cache.v, k, v, cache.lengths, impl=self.impl)
+        lengths = cache.lengths
+        if wanted is not None:
+            q, lengths = _of_each_row(q, wanted), lengths + wanted
+        out = decode_attention(q, cache.k, cache.v, lengths, impl=self.impl)
+        return out.reshape(B, -1, three_C // 3)
 
 
 @replaceable
@@ -192,6 +210,7 @@ class Block(nn.Module):
         dtype: torch.dtype | None = None,
         cache: LayerCache | None = None,
         segment_ids: Tensor | None = None,
+        wanted: Tensor | None = None,
     ) -> Tensor:
         """The residual stream after the block.
 
@@ -201,14 +220,18 @@ class Block(nn.Module):
             cache: keys and values of this layer, for generation; with a cache that holds a prompt,
                 T is 1.
             segment_ids: (B, T), the document of each token; they do not see each other.
+            wanted: (B,), with a cache: the only token of each row that the block is computed for.
+                The cache takes the keys and values of all. Not with replaced parts.
 
         Returns:
-            (B, T, C), in x's dtype.
+            (B, T, C), in x's dtype; (B, 1, C) with ``wanted``.
         """
         dtype = x.dtype if dtype is None else dtype
         x, normed = self._norm_1(x, dtype)
         if is_plain(self.attn, CausalSelfAttention):
-            branch = self.attn.branch(normed, cache, segment_ids)
+            branch = self.attn.branch(normed, cache, segment_ids, wanted)
+            if wanted is not None:
+                x = _of_each_row(x, wanted)
         else:
             cached = () if cache is None else (cache,)
             documents: dict[str, Any] = {} if segment_ids is None else {"segment_ids": segment_ids}
@@ -308,6 +331,7 @@ class Transformer(nn.Module):
         dtype: torch.dtype | None = None,
         cache: KVCache | None = None,
         segment_ids: Tensor | None = None,
+        wanted: Tensor | None = None,
     ) -> Tensor:
         """(B, T) token ids -> (B, T, C) in ``dtype``, what the head reads.
 
@@ -316,6 +340,7 @@ class Transformer(nn.Module):
             dtype: dtype that the blocks compute in; None means the position embedding's.
             cache: for generation; its lengths are the positions.
             segment_ids: (B, T), the document of each token; not with a cache.
+            wanted: (B,), with a cache: each row's only token whose result is wanted, (B, 1, C).
         """
         dtype = self.wpe.weight.dtype if dtype is None else dtype
         past = cache is not None and not cache.is_empty
@@ -326,11 +351,12 @@ class Transformer(nn.Module):
             positions = (cache.lengths[:, None] + new).clamp(max=self.wpe.num_embeddings - 1)
         if self.has_plain_embeddings:
             x: Tensor = self._embed(embedding, idx, dtype, positions)
-            return self.run_blocks(x, dtype, cache, segment_ids)
+            return self.run_blocks(x, dtype, cache, segment_ids, wanted)
         if positions is None:
             positions = torch.arange(idx.shape[1], device=idx.device)
         x = F.dropout(self.wte(idx) + self.wpe(positions), self._embedding_p)
-        return self.run_blocks(x.to(self._stream_dtype(dtype)), dtype, cache, segment_ids)
+        x = x.to(self._stream_dtype(dtype))
+        return self.run_blocks(x, dtype, cache, segment_ids, wanted)
 
     def embed(self, idx: Tensor, dtype: torch.dtype, segment_ids: Tensor | None = None) -> Embedded:
         """(B, T) token ids -> the sum of their two plain embeddings, after dropout."""
@@ -368,13 +394,19 @@ class Transformer(nn.Module):
         dtype: torch.dtype,
         cache: KVCache | None = None,
         segment_ids: Tensor | None = None,
+        wanted: Tensor | None = None,
     ) -> Tensor:
-        """(B, T, C), the residual stream -> (B, T, C) in ``dtype``, after the final LayerNorm."""
-        # pass segment_ids only if given: hooks and replaced blocks need not know the argument
-        documents: dict[str, Any] = {} if segment_ids is None else {"segment_ids": segment_ids}
+        """(B, T, C), the residual stream -> (B, T, C) in ``dtype``, after the final LayerNorm.
+
+        With ``wanted``, (B, 1, C): the last block gives other tokens nothing but a key and a value.
+        """
+        # pass only what is given: hooks and replaced blocks need not know the arguments
+        given: dict[str, Any] = {} if segment_ids is None else {"segment_ids": segment_ids}
         for i, block in enumerate(self.h):
             if self.remat_blocks and self.training:
-                x = checkpoint(block, x, dtype, use_reentrant=False, **documents)
-            else:
-                x = block(x, dtype, None if cache is None else cache.layers[i], **documents)
+                x = checkpoint(block, x, dtype, use_reentrant=False, **given)
+                continue
+            if wanted is not None and i == len(self.h) - 1:
+                given["wanted"] = wanted
+            x = block(x, dtype, None if cache is None else cache.layers[i], **given)
         return normalize(self.ln_f, x, dtype, impl=self.impl)

@@ -149,18 +149,25 @@ class GPT(Quantizable, Generative):
         return self.head(self.hidden_states(idx))
 
     def hidden_states(
-        self, idx: Tensor, cache: KVCache | None = None, segment_ids: Tensor | None = None
+        self,
+        idx: Tensor,
+        cache: KVCache | None = None,
+        segment_ids: Tensor | None = None,
+        wanted: Tensor | None = None,
     ) -> Tensor:
         """(B, T) token ids -> what the head reads, (B, T, C) in the compute dtype.
 
         The compute dtype is autocast's where autocast is on, else that of the parameters. With an
         empty cache ``idx`` is a prompt, else one new token per row; the caller advances the cache.
-        ``segment_ids`` are those of ``forward``.
+        ``segment_ids`` are those of ``forward``. With ``wanted`` (B,), which needs a cache and
+        a plain model, only that token of each row is computed to the end: (B, 1, C).
         """
         dtype = self._check_tokens(idx)
+        given = {"segment_ids": segment_ids, "wanted": wanted}
         with no_autocast(idx):
-            documents = {} if segment_ids is None else {"segment_ids": segment_ids}
-            hidden: Tensor = self.transformer(idx, dtype, cache, **documents)
+            # a replaced transformer need not know what is not given
+            given = {name: x for name, x in given.items() if x is not None}
+            hidden: Tensor = self.transformer(idx, dtype, cache, **given)
         return hidden
 
     def _check_tokens(self, idx: Tensor) -> torch.dtype:

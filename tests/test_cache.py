@@ -80,7 +80,8 @@ def test_nothing_to_generate() -> None:
     assert torch.equal(tiny_gpt().generate(idx, 0), idx)
 
 
-def test_unequal_prompts_in_one_batch() -> None:
+@pytest.mark.parametrize("only_last", [False, True])
+def test_unequal_prompts_in_one_batch(only_last: bool) -> None:
     """Right-padded prompts through the public cache: each row as if it were alone."""
     model = tiny_gpt().eval()
     lengths = torch.tensor([3, 9, 6])
@@ -91,7 +92,10 @@ def test_unequal_prompts_in_one_batch() -> None:
         prompts[row, length:] = 60 - row
     cache = KVCache(model.config, 3, 16, text.device, torch.float32)
     rows = torch.arange(3)
-    last = model.hidden_states(prompts, cache)[rows, lengths - 1]
+    if only_last:
+        last = model.hidden_states(prompts, cache, wanted=lengths - 1)[:, 0]
+    else:
+        last = model.hidden_states(prompts, cache)[rows, lengths - 1]
     cache.advance(lengths)
     for _ in range(6):
         for row, length in enumerate(cache.lengths.tolist()):
@@ -99,6 +103,23 @@ def test_unequal_prompts_in_one_batch() -> None:
             torch.testing.assert_close(last[row], alone, atol=1e-5, rtol=1e-5)
         last = model.hidden_states(text[rows, cache.lengths][:, None], cache)[:, -1]
         cache.advance(1)
+
+
+def test_wanted_tokens_after_a_prompt() -> None:
+    """Several more tokens of each row, of which only one is computed to the end."""
+    model, text = tiny_gpt().eval(), tiny_batch(T=16)[0]
+    whole, part = (KVCache(model.config, 3, 16, text.device, torch.float32) for _ in range(2))
+    wanted = torch.tensor([4, 0, 2])
+    with torch.no_grad():
+        for cache in (whole, part):
+            model.hidden_states(text[:, :7], cache)
+            cache.advance(7)
+        expected = model.hidden_states(text[:, 7:12], whole)[torch.arange(3), wanted]
+        got = model.hidden_states(text[:, 7:12], part, wanted=wanted)
+    assert got.shape == (3, 1, model.config.n_embd)
+    torch.testing.assert_close(got[:, 0], expected, atol=1e-5, rtol=1e-5)
+    for layers in zip(whole.layers, part.layers, strict=True):
+        assert torch.equal(*(layer.kv for layer in layers))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

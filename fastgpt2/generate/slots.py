@@ -11,7 +11,7 @@ from torch import Tensor
 from fastgpt2.generate.compiled import CompiledStep, load_library, one_thread
 from fastgpt2.generate.gpu_step import gpu_weights_of
 from fastgpt2.generate.graph import Choice, graph_step
-from fastgpt2.generate.step import logits_after, weights_of
+from fastgpt2.generate.step import logits_after, plain_weights, weights_of
 from fastgpt2.kernels.modes import autocasts
 from fastgpt2.model import GPT
 from fastgpt2.plain import execution_device
@@ -115,12 +115,20 @@ class Slots:
             return logits[:, None] if every else logits
         idx = torch.tensor(padded, dtype=torch.int64, device=self.device)
         rows = self.cache.rows(first, stop, is_empty=not any(self.lengths[first:stop]))
-        hidden = self.model.hidden_states(idx, rows)
+        last = torch.tensor(counts, device=self.device) - 1
+        if T > 1 and not every and self._is_plain():
+            hidden = self.model.hidden_states(idx, rows, wanted=last)[:, 0]
+        else:
+            hidden = self.model.hidden_states(idx, rows)
+            if not every:
+                hidden = hidden[torch.arange(len(counts), device=self.device), last]
         self._grow(first, counts)
-        if not every:
-            last = torch.tensor(counts, device=self.device) - 1
-            hidden = hidden[torch.arange(len(counts), device=self.device), last]
         return self.model.head(hidden)
+
+    def _is_plain(self) -> bool:
+        """Whether the model was plain when the last prompt came."""
+        steps = self._weights, self.graph
+        return any(s is not None for s in steps) or plain_weights(self.model) is not None
 
     def choosing(self) -> AbstractContextManager[None]:
         """Where tokens are chosen from logits: on one thread, between compiled steps."""
