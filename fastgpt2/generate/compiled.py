@@ -162,7 +162,7 @@ class CompiledStep:
 
         Args:
             tokens: B lists of T, at most ``max_tokens`` together.
-            wanted: whose logits, as numbers below B T.
+            wanted: whose logits, as rising numbers below B T.
             lengths: (B,) int64, how many tokens of each row are in the cache.
             kv: of each layer (2, rows, H, S, D), keys and values, written from ``lengths`` on.
             first: the row of the cache that the first list is of.

@@ -83,7 +83,7 @@ struct Model {
 struct Step {
     const int64_t* tokens;   // (B, T)
     const int64_t* lengths;  // (B,), keys of each row that are in the cache
-    const int64_t* wanted;   // (n_wanted,), the tokens of the B T whose logits are wanted
+    const int64_t* wanted;   // (n_wanted,), the tokens of the B T whose logits are wanted, rising
     void* const* kv;         // of each layer its first row: (2, B, H, S, D)
     float* space;            // space_of(...) numbers
     float* logits;           // (n_wanted, V)
@@ -229,11 +229,10 @@ void run(const Model& model, const Step& step, Barrier& barrier, int64_t thread)
         if (!alone && (INT8 || from == rows)) barrier.wait();
         return out;
     };
-    // LayerNorm of some rows of x
-    auto normalized = [&](const Norm& norm, const int64_t* which, int64_t count) {
+    // LayerNorm of the first rows of x
+    auto normalized = [&](const Norm& norm, int64_t count) {
         const Part own = mine(count);
-        for (int64_t i = own.first; i < own.stop; i++)
-            normalize(norm, x + (which ? which[i] : i) * C, rows + i * C, C);
+        for (int64_t i = own.first; i < own.stop; i++) normalize(norm, x + i * C, rows + i * C, C);
         return prepared(rows, count, C);
     };
 
@@ -251,33 +250,46 @@ void run(const Model& model, const Step& step, Barrier& barrier, int64_t thread)
     barrier.wait();
     for (int64_t i = 0; i < model.n_layer; i++) {
         const Layer& layer = model.layers[i];
-        multiply(layer.qkv, normalized(layer.norm_1, nullptr, N), N, part(3 * C), qkv, REPLACE);
+        // after the keys and values of the last layer, only the wanted tokens go on
+        const bool is_last = i + 1 == model.n_layer;
+        const int64_t n = is_last ? step.n_wanted : N;
+        auto token = [&](int64_t k) { return is_last ? step.wanted[k] : k; };
+        multiply(layer.qkv, normalized(layer.norm_1, N), N, part(3 * C), qkv, REPLACE);
         barrier.wait();
         for (int64_t pair = pairs.first; pair < pairs.stop; pair++) {
             const int64_t b = pair / H, h = pair % H, held = step.lengths[b];
             E* k = static_cast<E*>(step.kv[i]) + pair * S * D;
             E* v = k + step.plane;
+            auto keep = [&](const float* from, E* to) {
+                each(from, D, [&](int64_t d, Vec x, int64_t some) { store(x, to + d, some); });
+            };
             for (int64_t t = 0; t < T; t++) {
                 const float* q = qkv + (b * T + t) * 3 * C + h * D;
-                auto keep = [&](const float* from, E* to) {
-                    each(from, D, [&](int64_t d, Vec x, int64_t some) { store(x, to + d, some); });
-                };
                 keep(q + C, k + (held + t) * D);
                 keep(q + 2 * C, v + (held + t) * D);
-                attend(q, k, v, held + t + 1, D, probs, heads + (b * T + t) * C + h * D);
+            }
+            for (int64_t j = 0; j < n; j++) {
+                const int64_t t = token(j) - b * T;
+                if (t < 0 || t >= T) continue;
+                const float* q = qkv + token(j) * 3 * C + h * D;
+                attend(q, k, v, held + t + 1, D, probs, heads + j * C + h * D);
             }
         }
+        if (is_last)
+            for (int64_t j = 0; j < n; j++)
+                std::memmove(x + j * C + columns.first, x + token(j) * C + columns.first,
+                             size_t(columns.stop - columns.first) * sizeof(float));
         barrier.wait();
-        multiply(layer.proj, prepared(heads, N, C), N, columns, x, ADD);
+        multiply(layer.proj, prepared(heads, n, C), n, columns, x, ADD);
         barrier.wait();
-        multiply(layer.fc, normalized(layer.norm_2, nullptr, N), N, features, hidden, REPLACE);
-        for (int64_t n = 0; n < N; n++)
-            gelu(hidden + n * F + features.first, features.stop - features.first, model.erf);
+        multiply(layer.fc, normalized(layer.norm_2, n), n, features, hidden, REPLACE);
+        for (int64_t j = 0; j < n; j++)
+            gelu(hidden + j * F + features.first, features.stop - features.first, model.erf);
         barrier.wait();
-        multiply(layer.out, prepared(hidden, N, F), N, columns, x, ADD);
+        multiply(layer.out, prepared(hidden, n, F), n, columns, x, ADD);
         barrier.wait();
     }
-    const Rows<W> last = normalized(model.norm, step.wanted, step.n_wanted);
+    const Rows<W> last = normalized(model.norm, step.n_wanted);
     multiply(model.head, last, step.n_wanted, part(model.head.features), step.logits, REPLACE);
     end_tiles();
 }
