@@ -22,12 +22,13 @@ from fastgpt2.errors import UserError
 from fastgpt2.explanation import explain_gpt
 from fastgpt2.generative import Generative
 from fastgpt2.kernels import cross_entropy, linear_cross_entropy
-from fastgpt2.layers import Transformer, project
+from fastgpt2.layers import project
 from fastgpt2.lora import LoRASettings
 from fastgpt2.plain import execution_device, is_plain
 from fastgpt2.precision import compute_dtype, no_autocast
 from fastgpt2.quantize import Quantizable
 from fastgpt2.state_dict import head_is_tied, register_hooks
+from fastgpt2.transformer import Transformer
 
 # nanoGPT ignores targets of -1, Hugging Face those of -100
 _NANOGPT_IGNORE, _IGNORE = -1, -100

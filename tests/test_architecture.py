@@ -30,6 +30,7 @@ FLOORS = {
     "fastgpt2.kernels": 2,
     "fastgpt2.config": 3,
     "fastgpt2.layers": 3,
+    "fastgpt2.transformer": 3,
     "fastgpt2.plain": 3,
     "fastgpt2.quantize": 3,
     "fastgpt2.lora": 3,

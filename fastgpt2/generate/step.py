@@ -3,7 +3,7 @@
 ``GPT.hidden_states`` serves every model, with hooks, adapters and gradients; this serves the one
 case that decoding spends its time in: B rows, one new token each, on a CPU. It is a handful of
 PyTorch's operators per layer, and the meaning of the compiled step (``compiled.py``), which reads
-the same weights. Both compute OpenAI's graph, as ``layers.py`` does.
+the same weights. Both compute OpenAI's graph, as ``layers.py`` and ``transformer.py`` do.
 Shapes: B rows, C width, H heads, D head size, S keys of the cache, n of them in use, V vocabulary.
 """
 
@@ -19,10 +19,11 @@ from fastgpt2.kernels.gelu import APPROXIMATIONS
 from fastgpt2.kernels.linear import unchecked_linear
 from fastgpt2.kernels.linear_int8 import linear_int8
 from fastgpt2.kernels.modes import autocasts
-from fastgpt2.layers import MLP, Block, CausalSelfAttention, Transformer
+from fastgpt2.layers import MLP, Block, CausalSelfAttention
 from fastgpt2.model import GPT
 from fastgpt2.plain import is_plain
 from fastgpt2.quantize import QuantizedEmbedding, QuantizedLinear
+from fastgpt2.transformer import Transformer
 
 
 class Matrix(NamedTuple):

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from fastgpt2.kernels import use_impl
-from fastgpt2.layers import CausalSelfAttention, positions_in_segments
+from fastgpt2.layers import CausalSelfAttention
 from fastgpt2.text.loaders import BlockLoader
 from fastgpt2.text.packing import document_ids, inside_documents, packed
+from fastgpt2.transformer import positions_in_segments
 from tests.tiny_gpt import tiny_gpt
 
 EOT = 0
