@@ -279,6 +279,38 @@ def _decode_linear(s: Sizes, batch: int) -> OpCase:
     return OpCase("decode_linear", f"{s.name} B{batch} C{s.C}", run, plain, inputs, cost)
 
 
+def _decode_qkv(s: Sizes, batch: int) -> OpCase:
+    """The same, with the write of keys and values to the cache."""
+    D = s.C // s.H
+
+    def run(impl: str, x: Tensor, matrix: Tensor, bias: Tensor, **cache: Any) -> Any:
+        k_cache, v_cache = cache["k_cache"], cache["v_cache"]
+        return kernels.decode_qkv(x, matrix, bias, **cache, impl=impl), k_cache, v_cache
+
+    def plain(
+        x: Tensor,
+        matrix: Tensor,
+        bias: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        lengths: Tensor,
+        **norm: Tensor,
+    ) -> Any:
+        normed = F.layer_norm(x, (s.C,), norm["norm_weight"], norm["norm_bias"])
+        q, k, v = F.linear(normed, matrix, bias).view(batch, 3, s.H, D).unbind(1)
+        rows = torch.arange(batch, device=x.device)
+        k_cache[rows, :, lengths], v_cache[rows, :, lengths] = k, v
+        return q, k_cache, v_cache
+
+    cache = (batch, s.H, s.S, D)
+    shapes = {"norm_weight": (s.C,), "norm_bias": (s.C,), "k_cache": cache, "v_cache": cache}
+    shapes |= {"x": (batch, s.C), "matrix": (3 * s.C, s.C), "bias": (3 * s.C,)}
+    inputs = with_lengths(draw(**shapes), batch, s.S)
+    elements = 3.0 * s.C * s.C
+    cost = Cost(2 * elements, 2 * batch * elements)
+    return OpCase("decode_qkv", f"{s.name} B{batch} S{s.S} C{s.C}", run, plain, inputs, cost)
+
+
 def cases_at(s: Sizes, decode_batches: Sequence[int], *, on_kernels: bool) -> list[OpCase]:
     """Every op at one size; ``on_kernels`` adds the forms that only the kernels have."""
     cases = [_attention(s, 0.0), _add_layer_norm(s), _add_branch(s), _layer_norm(s)]
@@ -287,7 +319,7 @@ def cases_at(s: Sizes, decode_batches: Sequence[int], *, on_kernels: bool) -> li
     for batch in decode_batches:
         cases += [_append_kv(s, batch), _decode_attention(s, batch)]
         if batch <= MAX_ROWS:
-            cases.append(_decode_linear(s, batch))
+            cases += [_decode_linear(s, batch), _decode_qkv(s, batch)]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if on_kernels and no_fp8_kernel(torch.empty(0, device=device))() is None:
         cases.append(_quantize_fp8(s))

@@ -10,6 +10,7 @@ from fastgpt2.kernels.backend import Impl, explain, use_impl
 from fastgpt2.kernels.cross_entropy import cross_entropy
 from fastgpt2.kernels.decode_attention import append_kv, decode_attention
 from fastgpt2.kernels.decode_linear import decode_linear
+from fastgpt2.kernels.decode_qkv import decode_qkv
 from fastgpt2.kernels.embedding import embedding, tied_embedding
 from fastgpt2.kernels.gelu import bias_gelu, gelu
 from fastgpt2.kernels.layer_norm import add_layer_norm, layer_norm, stream_layer_norm
@@ -32,6 +33,7 @@ __all__ = [
     "cross_entropy",
     "decode_attention",
     "decode_linear",
+    "decode_qkv",
     "embedding",
     "explain",
     "gelu",

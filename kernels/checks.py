@@ -77,6 +77,14 @@ def check_layer(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, prefix:
         check_operand(op, f"{prefix}bias", bias, weight.shape[:1], x)
 
 
+def check_contiguous(op: str, name: str, x: Tensor) -> None:
+    """``x`` has a contiguous last dimension."""
+    if x.stride(-1) != 1:
+        raise ValueError(
+            f"{op}: {name} must have a contiguous last dimension, got stride {x.stride(-1)}"
+        )
+
+
 def check_same_device(op: str, name: str, x: Tensor, device: torch.device) -> None:
     """``x`` lies on ``device``."""
     if x.device != device:

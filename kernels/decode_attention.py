@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastgpt2.kernels import checks, reference
 from fastgpt2.kernels.backend import Impl, resolve
+from fastgpt2.kernels.decode_linear import adjacent
 
 # the widest head that the kernels' tiles are made for, and the most queries that a grid holds
 MAX_HEAD_SIZE, _MAX_QUERIES = 128, 65535
@@ -38,11 +39,6 @@ def _decode_attention(
 @_decode_attention.register_fake
 def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale: float) -> Tensor:
     return q.new_empty(q.shape)
-
-
-def _adjacent(x: Tensor) -> Tensor:
-    """``x``, copied only if its last dimension is not contiguous."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _obstacle(x: Tensor) -> str | None:
@@ -107,11 +103,8 @@ def append_kv(
     checks.check_same_device(op, "v", v, k.device)
     if v.dtype != k.dtype:
         raise TypeError(f"{op}: v must be {k.dtype} like k, got {v.dtype}")
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if cache.stride(-1) != 1:
-            raise ValueError(
-                f"{op}: {name} must have a contiguous last dimension, got stride {cache.stride(-1)}"
-            )
+    checks.check_contiguous(op, "k_cache", k_cache)
+    checks.check_contiguous(op, "v_cache", v_cache)
     k, v = k.detach(), v.detach()
     match resolve(op, impl, k, lambda: _obstacle(k)):
         case Impl.REFERENCE:
@@ -124,7 +117,7 @@ def append_kv(
             k_cache[rows, :, slots] = k
             v_cache[rows, :, slots] = v
         case _:
-            _append_kv(k_cache, v_cache, _adjacent(k), _adjacent(v), lengths.contiguous())
+            _append_kv(k_cache, v_cache, adjacent(k), adjacent(v), lengths.contiguous())
 
 
 def decode_attention(
@@ -172,6 +165,6 @@ def decode_attention(
             heads = q.transpose(1, 2)
             out = F.scaled_dot_product_attention(heads, k_cache, v_cache, mask, scale=scale)
             return out.transpose(1, 2)
-    caches = _adjacent(k_cache), _adjacent(v_cache)
-    result: Tensor = _decode_attention(_adjacent(q), *caches, lengths.contiguous(), scale)
+    caches = adjacent(k_cache), adjacent(v_cache)
+    result: Tensor = _decode_attention(adjacent(q), *caches, lengths.contiguous(), scale)
     return result

@@ -43,15 +43,15 @@ def _(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[0]), dtype=rest[-1])
 
 
-def _obstacle(x: Tensor) -> str | None:
-    """Why the kernel should not run on x (B, C), or None if it should."""
+def obstacle(x: Tensor) -> str | None:
+    """Why the kernels should not run on x (B, C), or None if they should."""
     if x.shape[0] > MAX_ROWS:
         return f"the kernel is made for up to {MAX_ROWS} rows, not {x.shape[0]}"
     return None
 
 
-def _check(x: Tensor, weight: Tensor, beside: Beside) -> None:
-    op = "decode_linear"
+def check_layer(op: str, x: Tensor, weight: Tensor, beside: Beside) -> None:
+    """A layer's weight (F, C), floating point or int8, and what is beside it fit x (B, C)."""
     checks.check_vectors(op, "x", x)
     checks.check_dim(op, "x", x, 2, "(B, C)")
     checks.check_dim(op, "weight", weight, 2, "(F, C)")
@@ -112,7 +112,7 @@ def decode_linear(
     """
     op = "decode_linear"
     beside = Beside(scales, bias, norm_weight, norm_bias, residual)
-    _check(x, weight, beside)
+    check_layer(op, x, weight, beside)
     checks.check_positive(op, "eps", eps)
     if form not in (*APPROXIMATIONS, NO_GELU):
         forms = ", ".join((*APPROXIMATIONS, NO_GELU))
@@ -121,24 +121,25 @@ def decode_linear(
         dtype = x.dtype if residual is None else residual.dtype
     if not dtype.is_floating_point:
         raise TypeError(f"{op}: dtype must be floating point, got {dtype}")
-    match resolve(op, impl, x, lambda: _obstacle(x)):
+    match resolve(op, impl, x, lambda: obstacle(x)):
         case Impl.REFERENCE:
             return reference.decode_linear(x, weight, beside, eps, form).to(dtype)
         case Impl.TORCH:
-            return _by_library(x, weight, beside, eps, form, dtype)
-    tensors = [None if t is None else _adjacent(t) for t in (x, weight, *beside)]
+            return by_library(x, weight, beside, eps, form, dtype)
+    tensors = [None if t is None else adjacent(t) for t in (x, weight, *beside)]
     out: Tensor = _decode_linear(*tensors, eps, form, dtype)
     return out
 
 
-def _adjacent(x: Tensor) -> Tensor:
+def adjacent(x: Tensor) -> Tensor:
     """``x``, copied only if its last dimension is not contiguous."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _by_library(
+def by_library(
     x: Tensor, weight: Tensor, beside: Beside, eps: float, form: str, dtype: torch.dtype
 ) -> Tensor:
+    """The layer by PyTorch's operators, (B, F) in ``dtype``."""
     scales, bias, norm_weight, norm_bias, residual = beside
 
     def cast(given: Tensor | None, like: torch.dtype) -> Tensor | None:

@@ -61,6 +61,7 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "blocked_attention_bwd": _attention_bwd,
     "decode_attention": _decode_attention,
     "decode_linear": _product,
+    "decode_qkv": _product,
     "fp8_matmul": _product,
     "linear_cross_entropy_fwd": _linear_cross_entropy_fwd,
     "linear_gelu_fwd": _product,

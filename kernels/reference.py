@@ -156,7 +156,7 @@ def append_kv(
 
 
 class Beside(NamedTuple):
-    """The optional operands of ``decode_linear``."""
+    """The optional operands of ``decode_linear`` and ``decode_qkv``."""
 
     scales: Tensor | None
     bias: Tensor | None
@@ -177,6 +177,23 @@ def decode_linear(x: Tensor, weight: Tensor, beside: Beside, eps: float, form: s
     if form != "none":
         y = gelu(y, form)
     return y if residual is None else residual.to(y.dtype) + y
+
+
+def decode_qkv(
+    x: Tensor,
+    weight: Tensor,
+    beside: Beside,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries (B, H, D), not rounded, and copies of the caches with the new keys and values."""
+    B, H, S, D = k_cache.shape
+    q, k, v = decode_linear(x, weight, beside, eps, "none").view(B, 3, H, D).unbind(1)
+    # (B, 1, S, 1): a row that is full has no place for them
+    here = (torch.arange(S, device=x.device) == lengths[:, None])[:, None, :, None]
+    return q, torch.where(here, k[:, :, None], k_cache), torch.where(here, v[:, :, None], v_cache)
 
 
 def visible_in_cache(T: int, S: int, lengths: Tensor) -> Tensor:

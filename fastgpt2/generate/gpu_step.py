@@ -1,8 +1,8 @@
-"""One decoding step of a plain model on the Triton kernels: six launches per layer, no other work.
+"""One decoding step of a plain model on the Triton kernels: five launches per layer, nothing else.
 
-A layer is LayerNorm and projection to queries, keys and values; the write of the new key and
-value; attention to the cache (a seventh launch merges its shares where rows are few and long);
-projection and addition; LayerNorm, first linear layer and GELU; second linear layer and addition.
+A layer is LayerNorm and projection to queries, keys and values, which go into the cache; attention
+to the cache (a sixth launch merges its shares where rows are few and long); projection and
+addition; LayerNorm, first linear layer and GELU; second linear layer and addition.
 Token ids and lengths are on the GPU, and nothing asks the host for a number, so the step can become
 a CUDA graph (``graph.py``). Shapes: B rows, C width, H heads, D head size, S keys, V vocabulary.
 """
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt2.generate.step import Matrix, Norm, Weights, lookup, plain_weights
-from fastgpt2.kernels import append_kv, decode_attention, decode_linear, embedding
+from fastgpt2.kernels import append_kv, decode_attention, decode_linear, decode_qkv, embedding
 from fastgpt2.kernels.backend import Impl, resolve
 from fastgpt2.kernels.decode_attention import MAX_HEAD_SIZE
 from fastgpt2.kernels.decode_linear import MAX_ROWS
@@ -46,7 +46,8 @@ def gpu_logits_after(
         lengths: (B,), how many tokens of the row are in the cache. For a row that is full nothing
             is written, and its logits have no meaning.
         kv: keys and values of each layer, (2, B, H, S, D), written at ``lengths``.
-        impl: implementation of the ops. More than ``MAX_ROWS`` rows take the library's products.
+        impl: implementation of the ops. More than ``MAX_ROWS`` rows take the library's products,
+            and write keys and values in a launch of its own.
 
     Returns:
         (B, V) in the weights' dtype.
@@ -59,20 +60,29 @@ def gpu_logits_after(
 
     def linear(matrix: Matrix, x: Tensor, norm: Norm | None = None, **options: Any) -> Tensor:
         if norm is not None:
-            options |= {"norm_weight": norm.weight, "norm_bias": norm.bias, "eps": norm.eps}
-            options |= {"dtype": dtype}
+            options |= {**_normed(norm), "dtype": dtype}
         bias, scales = matrix.bias, matrix.scales
         return decode_linear(x, matrix.weight, bias, scales=scales, impl=linear_impl, **options)
 
     for layer, cache in zip(weights.layers, kv, strict=True):
-        qkv = linear(layer.qkv, x, layer.norm_1).view(B, 1, 3, H, C // H)
-        q, k, v = qkv.unbind(2)
-        append_kv(cache[0], cache[1], k, v, lengths, impl=impl)
+        if B <= MAX_ROWS:
+            weight, scales, bias = layer.qkv
+            places, options = (cache[0], cache[1], lengths), _normed(layer.norm_1)
+            q = decode_qkv(x, weight, bias, *places, scales=scales, impl=impl, **options)[:, None]
+        else:
+            qkv = linear(layer.qkv, x, layer.norm_1).view(B, 1, 3, H, C // H)
+            q, k, v = qkv.unbind(2)
+            append_kv(cache[0], cache[1], k, v, lengths, impl=impl)
         out = decode_attention(q, cache[0], cache[1], lengths, impl=impl)
         x = linear(layer.proj, out.reshape(B, C), residual=x)
         hidden = linear(layer.fc, x, layer.norm_2, form=form)
         x = linear(layer.out, hidden, residual=x)
     return linear(weights.head, x, weights.norm)
+
+
+def _normed(norm: Norm) -> dict[str, Any]:
+    """The arguments of an op that begins with this LayerNorm."""
+    return {"norm_weight": norm.weight, "norm_bias": norm.bias, "eps": norm.eps}
 
 
 def _embed(weights: Weights, tokens: Tensor, lengths: Tensor, impl: str) -> Tensor:

@@ -1,6 +1,6 @@
 """The decoding step as one CUDA graph over buffers with fixed addresses.
 
-A launch costs the host several microseconds, and a step of GPT-2 124M has some 75 of them: more
+A launch costs the host several microseconds, and a step of GPT-2 124M has over 60 of them: more
 time than the GPU needs for their work at batch 1. Captured once, they are one launch. Token ids,
 lengths, keys, values and logits keep their addresses, so each replay computes the next token, and
 the host reads the tokens only after several steps.

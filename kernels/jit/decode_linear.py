@@ -57,25 +57,26 @@ def _load_affine(norm, norm_bias_ptr, offs_c, C):
 
 
 @triton.jit
-def _decode_linear_kernel(
+def product_tile(
     x_ptr,
     weight_ptr,
     scales_ptr,
     bias_ptr,
     norm,
     norm_bias_ptr,
-    residual_ptr,
-    out_ptr,
+    offs,
     strides,
     shape,
-    FORM: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    """scales (W norm(x)) + bias at rows ``offs[0]`` and features ``offs[1]``, [BLOCK_B, BLOCK_F].
+
+    ``strides`` are those of a row of x and of the weights, ``shape`` is (B, F, C).
+    """
+    offs_b, offs_f = offs
     B, F, C = shape
-    offs_f = tl.program_id(0).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
-    offs_b = tl.program_id(1).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     mask_f, mask_b, offs_c = offs_f < F, offs_b < B, tl.arange(0, BLOCK_C)
     x_ptrs = x_ptr + offs_b[:, None] * strides[0]
     weight_ptrs = weight_ptr + offs_f[:, None] * strides[1]
@@ -99,11 +100,54 @@ def _decode_linear_kernel(
         y *= tl.load(scales_ptr + offs_f, mask=mask_f, other=0.0).to(tl.float32)[None, :]
     if bias_ptr is not None:
         y += tl.load(bias_ptr + offs_f, mask=mask_f, other=0.0).to(tl.float32)[None, :]
+    return y
+
+
+@triton.jit
+def tile_offsets(BLOCK_B: tl.constexpr, BLOCK_F: tl.constexpr):
+    """The rows and features of this program, [BLOCK_B] and [BLOCK_F]."""
+    offs_b = tl.program_id(1).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    return offs_b, tl.program_id(0).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
+
+
+@triton.jit
+def _decode_linear_kernel(
+    x_ptr,
+    weight_ptr,
+    scales_ptr,
+    bias_ptr,
+    norm,
+    norm_bias_ptr,
+    residual_ptr,
+    out_ptr,
+    strides,
+    shape,
+    FORM: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    offs_b, offs_f = tile_offsets(BLOCK_B, BLOCK_F)
+    F = shape[1]
+    y = product_tile(
+        x_ptr,
+        weight_ptr,
+        scales_ptr,
+        bias_ptr,
+        norm,
+        norm_bias_ptr,
+        (offs_b, offs_f),
+        strides,
+        shape,
+        BLOCK_B,
+        BLOCK_F,
+        BLOCK_C,
+    )
     if FORM == 1:
         y = gelu_tile(y, False)
     elif FORM == 2:
         y = gelu_tile(y, True)
-    mask = mask_b[:, None] & mask_f[None, :]
+    mask = (offs_b < shape[0])[:, None] & (offs_f < F)[None, :]
     if residual_ptr is not None:
         residual_ptrs = residual_ptr + offs_b[:, None] * strides[2] + offs_f[None, :]
         y += tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
@@ -141,7 +185,7 @@ def launch(
 
 
 # kind of layer -> (F, C) at GPT-2 124M
-_LAYERS = {"LN+QKV": (2304, 768), "LN+FC+GELU": (3072, 768), "FC2+residual": (768, 3072)}
+_LAYERS = {"LN+FC+GELU": (3072, 768), "FC2+residual": (768, 3072)}
 
 
 def _case(config: tuning.Config, layer: str, dtype: str) -> CompileCase:

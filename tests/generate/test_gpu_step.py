@@ -92,8 +92,8 @@ def test_interpreted_launches_per_token() -> None:
         # a row that is full has no position left
         "aten::clamp": 1,
         "fastgpt2::embedding_fwd": 1,
-        "fastgpt2::decode_linear": 4 * layers + 1,
-        "fastgpt2::append_kv": layers,
+        "fastgpt2::decode_qkv": layers,
+        "fastgpt2::decode_linear": 3 * layers + 1,
         "fastgpt2::decode_attention": layers,
     }
 

@@ -97,6 +97,15 @@ CONTRACTS: dict[str, Contract] = {
         },
         options=("eps", "dtype", "impl"),
     ),
+    "decode_qkv": Contract(
+        {
+            **{"x": (2, 8), "weight": (72, 8), "bias": (72,), "scales": (72,)},
+            **{"k_cache": (2, 3, 5, 8), "v_cache": (2, 3, 5, 8)},
+            **{"norm_weight": (8,), "norm_bias": (8,)},
+        },
+        {"lengths": (2,)},
+        ("eps", "impl"),
+    ),
     "embedding": _EMBEDDING,
     "gelu": Contract({"x": (2, 8)}, options=_GELU),
     "layer_norm": Contract(_AFFINE, options=("eps", "impl")),
@@ -122,7 +131,7 @@ def _wrong_tensors(op: str, contract: Contract) -> Iterator[Case]:
         kind = "must be floating point"
         if not is_floating:
             right, wrong, kind = wrong, right, "must be int64 or int32"
-        elif name.endswith("_cache"):
+        elif name.endswith("_cache") and op != "decode_qkv":
             kind = f"must be torch.float32 like {first}, got torch.int64"
         yield f"{name} list", {name: [1.0]}, TypeError, f"{name} must be a tensor, got list"
         yield f"{name} dtype", {name: wrong}, TypeError, f"{name} {kind}"
@@ -196,7 +205,8 @@ def test_linear_wants_one_dtype_but_under_autocast() -> None:
         assert kernels.linear(x, weight).dtype == torch.bfloat16
 
 
-DIFFERENTIABLE = sorted(set(CONTRACTS) - {"append_kv", "decode_attention", "decode_linear"})
+NO_GRADIENT = {"append_kv", "decode_attention", "decode_linear", "decode_qkv"}
+DIFFERENTIABLE = sorted(set(CONTRACTS) - NO_GRADIENT)
 
 
 def _gradients(op: str, impl: str, create_graph: bool) -> tuple[list[Tensor], list[Tensor]]:

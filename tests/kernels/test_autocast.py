@@ -37,6 +37,10 @@ OPS: dict[str, tuple[Run, tuple[tuple[int, ...], ...]]] = {
         lambda x, weight, bias, impl: kernels.decode_linear(x, weight, bias, impl=impl),
         ((T, C), (F, C), (F,)),
     ),
+    "decode_qkv": (
+        lambda x, weight, k, v, impl: kernels.decode_qkv(x, weight, None, k, v, _ids(B), impl=impl),
+        ((B, C), (3 * C, C), CACHE, CACHE),
+    ),
     "embedding": (
         lambda wte, wpe, impl: kernels.embedding(_ids(B, T), wte, wpe, impl=impl),
         ((V, C), (T, C)),
@@ -69,7 +73,7 @@ OPS: dict[str, tuple[Run, tuple[tuple[int, ...], ...]]] = {
 }
 # what the package exports beside its ops; append_kv writes in place and returns nothing
 NOT_OPS = {"Impl", "append_kv", "explain", "use_impl"}
-NO_GRADIENT = {"decode_attention", "decode_linear"}
+NO_GRADIENT = {"decode_attention", "decode_linear", "decode_qkv"}
 
 
 def _ids(*shape: int) -> Tensor:

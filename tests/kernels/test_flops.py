@@ -77,6 +77,9 @@ def test_products() -> None:
     assert flops(lambda: linear_fp8(x.bfloat16(), w, b)) == one
     few = x.detach()[:5]
     assert flops(lambda: kernels.decode_linear(few, w, b, impl="triton")) == one // 2
+    (k, v), lengths = torch.zeros(2, 5, 2, 3, 4), torch.zeros(5, dtype=torch.long)
+    qkv = torch.randn(24, C)
+    assert flops(lambda: kernels.decode_qkv(few, qkv, None, k, v, lengths)) == 2 * 5 * C * 24
 
 
 @pytest.mark.parametrize("impl", ["triton", "torch"])
