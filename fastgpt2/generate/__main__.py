@@ -11,12 +11,12 @@ from fastgpt2.cli import run as run_command
 from fastgpt2.config import IMPLS
 from fastgpt2.devices import DTYPES, dtype_notice, resolve_device, resolve_dtype, resolve_kernels
 from fastgpt2.generate.checks import WINDOWS
-from fastgpt2.generate.compiled import pays
 from fastgpt2.generate.flags import check_flags, options_of
 from fastgpt2.generate.generator import Generator
 from fastgpt2.generate.inputs import Job, read_jobs
 from fastgpt2.generate.interactive import converse
 from fastgpt2.generate.jobs import plan, prompt_text, run, scores
+from fastgpt2.generate.library import pays
 from fastgpt2.generate.options import DEFAULT_TEMPERATURE, Options
 from fastgpt2.generate.outputs import Display, Meter, ResultFile
 from fastgpt2.model import GPT

@@ -1,8 +1,9 @@
 """Several tokens of every row, chosen on the device before the host looks at them.
 
-Waiting for each token would leave the GPU idle while the host reads it, decides and launches. The
-host decides afterwards whether a text ends: it drops the tokens after the end and sets the row's
-random numbers back to that place.
+Waiting for each token would leave the GPU idle while the host reads it, decides and launches; on a
+CPU, the host's work for a token of a small model takes as long as the model's. The host decides
+afterwards whether a text ends: it drops the tokens after the end and sets the row's random numbers
+back to that place.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from fastgpt2.generate.compiled import Draw
 from fastgpt2.generate.request import Request
 from fastgpt2.generate.sampling import draw
 from fastgpt2.generate.slots import Slots
@@ -43,6 +45,7 @@ class Ahead:
         tokens: the newest token of each row, which the cache does not hold yet.
         count: tokens to choose, 1 or more; each row has room for as many.
         process: turns the model's logits (rows, V) into those to choose from.
+        known: what ``process`` forbids: the ids from here on; None for none.
 
     Attributes:
         tokens: ``count`` lists with a token per row.
@@ -56,10 +59,21 @@ class Ahead:
         tokens: list[int],
         count: int,
         process: Callable[[Tensor], Tensor],
+        known: int | None,
     ) -> None:
         self._requests, self._process = requests, process
         self._states: list[list[Tensor]] = []
-        self.tokens, self.best = slots.ahead(tokens, count, self._choose)
+        try:
+            if slots.compiled is None:
+                self.tokens, self.best = slots.ahead(tokens, count, self._choose)
+            else:
+                way = self._draw(count, slots.model.config.vocab_size)
+                self.tokens, self.best = slots.compiled_ahead(tokens, count, known, way)
+        except BaseException:
+            # after an interrupt, the rows go on as if there had been none
+            for row in range(len(requests)):
+                self.rewind(row, 0)
+            raise
 
     def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         processed = self._process(logits)
@@ -70,6 +84,19 @@ class Ahead:
         self._states.append([generator.get_state() for generator in generators])
         rows = zip(processed[:, None].unbind(), generators, strict=True)
         return torch.cat([draw(row, generator)[:, 0] for row, generator in rows]), best
+
+    def _draw(self, count: int, V: int) -> Draw | None:
+        """How the compiled step draws, with the random numbers of ``sampling.draw``."""
+        sampling = self._requests[0].sampling
+        if sampling.is_greedy:
+            return None
+        generators = [request.generator for request in self._requests]
+        times = torch.empty(count, len(generators), V)
+        for of_step in times:
+            self._states.append([generator.get_state() for generator in generators])
+            for row, generator in zip(of_step, generators, strict=True):
+                row.exponential_(1.0, generator=generator)
+        return Draw(sampling.temperature, sampling.top_k, times)
 
     def rewind(self, row: int, used: int) -> None:
         """Set the row's random numbers back to where they were after its first ``used`` tokens."""

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastgpt2.errors import UserError
 from fastgpt2.generate.processors import InVocabulary
 from fastgpt2.generate.request import Request, Stream
-from fastgpt2.generate.sampling import Sampling, allows_some, draw, log_probs_of
+from fastgpt2.generate.sampling import Sampling, allows_some, draw, log_probs_of, may_follow
 from fastgpt2.generate.speculation import Proposal, verify
 
 
@@ -39,6 +40,21 @@ class Row:
         self.stream._push(id_, log_prob)
 
 
+def take(row: Row, id_: int, best: float) -> bool:
+    """Append a token that was chosen elsewhere; True if that ends the row.
+
+    Args:
+        row: a row that has not ended.
+        id_: the token.
+        best: the largest of the logits that it was chosen from.
+    """
+    try:
+        row.append(id_ if may_follow([best])[0] else None, None)
+    except UserError as error:
+        row.stream._fail(error)
+    return row.stream.finish_reason is not None
+
+
 class Chooser:
     """Appends tokens to rows.
 
@@ -50,6 +66,7 @@ class Chooser:
     """
 
     def __init__(self, vocab_size: int | None) -> None:
+        self.vocab_size = vocab_size
         self._known = None if vocab_size is None else InVocabulary(vocab_size)
 
     def process(self, sampling: Sampling, ids: list[list[int]], logits: Tensor) -> Tensor:

@@ -1,96 +1,43 @@
-"""The decoding step compiled: one call of ``kernels/cpu/decode_step.cpp`` per step.
-
-The C++ is compiled on the machine where it runs, which takes seconds, and kept in the package's
-cache. It serves every model and number of rows, so nothing is compiled a second time.
-"""
+"""The decoding step compiled: one call of ``kernels/cpu/decode_step.cpp`` for one or several."""
 
 import ctypes
-import os
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from ctypes import POINTER, Structure, c_double, c_int32, c_int64, c_void_p
-from functools import cache, lru_cache
-from pathlib import Path
+from ctypes import c_void_p
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastgpt2.compiler import compiler_obstacle, failure, host_compiler
-from fastgpt2.devices import device_kind
-from fastgpt2.download import cache_dir
+from fastgpt2.generate.library import CChoice, CLayer, CMatrix, CModel, CNorm, CStep
 from fastgpt2.generate.step import Matrix, Norm, Weights
-from fastgpt2.kernels.cpu import build
-from fastgpt2.model import GPT
 
 # more tokens at once are faster by a library's matrix products; it has none of int8, and a prompt
 # of 1,000 tokens spends its time in attention
 MAX_TOKENS, MAX_TOKENS_INT8 = 32, 2048
-_NAME = "decode_step"
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 # bytes of weights that are worth a thread: starting one takes some 30 us
 _PER_THREAD = 2 << 20
-# seconds, on two cores with AVX2: what compiling costs, and what each token saves by the weight
-_COST = 6.0
-_SAVED = 2.5e-10
+# bytes of weights that are read in some 3 ms: for larger models, the host's work per token is
+# nothing beside the step's, and a reader would notice tokens that come together
+_SMALL = 64 << 20
+# logits of a step whose random numbers are few enough to be drawn for several steps at once
+_FEW_LOGITS = 1 << 16
 
 
-class _Matrix(Structure):
-    _fields_ = (
-        ("weight", c_void_p),
-        ("scale", c_void_p),
-        ("bias", c_void_p),
-        ("features", c_int64),
-        ("width", c_int64),
-    )
+class Draw(NamedTuple):
+    """How tokens are drawn: after temperature and top-k, by the first of exponential clocks.
 
+    Attributes:
+        temperature: above 0.
+        top_k: None for no limit.
+        times: (count, B, V) fp32, when clocks of rate 1 ring.
+    """
 
-class _Norm(Structure):
-    _fields_ = (("weight", c_void_p), ("bias", c_void_p), ("eps", c_double))
-
-
-class _Layer(Structure):
-    _fields_ = (
-        ("norm_1", _Norm),
-        ("qkv", _Matrix),
-        ("proj", _Matrix),
-        ("norm_2", _Norm),
-        ("fc", _Matrix),
-        ("out", _Matrix),
-    )
-
-
-class _Model(Structure):
-    _fields_ = (
-        ("tokens", _Matrix),
-        ("positions", c_void_p),
-        ("layers", POINTER(_Layer)),
-        ("norm", _Norm),
-        ("head", _Matrix),
-        ("n_layer", c_int64),
-        ("n_head", c_int64),
-        ("block_size", c_int64),
-        ("weight_kind", c_int32),
-        ("cache_kind", c_int32),
-        ("erf", c_int32),
-    )
-
-
-class _Step(Structure):
-    _fields_ = (
-        ("tokens", c_void_p),
-        ("lengths", c_void_p),
-        ("wanted", c_void_p),
-        ("kv", POINTER(c_void_p)),
-        ("space", c_void_p),
-        ("logits", c_void_p),
-        ("B", c_int64),
-        ("T", c_int64),
-        ("n_wanted", c_int64),
-        ("S", c_int64),
-        ("plane", c_int64),
-        ("threads", c_int64),
-    )
+    temperature: float
+    top_k: int | None
+    times: Tensor
 
 
 class CompiledStep:
@@ -111,13 +58,13 @@ class CompiledStep:
         self._library = library
         # keeps the tensors alive that pointers point to
         self._kept: list[Tensor] = []
-        layers = (_Layer * len(weights.layers))()
+        layers = (CLayer * len(weights.layers))()
         for entry, layer in zip(layers, weights.layers, strict=True):
             entry.norm_1, entry.norm_2 = self._norm(layer.norm_1), self._norm(layer.norm_2)
             entry.qkv, entry.proj = self._matrix(layer.qkv), self._matrix(layer.proj)
             entry.fc, entry.out = self._matrix(layer.fc), self._matrix(layer.out)
         dtype, positions = weights.positions.dtype, weights.positions.contiguous()
-        self._model = _Model(
+        self._model = CModel(
             tokens=self._matrix(weights.tokens),
             positions=self._pointer(positions),
             layers=layers,
@@ -140,6 +87,7 @@ class CompiledStep:
         self._features = weights.head.weight.shape[0]
         size = sum(p.numel() * p.element_size() for p in _matrices(weights))
         self._threads = max(1, min(torch.get_num_threads(), size // _PER_THREAD))
+        self._is_small = size < _SMALL
         self._space = torch.empty(0)
 
     @staticmethod
@@ -174,11 +122,71 @@ class CompiledStep:
         if min(map(min, tokens)) < 0 or max(map(max, tokens)) >= V:
             raise IndexError(f"token ids must be in [0, {V}), got {tokens}")
         chosen, logits = torch.tensor(wanted), torch.empty(len(wanted), self._features)
+        step = self._step(idx, chosen, logits, lengths, kv, first)
+        self._library.decode_step(self._model, step)
+        with one_thread():
+            return logits.to(self._dtype)
+
+    def runs_ahead(self, rows: int) -> bool:
+        """Whether several tokens of so many rows should be chosen by one call."""
+        few = rows <= self.max_tokens and rows * self._features <= _FEW_LOGITS
+        return self._is_small and few
+
+    def ahead(
+        self,
+        tokens: list[int],
+        lengths: Tensor,
+        kv: list[Tensor],
+        count: int,
+        known: int,
+        draw: Draw | None,
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """Several more tokens of the first B rows of the cache, chosen where the logits are.
+
+        Args:
+            tokens: the newest token of each row, which the cache does not hold yet.
+            lengths: (B,) int64, how many tokens of each row are in the cache.
+            kv: as above, written from ``lengths`` on.
+            count: how many tokens to choose.
+            known: only ids below it may follow.
+            draw: how they are drawn; None takes the best.
+
+        Returns:
+            ``count`` lists of the chosen tokens, and of the largest logits that they were chosen
+            from: NaN or infinite where the logits are.
+        """
+        B = len(tokens)
+        # both are counted on in C++
+        idx, lengths = torch.tensor(tokens)[:, None], lengths.clone()
+        chosen, best = torch.empty(count, B, dtype=torch.int64), torch.empty(count, B)
+        logits, wanted = torch.empty(B, self._features), torch.arange(B)
+        choice = CChoice(
+            times=None if draw is None else draw.times.data_ptr(),
+            tokens=chosen.data_ptr(),
+            best=best.data_ptr(),
+            temperature=1.0 if draw is None else draw.temperature,
+            top_k=0 if draw is None or draw.top_k is None else draw.top_k,
+            known=min(known, self._features),
+        )
+        step = self._step(idx, wanted, logits, lengths, kv, 0)
+        self._library.decode_ahead(self._model, step, choice, count)
+        return chosen.tolist(), best.tolist()
+
+    def _step(
+        self,
+        idx: Tensor,
+        wanted: Tensor,
+        logits: Tensor,
+        lengths: Tensor,
+        kv: list[Tensor],
+        first: int,
+    ) -> CStep:
+        """What a call reads and writes; the caller keeps the tensors alive."""
         offset = first * kv[0].stride(1) * kv[0].element_size()
-        step = _Step(
+        step = CStep(
             tokens=idx.data_ptr(),
             lengths=lengths.data_ptr(),
-            wanted=chosen.data_ptr(),
+            wanted=wanted.data_ptr(),
             kv=(c_void_p * len(kv))(*(layer.data_ptr() + offset for layer in kv)),
             logits=logits.data_ptr(),
             B=idx.shape[0],
@@ -192,9 +200,7 @@ class CompiledStep:
         if self._space.numel() < space:
             self._space = torch.empty(space)
         step.space = self._space.data_ptr()
-        self._library.decode_step(self._model, step)
-        with one_thread():
-            return logits.to(self._dtype)
+        return step
 
     def _pointer(self, tensor: Tensor | None) -> int | None:
         if tensor is None:
@@ -205,12 +211,12 @@ class CompiledStep:
     def _vector(self, vector: Tensor | None) -> int | None:
         return None if vector is None else self._pointer(vector.float().contiguous())
 
-    def _norm(self, norm: Norm) -> _Norm:
-        return _Norm(self._vector(norm.weight), self._vector(norm.bias), norm.eps)
+    def _norm(self, norm: Norm) -> CNorm:
+        return CNorm(self._vector(norm.weight), self._vector(norm.bias), norm.eps)
 
-    def _matrix(self, layer: Matrix) -> _Matrix:
+    def _matrix(self, layer: Matrix) -> CMatrix:
         vectors = self._vector(layer.scales), self._vector(layer.bias)
-        return _Matrix(self._pointer(layer.weight), *vectors, *layer.weight.shape)
+        return CMatrix(self._pointer(layer.weight), *vectors, *layer.weight.shape)
 
 
 def _matrices(weights: Weights) -> list[Tensor]:
@@ -248,67 +254,3 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(count)
-
-
-def pays(model: GPT, new_tokens: int) -> bool:
-    """Whether compiling takes less time than it saves, for so many steps of this model.
-
-    What has been compiled before costs nothing.
-    """
-    device = model.transformer.wpe.weight.device
-    if not device_kind(device).host or _obstacle(device) is not None:
-        return False
-    try:
-        if _library_path(host_compiler(), _folder()).exists():
-            return True
-    except OSError:
-        return False
-    return new_tokens * sum(p.numel() for p in model.parameters()) * _SAVED > _COST
-
-
-def load_library(
-    device: torch.device, notify: Callable[[str], None] | None = None
-) -> ctypes.CDLL | None:
-    """The compiled step's library, or None, with one line that says why.
-
-    Args:
-        device: of the model.
-        notify: shows what was decided, a line each; None says only what failed, as a warning.
-    """
-    obstacle = _obstacle(device)
-    if obstacle is not None:
-        (notify or warnings.warn)(f"compile: {obstacle}; generating without it")
-        return None
-    try:
-        compiler = host_compiler()
-        path = _library_path(compiler, _folder())
-        if notify is not None and not path.exists():
-            notify("compile: this takes some seconds the first time")
-        return _loaded(compiler, path)
-    except OSError as error:
-        (notify or warnings.warn)(f"compile: failed ({failure(error)}); generating without it")
-        return None
-
-
-def _obstacle(device: torch.device) -> str | None:
-    return "not offered on Windows" if os.name == "nt" else compiler_obstacle(device)
-
-
-def _folder() -> Path:
-    return cache_dir() / "compiled"
-
-
-@cache
-def _library_path(compiler: str, folder: Path) -> Path:
-    # starts the compiler, to ask what it compiles for
-    return build.library_path(_NAME, compiler, folder)
-
-
-@cache
-def _loaded(compiler: str, path: Path) -> ctypes.CDLL:
-    library = build.load(_NAME, compiler, path)
-    for function in (library.decode_step, library.space_of):
-        function.argtypes = (POINTER(_Model), POINTER(_Step))
-    library.decode_step.restype, library.space_of.restype = None, c_int64
-    library.use_large_pages.argtypes, library.use_large_pages.restype = (c_void_p, c_void_p), None
-    return library

@@ -24,10 +24,10 @@ from fastgpt2.generate.checks import (
     row_generator,
     split_stops,
 )
-from fastgpt2.generate.chooser import Chooser, Row
+from fastgpt2.generate.chooser import Chooser, Row, take
 from fastgpt2.generate.processors import Processor, is_count, plain, require
 from fastgpt2.generate.request import Request, Stream
-from fastgpt2.generate.sampling import Sampling, may_follow
+from fastgpt2.generate.sampling import Sampling
 from fastgpt2.generate.slots import Slots
 from fastgpt2.generate.speculation import Draft, PromptLookup, Proposal
 from fastgpt2.generate.text import TextPieces, encode_prompt
@@ -296,7 +296,7 @@ class Generator:
         if self._proposer is not None:
             # a row's proposals and random numbers depend on that row alone
             proposals = self._proposer.propose(rows, [self._spare(row) for row in rows])
-        elif self.slots.graph is not None and may_run_ahead([r.stream.request for r in rows]):
+        elif self.slots.runs_ahead(len(rows)) and may_run_ahead([r.stream.request for r in rows]):
             self._run_ahead()
             return
         tokens = [[row.ids[-1], *p.tokens] for row, p in zip(rows, proposals, strict=True)]
@@ -326,13 +326,13 @@ class Generator:
         rows, requests = self._rows, [row.stream.request for row in self._rows]
         count = min(AHEAD, 1 + min(self._spare(row) for row in rows))
         process = partial(self._chooser.process, requests[0].sampling, [])
-        ahead = Ahead(self.slots, requests, [row.ids[-1] for row in rows], count, process)
+        known, newest = self._chooser.vocab_size, [row.ids[-1] for row in rows]
+        with self.slots.choosing():
+            ahead = Ahead(self.slots, requests, newest, count, process, known)
         for step, (tokens, best) in enumerate(zip(ahead.tokens, ahead.best, strict=True)):
-            for i, allowed in enumerate(may_follow(best)):
-                if rows[i].stream.finish_reason is None:
-                    rows[i].append(tokens[i] if allowed else None, None)
-                    if rows[i].stream.finish_reason is not None:
-                        ahead.rewind(i, step + 1)
+            for i, row in enumerate(rows):
+                if row.stream.finish_reason is None and take(row, tokens[i], best[i]):
+                    ahead.rewind(i, step + 1)
         self.slots.cut([len(row.ids) - 1 - row.start for row in rows])
 
 

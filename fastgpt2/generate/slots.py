@@ -8,9 +8,10 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from fastgpt2.generate.compiled import CompiledStep, load_library, one_thread
+from fastgpt2.generate.compiled import CompiledStep, Draw, one_thread
 from fastgpt2.generate.gpu_step import gpu_weights_of
 from fastgpt2.generate.graph import Choice, graph_step
+from fastgpt2.generate.library import load_library
 from fastgpt2.generate.step import logits_after, plain_weights, weights_of
 from fastgpt2.kernels.modes import autocasts
 from fastgpt2.model import GPT
@@ -178,6 +179,24 @@ class Slots:
         for i, count in enumerate(counts):
             self.lengths[first + i] += count
         self._write(first, first + len(counts))
+
+    def runs_ahead(self, rows: int) -> bool:
+        """Whether several tokens of the first ``rows`` rows can be chosen without the host."""
+        compiled = self.compiled is not None and self.compiled.runs_ahead(rows)
+        return compiled or self.graph is not None
+
+    def compiled_ahead(
+        self, tokens: list[int], count: int, known: int | None, draw: Draw | None
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """``CompiledStep.ahead``; the cache then holds all chosen tokens except each row's last."""
+        assert self.compiled is not None
+        B, kv = len(tokens), [layer.kv for layer in self.cache.layers]
+        if max(self.lengths[:B]) + count > self.cache.size:
+            raise IndexError(f"{count} more tokens do not fit into rows of {self.cache.size}")
+        known = self.model.config.vocab_size if known is None else known
+        found = self.compiled.ahead(tokens, self.cache.lengths[:B], kv, count, known, draw)
+        self._grow(0, [count] * B)
+        return found
 
     def ahead(
         self, tokens: list[int], count: int, choose: Choice

@@ -22,6 +22,7 @@
 #include <sys/mman.h>
 #endif
 
+#include "choice.h"
 #include "lanes.h"
 #include "products.h"
 #include "tiles.h"
@@ -81,8 +82,8 @@ struct Model {
 };
 
 struct Step {
-    const int64_t* tokens;   // (B, T)
-    const int64_t* lengths;  // (B,), keys of each row that are in the cache
+    int64_t* tokens;         // (B, T)
+    int64_t* lengths;        // (B,), keys of each row that are in the cache
     const int64_t* wanted;   // (n_wanted,), the tokens of the B T whose logits are wanted, rising
     void* const* kv;         // of each layer its first row: (2, B, H, S, D)
     float* space;            // space_of(...) numbers
@@ -334,6 +335,28 @@ void decode_step(const Model* model, const Step* step) {
     if (model->weight_kind == 1) run_all<Bf16, Bf16>(*model, *step);
     if (model->weight_kind == 2 && half) run_all<int8_t, Bf16>(*model, *step);
     if (model->weight_kind == 2 && !half) run_all<int8_t, float>(*model, *step);
+}
+
+// `count` steps, each after the tokens that were chosen from the logits before; T is 1
+void decode_ahead(const Model* model, const Step* step, const Choice* choice, int64_t count) {
+    const int64_t B = step->B, V = model->head.features;
+    std::vector<float> scores(2 * V);
+    std::vector<Bf16> rounded(V);
+    for (int64_t at = 0; at < count * B; at++) {
+        const int64_t b = at % B;
+        if (b == 0) decode_step(model, step);
+        float* logits = step->logits + b * V;
+        // a choice sees logits in the model's dtype
+        if (model->cache_kind == 1)
+            each(logits, V, [&](int64_t i, Vec v, int64_t some) {
+                store(v, rounded.data() + i, some);
+                for (int64_t k = i; k < i + some; k++) logits[k] = widen(rounded[k]);
+            });
+        const float* times = choice->times ? choice->times + at * V : nullptr;
+        choice->tokens[at] = choose(*choice, logits, times, scores.data(), choice->best + at);
+        step->tokens[b] = choice->tokens[at];
+        step->lengths[b]++;
+    }
 }
 
 }  // extern "C"

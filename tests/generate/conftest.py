@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fastgpt2.generate import compiled as compiled_module
+from fastgpt2.generate import library as library_module
 
 
 @pytest.fixture(scope="session")
@@ -17,6 +17,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def libraries(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nothing is read from the user's cache, or written there."""
-    monkeypatch.setattr(compiled_module, "_folder", lambda: folder)
+    monkeypatch.setattr(library_module, "_folder", lambda: folder)
     yield
-    compiled_module._loaded.cache_clear()
+    library_module._loaded.cache_clear()

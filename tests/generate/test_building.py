@@ -8,8 +8,8 @@ import torch
 
 from fastgpt2.compiler import host_compiler
 from fastgpt2.generate import Generator
-from fastgpt2.generate import compiled as compiled_module
-from fastgpt2.generate.compiled import pays
+from fastgpt2.generate import library as library_module
+from fastgpt2.generate.library import pays
 from fastgpt2.generate.slots import Slots
 from fastgpt2.kernels.cpu import build
 from tests.generate.compiled_step import compiled_slots, needs_compiler
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("libraries")
 @needs_compiler
 def test_it_is_compiled_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled_slots(tiny_gpt(), 1, 8)
-    compiled_module._loaded.cache_clear()
+    library_module._loaded.cache_clear()
     monkeypatch.setattr(build, "_compile", None)
     compiled_slots(tiny_gpt(), 1, 8)
     assert len(list(folder.iterdir())) == 1
@@ -54,7 +54,7 @@ def test_another_source_or_processor_is_another_library(
 @needs_compiler
 def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setattr(compiled_module, "_folder", lambda: tmp_path / "file" / "compiled")
+    monkeypatch.setattr(library_module, "_folder", lambda: tmp_path / "file" / "compiled")
     compiled_slots(tiny_gpt(), 1, 8)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
@@ -91,7 +91,7 @@ def test_it_pays_for_long_texts_or_when_it_is_there(
     model = tiny_gpt()
     compiled_slots(model, 1, 8)
     assert pays(model, 1)
-    monkeypatch.setattr(compiled_module, "_folder", lambda: tmp_path)
+    monkeypatch.setattr(library_module, "_folder", lambda: tmp_path)
     assert not pays(model, 1000) and pays(model, 10**12)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgpt2.generate import Generator
+from fastgpt2.generate import Generator, TopP
 from fastgpt2.generate.chooser import Chooser
 from fastgpt2.generate.compiled import MAX_TOKENS
 from fastgpt2.generate.slots import Slots
@@ -294,7 +294,8 @@ def test_tokens_are_chosen_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> Non
     torch.set_num_threads(3)
     try:
         for compile in (True, False):
-            tiny_gpt().generate(PROMPTS, max_new_tokens=2, compile=compile)
+            # a processor, so that tokens are chosen one by one
+            tiny_gpt().generate(PROMPTS, max_new_tokens=2, compile=compile, processors=[TopP(0.9)])
             assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
