@@ -237,7 +237,10 @@ def _generate(arguments: argparse.Namespace) -> int:
     if arguments.output is None and not arguments.score:
         return _print(arguments, jobs, opened)
     with ResultFile(
-        arguments.output or "-", overwrite=arguments.overwrite, resume=arguments.resume
+        arguments.output or "-",
+        "total" if arguments.score else "finish_reason",
+        overwrite=arguments.overwrite,
+        resume=arguments.resume,
     ) as results:
         if results.is_complete(jobs):
             return 0

@@ -12,11 +12,14 @@ from typing import Any, BinaryIO, Self
 from tqdm import tqdm
 
 from fastgpt2.errors import UserError
-from fastgpt2.files import lock_file, naming
+from fastgpt2.files import lock_file, naming, parse_json
 from fastgpt2.generate.inputs import Job
 from fastgpt2.generate.jobs import Event, Task
 from fastgpt2.generate.options import Options
 from fastgpt2.streams import SteadyStream
+
+# how the line of a result begins
+_BEGIN = b'{"index": '
 
 
 class ResultFile:
@@ -29,6 +32,7 @@ class ResultFile:
 
     Args:
         path: the file; ``-`` is stdout.
+        mark: a key that each of its results has, and those of another kind have not.
         overwrite: whether it may exist already.
         resume: continue a file that was begun: see ``done``.
 
@@ -41,7 +45,9 @@ class ResultFile:
         OSError: it cannot be written.
     """
 
-    def __init__(self, path: str, *, overwrite: bool = False, resume: bool = False) -> None:
+    def __init__(
+        self, path: str, mark: str, *, overwrite: bool = False, resume: bool = False
+    ) -> None:
         self.name = path
         self.done: dict[tuple[int, int], Any] = {}
         self._file: BinaryIO | None = None
@@ -61,25 +67,30 @@ class ResultFile:
                     "--overwrite replaces it"
                 )
             # where the next line goes
-            self._end = self._read_done() if resume else 0
+            self._end = self._read_done(mark) if resume else 0
             self._stale = size > self._end
 
-    def _read_done(self) -> int:
+    def _read_done(self, mark: str) -> int:
         """Note the results in the file; returns how many of its bytes are whole lines."""
         with naming(self._path):
-            data = self._path.read_bytes()
-        # a line that was cut off does not count
-        end = data.rfind(b"\n") + 1
-        for number, line in enumerate(data[:end].split(b"\n")[:-1], 1):
+            *lines, rest = self._path.read_bytes().split(b"\n")
+        for number, line in enumerate(lines, 1):
             try:
-                record = json.loads(line)
-                key = int(record["index"]), int(record.get("sample", 0))
-                self.done[key] = record["prompt"]
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                raise UserError(
-                    f"--resume: line {number} of {self._path} is not a result of this command"
-                ) from None
-        return end
+                record = parse_json(line)
+                index, sample, prompt = record["index"], record.get("sample", 0), record["prompt"]
+                fine = type(index) is int and type(sample) is int and mark in record
+            except (ValueError, KeyError, TypeError, AttributeError):
+                fine = False
+            if not fine:
+                raise self._strange(number)
+            self.done[index, sample] = prompt
+        # a line that was cut off does not count; anything else would be lost
+        if not rest.startswith(_BEGIN[: len(rest)]):
+            raise self._strange(len(lines) + 1)
+        return sum(len(line) + 1 for line in lines)
+
+    def _strange(self, number: int) -> UserError:
+        return UserError(f"--resume: line {number} of {self._path} is not a result of this command")
 
     def is_complete(self, jobs: Sequence[Job]) -> bool:
         """Whether the file holds every result already.
@@ -110,7 +121,10 @@ class ResultFile:
             ascii_only = "utf" not in (sys.stdout.encoding or "").lower()
             print(_line(record, ascii_only).decode(), end="", flush=True)
             return
-        line, handle = _line(record), self._file.fileno()
+        with naming(self._path):
+            self._append(_line(record), self._file.fileno())
+
+    def _append(self, line: bytes, handle: int) -> None:
         if not self._regular:
             _write_all(handle, line)
             return

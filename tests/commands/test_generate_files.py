@@ -159,3 +159,26 @@ def test_a_file_that_was_cut_off_is_completed(
         main, ["--model", str(tiny), "--prompt=x", f"--output={out}", "--resume"], capsys
     )
     assert "has a result of another prompt: " in said
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (b"mine, without a line break", 1),
+        (b"a\xff\0b", 1),
+        (b'{"index": 1e999, "prompt": "a", "finish_reason": "stop"}\n', 1),
+        (b'{"index": true, "prompt": "a", "finish_reason": "stop"}\n', 1),
+        (b'{"index": 0, "prompt": "a", "ids": [97], "log_probs": [null], "total": 0}\n', 1),
+        (b'{"index": 0, "prompt": "a", "finish_reason": "stop"}\nand a note', 2),
+    ],
+    ids=["text", "bytes", "infinity", "true", "scores", "a note"],
+)
+def test_what_is_not_a_result_is_never_lost(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, line: int
+) -> None:
+    out = tmp_path / "out.jsonl"
+    out.write_bytes(content)
+    argv = ["--model", str(tiny), "--prompt=a", f"--output={out}", "--resume"]
+    said = complaint(main, argv, capsys)
+    assert said == f"--resume: line {line} of {out} is not a result of this command"
+    assert out.read_bytes() == content
