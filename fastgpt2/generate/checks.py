@@ -85,15 +85,16 @@ def check_prompt(model: Configured, ids: Sequence[int], window: str) -> None:
 
 @contextmanager
 def evaluating(model: GPT) -> Iterator[None]:
-    """Within the block, the model is in evaluation mode; afterwards in its previous mode."""
-    was_training = model.training
-    if was_training:
+    """Within the block, the model is in evaluation mode; afterwards each module in its own."""
+    modes = [(module, module.training) for module in model.modules()] if model.training else []
+    if modes:
         model.eval()
     try:
         yield
     finally:
-        if was_training:
-            model.train()
+        # a module that stays in evaluation mode while the others train is left so
+        for module, mode in modes:
+            module.training = mode
 
 
 def kept_tokens(model: GPT, window: str) -> int:

@@ -103,6 +103,16 @@ def test_a_pass_that_is_interrupted_can_be_repeated(
     ]
 
 
+def test_modules_keep_their_modes() -> None:
+    """A module that is kept in evaluation mode while the others train stays so."""
+    model = tiny_gpt(dropout=0.5).train()
+    model.transformer.h[0].eval()
+    modes = [module.training for module in model.modules()]
+    model.generate([[1, 2, 3]], 3)
+    model.log_probs([[1, 2, 3]])
+    assert [module.training for module in model.modules()] == modes
+
+
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"draft": True}])
 def test_a_model_in_training_mode_generates_without_dropout(options: dict[str, Any]) -> None:
     model = tiny_gpt(dropout=0.5).train()
