@@ -80,7 +80,8 @@ class Sampling:
         Raises:
             UserError: a processor returns anything else.
         """
-        logits = logits.float()
+        # a processor may change what it is given, but the model's logits are still needed
+        logits = logits.to(torch.float32, copy=bool(self.processors))
         for processor in (*self.edits, *self.warps):
             found = processor(ids, logits)
             if not isinstance(found, Tensor) or found.shape != logits.shape:
@@ -88,6 +89,9 @@ class Sampling:
                 raise UserError(
                     f"processors: expected logits of shape {tuple(logits.shape)}, got {got}"
                 )
+            if not found.is_floating_point():
+                dtype = str(found.dtype).removeprefix("torch.")
+                raise UserError(f"processors: expected logits in floating point, got {dtype}")
             logits = found
         return logits
 

@@ -188,6 +188,25 @@ def test_log_probabilities_are_the_models() -> None:
         assert stream.log_probs == pytest.approx(scores, abs=1e-5)
 
 
+@pytest.mark.parametrize("aid", HELP.values(), ids=HELP)
+def test_a_processor_may_work_in_place(aid: dict[str, Any]) -> None:
+    """Its edits are not taken for the model's own logits."""
+
+    def halve(ids: Tensor, logits: Tensor) -> Tensor:
+        return logits.mul_(0.5)
+
+    def half(ids: Tensor, logits: Tensor) -> Tensor:
+        return 0.5 * logits
+
+    first, second = (
+        Generator(tiny_gpt(), **aid)
+        .submit([1, 2], 8, seed=1, processors=[p], log_probs=True)
+        .wait()
+        for p in (halve, half)
+    )
+    assert (first.ids, first.log_probs) == (second.ids, pytest.approx(second.log_probs, abs=1e-6))
+
+
 def test_scores_are_those_of_the_logits() -> None:
     model = tiny_gpt().eval()
     idx = tiny_batch()[0]

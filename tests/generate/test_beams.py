@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from fastgpt2.generate import NoRepeatNgram, RepetitionPenalty
 from fastgpt2.generate.beams import BeamSearch
@@ -96,11 +97,17 @@ def test_beams_end_when_every_token_is_forbidden() -> None:
     ]
 
 
+def halve(ids: Tensor, logits: Tensor) -> Tensor:
+    return logits.mul_(0.5)
+
+
+@pytest.mark.parametrize("edit", [RepetitionPenalty(9), halve])
 @pytest.mark.parametrize("window", ["slide", "stop"])
-def test_log_probabilities_are_the_models(window: str) -> None:
+def test_log_probabilities_are_the_models(window: str, edit: Processor) -> None:
+    """Whether a processor makes new logits or works in place."""
     model = tiny_gpt(block_size=32).eval()
     beams = BeamSearch(Slots(model, 3, 32), 3, window).search(
-        [1, 2], 50 if window == "stop" else 9, sampling=Sampling(0.0, None, [RepetitionPenalty(9)])
+        [1, 2], 50 if window == "stop" else 9, sampling=Sampling(0.0, None, [edit])
     )
     for beam in beams:
         scores = model.log_probs([[1, 2, *beam.ids]])[0][1:]

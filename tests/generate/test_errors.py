@@ -166,6 +166,10 @@ def test_numbers_of_numpy_and_torch(given: dict[str, Any], plain: dict[str, Any]
             lambda m: m.generate([[1]], 1, num_beams=2, processors=[lambda ids, logits: None]),
             r"processors: expected logits of shape \(1, 61\), got None",
         ),
+        (
+            lambda m: m.generate([[1]], 1, processors=[lambda ids, logits: logits > 0]),
+            "processors: expected logits in floating point, got bool",
+        ),
         (lambda m: m.generate([[1]], 1, num_beams=2, window="wrap"), "window must be one of slide"),
         (lambda m: m.generate([[1]], 1, length_penalty=2.0), "are for beams; give num_beams"),
         (lambda m: m.generate([[1]], 1, num_beams=2, early_stopping="never"), "true or false"),
