@@ -211,10 +211,11 @@ class Generator:
     def _step(self) -> bool:
         self._leave()
         while self._waiting and len(self._rows) < self.batch_size:
-            row = self._waiting.popleft()
-            if row.stream.finish_reason is None:
-                self._rows.append(row)
-                self._enter(len(self._rows) - 1)
+            row = self._waiting[0]
+            # an interrupt may have come before it left the queue
+            if row.stream.finish_reason is None and row not in self._rows:
+                self._enter(row)
+            self._waiting.popleft()
         if not self._rows:
             return False
         with evaluating(self.model), evaluating(self._draft or self.model):
@@ -232,10 +233,15 @@ class Generator:
         """Drop what a pass that was cut short has left in the caches."""
         self._left = None
         for i, row in enumerate(self._rows):
+            row.ids = [*row.stream.request.prompt, *row.stream.ids]
             held = len(row.ids) - 1 - row.start
             self.slots.cut([max(0, min(self.slots.lengths[i], held))], i)
             if isinstance(self._proposer, Draft):
                 self._proposer.reset(i)
+        # the device's lengths may be those before or after the pass
+        self.slots._write(0, self.batch_size)
+        if isinstance(self._proposer, Draft):
+            self._proposer.slots._write(0, self.batch_size)
 
     def run(self) -> None:
         """Finish every request.
@@ -254,15 +260,16 @@ class Generator:
         row = self._rows[i]
         return row.ids[row.start + self.slots.lengths[i] :]
 
-    def _enter(self, i: int) -> None:
-        """Row i is new; the cache keeps the text that it continues, except its last token."""
-        row, held = self._rows[i], 0
+    def _enter(self, row: Row) -> None:
+        """Add a row; the cache keeps the text that it continues, except its last token."""
+        i, held = len(self._rows), 0
         if i == 0 and row.follows is not None and row.follows is self._left:
             held = min(self.slots.lengths[0], len(row.ids) - 1 - row.start)
         self._left = None
         self.slots.cut([held], i)
         if isinstance(self._proposer, Draft):
             self._proposer.reset(i)
+        self._rows.append(row)
 
     def _slide(self) -> None:
         """Apply the window's policy to rows whose next pass would not fit."""
@@ -281,13 +288,16 @@ class Generator:
             if stream.finish_reason is None:
                 continue
             stream.start = self._rows[i].start
-            last = self._rows.pop()
-            self._left = None if self._rows else stream
-            if i < len(self._rows):
-                self._rows[i] = last
-                self.slots.copy(len(self._rows), i)
+            last = len(self._rows) - 1
+            self._left = None if last else stream
+            if i < last:
+                self.slots.copy(last, i)
                 if isinstance(self._proposer, Draft):
-                    self._proposer.copy(len(self._rows), i)
+                    self._proposer.copy(last, i)
+            # in one assignment: an interrupt before it leaves row i finished, to be freed again
+            rows = [*self._rows]
+            rows[i] = rows[last]
+            self._rows = rows[:last]
 
     def _decode(self) -> None:
         """One token for every row, or several that were proposed and verified."""

@@ -1,5 +1,6 @@
 """A request that fails fails alone, and a pass that is cut short leaves the caches usable."""
 
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -77,29 +78,35 @@ def test_of_rows_that_share_a_call_only_one_fails() -> None:
 
 
 @pytest.mark.parametrize("lookup", [0, 2])
+@pytest.mark.parametrize("place", ["_chooser.extend", "slots.copy", "slots._count"])
 def test_a_pass_that_is_interrupted_can_be_repeated(
-    lookup: int, monkeypatch: pytest.MonkeyPatch
+    place: str, lookup: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = tiny_gpt(block_size=32)
+    """Before tokens are chosen, a row is moved, or the new lengths are counted."""
+    model = tiny_gpt(2, block_size=32)
     generator = Generator(model, batch_size=2, prompt_lookup=lookup)
-    streams = [generator.submit(p, 9, temperature=0.0) for p in PROMPTS]
-    choose, calls = generator._chooser.extend, [0]
+    lengths = (9, 5, 9, 7)
+    streams = [
+        generator.submit(p, n, temperature=0.0) for p, n in zip(PROMPTS, lengths, strict=True)
+    ]
+    name, function = place.split(".")
+    part = getattr(generator, name)
+    inner, calls = getattr(part, function), [0]
 
-    def interrupted(*arguments: Any) -> None:
+    def interrupted(*arguments: Any) -> Any:
         calls[0] += 1
-        if calls[0] % 3 == 2:
-            raise KeyboardInterrupt
-        choose(*arguments)
-
-    monkeypatch.setattr(generator._chooser, "extend", interrupted)
-    while any(stream.finish_reason is None for stream in streams):
-        try:
-            generator.step()
-        except KeyboardInterrupt:
+        if calls[0] % 3 == 1:
             calls.append(0)
-    assert len(calls) > 2
+            raise KeyboardInterrupt
+        return inner(*arguments)
+
+    monkeypatch.setattr(part, function, interrupted)
+    while any(stream.finish_reason is None for stream in streams):
+        with suppress(KeyboardInterrupt):
+            generator.step()
+    assert len(calls) > 1
     assert [[*p, *s.ids] for p, s in zip(PROMPTS, streams, strict=True)] == [
-        model.generate([prompt], 9, temperature=0.0)[0] for prompt in PROMPTS
+        model.generate([p], n, temperature=0.0)[0] for p, n in zip(PROMPTS, lengths, strict=True)
     ]
 
 
