@@ -9,7 +9,11 @@ from torch import Tensor
 
 from fastgpt2.kernels import checks, philox, reference, tuning
 from fastgpt2.kernels.backend import INTERPRETED, Impl, resolve
-from fastgpt2.kernels.blocked_attention import blocked_attention
+from fastgpt2.kernels.blocked_attention import (
+    attention_by_prefixes,
+    blocked_attention,
+    takes_prefixes,
+)
 from fastgpt2.kernels.dropout_bits import bits_size
 from fastgpt2.kernels.modes import recorded
 
@@ -241,6 +245,8 @@ def _torch_attention(
     if blocks and qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16:
         # in bf16 the library's products are much faster than its attention; in fp32 they are not
         return blocked_attention(qkv, n_head, scale)
+    if blocks and takes_prefixes(qkv):
+        return attention_by_prefixes(qkv, n_head, scale)
     q, k, v = reference.split_heads(qkv, n_head)
     if unmasked:
         out = F.scaled_dot_product_attention(

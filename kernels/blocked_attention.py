@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt2.kernels import reference
+from fastgpt2.kernels.backend import wants_gradient
+from fastgpt2.kernels.modes import is_ordinary
 
 # a processor whose matrix units PyTorch's own forward kernel knows how to fill
 _HAS_AMX = torch.cpu._is_amx_tile_supported()
@@ -108,6 +110,41 @@ def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _blocked_attention_fwd.register_autograd(_backward, setup_context=_save)
+
+
+def takes_prefixes(qkv: Tensor) -> bool:
+    """Whether ``attention_by_prefixes`` is the fastest form for these queries, (B, T, 3C).
+
+    PyTorch's kernel takes queries by 64 at these lengths, and computes all scores of such a block
+    with 512 keys, masked or not. Where it takes them by 256, it is as fast alone.
+    """
+    return (
+        qkv.device.type == "cpu"
+        and qkv.dtype == torch.float32
+        and not _HAS_AMX
+        and 192 <= qkv.shape[1] < 768
+        and not torch.compiler.is_compiling()
+        and is_ordinary(qkv)
+        and not wants_gradient(qkv)
+    )
+
+
+def attention_by_prefixes(qkv: Tensor, n_head: int, scale: float) -> Tensor:
+    """Causal attention over packed (B, T, 3C) to (B, T, C) by PyTorch's kernel, without a gradient.
+
+    It gets a block of queries at a time, and the keys that some of them see.
+    """
+    q, k, v = reference.split_heads(qkv, n_head)
+    B, T, three_C = qkv.shape
+    out = qkv.new_empty(B, T, n_head, q.shape[3])
+    for queries, keys in _blocks(T):
+        shape = queries.stop - queries.start, keys.stop
+        mask = qkv.new_full(shape, float("-inf")).triu_(queries.start + 1)
+        block = F.scaled_dot_product_attention(
+            q[:, :, queries], k[:, :, keys], v[:, :, keys], mask, scale=scale
+        )
+        out[:, queries] = block.transpose(1, 2)
+    return out.view(B, T, three_C // 3)
 
 
 def blocked_attention(qkv: Tensor, n_head: int, scale: float) -> Tensor:

@@ -35,6 +35,9 @@ def _op(n_head: int) -> budget.Op:
         if impl == "blocked":
             blocked: Tensor = op_module.blocked_attention(qkv, n_head, scale)
             return blocked
+        if impl == "prefixes":
+            by_prefixes: Tensor = op_module.attention_by_prefixes(qkv, n_head, scale)
+            return by_prefixes
         if impl == "reference":
             return reference.attention(qkv, n_head, 0.0, None, None, None, scale)
         q, k, v = reference.split_heads(qkv, n_head)
@@ -50,6 +53,13 @@ def test_within_budget(shape: tuple[int, int, int, int], dtype: torch.dtype) -> 
     # the scores are rounded, too, which PyTorch's kernel does not do
     budget.check_op(
         _op(shape[2]), {"qkv": _qkv(*shape, dtype)}, impl="blocked", eager="sdpa", roundings=4.0
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_prefixes_within_budget(shape: tuple[int, int, int, int]) -> None:
+    budget.check_op(
+        _op(shape[2]), {"qkv": _qkv(*shape, torch.float32)}, impl="prefixes", eager="sdpa"
     )
 
 
@@ -87,6 +97,31 @@ def test_is_what_a_cpu_runs_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     attention(qkv, n_head=2, dropout_p=0.1, impl="torch")
     attention(qkv, n_head=2, key_range=torch.tensor([[0, 4]]), impl="torch")
     assert called == [torch.bfloat16]
+
+
+def test_prefixes_are_for_lengths_at_which_pytorchs_blocks_are_small(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    called: list[int] = []
+    contract = import_module("fastgpt2.kernels.attention")
+    plain = op_module.attention_by_prefixes
+
+    def spy(qkv: Tensor, *rest: float) -> Tensor:
+        called.append(qkv.shape[1])
+        out: Tensor = plain(qkv, *rest)
+        return out
+
+    monkeypatch.setattr(contract, "attention_by_prefixes", spy)
+    for T in (191, 192, 767, 768):
+        qkv = _qkv(1, T, 2, 8, torch.float32)
+        expected = reference.attention(qkv, 2, 0.0, None, None, None, 8**-0.5)
+        out = attention(qkv, n_head=2, impl="torch")
+        torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    short = _qkv(1, 200, 2, 8, torch.float64)
+    attention(short, n_head=2, impl="torch")
+    attention(short.float().requires_grad_(), n_head=2, impl="torch")
+    torch.func.vmap(lambda x: attention(x, n_head=2, impl="torch"))(short.float()[None])
+    assert called == ([] if op_module._HAS_AMX else [192, 767])
 
 
 def test_a_view_and_an_empty_batch() -> None:
