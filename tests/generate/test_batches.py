@@ -204,7 +204,8 @@ def test_a_processor_may_work_in_place(aid: dict[str, Any]) -> None:
         .wait()
         for p in (halve, half)
     )
-    assert (first.ids, first.log_probs) == (second.ids, pytest.approx(second.log_probs, abs=1e-6))
+    assert first.ids == second.ids
+    assert first.log_probs == pytest.approx(second.log_probs, abs=1e-6)
 
 
 def test_scores_are_those_of_the_logits() -> None:
