@@ -23,7 +23,7 @@ class OpenedModel:
         name: what the user calls it.
         path: the folder or file that holds it, the checkpoint of a run.
         checkpoint: its configuration and its tensors, read as they are asked for.
-        tokenizer: the one beside it, or the one that was given for it.
+        tokenizer: the one beside it, or one that was given.
     """
 
     name: str
@@ -74,6 +74,7 @@ def open_model(
     name: str | Path,
     *,
     tokenizer: Tokenizer | None = None,
+    override: bool = False,
     checkpoint: str = "best",
     offline: bool = False,
 ) -> OpenedModel:
@@ -83,6 +84,7 @@ def open_model(
         name: ``gpt2``, ``gpt2-medium``, ``gpt2-large``, ``gpt2-xl``; a run folder or one of its
             checkpoints; a folder or a file in any format that ``fastgpt2 convert`` reads.
         tokenizer: for a model that brings none.
+        override: take ``tokenizer`` for a model that brings its own, too.
         checkpoint: of a run, ``best`` (lowest validation loss) or ``latest``.
         offline: do not use the network.
 
@@ -96,7 +98,9 @@ def open_model(
         path = distributed.on_rank_0(lambda: _newest_or_best(found_at, checkpoint))
     opened = load(path, offline=offline)
     vocab_size = opened.config.vocab_size
-    found = runs.find_tokenizer(found_at) or tokenizer
+    found = tokenizer
+    if found is None or not override:
+        found = runs.find_tokenizer(found_at) or tokenizer
     if found is None and vocab_size >= GPT2_VOCAB:
         # the files of nanoGPT and llm.c bring no vocabulary: it is OpenAI's
         found = GPT2Tokenizer.load()

@@ -39,7 +39,9 @@ def test_the_tokenizer_fits_the_model(tmp_path: Path) -> None:
     assert open_model(folder, tokenizer=BytesTokenizer()).tokenizer.name == "bytes"
     save_tokenizer(CharTokenizer("ab"), folder)
     with pytest.raises(UserError, match="the tokenizer char has 2 ids, the model 257"):
-        open_model(folder)
+        open_model(folder, tokenizer=BytesTokenizer())
+    found = open_model(folder, tokenizer=BytesTokenizer(), override=True).tokenizer
+    assert found.name == "bytes"
 
 
 def test_a_padded_vocabulary_fits() -> None:

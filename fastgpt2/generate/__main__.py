@@ -175,9 +175,7 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--quantize", choices=("int8",), help="round the weights to 8 bits, one scale per row"
     )
-    model.add_argument(
-        "--tokenizer", choices=("gpt2", "bytes"), help="for a model without a tokenizer"
-    )
+    model.add_argument("--tokenizer", choices=("gpt2", "bytes"), help="tokenizer [the model's own]")
     model.add_argument(
         "--vocab-dir",
         metavar="DIR",
@@ -222,8 +220,6 @@ def _generate(arguments: argparse.Namespace) -> int:
     check_flags(arguments)
     device, dtype = _machine(arguments)
     resolve_kernels(device, dtype, arguments.impl)
-    if (notice := dtype_notice(device, dtype)) is not None:
-        print(f"fastgpt2 generate: {notice}", file=sys.stderr)
     jobs = _jobs(arguments)
     opened = _open(arguments, arguments.model)
     # a scored text is read in windows
@@ -358,7 +354,11 @@ def _tokens(jobs: list[Job]) -> int:
 
 
 def _load(arguments: argparse.Namespace, opened: OpenedModel) -> GPT:
-    model = opened.load(*_machine(arguments), arguments.impl)
+    device, dtype = _machine(arguments)
+    # after all that may be wrong with the flags
+    if (notice := dtype_notice(device, dtype)) is not None:
+        print(f"fastgpt2 generate: {notice}", file=sys.stderr)
+    model = opened.load(device, dtype, arguments.impl)
     return model if arguments.quantize is None else model.quantize(arguments.quantize)
 
 
@@ -373,11 +373,11 @@ def _seed(arguments: argparse.Namespace) -> int:
 
 
 def _open(arguments: argparse.Namespace, name: str) -> OpenedModel:
-    """The model of that name; one that comes without a tokenizer gets the flags'."""
+    """The model of that name, with the flags' tokenizer or else its own."""
     given = None
     if arguments.tokenizer or arguments.vocab_dir:
         given = get_tokenizer(arguments.tokenizer or "gpt2", vocab_dir=arguments.vocab_dir)
-    return open_model(name, tokenizer=given, checkpoint=arguments.checkpoint)
+    return open_model(name, tokenizer=given, override=True, checkpoint=arguments.checkpoint)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ _NUMBERS = (
     ("temperature", 0),
     ("top_k", 1),
     ("seed", 0),
+    ("prompt_lookup", 0),
 )
 _OPTIONS = tuple(field.name for field in fields(Options))
 # options that draw or follow several texts
@@ -32,6 +33,7 @@ _WITHOUT = {
     "interactive": (*_SEVERAL, "input", "output", "batch_size"),
     "input": ("prompt",),
     "greedy": ("temperature",),
+    "draft": ("prompt_lookup",),
     "overwrite": ("resume",),
 }
 

@@ -61,7 +61,7 @@ def test_the_window_may_end_the_text(finished: Path, capsys: pytest.CaptureFixtu
         (["--typical", "0"], "typical"),
         (["--repetition-penalty", "0"], "repetition_penalty"),
         (["--no-repeat-ngram", "0"], "no_repeat_ngram"),
-        (["--prompt-lookup", "-1"], "prompt_lookup"),
+        (["--prompt-lookup", "-1"], "prompt-lookup"),
         (["--draft", "nowhere"], "nowhere"),
     ],
 )
@@ -85,3 +85,12 @@ def test_run_takes_every_format(
         )
         assert generate([*argv, "--greedy", "--tokenizer", "bytes"]) == 0
         assert capsys.readouterr().out[:8] == expected[:8]
+
+
+def test_a_tokenizer_that_is_asked_for_takes_the_models_place(
+    finished: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = text(finished, capsys, "--greedy")
+    (run / "fastgpt2_tokenizer.json").write_text("{}", encoding="utf-8")
+    assert "damaged tokenizer" in complaint(generate, ["--model", str(run)], capsys)
+    assert text(run, capsys, "--greedy", "--tokenizer", "bytes") == expected
