@@ -92,11 +92,18 @@ def _takes_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool
 _HAS_BF16 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
+def _is_alone() -> bool:
+    """Whether this is the only thread of Python's, beside those of progress bars."""
+    me = threading.current_thread()
+    others = (type(thread).__module__ for thread in threading.enumerate() if thread is not me)
+    return all(module.startswith("tqdm.") for module in others)
+
+
 def _takes_gemv(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether this is one row of bf16 for PyTorch's own product, which needs oneDNN switched off.
 
     The switch is the process's: another thread's products of many rows would take a hundred times
-    as long meanwhile. So it is not touched where there is another thread.
+    as long meanwhile. So it is not touched where another thread may multiply.
     """
     return (
         _HAS_BF16
@@ -105,7 +112,7 @@ def _takes_gemv(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and not torch.compiler.is_compiling()
         and x.device.type == "cpu"
         and is_ordinary(x, weight, bias)
-        and threading.active_count() == 1
+        and _is_alone()
         and torch._C._get_mkldnn_enabled()
     )
 

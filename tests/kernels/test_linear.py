@@ -1,6 +1,7 @@
 """A linear layer by either library: the same numbers, and which of them is asked."""
 
 import importlib
+import threading
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import TMonitor, tqdm
 
 from fastgpt2.kernels import linear
 from fastgpt2.kernels.linear import _onednn_linear, matmul
@@ -270,7 +272,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         return product(x, weight, bias)
 
     monkeypatch.setattr(op_module, "_HAS_BF16", True)
-    monkeypatch.setattr(op_module.threading, "active_count", lambda: 1)
+    monkeypatch.setattr(op_module.threading, "enumerate", lambda: [threading.current_thread()])
     monkeypatch.setattr(op_module.F, "linear", seen)
     return switched
 
@@ -300,9 +302,21 @@ def test_onednn_stays_on(alone: list[bool], monkeypatch: pytest.MonkeyPatch) -> 
     linear(**_inputs(1, C=4, F=3))
     with FlopCounterMode(display=False):
         linear(**_bf16(1))
-    monkeypatch.setattr(op_module.threading, "active_count", lambda: 2)
+    threads = [threading.current_thread(), threading.Thread()]
+    monkeypatch.setattr(op_module.threading, "enumerate", lambda: threads)
     linear(**_bf16(1))
     assert alone == [True] * 4
+
+
+def test_a_progress_bars_thread_does_not_multiply(
+    alone: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monitor = TMonitor(tqdm, 10)
+    threads = [threading.current_thread(), monitor]
+    monkeypatch.setattr(op_module.threading, "enumerate", lambda: threads)
+    linear(**_bf16(1))
+    monitor.exit()
+    assert alone == [False]
 
 
 def test_onednn_is_on_again_after_an_error(alone: list[bool]) -> None:
