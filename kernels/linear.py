@@ -109,6 +109,8 @@ def _takes_gemv(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         _HAS_BF16
         and x.dtype == weight.dtype == torch.bfloat16
         and x.numel() == x.shape[-1]
+        # of other layouts PyTorch's own code is ten times as slow
+        and x.stride(-1) == weight.stride(-1) == 1
         and not torch.compiler.is_compiling()
         and x.device.type == "cpu"
         and is_ordinary(x, weight, bias)
