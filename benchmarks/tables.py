@@ -138,7 +138,7 @@ def import_line(run: Run) -> str | None:
 
 
 def readme_lines(run: Run, report: str) -> Iterator[str]:
-    """The README's table of one machine: the training step, and decoding at batch 1 and 8."""
+    """The README's table of one machine: the training step, and generation at batch 1 and 8."""
     m = run.machine
     yield f"**{m['device']}**, {m['cores']} cores, torch {m['torch']}, {run.date}"
     yield f"([all of it, with plots]({report})):"
@@ -162,13 +162,11 @@ def readme_lines(run: Run, report: str) -> Iterator[str]:
 
 
 def _is_headline(entry: Entry) -> bool:
-    """Whether the README shows the race: training, or decoding at batch 1 or 8."""
+    """Whether the README shows the race: training, or generation at batch 1 or 8."""
     if "axis" in entry.facts:
         # growth is shown in the report only
         return False
-    return "mfu" in entry.facts or (
-        entry.facts.get("phase") == "decode" and entry.facts.get("B") in (1, 8)
-    )
+    return "mfu" in entry.facts or ("phase" in entry.facts and entry.facts["B"] in (1, 8))
 
 
 def _headline_rows(name: str, group: Sequence[Entry]) -> Iterator[list[str]]:

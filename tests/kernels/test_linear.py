@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import TMonitor, tqdm
 
 from fastgpt2.kernels import linear
 from fastgpt2.kernels.linear import _onednn_linear, matmul
@@ -312,6 +311,8 @@ def test_onednn_stays_on(alone: list[bool], monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_progress_bars_thread_does_not_multiply(
     alone: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from tqdm import TMonitor, tqdm
+
     monitor = TMonitor(tqdm, 10)
     threads = [threading.current_thread(), monitor]
     monkeypatch.setattr(op_module.threading, "enumerate", lambda: threads)
