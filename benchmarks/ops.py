@@ -311,15 +311,53 @@ def _decode_qkv(s: Sizes, batch: int) -> OpCase:
     return OpCase("decode_qkv", f"{s.name} B{batch} S{s.S} C{s.C}", run, plain, inputs, cost)
 
 
+def _decode_head(s: Sizes, batch: int) -> OpCase:
+    """The last LayerNorm and the head."""
+
+    def run(impl: str, x: Tensor, matrix: Tensor, **norm: Any) -> Tensor:
+        return kernels.decode_head(x, matrix, **norm, impl=impl)[0]
+
+    def plain(x: Tensor, matrix: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> Tensor:
+        return F.linear(F.layer_norm(x, (s.C,), norm_weight, norm_bias), matrix)
+
+    norm = {"norm_weight": (s.C,), "norm_bias": (s.C,)}
+    inputs = draw(x=(batch, s.C), matrix=(s.V, s.C), **norm)
+    elements = float(s.V * s.C)
+    cost = Cost(2 * elements, 2 * batch * elements)
+    return OpCase("decode_head", f"{s.name} B{batch} C{s.C}", run, plain, inputs, cost)
+
+
+def _decode_greedy(s: Sizes, batch: int) -> OpCase:
+    """The largest logit of each row, and its id to where the next step reads it."""
+
+    def run(impl: str, logits: Tensor, recent: Tensor, **counters: Tensor) -> Tensor:
+        kernels.decode_greedy(logits, None, **counters, recent=recent, impl=impl)
+        return recent[1, 0]
+
+    def plain(logits: Tensor, tokens: Tensor, **_: Tensor) -> Tensor:
+        best, ids = logits.max(dim=-1)
+        tokens.copy_(ids)
+        return best.double()
+
+    def inputs(device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+        counters = torch.zeros(3, batch, dtype=torch.int64, device=device)
+        named = dict(zip(("tokens", "lengths", "steps"), counters, strict=True))
+        recent = torch.zeros(2, 8, batch, dtype=torch.float64, device=device)
+        return draw(logits=(batch, s.V))(device, dtype) | named | {"recent": recent}
+
+    cost = Cost(2.0 * batch * s.V)
+    return OpCase("decode_greedy", f"{s.name} B{batch} V{s.V}", run, plain, inputs, cost)
+
+
 def cases_at(s: Sizes, decode_batches: Sequence[int], *, on_kernels: bool) -> list[OpCase]:
     """Every op at one size; ``on_kernels`` adds the forms that only the kernels have."""
     cases = [_attention(s, 0.0), _add_layer_norm(s), _add_branch(s), _layer_norm(s)]
     cases += [_bias_gelu(s), _linear_gelu(s, fused=False)]
     cases += [_cross_entropy(s), _linear_cross_entropy(s), _embedding(s)]
     for batch in decode_batches:
-        cases += [_append_kv(s, batch), _decode_attention(s, batch)]
+        cases += [_append_kv(s, batch), _decode_attention(s, batch), _decode_greedy(s, batch)]
         if batch <= MAX_ROWS:
-            cases += [_decode_linear(s, batch), _decode_qkv(s, batch)]
+            cases += [_decode_linear(s, batch), _decode_qkv(s, batch), _decode_head(s, batch)]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if on_kernels and no_fp8_kernel(torch.empty(0, device=device))() is None:
         cases.append(_quantize_fp8(s))

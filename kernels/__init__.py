@@ -9,6 +9,7 @@ from fastgpt2.kernels.attention import attention
 from fastgpt2.kernels.backend import Impl, explain, use_impl
 from fastgpt2.kernels.cross_entropy import cross_entropy
 from fastgpt2.kernels.decode_attention import append_kv, decode_attention
+from fastgpt2.kernels.decode_head import decode_greedy, decode_head
 from fastgpt2.kernels.decode_linear import decode_linear
 from fastgpt2.kernels.decode_qkv import decode_qkv
 from fastgpt2.kernels.embedding import embedding, tied_embedding
@@ -32,6 +33,8 @@ __all__ = [
     "bias_gelu",
     "cross_entropy",
     "decode_attention",
+    "decode_greedy",
+    "decode_head",
     "decode_linear",
     "decode_qkv",
     "embedding",

@@ -60,6 +60,7 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "blocked_attention_fwd": _attention_fwd,
     "blocked_attention_bwd": _attention_bwd,
     "decode_attention": _decode_attention,
+    "decode_head": _product,
     "decode_linear": _product,
     "decode_qkv": _product,
     "fp8_matmul": _product,

@@ -196,6 +196,40 @@ def decode_qkv(
     return q, torch.where(here, k[:, :, None], k_cache), torch.where(here, v[:, :, None], v_cache)
 
 
+# of so many adjacent logits the largest is kept
+VOCAB_BLOCK = 8
+
+
+def _or_inf(x: Tensor) -> Tensor:
+    """fp32, NaN as +inf."""
+    return x.float().masked_fill(x.isnan(), math.inf)
+
+
+def block_tops(logits: Tensor) -> Tensor:
+    """(B, cdiv(V, VOCAB_BLOCK)): the largest of every VOCAB_BLOCK logits (B, V), in fp32."""
+    B, V = logits.shape
+    padded = torch.nn.functional.pad(_or_inf(logits), (0, -V % VOCAB_BLOCK), value=-math.inf)
+    return padded.view(B, -(-V // VOCAB_BLOCK), VOCAB_BLOCK).amax(-1)
+
+
+def decode_greedy(
+    logits: Tensor, tokens: Tensor, lengths: Tensor, steps: Tensor, recent: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four after the greedy choice from logits (B, V), of the rows with steps >= 0."""
+    best, ids = _or_inf(logits).max(dim=1)
+    used = steps >= 0
+    # (steps, B): no step of a row that is not in use is here
+    here = torch.arange(recent.shape[1], device=steps.device)[:, None] == steps
+    chosen = torch.stack([ids.to(recent.dtype), best.to(recent.dtype)])[:, None]
+    counted = used.to(lengths.dtype)
+    return (
+        torch.where(used, ids, tokens),
+        lengths + counted,
+        steps + counted,
+        torch.where(here, chosen, recent),
+    )
+
+
 def visible_in_cache(T: int, S: int, lengths: Tensor) -> Tensor:
     """(B, 1, T, S) bool: query t of row b sees the keys up to its own, at ``lengths[b] + t``."""
     own = lengths[:, None] + torch.arange(T, device=lengths.device)

@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 
 from fastgpt2.generate.compiled import Draw
+from fastgpt2.generate.graph import Choice, Greedy
 from fastgpt2.generate.request import Request
 from fastgpt2.generate.sampling import draw
 from fastgpt2.generate.slots import Slots
-
-# steps between two reads of the host
-AHEAD = 8
 
 
 def may_run_ahead(requests: Sequence[Request]) -> bool:
@@ -43,7 +41,7 @@ class Ahead:
         slots: the cache, with a captured step.
         requests: the rows' requests, for which ``may_run_ahead`` is true.
         tokens: the newest token of each row, which the cache does not hold yet.
-        count: tokens to choose, 1 or more; each row has room for as many.
+        count: tokens to choose, 1 to ``AHEAD``; each row has room for as many.
         process: turns the model's logits (rows, V) into those to choose from.
         known: what ``process`` forbids: the ids from here on; None for none.
 
@@ -65,7 +63,9 @@ class Ahead:
         self._states: list[list[Tensor]] = []
         try:
             if slots.compiled is None:
-                self.tokens, self.best = slots.ahead(tokens, count, self._choose)
+                is_greedy = requests[0].sampling.is_greedy
+                choice: Choice = Greedy(known) if is_greedy else self._choose
+                self.tokens, self.best = slots.ahead(tokens, count, choice)
             else:
                 way = self._draw(count, slots.model.config.vocab_size)
                 self.tokens, self.best = slots.compiled_ahead(tokens, count, known, way)
@@ -77,13 +77,11 @@ class Ahead:
 
     def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         processed = self._process(logits)
-        best = processed.amax(dim=-1)
-        if self._requests[0].sampling.is_greedy:
-            return processed.argmax(dim=-1), best
         generators = [request.generator for request in self._requests]
         self._states.append([generator.get_state() for generator in generators])
         rows = zip(processed[:, None].unbind(), generators, strict=True)
-        return torch.cat([draw(row, generator)[:, 0] for row, generator in rows]), best
+        tokens = torch.cat([draw(row, generator)[:, 0] for row, generator in rows])
+        return tokens, processed.amax(dim=-1)
 
     def _draw(self, count: int, V: int) -> Draw | None:
         """How the compiled step draws, with the random numbers of ``sampling.draw``."""

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 
 from fastgpt2.errors import UserError
-from fastgpt2.generate.ahead import AHEAD, Ahead, may_run_ahead
+from fastgpt2.generate.ahead import Ahead, may_run_ahead
 from fastgpt2.generate.checks import (
     Stop,
     as_ids,
@@ -25,6 +25,7 @@ from fastgpt2.generate.checks import (
     split_stops,
 )
 from fastgpt2.generate.chooser import Chooser, Row, take
+from fastgpt2.generate.graph import AHEAD
 from fastgpt2.generate.processors import Processor, is_count, plain, require
 from fastgpt2.generate.request import Request, Stream
 from fastgpt2.generate.sampling import Sampling

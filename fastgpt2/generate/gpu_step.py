@@ -2,11 +2,13 @@
 
 A layer is LayerNorm and projection to queries, keys and values, which go into the cache; attention
 to the cache (a sixth launch merges its shares where rows are few and long); projection and
-addition; LayerNorm, first linear layer and GELU; second linear layer and addition.
+addition; LayerNorm, first linear layer and GELU; second linear layer and addition. After the head
+a last launch takes the largest logit, if that is the choice.
 Token ids and lengths are on the GPU, and nothing asks the host for a number, so the step can become
 a CUDA graph (``graph.py``). Shapes: B rows, C width, H heads, D head size, S keys, V vocabulary.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt2.generate.step import Matrix, Norm, Weights, lookup, plain_weights
-from fastgpt2.kernels import append_kv, decode_attention, decode_linear, decode_qkv, embedding
+from fastgpt2.kernels import (
+    append_kv,
+    decode_attention,
+    decode_greedy,
+    decode_head,
+    decode_linear,
+    decode_qkv,
+    embedding,
+)
 from fastgpt2.kernels.backend import Impl, resolve
 from fastgpt2.kernels.decode_attention import MAX_HEAD_SIZE
 from fastgpt2.kernels.decode_linear import MAX_ROWS
@@ -52,18 +62,59 @@ def gpu_logits_after(
     Returns:
         (B, V) in the weights' dtype.
     """
-    B, C = tokens.shape[0], weights.positions.shape[1]
-    dtype, H = weights.positions.dtype, weights.n_head
-    form = _FORMS[weights.approximate]
-    linear_impl = impl if B <= MAX_ROWS else Impl.TORCH
-    x = _embed(weights, tokens, lengths, impl)
+    hidden = _hidden_after(weights, tokens, lengths, kv, impl)
+    return _linear(weights, impl)(weights.head, hidden, weights.norm)
+
+
+def gpu_greedy_after(
+    weights: Weights,
+    tokens: Tensor,
+    lengths: Tensor,
+    kv: list[Tensor],
+    steps: Tensor,
+    recent: Tensor,
+    impl: str,
+) -> None:
+    """``gpu_logits_after``, and the largest logit's token into ``tokens``; see ``decode_greedy``.
+
+    Args:
+        weights: the model's weights.
+        tokens: (B,), each row's newest token, before and after.
+        lengths: (B,), how many tokens of the row are in the cache; counts the token before.
+        kv: keys and values of each layer, (2, B, H, S, D), written at ``lengths``.
+        steps: (B,), how many tokens ``recent`` holds of the row; below 0 for a row not in use.
+        recent: (2, steps, B), the chosen tokens, and their logits.
+        impl: as in ``gpu_logits_after``.
+    """
+    x = _hidden_after(weights, tokens, lengths, kv, impl)
+    head, norm, tops = weights.head, weights.norm, None
+    if tokens.shape[0] <= MAX_ROWS:
+        options = {"scales": head.scales, "dtype": weights.positions.dtype, **_normed(norm)}
+        logits, tops = decode_head(x, head.weight, head.bias, impl=impl, **options)
+    else:
+        logits = _linear(weights, impl)(head, x, norm)
+    decode_greedy(logits, tops, tokens, lengths, steps, recent, impl=impl)
+
+
+def _linear(weights: Weights, impl: str) -> Callable[..., Tensor]:
+    """``decode_linear`` of a layer, after a LayerNorm or not, on what is best for the rows."""
 
     def linear(matrix: Matrix, x: Tensor, norm: Norm | None = None, **options: Any) -> Tensor:
         if norm is not None:
-            options |= {**_normed(norm), "dtype": dtype}
-        bias, scales = matrix.bias, matrix.scales
-        return decode_linear(x, matrix.weight, bias, scales=scales, impl=linear_impl, **options)
+            options |= {**_normed(norm), "dtype": weights.positions.dtype}
+        options |= {"scales": matrix.scales, "impl": impl if len(x) <= MAX_ROWS else Impl.TORCH}
+        return decode_linear(x, matrix.weight, matrix.bias, **options)
 
+    return linear
+
+
+def _hidden_after(
+    weights: Weights, tokens: Tensor, lengths: Tensor, kv: list[Tensor], impl: str
+) -> Tensor:
+    """(B, C), the residual stream after the last block."""
+    B, C = tokens.shape[0], weights.positions.shape[1]
+    H, form = weights.n_head, _FORMS[weights.approximate]
+    linear, x = _linear(weights, impl), _embed(weights, tokens, lengths, impl)
     for layer, cache in zip(weights.layers, kv, strict=True):
         if B <= MAX_ROWS:
             weight, scales, bias = layer.qkv
@@ -77,7 +128,7 @@ def gpu_logits_after(
         x = linear(layer.proj, out.reshape(B, C), residual=x)
         hidden = linear(layer.fc, x, layer.norm_2, form=form)
         x = linear(layer.out, hidden, residual=x)
-    return linear(weights.head, x, weights.norm)
+    return x
 
 
 def _normed(norm: Norm) -> dict[str, Any]:

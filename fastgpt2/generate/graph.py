@@ -3,11 +3,13 @@
 A launch costs the host several microseconds, and a step of GPT-2 124M has over 60 of them: more
 time than the GPU needs for their work at batch 1. Captured once, they are one launch. Token ids,
 lengths, keys, values and logits keep their addresses, so each replay computes the next token, and
-the host reads the tokens only after several steps.
+the host reads the tokens only after several steps. The greedy choice is part of a graph of its own:
+then nothing at all is launched between two tokens.
 """
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,12 +18,27 @@ from torch.utils._pytree import tree_leaves
 from fastgpt2.cache import KVCache
 from fastgpt2.compiler import failure
 from fastgpt2.devices import device_kind
-from fastgpt2.generate.gpu_step import gpu_logits_after, gpu_weights_of
-from fastgpt2.generate.step import Weights
+from fastgpt2.generate.gpu_step import gpu_greedy_after, gpu_logits_after, gpu_weights_of
+from fastgpt2.generate.step import Matrix, Weights
 from fastgpt2.model import GPT
 
-# (rows, V) logits -> the tokens (rows,), and the largest logit of each row that it chose from
-Choice = Callable[[Tensor], tuple[Tensor, Tensor]]
+# steps between two reads of the host
+AHEAD = 8
+
+
+@dataclass(frozen=True)
+class Greedy:
+    """The choice of the largest logit, which is made within the graph.
+
+    Attributes:
+        known: only ids below this may be chosen; None means all.
+    """
+
+    known: int | None = None
+
+
+# or (rows, V) logits -> the tokens (rows,), and the largest logit of each that it chose from
+Choice = Greedy | Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def capture(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
@@ -44,6 +61,15 @@ def capture(step: Callable[[], None], device: torch.device) -> Callable[[], None
     return replay
 
 
+def _first_rows(matrix: Matrix, count: int | None) -> Matrix:
+    weight, scales, bias = matrix
+    return Matrix(
+        weight[:count],
+        None if scales is None else scales[:count],
+        None if bias is None else bias[:count],
+    )
+
+
 class GraphStep:
     """The step of a model for all rows of a cache; those that are not fed keep their lengths.
 
@@ -59,6 +85,9 @@ class GraphStep:
         self._model, self._cache = model, cache
         lengths = cache.lengths
         self._tokens, self._active = torch.zeros_like(lengths), torch.zeros_like(lengths)
+        # of the greedy choice: tokens and logits that the host has not read; fp64 holds both
+        self._steps = torch.full_like(lengths, -1)
+        self._recent = lengths.new_zeros(2, AHEAD, len(lengths), dtype=torch.float64)
         # first row and tokens that the buffers hold, as far as the host knows
         self._held: tuple[int, list[int]] = 0, []
         self._fed = (0, 0)
@@ -74,17 +103,34 @@ class GraphStep:
         tensors = [leaf for leaf in tree_leaves(weights) if isinstance(leaf, Tensor)]
         identity = tuple((tensor.data_ptr(), tensor.dtype) for tensor in tensors)
         if identity != self._captured:
-            self._feed_rows((0, 0))
-            with torch.no_grad():
-                self._replay = capture(lambda: self._step(weights), self._tokens.device)
-            self._captured = identity
+            self._weights, self._captured = weights, identity
+            self._replay = self._capture(lambda: self._step(weights))
+            self._greedy: dict[Greedy, Callable[[], None]] = {}
         return True
+
+    @torch.no_grad()
+    def _capture(self, step: Callable[[], None]) -> Callable[[], None]:
+        """The replay of ``step``, captured while no row advances."""
+        self._feed_rows((0, 0))
+        return capture(step, self._tokens.device)
 
     def _step(self, weights: Weights) -> None:
         kv, lengths = [layer.kv for layer in self._cache.layers], self._cache.lengths
         impl = self._model.config.impl
         self._logits = gpu_logits_after(weights, self._tokens, lengths, kv, impl)
         lengths.add_(self._active)
+
+    def _greedy_step(self, weights: Weights) -> None:
+        kv, lengths = [layer.kv for layer in self._cache.layers], self._cache.lengths
+        buffers = self._steps, self._recent
+        gpu_greedy_after(weights, self._tokens, lengths, kv, *buffers, self._model.config.impl)
+
+    def _greedy_replay(self, choice: Greedy) -> Callable[[], None]:
+        """The replay of a step with this choice, which is captured when it is first wanted."""
+        if choice not in self._greedy:
+            weights = self._weights._replace(head=_first_rows(self._weights.head, choice.known))
+            self._greedy[choice] = self._capture(lambda: self._greedy_step(weights))
+        return self._greedy[choice]
 
     def _feed_rows(self, rows: tuple[int, int]) -> None:
         """Only rows ``first`` to ``stop`` - 1 advance from now on."""
@@ -126,23 +172,42 @@ class GraphStep:
 
         Args:
             tokens: the newest token of each row, which the cache does not hold yet.
-            count: how many to choose, 1 or more.
-            choose: called with the logits (rows, V), which the next step overwrites.
+            count: how many to choose, 1 to ``AHEAD``.
+            choose: ``Greedy``, or called with the logits (rows, V), which the next step overwrites.
 
         Returns:
             ``count`` lists of the chosen tokens, and of the largest logits.
         """
+        if isinstance(choose, Greedy):
+            steps = self._choose_greedily(tokens, count, choose)
+        else:
+            steps = self._choose(tokens, count, choose)
+        ids, values = steps.tolist()
+        written = [[int(id_) for id_ in step] for step in ids]
+        self._held = 0, written[-1]
+        return written, values
+
+    def _choose(
+        self, tokens: list[int], count: int, choose: Callable[[Tensor], tuple[Tensor, Tensor]]
+    ) -> Tensor:
+        """(2, count, rows) fp64: the chosen tokens, and the largest logits."""
         buffer, steps = self._load(0, tokens), []
         for _ in range(count):
             self._replay()
             chosen, best = choose(self._logits[: len(tokens)])
             buffer.copy_(chosen)
-            # fp64 holds both, for one copy to the host
             steps.append(torch.stack([chosen.double(), best.double()]))
-        ids, values = torch.stack(steps, 1).tolist()
-        written = [[int(id_) for id_ in step] for step in ids]
-        self._held = 0, written[-1]
-        return written, values
+        return torch.stack(steps, 1)
+
+    def _choose_greedily(self, tokens: list[int], count: int, choice: Greedy) -> Tensor:
+        """The same, without a launch between two steps."""
+        replay, used = self._greedy_replay(choice), slice(len(tokens))
+        self._load(0, tokens)
+        self._steps[used] = 0
+        for _ in range(count):
+            replay()
+        self._steps[used] = -1
+        return self._recent[:, :count, used]
 
 
 def graph_step(

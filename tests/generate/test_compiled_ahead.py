@@ -7,8 +7,8 @@ import torch
 
 from fastgpt2.errors import UserError
 from fastgpt2.generate import Generator, TopP
-from fastgpt2.generate.ahead import AHEAD
 from fastgpt2.generate.compiled import CompiledStep, Draw
+from fastgpt2.generate.graph import AHEAD
 from fastgpt2.generate.sampling import Sampling, draw
 from fastgpt2.generate.slots import Slots
 from tests.generate.compiled_step import compiled_slots, needs_compiler

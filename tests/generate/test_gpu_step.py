@@ -15,7 +15,8 @@ from torch import Tensor
 from fastgpt2.config import GPTConfig
 from fastgpt2.generate import Generator, gpu_step, graph
 from fastgpt2.generate import slots as slots_module
-from fastgpt2.generate.gpu_step import gpu_logits_after, gpu_weights_of
+from fastgpt2.generate.gpu_step import gpu_greedy_after, gpu_logits_after, gpu_weights_of
+from fastgpt2.generate.graph import Greedy
 from fastgpt2.generate.slots import Slots
 from fastgpt2.generate.step import plain_weights
 from fastgpt2.kernels.backend import Impl
@@ -79,21 +80,48 @@ def test_an_interpreted_step_is_the_full_pass(form: str, B: int) -> None:
 
 
 @torch.no_grad()
-def test_interpreted_launches_per_token() -> None:
+@pytest.mark.parametrize(
+    ("form", "B"), [*((form, 1) for form in FORMS), ("int8", 3), ("fp32", MAX_ROWS + 1)]
+)
+def test_an_interpreted_greedy_step_chooses_the_largest_logit(form: str, B: int) -> None:
+    model, idx = _model(form), torch.tensor(_texts(B, 6))
+    weights = plain_weights(model)
+    assert weights is not None
+    cache = model.make_cache(B, 6)
+    model.hidden_states(idx[:, :4], cache)
+    lengths = torch.tensor([4, 2, 3] * 3)[:B]
+    tokens, kv = idx[torch.arange(B), lengths], [layer.kv for layer in cache.layers]
+    logits = gpu_logits_after(weights, tokens, lengths, kv, "triton")
+    steps, recent = torch.ones(B, dtype=torch.int64), torch.zeros(2, 3, B, dtype=torch.float64)
+    counted = lengths.clone()
+    gpu_greedy_after(weights, tokens, counted, kv, steps, recent, "triton")
+    best, chosen = logits.max(1)
+    assert torch.equal(tokens, chosen) and torch.equal(counted, lengths + 1)
+    assert torch.equal(recent[0, 1], chosen.double()) and (steps == 2).all()
+    torch.testing.assert_close(recent[1, 1], best.double(), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("greedy", [False, True])
+def test_interpreted_launches_per_token(greedy: bool) -> None:
     model = _model(impl="triton")
     weights = gpu_weights_of(model)
     assert weights is not None
     kv = [layer.kv for layer in model.make_cache(1, 4).layers]
-    token, length = torch.tensor([3]), torch.tensor([0])
+    token, length, steps = torch.tensor([3]), torch.tensor([0]), torch.tensor([0])
+    recent = torch.zeros(2, 1, 1, dtype=torch.float64)
     with Recorder() as recorder:
-        gpu_logits_after(weights, token, length, kv, "triton")
-    layers = model.config.n_layer
-    assert Counter(recorder.names) == {
+        if greedy:
+            gpu_greedy_after(weights, token, length, kv, steps, recent, "triton")
+        else:
+            gpu_logits_after(weights, token, length, kv, "triton")
+    layers, ends = model.config.n_layer, {"fastgpt2::decode_head": 1, "fastgpt2::decode_greedy": 1}
+    assert Counter(recorder.names) == (ends if greedy else {}) | {
         # a row that is full has no position left
         "aten::clamp": 1,
         "fastgpt2::embedding_fwd": 1,
         "fastgpt2::decode_qkv": layers,
-        "fastgpt2::decode_linear": 3 * layers + 1,
+        "fastgpt2::decode_linear": 3 * layers + (not greedy),
         "fastgpt2::decode_attention": layers,
     }
 
@@ -150,7 +178,8 @@ def test_requests_come_and_go_and_stop_early(way: dict[str, Any], graphs: Played
         reasons = {stream.finish_reason for stream in streams}
         assert "length" in reasons
     assert texts[0] == texts[1]
-    assert graphs.captures == 1
+    # the greedy choice is in a graph of its own
+    assert graphs.captures == (2 if "temperature" in way else 1)
 
 
 def test_the_host_looks_once_for_several_tokens(
@@ -172,6 +201,52 @@ def test_the_host_looks_once_for_several_tokens(
     assert graphs.replays == 40
     assert sum(shape[:1] == (2,) and len(shape) == 3 for shape in looks) == 5
     assert len(looks) <= 5 + 4
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_nothing_is_launched_between_two_greedy_tokens(
+    rows: int, graphs: PlayedGraphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slots = Slots(_model(), 3, 30, compile=True)
+    slots.feed(0, _texts(3, 2))
+    tokens = [1, 2, 3][:rows]
+    slots.ahead(tokens, 1, Greedy())
+    assert slots.graph is not None
+    monkeypatch.setattr(slots.graph, "_greedy_replay", lambda choice: lambda: None)
+    launched = []
+    for count in (1, 8):
+        with Recorder() as recorder:
+            slots.graph.ahead(tokens, count, Greedy())
+        launched.append(recorder.names)
+    assert launched[0] == launched[1]
+
+
+@torch.no_grad()
+def test_ids_without_a_text_are_not_chosen(graphs: PlayedGraphs) -> None:
+    model = _model()
+    logits = model.logits(torch.tensor([[1, 2]]))[0, -1]
+    # the best id is none that the tokenizer knows
+    known = max(1, int(logits.argmax()))
+    slots = Slots(model, 2, 12, compile=True)
+    found = {}
+    for limit in (None, known):
+        slots.cut([0, 0])
+        slots.feed(0, [[1], [3]])
+        ids, best = slots.ahead([2, 4], 1, Greedy(limit))
+        found[limit] = ids[0][0]
+        assert best[0][0] == pytest.approx(float(logits[:limit].max()), abs=1e-5)
+    assert found == {None: int(logits.argmax()), known: int(logits[:known].argmax())}
+
+
+def test_rows_that_are_not_fed_stay_as_they_are(graphs: PlayedGraphs) -> None:
+    slots = Slots(_model(), 3, 30, compile=True)
+    slots.feed(0, _texts(3, 4))
+    kept = [layer.kv[:, 2, :, :4].clone() for layer in slots.cache.layers]
+    for tokens, lengths in (([5, 6, 7], [6, 6, 6]), ([5, 6], [8, 8, 6])):
+        slots.ahead(tokens, 2, Greedy())
+        assert slots.cache.lengths.tolist() == slots.lengths == lengths
+    for layer, before in zip(slots.cache.layers, kept, strict=True):
+        assert torch.equal(layer.kv[:, 2, :, :4], before)
 
 
 def test_random_numbers_go_on_where_a_text_ended(graphs: PlayedGraphs) -> None:
@@ -206,17 +281,17 @@ def test_other_weights_are_captured_anew(graphs: PlayedGraphs) -> None:
     model = _model()
     engine = Generator(model, batch_size=1, compile=True)
     engine.submit([1, 2], 4, temperature=0.0).wait()
-    assert graphs.captures == 1
+    assert graphs.captures == 2
     # in place: the same memory
     with torch.no_grad():
         model.get_parameter("transformer.h.0.mlp.c_fc.weight").mul_(-3.0)
     expected = model.generate([[1, 2]], 8, 0.0)[0][2:]
     assert engine.submit([1, 2], 8, temperature=0.0).wait().ids == expected
-    assert graphs.captures == 1
+    assert graphs.captures == 2
     model.quantize("int8")
     expected = model.generate([[1, 2]], 8, 0.0)[0][2:]
     assert engine.submit([1, 2], 8, temperature=0.0).wait().ids == expected
-    assert graphs.captures == 2
+    assert graphs.captures == 4
     # a hook: the long way, until it is gone
     calls: list[int] = []
     handle = model.transformer.h[0].register_forward_hook(lambda *_: calls.append(1))
@@ -291,15 +366,17 @@ def test_gpt2s_captured_graph_is_as_near_to_fp32_as_eager(dtype: torch.dtype) ->
 
 
 @pytest.mark.gpu
-def test_steps_ahead_never_wait_for_the_gpu() -> None:
+@pytest.mark.parametrize("greedy", [False, True])
+def test_steps_ahead_never_wait_for_the_gpu(greedy: bool) -> None:
     model = _model(block_size=64).to(DEVICE)
     slots = Slots(model, 2, 64, compile=True)
     slots.feed(0, [[1, 2], [3, 4]])
     assert slots.graph is not None
 
-    def choose(logits: Tensor) -> tuple[Tensor, Tensor]:
+    def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
         return logits.argmax(-1), logits.amax(-1)
 
+    choose = Greedy() if greedy else largest
     tokens = slots.ahead([5, 6], 8, choose)[0][-1]
     torch.cuda.set_sync_debug_mode("warn")
     try:

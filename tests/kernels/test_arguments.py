@@ -90,6 +90,17 @@ CONTRACTS: dict[str, Contract] = {
         {"lengths": (2,)},
         ("scale", "impl"),
     ),
+    "decode_greedy": Contract(
+        {"logits": (2, 9), "tops": (2, 2), "recent": (2, 3, 2)},
+        {"tokens": (2,), "lengths": (2,), "steps": (2,)},
+    ),
+    "decode_head": Contract(
+        {
+            **{"x": (2, 8), "weight": (9, 8), "bias": (9,), "scales": (9,)},
+            **{"norm_weight": (8,), "norm_bias": (8,)},
+        },
+        options=("eps", "dtype", "impl"),
+    ),
     "decode_linear": Contract(
         {
             **{"x": (2, 8), "weight": (9, 8), "bias": (9,), "scales": (9,), "residual": (2, 9)},
@@ -205,7 +216,7 @@ def test_linear_wants_one_dtype_but_under_autocast() -> None:
         assert kernels.linear(x, weight).dtype == torch.bfloat16
 
 
-NO_GRADIENT = {"append_kv", "decode_attention", "decode_linear", "decode_qkv"}
+NO_GRADIENT = {name for name in CONTRACTS if name.startswith("decode_")} | {"append_kv"}
 DIFFERENTIABLE = sorted(set(CONTRACTS) - NO_GRADIENT)
 
 

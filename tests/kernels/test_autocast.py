@@ -33,6 +33,10 @@ OPS: dict[str, tuple[Run, tuple[tuple[int, ...], ...]]] = {
         lambda q, k, v, impl: kernels.decode_attention(q, k, v, _ids(B), impl=impl),
         (NEW, CACHE, CACHE),
     ),
+    "decode_head": (
+        lambda x, weight, bias, impl: kernels.decode_head(x, weight, bias, impl=impl),
+        ((T, C), (V, C), (V,)),
+    ),
     "decode_linear": (
         lambda x, weight, bias, impl: kernels.decode_linear(x, weight, bias, impl=impl),
         ((T, C), (F, C), (F,)),
@@ -71,9 +75,9 @@ OPS: dict[str, tuple[Run, tuple[tuple[int, ...], ...]]] = {
         ((V, C), (T, C)),
     ),
 }
-# what the package exports beside its ops; append_kv writes in place and returns nothing
-NOT_OPS = {"Impl", "append_kv", "explain", "use_impl"}
-NO_GRADIENT = {"decode_attention", "decode_linear", "decode_qkv"}
+# what the package exports beside its ops, and two that write in place and return nothing
+NOT_OPS = {"Impl", "append_kv", "decode_greedy", "explain", "use_impl"}
+NO_GRADIENT = {name for name in OPS if name.startswith("decode_")}
 
 
 def _ids(*shape: int) -> Tensor:

@@ -77,6 +77,7 @@ def test_products() -> None:
     assert flops(lambda: linear_fp8(x.bfloat16(), w, b)) == one
     few = x.detach()[:5]
     assert flops(lambda: kernels.decode_linear(few, w, b, impl="triton")) == one // 2
+    assert flops(lambda: kernels.decode_head(few, w, b, impl="triton")) == one // 2
     (k, v), lengths = torch.zeros(2, 5, 2, 3, 4), torch.zeros(5, dtype=torch.long)
     qkv = torch.randn(24, C)
     assert flops(lambda: kernels.decode_qkv(few, qkv, None, k, v, lengths)) == 2 * 5 * C * 24
@@ -109,7 +110,7 @@ def test_a_model_counts_as_many_as_a_plain_one(training: bool) -> None:
 
 def test_every_op_is_counted_or_multiplies_nothing() -> None:
     ops = {n.split("::")[1] for n in torch._C._dispatch_get_all_op_names() if "fastgpt2::" in n}
-    rows = ("embedding", "layer_norm", "cross_entropy_", "add_branch", "append_kv")
+    rows = ("embedding", "layer_norm", "cross_entropy_", "add_branch", "append_kv", "decode_greedy")
     elementwise = (*rows, "gelu_", "quantize_fp8")
     others = {n for n in ops - set(FORMULAS) if "dropout_bits" not in n}
     assert {n for n in others if not any(part in n for part in elementwise)} == set()

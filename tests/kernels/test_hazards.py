@@ -87,7 +87,9 @@ def short_program_ids(tree: ast.AST) -> Iterator[ast.AST]:
 
 
 def infinite_masks(tree: ast.AST) -> Iterator[ast.AST]:
-    """A row of -inf alone gives -inf minus -inf: the mask value is finite."""
+    """A row of -inf alone gives exp(-inf minus -inf): before an exponential, masks are finite."""
+    if not any(_is_tl(node, "exp", "exp2") for node in ast.walk(tree)):
+        return
     for node in ast.walk(tree):
         text = isinstance(node, ast.Constant) and isinstance(node.value, str)
         named = isinstance(node, ast.Attribute) and node.attr == "inf"
@@ -150,7 +152,7 @@ RULES: dict[Callable[[ast.AST], Iterator[ast.AST]], str] = {
     forbidden_names: "tl.atomic_add(x_ptr + offs, x)",
     transposed_accumulators: "@triton.jit\ndef f(s, v):\n    p = tl.trans(s)\n    tl.dot(p, v)",
     short_program_ids: "row = tl.program_id(0) * BLOCK",
-    infinite_masks: "s = tl.where(visible, s, float('-inf'))",
+    infinite_masks: "s = tl.where(visible, s, float('-inf'))\np = tl.exp2(s - m)",
     loads_without_other: "x = tl.load(x_ptr + offs, mask=offs < n)",
     constant_strides: "@triton.jit\ndef f(x_strides: tl.constexpr):\n    pass",
     reserved_parameters: "@triton.jit\ndef f(x_ptr, options):\n    pass",
@@ -182,7 +184,8 @@ def test_rules_find_what_they_forbid(
         "x = tl.load(x_ptr + offs, mask=mask, other=0.0)",
         "x = tl.load(x_ptr)",
         "launch_kernel(_gelu_fwd_kernel, grid, x, y)",
-        "s = tl.where(visible, s, MASKED)",
+        "s = tl.where(visible, s, MASKED)\np = tl.exp2(s - m)",
+        "largest = tl.max(tl.where(known, x, float('-inf')), 0)",
         "@triton.jit\ndef f(x_strides, BLOCK: tl.constexpr):\n    pass",
     ],
 )
