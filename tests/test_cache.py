@@ -1,9 +1,12 @@
 """Cached decoding equals the full forward pass."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
+from fastgpt2 import layers
 from fastgpt2.cache import KVCache
 from fastgpt2.generate.slots import Slots
 from fastgpt2.model import GPT
@@ -120,6 +123,33 @@ def test_wanted_tokens_after_a_prompt() -> None:
     torch.testing.assert_close(got[:, 0], expected, atol=1e-5, rtol=1e-5)
     for layers in zip(whole.layers, part.layers, strict=True):
         assert torch.equal(*(layer.kv for layer in layers))
+
+
+@torch.no_grad()
+def test_the_last_block_of_a_prompt_computes_one_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes: list[tuple[int, ...]] = []
+    plain = layers.mlp
+
+    def seen(x: Tensor, *rest: Any, **options: Any) -> Tensor:
+        shapes.append(tuple(x.shape[:2]))
+        return plain(x, *rest, **options)
+
+    monkeypatch.setattr(layers, "mlp", seen)
+    slots = Slots(tiny_gpt().eval(), 2, 16)
+    slots.feed(0, [[1, 2, 3, 4], [5, 6]])
+    slots.feed(0, [[1, 2], [3, 4]], every=True)
+    assert shapes == [(2, 4), (2, 1), (2, 2), (2, 2)]
+
+
+@torch.no_grad()
+def test_a_hook_in_the_last_block_sees_the_whole_prompt() -> None:
+    model, seen = tiny_gpt().eval(), []
+    hidden = model.get_submodule("transformer.h.1.mlp.c_fc")
+    handle = hidden.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[1]))
+    hooked = model.generate([[1, 2, 3, 4]], 2, 0.0)
+    handle.remove()
+    assert seen == [4, 1]
+    assert hooked == model.generate([[1, 2, 3, 4]], 2, 0.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
