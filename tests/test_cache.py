@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgpt2 import layers
 from fastgpt2.cache import KVCache
 from fastgpt2.generate.slots import Slots
+from fastgpt2.kernels import mlp
 from fastgpt2.model import GPT
 from tests.choosing import next_token
 from tests.tiny_gpt import tiny_batch, tiny_config, tiny_gpt
@@ -128,13 +128,12 @@ def test_wanted_tokens_after_a_prompt() -> None:
 @torch.no_grad()
 def test_the_last_block_of_a_prompt_computes_one_token(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes: list[tuple[int, ...]] = []
-    plain = layers.mlp
 
     def seen(x: Tensor, *rest: Any, **options: Any) -> Tensor:
         shapes.append(tuple(x.shape[:2]))
-        return plain(x, *rest, **options)
+        return mlp(x, *rest, **options)
 
-    monkeypatch.setattr(layers, "mlp", seen)
+    monkeypatch.setattr("fastgpt2.layers.mlp", seen)
     slots = Slots(tiny_gpt().eval(), 2, 16)
     slots.feed(0, [[1, 2, 3, 4], [5, 6]])
     slots.feed(0, [[1, 2], [3, 4]], every=True)
