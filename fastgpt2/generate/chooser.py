@@ -1,5 +1,6 @@
 """The next tokens of rows, chosen from the model's logits; a row alone fails alone."""
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
@@ -49,7 +50,9 @@ def take(row: Row, id_: int, best: float) -> bool:
         best: the largest of the logits that it was chosen from.
     """
     try:
-        row.append(id_ if may_follow([best])[0] else None, None)
+        # for each token of each row, so the common case is one call
+        allowed = math.isfinite(best) or may_follow([best])[0]
+        row.append(id_ if allowed else None, None)
     except UserError as error:
         row.stream._fail(error)
     return row.stream.finish_reason is not None
