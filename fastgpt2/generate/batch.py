@@ -15,6 +15,7 @@ from fastgpt2.evaluate.windows import Window, Windows, make_batch
 from fastgpt2.generate.beams import BeamSearch
 from fastgpt2.generate.checks import (
     as_ids,
+    check_generator,
     check_prompt,
     evaluating,
     row_generator,
@@ -58,6 +59,7 @@ def generate(
     rows, stops = _rows(prompts, attention_mask), stops_of(stop)
     max_new_tokens, num_beams, best_of = map(plain, (max_new_tokens, num_beams, best_of))
     temperature, top_k, seed = plain(temperature), plain(top_k), plain(seed)
+    check_generator(generator)
     stop_ids, stop_texts = split_stops(model, stops)
     if stop_texts:
         raise UserError("generate: stop takes token ids; for strings use Generator, or the command")
@@ -129,6 +131,7 @@ def generate(
 
 def log_probs(model: GPT, ids: Prompts, batch_size: int = 8) -> Tensor | list[list[float]]:
     """See ``GPT.log_probs``."""
+    batch_size = plain(batch_size)
     require("batch_size", batch_size, is_count(batch_size, 1), "an integer of 1 or more")
     rows = _rows(ids, None)
     for row in rows:
@@ -187,12 +190,15 @@ def _rows(prompts: Prompts, mask: Tensor | None) -> list[list[int]]:
                 f"{str(prompts.dtype).removeprefix('torch.')} of shape {tuple(prompts.shape)}"
             )
         rows: list[list[int]] = prompts.tolist()
+    elif not isinstance(prompts, Iterable):
+        raise UserError(f"prompts: expected lists of token ids, got {prompts!r:.80}")
     else:
         rows = [as_ids(row) for row in prompts]
     if not rows:
         raise UserError("prompts: at least one is needed")
     if mask is None:
         return rows
+    mask = torch.as_tensor(mask)
     if not isinstance(prompts, Tensor) or mask.shape != prompts.shape:
         raise UserError("attention_mask: prompts must be a tensor, and the mask of its shape")
     kept = mask.bool().tolist()

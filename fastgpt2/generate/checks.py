@@ -109,6 +109,16 @@ def kept_tokens(model: GPT, window: str) -> int:
     return block_size if window == "crop" else max(1, block_size // 2)
 
 
+def check_generator(generator: object) -> None:
+    """Refuse a source of random numbers of another library.
+
+    Raises:
+        UserError: it is neither None nor a ``torch.Generator``.
+    """
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise UserError(f"generator: expected a torch.Generator, got {generator!r:.80}")
+
+
 def row_generator(device: torch.device, seed: int | None) -> torch.Generator:
     """A source of random numbers for one row; None means a new seed."""
     seed = plain(seed)

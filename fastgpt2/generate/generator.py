@@ -18,6 +18,7 @@ from fastgpt2.generate.ahead import Ahead, may_run_ahead
 from fastgpt2.generate.checks import (
     Stop,
     as_ids,
+    check_generator,
     check_prompt,
     evaluating,
     kept_tokens,
@@ -81,6 +82,7 @@ class Generator:
         block_size = model.config.block_size
         size = block_size if size is None else plain(size)
         batch_size, prompt_lookup = plain(batch_size), plain(prompt_lookup)
+        proposals = plain(proposals)
         require("batch_size", batch_size, is_count(batch_size, 1), "an integer of 1 or more")
         require("size", size, is_count(size, 1) and size <= block_size, f"in [1, {block_size}]")
         require("prompt_lookup", prompt_lookup, is_count(prompt_lookup, 0), "0 or more")
@@ -94,17 +96,20 @@ class Generator:
         self.keep = kept_tokens(model, window)
         self._chooser = Chooser(None if tokenizer is None else tokenizer.vocab_size)
         self._proposer: Draft | PromptLookup | None = None
-        if draft is not None:
-            self._proposer = Draft(
-                draft, model, batch_size, proposals, compile=compile, notify=notify
-            )
-        elif prompt_lookup:
-            # more tokens than the window holds would never be accepted
-            self._proposer = PromptLookup(min(prompt_lookup, block_size))
-        # a pass writes as many keys into every row as the longest proposal needs
-        spare = 0 if self._proposer is None else self._proposer.count
-        with evaluating(model):
-            self.slots = Slots(model, batch_size, size + spare, compile=compile, notify=notify)
+        # what is allocated in inference mode could not be written outside it
+        with torch.inference_mode(False):
+            if draft is not None:
+                self._proposer = Draft(
+                    draft, model, batch_size, proposals, compile=compile, notify=notify
+                )
+            elif prompt_lookup:
+                # more tokens than the window holds would never be accepted
+                self._proposer = PromptLookup(min(prompt_lookup, block_size))
+            # a pass writes as many keys into every row as the longest proposal needs
+            spare = 0 if self._proposer is None else self._proposer.count
+            with evaluating(model):
+                self.slots = Slots(model, batch_size, size + spare, compile=compile, notify=notify)
+        self._size = size
         self._rows: list[Row] = []
         self._waiting: deque[Row] = deque()
         # the text that is still in the cache's first row after the last active row has left
@@ -161,7 +166,13 @@ class Generator:
             is_count(max_new_tokens, 0),
             "an integer of 0 or more",
         )
+        start = 0 if follows is None else follows.start
+        # the last token is never fed
+        context = min(self.model.config.block_size, len(ids) - start + max_new_tokens - 1)
+        if context > self._size:
+            raise UserError(f"size: rows hold {self._size} tokens, this text needs {context}")
         sampling = Sampling(temperature, top_k, processors)
+        check_generator(generator)
         if generator is None:
             generator = row_generator(self.slots.device, seed)
         request = Request(tuple(ids), max_new_tokens, sampling, stop_ids, generator, log_probs)
@@ -169,7 +180,6 @@ class Generator:
         if is_text:
             assert self.tokenizer is not None
             pieces = TextPieces(self.tokenizer, sorted(stop_texts))
-        start = 0 if follows is None else follows.start
         stream = Stream(request, pieces, self.step, start)
         if max_new_tokens == 0:
             stream._finish("length")

@@ -160,6 +160,26 @@ def test_numbers_of_numpy_and_torch(given: dict[str, Any], plain: dict[str, Any]
         assert model.generate([[1]], n, **given) == model.generate([[1]], 6, **plain)
 
 
+def test_numbers_of_other_calls() -> None:
+    model = tiny_gpt()
+    four: Any = np.int64(4)
+    assert model.log_probs([[1, 2]], batch_size=four) == model.log_probs([[1, 2]])
+    Generator(model, draft=tiny_gpt(1), proposals=four)
+    mask: Any = np.array([[0, 1, 1]])
+    found = model.generate(torch.tensor([[0, 1, 2]]), 3, attention_mask=mask, seed=1)
+    assert found[0, 1:].tolist() == model.generate([[1, 2]], 3, seed=1)[0]
+
+
+@pytest.mark.parametrize("aid", [{}, {"draft": tiny_gpt(1)}], ids=["plain", "draft"])
+def test_inference_mode_may_end_meanwhile(aid: dict[str, Any]) -> None:
+    model = tiny_gpt()
+    with torch.inference_mode():
+        generator = Generator(model, **aid)
+        stream = generator.submit([1, 2], 5, temperature=0.0)
+        generator.step()
+    assert [1, 2, *stream.wait().ids] == model.generate([[1, 2]], 5, temperature=0.0)[0]
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -184,6 +204,14 @@ def test_numbers_of_numpy_and_torch(given: dict[str, Any], plain: dict[str, Any]
         (lambda m: m.generate(torch.ones(1, 2).byte(), 1), r"int32 or int64 ids .* got uint8"),
         (lambda m: m.generate(torch.ones(1, 2).bool(), 1), r"int32 or int64 ids .* got bool"),
         (lambda m: m.generate([[1]], True), "max_new_tokens must be an integer"),
+        (lambda m: m.generate(5, 1), "prompts: expected lists of token ids, got 5"),
+        (lambda m: m.log_probs(None), "prompts: expected lists of token ids, got None"),
+        (lambda m: m.generate([[1]], 1, generator=5), "expected a torch.Generator, got 5"),
+        (lambda m: Generator(m).submit([1], generator=HALF), "expected a torch.Generator, got"),
+        (
+            lambda m: Generator(m, size=4).submit([1, 2], 4),
+            "size: rows hold 4 tokens, this text needs 5",
+        ),
     ],
 )
 def test_mistakes_are_named(call: Any, message: str) -> None:
