@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import replace
 from signal import SIGINT
 
-from fastgpt2.errors import UserError
+from fastgpt2.errors import Stopped, UserError
 from fastgpt2.generate.generator import Generator
 from fastgpt2.generate.inputs import Job
 from fastgpt2.generate.jobs import submit
@@ -61,6 +61,8 @@ def _read() -> str | None:
     """The next line, or None at the end of the input and at Ctrl-C."""
     try:
         return input("> ")
+    except Stopped:
+        raise
     except (EOFError, KeyboardInterrupt):
         print(flush=True)
         return None

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fastgpt2.errors import UserError
+from fastgpt2.errors import Stopped, UserError
 from fastgpt2.generate import Generator
 from fastgpt2.generate.slots import Slots
 from fastgpt2.text import BytesTokenizer
@@ -120,6 +120,12 @@ def test_ctrl_c_ends_a_text_and_then_the_conversation(
 
     monkeypatch.setattr("builtins.input", interrupted)
     generate(tiny, "--interactive")
+
+    def stopped(prompt: str) -> str:
+        raise Stopped(signal.SIGTERM)
+
+    monkeypatch.setattr("builtins.input", stopped)
+    generate(tiny, "--interactive", code=128 + signal.SIGTERM)
     with signal_at(point, 3, signal.SIGTERM):
         monkeypatch.setattr("builtins.input", lambda prompt: "cat")
         generate(tiny, "--interactive", code=128 + signal.SIGTERM)
