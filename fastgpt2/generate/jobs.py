@@ -264,7 +264,13 @@ class _Beams:
         tokenizer, model = _tokenizer(engine), engine.model
         ids = _ids(job, tokenizer)
         if self._slots is None or len(self._slots.lengths) < options.num_beams:
-            self._slots = Slots(model, options.num_beams, model.config.block_size)
+            own = engine.slots
+            self._slots = Slots(
+                model,
+                options.num_beams,
+                model.config.block_size,
+                compile=own.compiled is not None or own.graph is not None,
+            )
         penalty = 1.0 if options.length_penalty is None else options.length_penalty
         search = BeamSearch(
             self._slots,

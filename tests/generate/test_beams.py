@@ -6,11 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgpt2.generate import NoRepeatNgram, RepetitionPenalty
+from fastgpt2.generate import Generator, NoRepeatNgram, RepetitionPenalty
 from fastgpt2.generate.beams import BeamSearch
+from fastgpt2.generate.inputs import Job
+from fastgpt2.generate.jobs import plan, run
+from fastgpt2.generate.options import Options
 from fastgpt2.generate.processors import Processor
 from fastgpt2.generate.sampling import Sampling
 from fastgpt2.generate.slots import Slots
+from fastgpt2.text import BytesTokenizer
 from tests.test_model_transformers import theirs
 from tests.tiny_gpt import tiny_gpt
 
@@ -113,3 +117,22 @@ def test_log_probabilities_are_the_models(window: str, edit: Processor) -> None:
         scores = model.log_probs([[1, 2, *beam.ids]])[0][1:]
         assert beam.log_probs == pytest.approx(scores, abs=1e-4)
         assert beam.finish_reason == ("window" if window == "stop" else "length")
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_commands_beams_are_compiled_as_its_other_texts(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Generator(tiny_gpt(vocab_size=257), BytesTokenizer())
+    if compiled:
+        monkeypatch.setattr(engine.slots, "compiled", object())
+    asked = []
+
+    def slots(*arguments: Any, compile: bool) -> Slots:
+        asked.append(compile)
+        return Slots(*arguments)
+
+    monkeypatch.setattr("fastgpt2.generate.jobs.Slots", slots)
+    options = Options().replaced({"num_beams": 2, "max_new_tokens": 2})
+    assert len([*run(engine, plan([Job("a", options)] * 2, 0))]) == 2
+    assert asked == [compiled]
