@@ -2,13 +2,13 @@
 
 A layer is LayerNorm and projection to queries, keys and values, which go into the cache; attention
 to the cache (a sixth launch merges its shares where rows are few and long); projection and
-addition; LayerNorm, first linear layer and GELU; second linear layer and addition. After the head
-a last launch takes the largest logit, if that is the choice.
+addition; LayerNorm, first linear layer and GELU; second linear layer and addition. Of many rows the
+products are the library's, and a layer has nine launches. After the head a last launch takes the
+largest logit, if that is the choice.
 Token ids and lengths are on the GPU, and nothing asks the host for a number, so the step can become
 a CUDA graph (``graph.py``). Shapes: B rows, C width, H heads, D head size, S keys, V vocabulary.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastgpt2.generate.step import Matrix, Norm, Weights, lookup, plain_weights
 from fastgpt2.kernels import (
+    add_layer_norm,
     append_kv,
     decode_attention,
     decode_greedy,
@@ -24,10 +25,11 @@ from fastgpt2.kernels import (
     decode_linear,
     decode_qkv,
     embedding,
+    layer_norm,
 )
 from fastgpt2.kernels.backend import Impl, resolve
 from fastgpt2.kernels.decode_attention import MAX_HEAD_SIZE
-from fastgpt2.kernels.decode_linear import MAX_ROWS
+from fastgpt2.kernels.decode_linear import MAX_ROWS, NO_GELU
 from fastgpt2.kernels.gelu import APPROXIMATIONS
 from fastgpt2.model import GPT
 
@@ -56,14 +58,15 @@ def gpu_logits_after(
         lengths: (B,), how many tokens of the row are in the cache. For a row that is full nothing
             is written, and its logits have no meaning.
         kv: keys and values of each layer, (2, B, H, S, D), written at ``lengths``.
-        impl: implementation of the ops. More than ``MAX_ROWS`` rows take the library's products,
-            and write keys and values in a launch of its own.
+        impl: implementation of the ops. More than ``MAX_ROWS`` rows take the library's products.
 
     Returns:
         (B, V) in the weights' dtype.
     """
-    hidden = _hidden_after(weights, tokens, lengths, kv, impl)
-    return _linear(weights, impl)(weights.head, hidden, weights.norm)
+    if len(tokens) > MAX_ROWS:
+        return _logits_of_many(weights, tokens, lengths, kv, impl)
+    x = _hidden_of_few(weights, tokens, lengths, kv, impl)
+    return _linear(weights.head, x, impl, weights.positions.dtype, weights.norm)
 
 
 def gpu_greedy_after(
@@ -86,49 +89,70 @@ def gpu_greedy_after(
         recent: (2, steps, B), the chosen tokens, and their logits.
         impl: as in ``gpu_logits_after``.
     """
-    x = _hidden_after(weights, tokens, lengths, kv, impl)
-    head, norm, tops = weights.head, weights.norm, None
-    if tokens.shape[0] <= MAX_ROWS:
-        options = {"scales": head.scales, "dtype": weights.positions.dtype, **_normed(norm)}
-        logits, tops = decode_head(x, head.weight, head.bias, impl=impl, **options)
+    if len(tokens) > MAX_ROWS:
+        logits, tops = _logits_of_many(weights, tokens, lengths, kv, impl), None
     else:
-        logits = _linear(weights, impl)(head, x, norm)
+        x, head = _hidden_of_few(weights, tokens, lengths, kv, impl), weights.head
+        options = {"scales": head.scales, "dtype": weights.positions.dtype, **_normed(weights.norm)}
+        logits, tops = decode_head(x, head.weight, head.bias, impl=impl, **options)
     decode_greedy(logits, tops, tokens, lengths, steps, recent, impl=impl)
 
 
-def _linear(weights: Weights, impl: str) -> Callable[..., Tensor]:
-    """``decode_linear`` of a layer, after a LayerNorm or not, on what is best for the rows."""
-
-    def linear(matrix: Matrix, x: Tensor, norm: Norm | None = None, **options: Any) -> Tensor:
-        if norm is not None:
-            options |= {**_normed(norm), "dtype": weights.positions.dtype}
-        options |= {"scales": matrix.scales, "impl": impl if len(x) <= MAX_ROWS else Impl.TORCH}
-        return decode_linear(x, matrix.weight, matrix.bias, **options)
-
-    return linear
+def _linear(
+    matrix: Matrix, x: Tensor, impl: str, dtype: torch.dtype, norm: Norm, **options: Any
+) -> Tensor:
+    """``decode_linear`` after a LayerNorm."""
+    options |= {**_normed(norm), "dtype": dtype, "impl": impl}
+    return decode_linear(x, matrix.weight, matrix.bias, scales=matrix.scales, **options)
 
 
-def _hidden_after(
+def _hidden_of_few(
     weights: Weights, tokens: Tensor, lengths: Tensor, kv: list[Tensor], impl: str
 ) -> Tensor:
-    """(B, C), the residual stream after the last block."""
-    B, C = tokens.shape[0], weights.positions.shape[1]
-    H, form = weights.n_head, _FORMS[weights.approximate]
-    linear, x = _linear(weights, impl), _embed(weights, tokens, lengths, impl)
+    """(B, C), the residual stream after the last block, of up to ``MAX_ROWS`` rows."""
+    dtype, form = weights.positions.dtype, _FORMS[weights.approximate]
+    x = _embed(weights, tokens, lengths, impl)
+
+    def add(x: Tensor, branch: Tensor, matrix: Matrix) -> Tensor:
+        weight, scales, bias = matrix
+        return decode_linear(branch, weight, bias, scales=scales, residual=x, impl=impl)
+
     for layer, cache in zip(weights.layers, kv, strict=True):
-        if B <= MAX_ROWS:
-            weight, scales, bias = layer.qkv
-            places, options = (cache[0], cache[1], lengths), _normed(layer.norm_1)
-            q = decode_qkv(x, weight, bias, *places, scales=scales, impl=impl, **options)[:, None]
-        else:
-            qkv = linear(layer.qkv, x, layer.norm_1).view(B, 1, 3, H, C // H)
-            q, k, v = qkv.unbind(2)
-            append_kv(cache[0], cache[1], k, v, lengths, impl=impl)
-        out = decode_attention(q, cache[0], cache[1], lengths, impl=impl)
-        x = linear(layer.proj, out.reshape(B, C), residual=x)
-        hidden = linear(layer.fc, x, layer.norm_2, form=form)
-        x = linear(layer.out, hidden, residual=x)
+        weight, scales, bias = layer.qkv
+        places, options = (cache[0], cache[1], lengths), _normed(layer.norm_1)
+        q = decode_qkv(x, weight, bias, *places, scales=scales, impl=impl, **options)
+        out = decode_attention(q[:, None], cache[0], cache[1], lengths, impl=impl)
+        x = add(x, out.reshape(x.shape), layer.proj)
+        x = add(x, _linear(layer.fc, x, impl, dtype, layer.norm_2, form=form), layer.out)
     return x
+
+
+def _logits_of_many(
+    weights: Weights, tokens: Tensor, lengths: Tensor, kv: list[Tensor], impl: str
+) -> Tensor:
+    """(B, V), of more rows: the products are the library's, the additions are LayerNorm's."""
+    (B,), H, form = tokens.shape, weights.n_head, _FORMS[weights.approximate]
+    x = _embed(weights, tokens, lengths, impl)
+
+    def product(matrix: Matrix, x: Tensor, form: str = NO_GELU) -> Tensor:
+        weight, scales, bias = matrix
+        return decode_linear(x, weight, bias, scales=scales, form=form, impl=Impl.TORCH)
+
+    def add(x: Tensor, branch: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+        return add_layer_norm(x, branch, norm.weight, norm.bias, eps=norm.eps, impl=impl)
+
+    norm = weights.layers[0].norm_1
+    normed = layer_norm(x, norm.weight, norm.bias, eps=norm.eps, impl=impl)
+    normed = normed.to(weights.positions.dtype)
+    # of the next block; after the last one, the head's
+    norms = [*(layer.norm_1 for layer in weights.layers[1:]), weights.norm]
+    for layer, cache, norm in zip(weights.layers, kv, norms, strict=True):
+        q, k, v = product(layer.qkv, normed).view(B, 1, 3, H, -1).unbind(2)
+        append_kv(cache[0], cache[1], k, v, lengths, impl=impl)
+        out = decode_attention(q, cache[0], cache[1], lengths, impl=impl)
+        x, normed = add(x, product(layer.proj, out.reshape(x.shape)), layer.norm_2)
+        x, normed = add(x, product(layer.out, product(layer.fc, normed, form)), norm)
+    return product(weights.head, normed)
 
 
 def _normed(norm: Norm) -> dict[str, Any]:
