@@ -287,8 +287,8 @@ MUTANTS = [
     ),
     step(
         name="logits_of_another_token",
-        old="x + (which ? which[i] : i) * C",
-        new="x + i * C",
+        old="is_last ? step.wanted[k] : k",
+        new="k",
     ),
     step(
         name="threads_do_not_wait",
