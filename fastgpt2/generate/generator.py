@@ -34,6 +34,7 @@ from fastgpt2.generate.slots import Slots
 from fastgpt2.generate.speculation import Draft, PromptLookup, Proposal
 from fastgpt2.generate.text import TextPieces, encode_prompt
 from fastgpt2.model import GPT
+from fastgpt2.precision import compute_dtype
 from fastgpt2.text.encoding import Tokenizer
 
 
@@ -232,6 +233,8 @@ class Generator:
         with evaluating(self.model), evaluating(self._draft or self.model):
             self._slide()
             fresh = [len(self._pending(i)) > 1 for i in range(len(self._rows))]
+            if any(fresh) or 0 in self.slots.lengths[: len(fresh)]:
+                self._check_dtype()
             if any(fresh):
                 for first, stop in _runs(fresh):
                     self._extend(first, [self._pending(i) for i in range(first, stop)])
@@ -239,6 +242,17 @@ class Generator:
                 self._decode()
         self._leave()
         return True
+
+    def _check_dtype(self) -> None:
+        """Keys and values are kept in the dtype in which the model computed at first."""
+        kept = self.slots.cache.layers[0].kv.dtype
+        now = compute_dtype(self.model.transformer.wpe.weight, self.slots.device)
+        if now != kept:
+            names = [str(dtype).removeprefix("torch.") for dtype in (now, kept)]
+            raise UserError(
+                f"generator: the model computes in {names[0]} now, in {names[1]} when the generator "
+                "was made; make a new one"
+            )
 
     def _forget(self) -> None:
         """Drop what a pass that was cut short has left in the caches."""

@@ -170,6 +170,18 @@ def test_numbers_of_other_calls() -> None:
     assert found[0, 1:].tolist() == model.generate([[1, 2]], 3, seed=1)[0]
 
 
+def test_a_model_in_another_dtype_needs_another_generator() -> None:
+    """Or what is computed would not fit into the cache, and a compiled step writes past its end."""
+    model = tiny_gpt().bfloat16()
+    generator = Generator(model)
+    assert len(generator.submit([1], 3).wait().ids) == 3
+    model.float()
+    with pytest.raises(UserError, match="computes in float32 now, in bfloat16 when the generator"):
+        generator.submit([1], 3).wait()
+    model.bfloat16()
+    generator.run()
+
+
 @pytest.mark.parametrize("aid", [{}, {"draft": tiny_gpt(1)}], ids=["plain", "draft"])
 def test_inference_mode_may_end_meanwhile(aid: dict[str, Any]) -> None:
     model = tiny_gpt()
