@@ -217,6 +217,40 @@ def unchecked_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
+def linear_and_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
+    """gelu(x @ weight.T + bias) without a gradient: by oneDNN within the product.
+
+    Args:
+        x: (N, C).
+        weight: (F, C), in x's dtype.
+        bias: (F,) or None, in x's dtype.
+        approximate: PyTorch's name of the form: ``tanh`` or ``none``.
+    """
+    if _takes_onednn(x, weight, bias):
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], approximate)
+        return out
+    z = unchecked_linear(x, weight, bias)
+    # in place: fresh memory for the result may take longer than its GELU
+    in_place: Tensor = torch.ops.aten.gelu_(z, approximate=approximate)
+    return in_place
+
+
+def linear_and_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+    """residual + x @ weight.T + bias without a gradient: by oneDNN within the product.
+
+    Args:
+        x: (N, C).
+        weight: (F, C), in x's dtype.
+        bias: (F,) or None, in x's dtype.
+        residual: (N, F), in x's dtype or a wider one, which the result has.
+    """
+    if residual.dtype == x.dtype and _takes_onednn(x, weight, bias):
+        fused = torch.ops.mkldnn._linear_pointwise.binary
+        out: Tensor = fused(x, residual, weight, bias, "add")
+        return out
+    return residual + unchecked_linear(x, weight, bias)
+
+
 def matmul(a: Tensor, b: Tensor, *, into: Callable[[], Tensor] | None = None) -> Tensor:
     """a (M, K) @ b (K, N) with the library that ``linear`` takes, without a gradient.
 

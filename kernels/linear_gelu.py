@@ -15,7 +15,7 @@ from fastgpt2.kernels.gelu import (
     gelu,
     gelu_bwd,
 )
-from fastgpt2.kernels.linear import in_autocast_dtype, unchecked_linear
+from fastgpt2.kernels.linear import in_autocast_dtype, linear_and_gelu, unchecked_linear
 from fastgpt2.kernels.modes import is_ordinary
 
 
@@ -106,13 +106,12 @@ def linear_gelu(
         case Impl.REFERENCE:
             return reference.linear_gelu(x, weight, bias, form)
         case Impl.TORCH:
-            z, approximate = unchecked_linear(x, weight, bias), APPROXIMATIONS[form]
+            approximate = APPROXIMATIONS[form]
             watched = torch.compiler.is_compiling() or not is_ordinary(x, weight, bias)
             if watched or wants_gradient(x, weight, bias):
-                return F.gelu(z, approximate=approximate)
-            # in place: fresh memory for y may take longer than its GELU
-            in_place: Tensor = torch.ops.aten.gelu_(z, approximate=approximate)
-            return in_place
+                return F.gelu(unchecked_linear(x, weight, bias), approximate=approximate)
+            fused_by_library = linear_and_gelu(_rows(x), weight, bias, approximate)
+            return fused_by_library.view(*x.shape[:-1], weight.shape[0])
     if not fused:
         z = unchecked_linear(x, weight)
         if bias is None:

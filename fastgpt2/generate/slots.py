@@ -8,11 +8,17 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from fastgpt2.cache import KVCache
 from fastgpt2.generate.compiled import CompiledStep, Draw, one_thread
 from fastgpt2.generate.gpu_step import gpu_weights_of
 from fastgpt2.generate.graph import Choice, graph_step
 from fastgpt2.generate.library import load_library
-from fastgpt2.generate.step import logits_after, plain_weights, weights_of
+from fastgpt2.generate.step import (
+    logits_after,
+    logits_after_prompt,
+    plain_weights,
+    weights_of,
+)
 from fastgpt2.kernels.modes import autocasts
 from fastgpt2.model import GPT
 from fastgpt2.plain import execution_device
@@ -115,15 +121,26 @@ class Slots:
             logits = self._step(first, [ids[0] for ids in tokens])
             return logits[:, None] if every else logits
         idx = torch.tensor(padded, dtype=torch.int64, device=self.device)
-        rows = self.cache.rows(first, stop, is_empty=not any(self.lengths[first:stop]))
         last = torch.tensor(counts, device=self.device) - 1
-        if T > 1 and not every and self._is_plain():
+        is_prompt = not any(self.lengths[first:stop])
+        if is_prompt and not every and plain and self._weights is not None:
+            kv = [layer.kv[:, first:stop] for layer in self.cache.layers]
+            logits = logits_after_prompt(self._weights, idx, last, kv)
+        else:
+            rows = self.cache.rows(first, stop, is_empty=is_prompt)
+            logits = self._by_model(idx, rows, None if every else last)
+        self._grow(first, counts)
+        return logits
+
+    def _by_model(self, idx: Tensor, rows: KVCache, last: Tensor | None) -> Tensor:
+        """The logits after token ``last`` (B,) of each row of idx (B, T); None means all."""
+        if last is None:
+            return self.model.head(self.model.hidden_states(idx, rows))
+        if idx.shape[1] > 1 and self._is_plain():
             hidden = self.model.hidden_states(idx, rows, wanted=last)[:, 0]
         else:
             hidden = self.model.hidden_states(idx, rows)
-            if not every:
-                hidden = hidden[torch.arange(len(counts), device=self.device), last]
-        self._grow(first, counts)
+            hidden = hidden[torch.arange(len(idx), device=self.device), last]
         return self.model.head(hidden)
 
     def _is_plain(self) -> bool:

@@ -1,10 +1,12 @@
-"""One decoding step of a plain model: one token per row in, the next logits out.
+"""Prompts, and one decoding step, of a plain model: tokens in, the next logits out.
 
-``GPT.hidden_states`` serves every model, with hooks, adapters and gradients; this serves the one
-case that decoding spends its time in: B rows, one new token each, on a CPU. It is a handful of
-PyTorch's operators per layer, and the meaning of the compiled step (``compiled.py``), which reads
-the same weights. Both compute OpenAI's graph, as ``layers.py`` and ``transformer.py`` do.
-Shapes: B rows, C width, H heads, D head size, S keys of the cache, n of them in use, V vocabulary.
+``GPT.hidden_states`` serves every model, with hooks, adapters and gradients; this serves the two
+cases that generation spends its time in on a CPU: B prompts of T tokens, and B rows with one new
+token each. It is a handful of PyTorch's operators per layer, and the meaning of the compiled step
+(``compiled.py``), which reads the same weights. Both compute OpenAI's graph, as ``layers.py`` and
+``transformer.py`` do.
+Shapes: B rows, T tokens of a prompt, C width, H heads, D head size, S keys of the cache, n of them
+in use, V vocabulary.
 """
 
 from typing import NamedTuple
@@ -14,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgpt2.devices import device_kind
+from fastgpt2.kernels import attention
 from fastgpt2.kernels.backend import Impl, resolve
 from fastgpt2.kernels.gelu import APPROXIMATIONS
-from fastgpt2.kernels.linear import unchecked_linear
+from fastgpt2.kernels.linear import linear_and_add, linear_and_gelu, unchecked_linear
 from fastgpt2.kernels.linear_int8 import linear_int8
 from fastgpt2.kernels.modes import autocasts
 from fastgpt2.layers import MLP, Block, CausalSelfAttention
@@ -91,6 +94,12 @@ class Options(NamedTuple):
 
     dtype: torch.dtype
     approximate: str
+    n_head: int
+
+    @classmethod
+    def of(cls, weights: Weights) -> "Options":
+        """Those of a model."""
+        return cls(weights.positions.dtype, weights.approximate, weights.n_head)
 
 
 def weights_of(model: GPT) -> Weights | None:
@@ -130,11 +139,7 @@ def plain_weights(model: GPT) -> Weights | None:
         layers=[layer for layer in layers if layer is not None],
         norm=norm,
         # without the rows that only pad the vocabulary
-        head=head._replace(
-            weight=head.weight[:V],
-            scales=None if head.scales is None else head.scales[:V],
-            bias=None if head.bias is None else head.bias[:V],
-        ),
+        head=_features(head, 0, V),
         n_head=config.n_head,
         approximate=APPROXIMATIONS[config.gelu],
         fp32_residual=config.fp32_residual,
@@ -180,6 +185,12 @@ def _matrix(layer: nn.Module) -> Matrix | None:
     return Matrix(layer.weight.detach(), scales, None if bias is None else bias.detach())
 
 
+def _features(matrix: Matrix, first: int, stop: int) -> Matrix:
+    """The matrix of some of the features."""
+    scales, bias = (None if v is None else v[first:stop] for v in (matrix.scales, matrix.bias))
+    return Matrix(matrix.weight[first:stop], scales, bias)
+
+
 def _block(layer: Layer, x: Tensor, cache: Tensor, position: Position, options: Options) -> Tensor:
     """A block: x (B, C) -> (B, C); cache (2, B, H, S, D) takes the new keys and values."""
     B, n = position.visible.shape
@@ -190,9 +201,42 @@ def _block(layer: Layer, x: Tensor, cache: Tensor, position: Position, options: 
     # (B, 1, 1, n): the same for every head
     mask = position.visible[:, None, None, :]
     out = _attend(qkv[:, 0], cache[0, :, :, :n], cache[1, :, :, :n], mask)
-    x = x + _linear(layer.proj, out.reshape(B, H * D))
-    hidden = _linear(layer.fc, _normalize(layer.norm_2, x, options.dtype))
-    return x + _linear(layer.out, F.gelu(hidden, approximate=options.approximate))
+    return _after_attention(layer, x, out.reshape(B, H * D), options)
+
+
+def _prompt_block(layer: Layer, x: Tensor, cache: Tensor, options: Options) -> Tensor:
+    """A block of prompts: x (B, T, C) -> (B, T, C); cache (2, B, H, S, D) takes keys and values."""
+    B, T, C = x.shape
+    H = options.n_head
+    qkv = _linear(layer.qkv, _normalize(layer.norm_1, x, options.dtype).view(B * T, C))
+    qkv = qkv.view(B, T, 3 * C)
+    # three of (B, H, T, D)
+    heads = qkv.view(B, T, 3, H, C // H).permute(2, 0, 3, 1, 4)
+    cache[:, :, :, :T] = heads[1:]
+    out = attention(qkv, n_head=H, impl="torch").view(B * T, C)
+    return _after_attention(layer, x.view(B * T, C), out, options).view(B, T, C)
+
+
+def _last_prompt_block(
+    layer: Layer, x: Tensor, cache: Tensor, last: Tensor, options: Options
+) -> Tensor:
+    """The same of token ``last`` (B,) of each row alone: (B, C)."""
+    B, T, C = x.shape
+    H, D = options.n_head, C // options.n_head
+    normed, rows = _normalize(layer.norm_1, x, options.dtype), torch.arange(B)
+    kv = _linear(_features(layer.qkv, C, 3 * C), normed.view(B * T, C))
+    cache[:, :, :, :T] = kv.view(B, T, 2, H, D).permute(2, 0, 3, 1, 4)
+    q = _linear(_features(layer.qkv, 0, C), normed[rows, last]).view(B, H, D)
+    mask = (torch.arange(T) <= last[:, None])[:, None, None, :]
+    out = _attend(q, cache[0, :, :, :T], cache[1, :, :, :T], mask)
+    return _after_attention(layer, x[rows, last], out.reshape(B, C), options)
+
+
+def _after_attention(layer: Layer, x: Tensor, out: Tensor, options: Options) -> Tensor:
+    """x (N, C), the residual stream before a block, after it; out (N, C) is of attention."""
+    x = _add_linear(layer.proj, out, x)
+    hidden = _linear_gelu(layer.fc, _normalize(layer.norm_2, x, options.dtype), options.approximate)
+    return _add_linear(layer.out, hidden, x)
 
 
 def logits_after(
@@ -210,12 +254,33 @@ def logits_after(
     Returns:
         (B, V) in the weights' dtype.
     """
-    options = Options(weights.positions.dtype, weights.approximate)
+    options = Options.of(weights)
     x = lookup(weights.tokens, tokens) + F.embedding(lengths, weights.positions)
     x = x.float() if weights.fp32_residual else x.to(options.dtype)
     position = Position(torch.arange(tokens.shape[0]), lengths, seen <= lengths[:, None])
     for layer, cache in zip(weights.layers, kv, strict=True):
         x = _block(layer, x, cache, position, options)
+    return _linear(weights.head, _normalize(weights.norm, x, options.dtype))
+
+
+def logits_after_prompt(weights: Weights, idx: Tensor, last: Tensor, kv: list[Tensor]) -> Tensor:
+    """The logits after the prompt of each row, whose keys and values go into an empty cache.
+
+    Args:
+        weights: the model's weights.
+        idx: (B, T), token ids, those after a row's own of any value.
+        last: (B,), the index of each row's last token.
+        kv: keys and values of each layer, (2, B, H, S, D), S >= T.
+
+    Returns:
+        (B, V) in the weights' dtype.
+    """
+    options, (B, T) = Options.of(weights), idx.shape
+    x = lookup(weights.tokens, idx.flatten()).view(B, T, -1) + weights.positions[:T]
+    x = x.float() if weights.fp32_residual else x.to(options.dtype)
+    for layer, cache in zip(weights.layers[:-1], kv[:-1], strict=True):
+        x = _prompt_block(layer, x, cache, options)
+    x = _last_prompt_block(weights.layers[-1], x, kv[-1], last, options)
     return _linear(weights.head, _normalize(weights.norm, x, options.dtype))
 
 
@@ -236,6 +301,20 @@ def _linear(layer: Matrix, x: Tensor) -> Tensor:
         return unchecked_linear(x, layer.weight, layer.bias)
     out = linear_int8(x, layer.weight, layer.scales)
     return out if layer.bias is None else out + layer.bias
+
+
+def _add_linear(layer: Matrix, x: Tensor, stream: Tensor) -> Tensor:
+    """(B, C) -> (B, F), added to the residual stream."""
+    if layer.scales is None:
+        return linear_and_add(x, layer.weight, layer.bias, stream)
+    return stream + _linear(layer, x)
+
+
+def _linear_gelu(layer: Matrix, x: Tensor, approximate: str) -> Tensor:
+    """(B, C) -> (B, F) in x's dtype, after the GELU."""
+    if layer.scales is None:
+        return linear_and_gelu(x, layer.weight, layer.bias, approximate)
+    return F.gelu(_linear(layer, x), approximate=approximate)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

@@ -337,3 +337,30 @@ def test_onednn_stays_off_where_it_was_off(alone: list[bool]) -> None:
     finally:
         torch._C._set_mkldnn_enabled(True)
     assert alone == [False]
+
+
+@pytest.mark.usefixtures("onednn")
+@pytest.mark.parametrize("approximate", ["tanh", "none"])
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no bias"])
+def test_what_follows_a_product_is_fused(with_bias: bool, approximate: str) -> None:
+    x, weight, bias = _inputs(37).values()
+    # GELUs of several units, too
+    x = 4 * x
+    given = bias if with_bias else None
+    product = x.double() @ weight.double().t() + (bias.double() if with_bias else 0.0)
+    residual = torch.randn(37, 20)
+    got = op_module.linear_and_gelu(x, weight, given, approximate)
+    wanted = F.gelu(product, approximate=approximate)
+    torch.testing.assert_close(got.double(), wanted, atol=2e-5, rtol=1e-5)
+    got = op_module.linear_and_add(x, weight, given, residual)
+    torch.testing.assert_close(got.double(), residual + product, atol=2e-5, rtol=1e-5)
+    # which is neither changed nor the result
+    assert got.data_ptr() != residual.data_ptr()
+
+
+def test_a_wide_residual_stays_wide() -> None:
+    inputs = {name: x.bfloat16() for name, x in _inputs(5).items()}
+    residual = torch.randn(5, 20) + 100
+    out = op_module.linear_and_add(*inputs.values(), residual)
+    assert out.dtype == torch.float32
+    assert torch.equal(out, residual + F.linear(*inputs.values()))
