@@ -44,9 +44,9 @@ class Generative(nn.Module):
                 log-probability per token is returned;
                 ``draft``, a smaller model that proposes tokens, or ``prompt_lookup``, how many to
                 propose from the text itself: the same greedy tokens, the same distribution;
-                ``compile``, whether the decoding step is compiled (on a CPU; half a minute, and
-                then kept on disk) or captured as a CUDA graph (on a GPU): a warning says so where
-                it cannot be.
+                ``compile``, whether the decoding step is compiled (on a CPU; some seconds, and then
+                kept on disk) or captured as a CUDA graph (on a GPU): a warning says so where it
+                cannot be.
 
         Returns:
             A tensor for a tensor, with as many new columns as the longest row has new tokens; a

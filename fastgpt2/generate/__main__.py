@@ -163,7 +163,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--draft",
         metavar="MODEL",
         type=file_name,
-        help="a smaller model that proposes tokens: the same text, faster",
+        help="a smaller model that proposes tokens: faster, the same text if greedy, else the same "
+        "distribution",
     )
     ends.add_argument(
         "--prompt-lookup",
