@@ -250,8 +250,8 @@ class Generator:
         if now != kept:
             names = [str(dtype).removeprefix("torch.") for dtype in (now, kept)]
             raise UserError(
-                f"generator: the model computes in {names[0]} now, in {names[1]} when the generator "
-                "was made; make a new one"
+                f"generator: the model computes in {names[0]} now, in {names[1]} when this was "
+                "made; make a new one"
             )
 
     def _forget(self) -> None:

@@ -176,7 +176,7 @@ def test_a_model_in_another_dtype_needs_another_generator() -> None:
     generator = Generator(model)
     assert len(generator.submit([1], 3).wait().ids) == 3
     model.float()
-    with pytest.raises(UserError, match="computes in float32 now, in bfloat16 when the generator"):
+    with pytest.raises(UserError, match="computes in float32 now, in bfloat16 when this was made"):
         generator.submit([1], 3).wait()
     model.bfloat16()
     generator.run()
