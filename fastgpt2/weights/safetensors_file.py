@@ -73,6 +73,9 @@ def _open(path: Path) -> Any:
     _checked(path, file_size, path)
     if not is_utf8(str(path)):
         raise UserError(f"{path}: the path must be UTF-8 text for the library safetensors")
+    # of a file that may not be read, the library says that there is none
+    with _checked(path, path.open, "rb"):
+        pass
     return _checked(path, safe_open, str(path), "pt")
 
 

@@ -18,6 +18,7 @@ import torch
 from fastgpt2.config import GPTConfig
 from fastgpt2.errors import UserError
 from fastgpt2.weights import FORMATS, load, save
+from fastgpt2.weights.safetensors_file import read_safetensors
 from fastgpt2.weights.sstable import read_table, write_table
 from tests.weights.conftest import random_checkpoint
 
@@ -351,3 +352,17 @@ def test_file_that_shrinks_after_it_was_opened(originals: dict[str, Path], tmp_p
     path.unlink()
     with pytest.raises(UserError, match=r"model.bin: cannot map"):
         dict(state)
+
+
+def test_a_file_that_may_not_be_read(
+    originals: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root may read all, so the refusal is played."""
+    path = next(originals["fastgpt2"].rglob("*.safetensors"))
+
+    def refuse(self: Path, *_: Any) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(UserError, match=r"safetensors: Permission denied$"):
+        read_safetensors(path)
