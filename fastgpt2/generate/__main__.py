@@ -11,6 +11,7 @@ from fastgpt2.cli import run as run_command
 from fastgpt2.config import IMPLS
 from fastgpt2.devices import DTYPES, dtype_notice, resolve_device, resolve_dtype, resolve_kernels
 from fastgpt2.generate.checks import WINDOWS
+from fastgpt2.generate.compiled import CompiledStep
 from fastgpt2.generate.flags import check_flags, options_of
 from fastgpt2.generate.generator import Generator
 from fastgpt2.generate.inputs import Job, read_jobs
@@ -19,6 +20,7 @@ from fastgpt2.generate.jobs import plan, prompt_text, run, scores
 from fastgpt2.generate.library import pays
 from fastgpt2.generate.options import DEFAULT_TEMPERATURE, Options
 from fastgpt2.generate.outputs import Display, Meter, ResultFile
+from fastgpt2.generate.step import weights_of
 from fastgpt2.model import GPT
 from fastgpt2.opener import OpenedModel, open_model
 from fastgpt2.text import get_tokenizer
@@ -330,6 +332,11 @@ def _engine(
     model = _load(arguments, opened)
     rows = min(rows, arguments.batch_size or DEFAULT_BATCH_SIZE)
     compile = arguments.compile
+    if compile is None:
+        # nothing is said of what nobody has asked for
+        weights = weights_of(model)
+        fits = weights is not None and CompiledStep.fits(weights)
+        compile = fits and pays(model, tokens // rows)
     return Generator(
         model,
         opened.tokenizer,
@@ -337,7 +344,7 @@ def _engine(
         window=arguments.window or DEFAULT_WINDOW,
         draft=draft,
         prompt_lookup=arguments.prompt_lookup or 0,
-        compile=pays(model, tokens // rows) if compile is None else compile,
+        compile=compile,
         notify=lambda line: print(line, file=sys.stderr, flush=True),
     )
 

@@ -94,3 +94,17 @@ def test_a_tokenizer_that_is_asked_for_takes_the_models_place(
     (run / "fastgpt2_tokenizer.json").write_text("{}", encoding="utf-8")
     assert "damaged tokenizer" in complaint(generate, ["--model", str(run)], capsys)
     assert text(run, capsys, "--greedy", "--tokenizer", "bytes") == expected
+
+
+@pytest.mark.parametrize("flag", ["--impl=reference", "--dtype=fp16"])
+def test_nothing_is_said_of_a_compiler_that_was_not_asked_for(
+    finished: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    flag: str,
+) -> None:
+    monkeypatch.setattr("fastgpt2.generate.__main__.pays", lambda *_: True)
+    argv = ["--model", str(finished), "--prompt=a", "--max-new-tokens=2", flag]
+    for more, expected in (([], False), (["--compile"], True)):
+        assert generate([*argv, *more]) == 0
+        assert ("compile: for plain models" in capsys.readouterr().err) == expected
