@@ -8,11 +8,11 @@ from torch import Tensor
 from torch.func import functional_call, grad, jvp, vmap
 
 from fastgpt2 import kernels
-from tests.kernels.test_arguments import CONTRACTS
+from tests.kernels.test_arguments import CONTRACTS, NO_GRADIENT
 from tests.tiny_gpt import gradients, tiny_batch, tiny_gpt
 
 # attention of one row, LayerNorm and so on: what has a gradient and is not a product in FP8
-OPS = sorted(set(CONTRACTS) - {"append_kv", "decode_attention", "linear_fp8"})
+OPS = sorted(set(CONTRACTS) - (NO_GRADIENT - {"decode_linear"}) - {"linear_fp8"})
 
 
 def _function(op: str, impl: str) -> tuple[Any, list[Tensor]]:
