@@ -103,9 +103,9 @@ class GraphStep:
         tensors = [leaf for leaf in tree_leaves(weights) if isinstance(leaf, Tensor)]
         identity = tuple((tensor.data_ptr(), tensor.dtype) for tensor in tensors)
         if identity != self._captured:
-            self._weights, self._captured = weights, identity
             self._replay = self._capture(lambda: self._step(weights))
             self._greedy: dict[Greedy, Callable[[], None]] = {}
+            self._weights, self._captured = weights, identity
         return True
 
     @torch.no_grad()
