@@ -267,6 +267,9 @@ class GPT(Quantizable, Generative):
     def save_pretrained(self, save_directory: str | Path, *, format: str = "fastgpt2") -> None:
         """Write the model into a new folder, which ``from_pretrained`` reads.
 
+        A quantized model stays so in the format ``fastgpt2``; other formats get the weights that
+        its integers stand for.
+
         Args:
             save_directory: a folder that does not exist yet or is empty.
             format: ``fastgpt2``, which stores every field of the configuration, or another one of

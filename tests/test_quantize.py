@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastgpt2.config import GPTConfig
+from fastgpt2.config import GPT2_VOCAB, GPTConfig
 from fastgpt2.convert import main
 from fastgpt2.errors import UserError
 from fastgpt2.generate.slots import Slots
@@ -151,6 +151,22 @@ def test_convert_writes_int8_and_the_opener_reads_it(tmp_path: Path) -> None:
     assert main([str(target), str(tmp_path / "hf"), "--to", "hf"]) == 0
     plain = GPT.from_pretrained(str(tmp_path / "hf")).logits(idx)
     torch.testing.assert_close(plain, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("vocab_size", [61, GPT2_VOCAB])
+def test_a_quantized_model_is_saved_and_loaded(tmp_path: Path, vocab_size: int) -> None:
+    """Its vocabulary may be padded."""
+    model = tiny_gpt(vocab_size=vocab_size, n_layer=1, n_head=1, n_embd=8).eval().quantize()
+    idx = torch.randint(61, (2, 7))
+    for format in ("fastgpt2", "hf"):
+        model.save_pretrained(tmp_path / format, format=format)
+        other = GPT.from_pretrained(tmp_path / format)
+        is_quantized = other.lm_head.weight.dtype == torch.int8
+        assert is_quantized == (format == "fastgpt2")
+        if is_quantized:
+            assert torch.equal(other.logits(idx), model.logits(idx))
+        else:
+            torch.testing.assert_close(other.logits(idx), model.logits(idx), rtol=1e-4, atol=1e-4)
 
 
 def test_damaged_quantized_files_are_refused(tmp_path: Path) -> None:

@@ -36,6 +36,8 @@ FORMATS = {
     "openai": Format(openai.read, openai.write, (torch.float32,), gelus=("tanh",)),
     "fastgpt2": Format(run.read, run.write),
 }
+# of a quantized embedding
+_SCALES = "transformer.wte.scales"
 # names by which ``detect`` knows a folder
 _MARKS = {runs.CHECKPOINTS, "hparams.json", "config.json", "ckpt.pt", "model.bin"}
 # read only: PEFT's adapters, merged into the weights that they name
@@ -108,7 +110,7 @@ def load(path: str | Path, *, offline: bool = False) -> Checkpoint:
 def save_model(
     config: GPTConfig, state_dict: Mapping[str, Tensor], path: str | Path, format: str
 ) -> Path:
-    """Write a model in memory, as ``save`` writes a checkpoint.
+    """Write a model in memory, as ``save`` writes a checkpoint; a quantized one as such, if it can.
 
     Args:
         config: the model's.
@@ -121,8 +123,18 @@ def save_model(
     """
     if format not in FORMATS:
         raise UserError(f"format {format!r}: expected one of {', '.join(FORMATS)}")
-    tensors = {name: LazyTensor.of(x.detach()) for name, x in state_dict.items() if name != HEAD}
-    return save(Checkpoint(config, tensors, Path(path)), path, format)
+    head = HEAD.removesuffix("weight")
+    tensors = {
+        name: LazyTensor.of(x.detach())
+        for name, x in state_dict.items()
+        if not name.startswith(head)
+    }
+    if _SCALES in state_dict:
+        # a state dict has the weights without their padding
+        tensors[_SCALES] = LazyTensor.of(state_dict[_SCALES][: config.vocab_size])
+    quantization = run.dequantize(tensors, Path(path))
+    checkpoint = Checkpoint(config, tensors, Path(path), quantization=quantization)
+    return save(checkpoint, path, format)
 
 
 def save(

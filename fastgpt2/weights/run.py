@@ -37,10 +37,7 @@ def read(folder: Path) -> Checkpoint:
         files = sorted((folder / runs.SHARDS).glob("*.safetensors"))
         return Checkpoint(config, weights, folder, files=tuple(files))
     tensors = read_safetensors(folder / runs.MODEL)
-    quantized = [name for name, tensor in tensors.items() if tensor.dtype == torch.int8]
-    for name in quantized:
-        _dequantize(tensors, name, folder / runs.MODEL)
-    quantization = "int8" if quantized else None
+    quantization = dequantize(tensors, folder / runs.MODEL)
     return Checkpoint(
         config, tensors, folder, files=(folder / runs.MODEL,), quantization=quantization
     )
@@ -92,6 +89,25 @@ def _quantize(tensors: dict[str, LazyTensor], name: str) -> None:
 
     tensors[name] = LazyTensor(weight.shape, torch.int8, integers)
     tensors[_scales_of(name)] = LazyTensor(weight.shape[:1], torch.float32, scales)
+
+
+def dequantize(tensors: dict[str, LazyTensor], path: Path) -> str | None:
+    """Replace integers and their scales by the dequantized matrices.
+
+    Args:
+        tensors: by name; changed in place.
+        path: whose tensors they are, for error messages.
+
+    Returns:
+        How they were stored: ``int8``, or None if nothing was quantized.
+
+    Raises:
+        UserError: scales are missing, or do not fit.
+    """
+    quantized = [name for name, tensor in tensors.items() if tensor.dtype == torch.int8]
+    for name in quantized:
+        _dequantize(tensors, name, path)
+    return "int8" if quantized else None
 
 
 def _dequantize(tensors: dict[str, LazyTensor], name: str, path: Path) -> None:
