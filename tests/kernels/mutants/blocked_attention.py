@@ -95,4 +95,18 @@ MUTANTS = [
         "scale=scale",
         (f"{_TESTS}::test_within_budget[AMX-(1, 300, 2, 64)-torch.float32]",),
     ),
+    Mutant(
+        "prefixes_see_one_key_more",
+        _CONTRACT,
+        "triu_(queries.start + 1)",
+        "triu_(queries.start + 2)",
+        (f"{_TESTS}::test_prefixes_within_budget[no AMX-(1, 300, 2, 64)]",),
+    ),
+    Mutant(
+        "prefixes_with_a_gradient",
+        _CONTRACT,
+        "        and not wants_gradient(qkv)\n",
+        "",
+        (f"{_TESTS}::test_prefixes_are_for_lengths_at_which_pytorchs_blocks_are_small",),
+    ),
 ]

@@ -11,6 +11,9 @@ lanes = partial(Mutant, path="kernels/cpu/lanes.h", tests=TESTS)
 transposed = partial(Mutant, path="kernels/cpu/transposed.h", tests=TESTS)
 tiles = partial(Mutant, path="kernels/cpu/tiles.h", tests=TESTS)
 vectors = partial(Mutant, path="kernels/cpu/vectors.h", tests=TESTS)
+AHEAD = ("tests/generate/test_compiled_ahead.py",)
+choice = partial(Mutant, path="kernels/cpu/choice.h", tests=AHEAD)
+ahead = partial(Mutant, path="kernels/cpu/decode_step.cpp", tests=AHEAD)
 
 MUTANTS = [
     vectors(
@@ -294,5 +297,65 @@ MUTANTS = [
         name="threads_do_not_wait",
         old="        if (count_ == 1) return;",
         new="        return;",
+    ),
+    choice(
+        name="the_last_of_equal_logits",
+        old="if (logits[i] <= *best) continue;",
+        new="if (logits[i] < *best) continue;",
+    ),
+    choice(
+        name="a_logit_that_is_nan_is_passed_over",
+        old="if (std::isnan(*best)) return found;",
+        new="",
+    ),
+    choice(
+        name="one_token_more_than_top_k",
+        old="least = order[choice.top_k - 1];",
+        new="least = order[choice.top_k];",
+    ),
+    choice(
+        name="equals_of_the_kth_are_dropped",
+        old="if (scores[i] < least)",
+        new="if (scores[i] <= least)",
+    ),
+    choice(
+        name="a_temperature_that_rounds_to_0",
+        old="std::max(choice.temperature, 1e-30)",
+        new="choice.temperature",
+    ),
+    choice(
+        name="clocks_run_at_the_inverse_rate",
+        old="std::exp(scores[i]) / times[i]",
+        new="std::exp(scores[i]) * times[i]",
+    ),
+    choice(
+        name="an_unknown_token_follows",
+        old="const int64_t V = choice.known;",
+        new="const int64_t V = choice.known + 1;",
+    ),
+    ahead(
+        name="a_choice_sees_fp32",
+        old="if (model->cache_kind == 1)\n            each",
+        new="if (false)\n            each",
+    ),
+    ahead(
+        name="every_token_at_one_place",
+        old="step->lengths[b]++;",
+        new="",
+    ),
+    ahead(
+        name="random_numbers_of_the_first_step",
+        old="choice->times + at * V",
+        new="choice->times + b * V",
+    ),
+    ahead(
+        name="every_step_after_the_same_token",
+        old="step->tokens[b] = choice->tokens[at];",
+        new="",
+    ),
+    ahead(
+        name="every_row_by_the_first_row_s_logits",
+        old="step->logits + b * V;",
+        new="step->logits;",
     ),
 ]
