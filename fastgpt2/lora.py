@@ -136,7 +136,9 @@ def add_lora(
     for target in targets:
         if not any(_matches(name, target) for name in known):
             ends = sorted({name.rpartition(".")[2] for name in known})
-            raise UserError(f"LoRA: no layer is called {target!r}; there are {', '.join(ends)}")
+            # a quantized model has none
+            there = ", ".join(ends) or "no linear layers"
+            raise UserError(f"LoRA: no layer is called {target!r}; there are {there}")
     if not chosen:
         raise UserError("LoRA: give a layer to adapt, such as c_attn")
     for name in chosen:

@@ -130,6 +130,11 @@ def test_dropout_is_on_the_input_of_a_while_training() -> None:
     assert torch.equal(layer.eval()(x), torch.full((200, 1), 64.0))
 
 
+def test_a_quantized_model_cannot_be_adapted() -> None:
+    with pytest.raises(UserError, match="no layer is called 'c_attn'; there are no linear layers"):
+        add_lora(tiny_gpt().quantize(), rank=2)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
