@@ -112,6 +112,7 @@ class GraphStep:
     def _capture(self, step: Callable[[], None]) -> Callable[[], None]:
         """The replay of ``step``, captured while no row advances."""
         self._feed_rows((0, 0))
+        self._steps.fill_(-1)
         return capture(step, self._tokens.device)
 
     def _step(self, weights: Weights) -> None:
@@ -178,36 +179,38 @@ class GraphStep:
         Returns:
             ``count`` lists of the chosen tokens, and of the largest logits.
         """
+        buffer = self._load(0, tokens)
+        # known again after the last step: an interrupt may come before
+        self._held = 0, []
         if isinstance(choose, Greedy):
-            steps = self._choose_greedily(tokens, count, choose)
+            steps = self._choose_greedily(len(tokens), count, choose)
         else:
-            steps = self._choose(tokens, count, choose)
+            steps = self._choose(buffer, count, choose)
         ids, values = steps.tolist()
         written = [[int(id_) for id_ in step] for step in ids]
         self._held = 0, written[-1]
         return written, values
 
     def _choose(
-        self, tokens: list[int], count: int, choose: Callable[[Tensor], tuple[Tensor, Tensor]]
+        self, buffer: Tensor, count: int, choose: Callable[[Tensor], tuple[Tensor, Tensor]]
     ) -> Tensor:
         """(2, count, rows) fp64: the chosen tokens, and the largest logits."""
-        buffer, steps = self._load(0, tokens), []
+        steps = []
         for _ in range(count):
             self._replay()
-            chosen, best = choose(self._logits[: len(tokens)])
+            chosen, best = choose(self._logits[: len(buffer)])
             buffer.copy_(chosen)
             steps.append(torch.stack([chosen.double(), best.double()]))
         return torch.stack(steps, 1)
 
-    def _choose_greedily(self, tokens: list[int], count: int, choice: Greedy) -> Tensor:
+    def _choose_greedily(self, rows: int, count: int, choice: Greedy) -> Tensor:
         """The same, without a launch between two steps."""
-        replay, used = self._greedy_replay(choice), slice(len(tokens))
-        self._load(0, tokens)
-        self._steps[used] = 0
+        replay = self._greedy_replay(choice)
+        self._steps[:] = -1
+        self._steps[:rows] = 0
         for _ in range(count):
             replay()
-        self._steps[used] = -1
-        return self._recent[:, :count, used]
+        return self._recent[:, :count, :rows]
 
 
 def graph_step(

@@ -48,10 +48,17 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class PlayedGraphs:
-    """Stands for ``graph.capture``, and counts captures and replays."""
+    """Stands for ``graph.capture``, and counts captures and replays.
+
+    Attributes:
+        captures: graphs so far.
+        replays: of all of them.
+        interrupt_after: how many replays to let pass before one is an interrupt.
+    """
 
     def __init__(self) -> None:
         self.captures = self.replays = 0
+        self.interrupt_after: int | None = None
 
     def __call__(self, step: Callable[[], None], device: torch.device) -> Callable[[], None]:
         step()
@@ -61,6 +68,9 @@ class PlayedGraphs:
         self.captures += 1
 
         def replay() -> None:
+            if self.replays == self.interrupt_after:
+                self.interrupt_after = None
+                raise KeyboardInterrupt
             self.replays += 1
             for func, args, kwargs, out in recorder.calls:
                 again = func(*args, **kwargs)

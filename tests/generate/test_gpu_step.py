@@ -184,7 +184,9 @@ def test_nothing_is_launched_between_two_greedy_tokens(
     slots = Slots(_model(), 3, 30, compile=True)
     slots.feed(0, _texts(3, 2))
     tokens = [1, 2, 3][:rows]
-    slots.ahead(tokens, 1, Greedy())
+    # the first captures, the second says again which rows are fed
+    for _ in range(2):
+        slots.ahead(tokens, 1, Greedy())
     assert slots.graph is not None
     monkeypatch.setattr(slots.graph, "_greedy_replay", lambda choice: lambda: None)
     launched = []
@@ -221,6 +223,21 @@ def test_rows_that_are_not_fed_stay_as_they_are(graphs: PlayedGraphs) -> None:
         assert slots.cache.lengths.tolist() == slots.lengths == lengths
     for layer, before in zip(slots.cache.layers, kept, strict=True):
         assert torch.equal(layer.kv[:, 2, :, :4], before)
+
+
+@pytest.mark.parametrize("way", [{"temperature": 0.0}, {"seed": 4}], ids=str)
+def test_an_interrupt_between_two_steps_changes_no_text(
+    way: dict[str, Any], graphs: PlayedGraphs
+) -> None:
+    model = _model()
+    expected = Generator(model).submit([1, 2], 20, **way).wait().ids
+    engine = Generator(model, batch_size=1, compile=True)
+    stream = engine.submit([1, 2], 20, **way)
+    engine.step()
+    graphs.interrupt_after = graphs.replays + 3
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    assert stream.wait().ids == expected
 
 
 def test_random_numbers_go_on_where_a_text_ended(graphs: PlayedGraphs) -> None:

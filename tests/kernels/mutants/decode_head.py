@@ -106,6 +106,18 @@ MUTANTS = [
         tests=(_STRIDED,),
     ),
     graph(
+        name="rows_advance_while_a_step_is_captured",
+        old="        self._steps.fill_(-1)\n",
+        new="",
+        tests=(f"{_STEP}::test_ids_without_a_text_are_not_chosen",),
+    ),
+    graph(
+        name="an_interrupt_leaves_the_token",
+        old="        self._held = 0, []\n",
+        new="",
+        tests=(f"{_STEP}::test_an_interrupt_between_two_steps_changes_no_text",),
+    ),
+    graph(
         name="ids_without_a_text_are_chosen",
         old="weight[:count],",
         new="weight,",
@@ -113,7 +125,7 @@ MUTANTS = [
     ),
     graph(
         name="rows_go_on_after_the_host_has_looked",
-        old="        self._steps[used] = -1\n",
+        old="        self._steps[:] = -1\n",
         new="",
         tests=(f"{_STEP}::test_rows_that_are_not_fed_stay_as_they_are",),
         why="they advance with other rows",
