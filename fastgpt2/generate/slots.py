@@ -157,6 +157,9 @@ class Slots:
         weights = self._weights
         if self._library is None or weights is None or not CompiledStep.fits(weights):
             return None
+        if weights.positions.dtype != self.cache.layers[0].kv.dtype:
+            # the model was converted; the step would write beyond the cache
+            return None
         return CompiledStep(self._library, weights)
 
     def _compiled_step(

@@ -245,6 +245,15 @@ class TestLogits:
         expected = uncached(model, texts)[:, -1]
         torch.testing.assert_close(slots.feed(0, texts), expected, atol=2e-5, rtol=1e-5)
 
+    def test_a_converted_model_has_no_step_for_the_cache(self) -> None:
+        model, texts = tiny_gpt().bfloat16().eval(), texts_of(2, 20)
+        slots = compiled_slots(model, 2, 32)
+        model.float()
+        with pytest.raises((TypeError, RuntimeError), match=r"dtype|bfloat16"):
+            slots.feed(0, [[3]] * 2)
+            slots.feed(0, texts)
+        assert slots.compiled is None
+
     def test_what_does_not_fit_is_refused(self) -> None:
         slots = compiled_slots(tiny_gpt().eval(), 1, 8)
         for wrong in ([[61]], [[-1]], [[1] * 9]):
