@@ -11,12 +11,16 @@ from fastgpt2.generate.compiled import CompiledStep, Draw
 from fastgpt2.generate.graph import AHEAD
 from fastgpt2.generate.sampling import Sampling, draw
 from fastgpt2.generate.slots import Slots
+from tests.generate.ahead_of_the_host import (
+    PROMPTS,
+    check_random_numbers_after_a_text,
+    check_requests_that_come_and_go,
+)
 from tests.generate.compiled_step import compiled_slots, needs_compiler
 from tests.tiny_gpt import tiny_gpt
 
 pytestmark = [pytest.mark.usefixtures("libraries"), needs_compiler]
 
-PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10]]
 WAYS: list[dict[str, Any]] = [
     {"temperature": 0.0},
     {"seed": 3},
@@ -72,29 +76,12 @@ def test_the_host_looks_once_for_several_tokens(calls: list[int]) -> None:
 
 @pytest.mark.parametrize("way", [{"temperature": 0.0}, {"top_k": 5}], ids=str)
 def test_requests_come_and_go_and_stop_early(way: dict[str, Any], calls: list[int]) -> None:
-    model, texts = tiny_gpt(), []
-    for compile in (False, True):
-        engine = Generator(model, batch_size=2, compile=compile)
-        streams = [
-            engine.submit(prompt, n, stop=[7, 20, 33], seed=n + 50 * i, **way)
-            for i, prompt in enumerate(PROMPTS)
-            for n in (1, 9, 30)
-        ]
-        engine.run()
-        texts.append([(stream.ids, stream.finish_reason) for stream in streams])
-    assert texts[0] == texts[1]
+    check_requests_that_come_and_go(tiny_gpt(), way)
     assert calls
 
 
 def test_random_numbers_go_on_where_a_text_ended() -> None:
-    model, states = tiny_gpt(), []
-    for compile in (False, True):
-        numbers = torch.Generator().manual_seed(5)
-        engine = Generator(model, batch_size=1, compile=compile)
-        stream = engine.submit([1], 12, stop=range(0, 61, 6), generator=numbers).wait()
-        assert stream.finish_reason == "stop"
-        states.append((stream.ids, numbers.get_state()))
-    assert states[0][0] == states[1][0] and torch.equal(states[0][1], states[1][1])
+    check_random_numbers_after_a_text(tiny_gpt())
 
 
 def test_a_row_alone_fails_alone() -> None:

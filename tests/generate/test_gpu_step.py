@@ -21,6 +21,11 @@ from fastgpt2.generate.step import plain_weights
 from fastgpt2.kernels.backend import Impl
 from fastgpt2.kernels.decode_linear import MAX_ROWS
 from fastgpt2.model import GPT
+from tests.generate.ahead_of_the_host import (
+    PROMPTS,
+    check_random_numbers_after_a_text,
+    check_requests_that_come_and_go,
+)
 from tests.generate.played_graph import PlayedGraphs, Recorder
 from tests.kernels.budget import DEVICE
 from tests.tiny_gpt import tiny_gpt
@@ -30,7 +35,6 @@ FORMS: dict[str, dict[str, Any]] = {
     "int8": {},
     "no bias, erf, fp32 residual": {"bias": False, "gelu": "erf", "fp32_residual": True},
 }
-PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10]]
 
 
 def _model(form: str = "fp32", **fields: Any) -> GPT:
@@ -138,20 +142,7 @@ def test_the_same_text(way: dict[str, Any], graphs: PlayedGraphs) -> None:
 
 @pytest.mark.parametrize("way", [{"temperature": 0.0}, {"top_k": 5}], ids=str)
 def test_requests_come_and_go_and_stop_early(way: dict[str, Any], graphs: PlayedGraphs) -> None:
-    model = _model()
-    texts: list[list[list[int]]] = []
-    for compile in (False, True):
-        engine = Generator(model, batch_size=2, compile=compile)
-        streams = [
-            engine.submit(prompt, n, stop=[7, 20, 33], seed=n + 50 * i, **way)
-            for i, prompt in enumerate(PROMPTS)
-            for n in (1, 9, 30)
-        ]
-        engine.run()
-        texts.append([stream.ids for stream in streams])
-        reasons = {stream.finish_reason for stream in streams}
-        assert "length" in reasons
-    assert texts[0] == texts[1]
+    check_requests_that_come_and_go(_model(), way)
     # the greedy choice is in a graph of its own
     assert graphs.captures == (2 if "temperature" in way else 1)
 
@@ -241,14 +232,7 @@ def test_an_interrupt_between_two_steps_changes_no_text(
 
 
 def test_random_numbers_go_on_where_a_text_ended(graphs: PlayedGraphs) -> None:
-    model, states = _model(), []
-    for compile in (False, True):
-        numbers = torch.Generator().manual_seed(5)
-        engine = Generator(model, batch_size=1, compile=compile)
-        stream = engine.submit([1], 12, stop=range(0, 61, 6), generator=numbers).wait()
-        assert stream.finish_reason == "stop"
-        states.append((stream.ids, numbers.get_state()))
-    assert states[0][0] == states[1][0] and torch.equal(states[0][1], states[1][1])
+    check_random_numbers_after_a_text(_model())
 
 
 @pytest.mark.parametrize(
