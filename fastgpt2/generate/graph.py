@@ -19,7 +19,7 @@ from fastgpt2.cache import KVCache
 from fastgpt2.compiler import failure
 from fastgpt2.devices import device_kind
 from fastgpt2.generate.gpu_step import gpu_greedy_after, gpu_logits_after, gpu_weights_of
-from fastgpt2.generate.step import Matrix, Weights
+from fastgpt2.generate.step import Weights, features_of
 from fastgpt2.model import GPT
 
 # steps between two reads of the host
@@ -59,15 +59,6 @@ def capture(step: Callable[[], None], device: torch.device) -> Callable[[], None
             step()
     replay: Callable[[], None] = graph.replay
     return replay
-
-
-def _first_rows(matrix: Matrix, count: int | None) -> Matrix:
-    weight, scales, bias = matrix
-    return Matrix(
-        weight[:count],
-        None if scales is None else scales[:count],
-        None if bias is None else bias[:count],
-    )
 
 
 class GraphStep:
@@ -129,7 +120,7 @@ class GraphStep:
     def _greedy_replay(self, choice: Greedy) -> Callable[[], None]:
         """The replay of a step with this choice, which is captured when it is first wanted."""
         if choice not in self._greedy:
-            weights = self._weights._replace(head=_first_rows(self._weights.head, choice.known))
+            weights = self._weights._replace(head=features_of(self._weights.head, 0, choice.known))
             self._greedy[choice] = self._capture(lambda: self._greedy_step(weights))
         return self._greedy[choice]
 

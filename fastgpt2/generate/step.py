@@ -94,12 +94,11 @@ class Options(NamedTuple):
 
     dtype: torch.dtype
     approximate: str
-    n_head: int
 
     @classmethod
     def of(cls, weights: Weights) -> "Options":
         """Those of a model."""
-        return cls(weights.positions.dtype, weights.approximate, weights.n_head)
+        return cls(weights.positions.dtype, weights.approximate)
 
 
 def weights_of(model: GPT) -> Weights | None:
@@ -139,7 +138,7 @@ def plain_weights(model: GPT) -> Weights | None:
         layers=[layer for layer in layers if layer is not None],
         norm=norm,
         # without the rows that only pad the vocabulary
-        head=_features(head, 0, V),
+        head=features_of(head, 0, V),
         n_head=config.n_head,
         approximate=APPROXIMATIONS[config.gelu],
         fp32_residual=config.fp32_residual,
@@ -185,8 +184,8 @@ def _matrix(layer: nn.Module) -> Matrix | None:
     return Matrix(layer.weight.detach(), scales, None if bias is None else bias.detach())
 
 
-def _features(matrix: Matrix, first: int, stop: int) -> Matrix:
-    """The matrix of some of the features."""
+def features_of(matrix: Matrix, first: int, stop: int | None) -> Matrix:
+    """The matrix of features ``first`` to ``stop`` - 1; None means to the last."""
     scales, bias = (None if v is None else v[first:stop] for v in (matrix.scales, matrix.bias))
     return Matrix(matrix.weight[first:stop], scales, bias)
 
@@ -207,7 +206,7 @@ def _block(layer: Layer, x: Tensor, cache: Tensor, position: Position, options: 
 def _prompt_block(layer: Layer, x: Tensor, cache: Tensor, options: Options) -> Tensor:
     """A block of prompts: x (B, T, C) -> (B, T, C); cache (2, B, H, S, D) takes keys and values."""
     B, T, C = x.shape
-    H = options.n_head
+    H = cache.shape[2]
     qkv = _linear(layer.qkv, _normalize(layer.norm_1, x, options.dtype).view(B * T, C))
     qkv = qkv.view(B, T, 3 * C)
     # three of (B, H, T, D)
@@ -222,11 +221,11 @@ def _last_prompt_block(
 ) -> Tensor:
     """The same of token ``last`` (B,) of each row alone: (B, C)."""
     B, T, C = x.shape
-    H, D = options.n_head, C // options.n_head
+    H, D = cache.shape[2], cache.shape[4]
     normed, rows = _normalize(layer.norm_1, x, options.dtype), torch.arange(B)
-    kv = _linear(_features(layer.qkv, C, 3 * C), normed.view(B * T, C))
+    kv = _linear(features_of(layer.qkv, C, 3 * C), normed.view(B * T, C))
     cache[:, :, :, :T] = kv.view(B, T, 2, H, D).permute(2, 0, 3, 1, 4)
-    q = _linear(_features(layer.qkv, 0, C), normed[rows, last]).view(B, H, D)
+    q = _linear(features_of(layer.qkv, 0, C), normed[rows, last]).view(B, H, D)
     mask = (torch.arange(T) <= last[:, None])[:, None, None, :]
     out = _attend(q, cache[0, :, :, :T], cache[1, :, :, :T], mask)
     return _after_attention(layer, x[rows, last], out.reshape(B, C), options)
