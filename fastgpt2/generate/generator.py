@@ -264,9 +264,9 @@ class Generator:
             if isinstance(self._proposer, Draft):
                 self._proposer.reset(i)
         # the device's lengths may be those before or after the pass
-        self.slots._write(0, self.batch_size)
+        self.slots.rewrite()
         if isinstance(self._proposer, Draft):
-            self._proposer.slots._write(0, self.batch_size)
+            self._proposer.slots.rewrite()
 
     def run(self) -> None:
         """Finish every request.

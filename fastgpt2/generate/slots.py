@@ -238,6 +238,10 @@ class Slots:
             self.lengths[first:stop] = lengths
             self._write(first, stop)
 
+    def rewrite(self) -> None:
+        """Give the device the host's lengths, whatever it has."""
+        self._write(0, len(self.lengths))
+
     def copy(self, source: int, target: int) -> None:
         """Copy row ``source`` to row ``target``."""
         self.cache.copy_row(source, target)
