@@ -119,8 +119,8 @@ MUTANTS = [
     ),
     graph(
         name="ids_without_a_text_are_chosen",
-        old="weight[:count],",
-        new="weight,",
+        old="features_of(self._weights.head, 0, choice.known)",
+        new="features_of(self._weights.head, 0, None)",
         tests=(f"{_STEP}::test_ids_without_a_text_are_not_chosen",),
     ),
     graph(
